@@ -1,0 +1,45 @@
+# Two commands on a fresh machine with Python 3.10+: `make demo` and `make test`. Each makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(STAMP)
+	$(RUN) $(BIN)/python -m rankload.launch demo
+
+test: $(STAMP)
+	$(RUN) $(BIN)/python -m pytest -q tests
+
+test-all: $(STAMP)
+	$(RUN) RANKLOAD_TEST_ALL=1 $(BIN)/python -m pytest -q tests
+
+check: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .cache && ln -sfn .. .cache/rankload
+	MYPYPATH=.cache $(BIN)/mypy --strict -p rankload.distributed -p rankload.loader -p rankload.launch
+
+bench: $(STAMP)
+	$(RUN) $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
+
+# torch comes first: the build that the constraints name then satisfies everybody else's range.
+# DeepSpeed compiles nothing (DS_BUILD_OPS=0), and where it cannot be installed the demo and the tests say so.
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt torch numpy "setuptools>=69" wheel
+	$(PIP) install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[test,zstd]"
+	DS_BUILD_OPS=0 $(PIP) install -q --disable-pip-version-check -c constraints.txt deepspeed \
+		|| echo "deepspeed could not be installed: its tests are skipped, and the demo runs on fixtures"
+	touch $@
+
+$(TOOLS): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[check]" --no-build-isolation
+	touch $@

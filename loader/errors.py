@@ -1,0 +1,113 @@
+"""Every error that a load can raise.
+
+    RankloadError                  rank, host, path
+    ├── TemplateError              the path template names a variable that does not exist
+    ├── NotFoundError              a file, object, tag or folder is not there
+    ├── AccessError                it is there, but may not be read
+    ├── CorruptError               truncated, or its bytes do not match its checksums or its own index
+    ├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
+    ├── FormatError                readable, but of a kind or layout that is not known, or not supported
+    ├── LayoutError                saved at a world size, stage or parallel layout that this job cannot take
+    ├── MismatchError              names, shapes or dtypes differ from the model's or the optimizer's
+    ├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
+    ├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
+    │   └── AlgorithmError         an algorithm that the checkpoint needs failed to apply (also a ValueError)
+    ├── TimestampError             the ranks' timestamps differ after the restore (also a RuntimeError)
+    ├── PeerError, StalledError    see ``rankload.distributed.errors``
+    └── TopologyError
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..distributed.errors import PeerError, RankloadError, StalledError, TopologyError
+
+__all__ = [
+    "AccessError",
+    "AlgorithmError",
+    "CorruptError",
+    "FormatError",
+    "LayoutError",
+    "MismatchError",
+    "NotFoundError",
+    "OptionError",
+    "PartialRestoreError",
+    "PeerError",
+    "RankloadError",
+    "StalledError",
+    "TemplateError",
+    "TimestampError",
+    "TopologyError",
+    "UnsafeError",
+]
+
+
+class TemplateError(RankloadError):
+    """The path template names an unknown variable, or is malformed."""
+
+
+class NotFoundError(RankloadError):
+    """A file, object, tag or folder that the load needs is not there."""
+
+
+class AccessError(RankloadError):
+    """The object is there (or may be), but the store refuses to hand it out."""
+
+
+class CorruptError(RankloadError):
+    """Truncated, or the bytes do not match their checksum or the file's own index."""
+
+
+class UnsafeError(RankloadError):
+    """Reading on would run code, write outside a folder, or take memory beyond reason."""
+
+
+class FormatError(RankloadError):
+    """A kind or layout of checkpoint that is not known, or known and not supported."""
+
+
+class LayoutError(RankloadError):
+    """Saved under a world size, stage or parallel layout that this job cannot take."""
+
+
+class MismatchError(RankloadError):
+    """Names, shapes or dtypes in the checkpoint differ from the model's or the optimizer's."""
+
+
+class OptionError(RankloadError, ValueError):
+    """An argument or option is unknown, malformed, or differs between ranks."""
+
+
+class PartialRestoreError(RankloadError):
+    """The restore failed after its first change.
+
+    ``changed`` lists what had been changed on the rank that failed: those parts of the model, optimizer and
+    state must be taken as undefined until a load succeeds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        host: str | None = None,
+        path: str | None = None,
+        changed: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, rank=rank, host=host, path=path)
+        self.details: dict[str, Any] = {"changed": list(changed)}
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the parts that were changed before the failure."""
+        return tuple(self.details.get("changed", ()))
+
+
+class AlgorithmError(PartialRestoreError, ValueError):
+    """An algorithm that the checkpoint needs could not be applied to the model."""
+
+
+class TimestampError(RankloadError, RuntimeError):
+    """The ranks hold different timestamps after the restore: they loaded different checkpoints."""

@@ -1,0 +1,112 @@
+"""What a load can be told beyond its arguments: explicit value, then environment, then default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from .errors import OptionError
+
+Verify = Literal["before", "during", "off"]
+VERIFY_CHOICES: tuple[str, ...] = ("before", "during", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of one load; the same on every rank, apart from ``cache_dir``.
+
+    A field left at None takes ``RANKLOAD_<FIELD>`` from the environment (``RANKLOAD_CACHE_DIR``,
+    ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``), then its default. A ``RANKLOAD_*`` variable that is no
+    option raises `OptionError`, and so does a value that does not fit.
+    """
+
+    cache_dir: str | None = None
+    """Folder on this node that fetched files are kept in while they are read. Default: ``rankload-<uid>`` in
+    the system's temporary folder. Private to the user (0700)."""
+    stall_timeout_s: float | None = None
+    """Seconds without any progress anywhere after which every rank gives up. Default 120."""
+    safe_types: Sequence[str | type] = ()
+    """Types that a checkpoint may construct beside the known ones: the types themselves, or their names
+    (``package.module.Type``; imported when first met). You vouch for what their constructors do."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    """Handed to fsspec for the path's file system (credentials, endpoint, ...)."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Names in the checkpoint to names in the model: whole names, or prefixes that end with a dot."""
+    layout: Mapping[str, str] = field(default_factory=dict)
+    """For a hand-written file: which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,
+    ``scaler``, ``rng`` or ``timestamp``, as in ``{"model": "net/weights", "optimizer": "opt"}``."""
+    verify: Verify | None = None
+    """When stored checksums are compared: ``before`` the first change, ``during`` the restore, or ``off``.
+    Default ``during``."""
+
+    def __post_init__(self) -> None:
+        if self.verify is not None and self.verify not in VERIFY_CHOICES:
+            raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
+        if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
+            raise OptionError(f"stall_timeout_s={self.stall_timeout_s!r}: expected seconds above 0")
+        if isinstance(self.safe_types, str):
+            raise OptionError(
+                f"safe_types={self.safe_types!r}: expected a list of types or names, got one string"
+            )
+        unknown = set(self.layout) - set(LAYOUT_ROLES)
+        if unknown:
+            raise OptionError(
+                f"layout names {', '.join(sorted(unknown))}: expected some of {', '.join(LAYOUT_ROLES)}"
+            )
+
+
+LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
+"""What `LoadOptions.layout` can map."""
+
+_FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify")
+_NOT_OPTIONS = frozenset({"RANKLOAD_DEBUG"})
+
+
+def resolve_options(
+    options: LoadOptions | Mapping[str, Any] | None, environ: Mapping[str, str] | None = None
+) -> LoadOptions:
+    """`options` with every gap filled from the environment, then from the defaults.
+
+    A mapping is taken as `LoadOptions`'s fields. Raises `OptionError` for an unknown field, an unknown
+    ``RANKLOAD_*`` variable, or a value that does not fit.
+    """
+    environ = os.environ if environ is None else environ
+    known = {f.name: f for f in fields(LoadOptions)}
+    if options is None:
+        options = LoadOptions()
+    elif isinstance(options, Mapping):
+        unknown = set(options) - set(known)
+        if unknown:
+            raise OptionError(
+                f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}"
+            )
+        options = LoadOptions(**options)
+    elif not isinstance(options, LoadOptions):
+        raise OptionError(f"options={options!r}: expected LoadOptions or a mapping of its fields")
+
+    variables = {f"RANKLOAD_{name.upper()}": name for name in _FROM_ENVIRONMENT}
+    for variable in sorted(environ):
+        if variable.startswith("RANKLOAD_") and variable not in variables and variable not in _NOT_OPTIONS:
+            raise OptionError(
+                f"unknown environment variable {variable}; known ones: {', '.join(sorted(variables))}"
+            )
+    values = {name: getattr(options, name) for name in known}
+    for variable, name in variables.items():
+        if values[name] is None and environ.get(variable):
+            values[name] = _parse(variable, environ[variable])
+    if values["stall_timeout_s"] is None:
+        values["stall_timeout_s"] = 120.0
+    if values["verify"] is None:
+        values["verify"] = "during"
+    return LoadOptions(**values)
+
+
+def _parse(variable: str, text: str) -> str | float:
+    if variable != "RANKLOAD_STALL_TIMEOUT_S":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"{variable}={text!r}: expected a number of seconds") from None
