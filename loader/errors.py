@@ -1,20 +1,20 @@
 """Every error that a load can raise.
 
-    RankloadError                  rank, host, path
-    ├── TemplateError              the path template names a variable that does not exist
-    ├── NotFoundError              a file, object, tag or folder is not there
-    ├── AccessError                it is there, but may not be read
-    ├── CorruptError               truncated, or its bytes do not match its checksums or its own index
-    ├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
-    ├── FormatError                readable, but of a kind or layout that is not known, or not supported
-    ├── LayoutError                saved at a world size, stage or parallel layout that this job cannot take
-    ├── MismatchError              names, shapes or dtypes differ from the model's or the optimizer's
-    ├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
-    ├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
-    │   └── AlgorithmError         an algorithm that the checkpoint needs failed to apply (also a ValueError)
-    ├── TimestampError             the ranks' timestamps differ after the restore (also a RuntimeError)
-    ├── PeerError, StalledError    see ``rankload.distributed.errors``
-    └── TopologyError
+RankloadError                  rank, host, path
+├── TemplateError              the path template names a variable that does not exist
+├── NotFoundError              a file, object, tag or folder is not there
+├── AccessError                it is there, but may not be read
+├── CorruptError               truncated, or its bytes do not match its checksums or its own index
+├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
+├── FormatError                readable, but of a kind or layout that is not known, or not supported
+├── LayoutError                saved at a world size, stage or parallel layout that this job cannot take
+├── MismatchError              names, shapes or dtypes differ from the model's or the optimizer's
+├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
+├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
+│   └── AlgorithmError         an algorithm that the checkpoint needs failed to apply (also a ValueError)
+├── TimestampError             the ranks' timestamps differ after the restore (also a RuntimeError)
+├── PeerError, StalledError    see ``rankload.distributed.errors``
+└── TopologyError
 """
 
 from __future__ import annotations
