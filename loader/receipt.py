@@ -1,0 +1,173 @@
+"""The proof of a load: what was restored, from which bytes, and what was not. Pure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import OptionError
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file that the load used."""
+
+    name: str
+    """Path or URI, without secrets."""
+    size_bytes: int
+    fetched_bytes: int
+    """What this file cost the store, over all nodes; 0 where it was used in place."""
+    verified: bool
+    """Whether every byte that was restored was compared with a checksum."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One rank's share of one stage."""
+
+    rank: int
+    stage: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a load did; the same on every rank."""
+
+    path: str
+    kind: str
+    """``monolithic``, ``composer-zero`` or ``deepspeed``."""
+    layout: str
+    saved_world_size: int | None
+    world_size: int
+    n_nodes: int
+    weights_only: bool
+    verify: str
+    cache_dir: str | None = None
+    restored: tuple[str, ...] = ()
+    """Parts, such as ``model (12 tensors, 4,096 bytes)`` or ``scheduler StepLR``."""
+    ignored: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    cast: Mapping[str, str] = field(default_factory=dict)
+    """Tensors whose dtype changed: ``float32 -> bfloat16``."""
+    derived: tuple[str, ...] = ()
+    """What the checkpoint lacks and was made up, deterministically."""
+    unverified: tuple[str, ...] = ()
+    """Files whose bytes could not be, or were not asked to be, compared with a checksum."""
+    not_restored: tuple[str, ...] = ()
+    """Parts that the checkpoint holds and this job has no place for."""
+    notes: tuple[str, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as JSON types."""
+        fields = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+    @property
+    def fetched_bytes(self) -> int:
+        return sum(file.fetched_bytes for file in self.files)
+
+    @property
+    def seconds(self) -> float:
+        """The slowest rank's time over all stages."""
+        per_rank: dict[int, float] = {}
+        for record in self.stages:
+            per_rank[record.rank] = per_rank.get(record.rank, 0.0) + record.seconds
+        return max(per_rank.values(), default=0.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for a metrics logger."""
+        figures = {
+            "rankload/seconds": self.seconds,
+            "rankload/files": float(len(self.files)),
+            "rankload/size_bytes": float(sum(file.size_bytes for file in self.files)),
+            "rankload/fetched_bytes": float(self.fetched_bytes),
+            "rankload/ignored": float(len(self.ignored)),
+            "rankload/missing": float(len(self.missing)),
+            "rankload/unexpected": float(len(self.unexpected)),
+        }
+        for record in self.stages:
+            key = f"rankload/seconds/{record.stage}"
+            figures[key] = max(figures.get(key, 0.0), record.seconds)
+        return figures
+
+    def lines(self) -> tuple[str, str, str]:
+        """The receipt for a person, in three lines."""
+        saved = "" if self.saved_world_size is None else f", saved by {self.saved_world_size} ranks"
+        what = "weights only, " if self.weights_only else ""
+        first = (
+            f"restored {self.path} ({self.kind}, {self.layout}{saved}; {what}"
+            f"on {self.world_size} rank{'s' * (self.world_size != 1)}, {self.n_nodes} "
+            f"node{'s' * (self.n_nodes != 1)}): {', '.join(self.restored) or 'nothing'}"
+        )
+        size = sum(file.size_bytes for file in self.files)
+        fetched = f"{self.fetched_bytes:,} bytes fetched" if self.fetched_bytes else "used in place"
+        slowest = sorted(_slowest_by_stage(self.stages).items(), key=lambda item: -item[1])[:3]
+        timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in slowest)
+        second = (
+            f"{len(self.files)} file{'s' * (len(self.files) != 1)}, {size:,} bytes, {fetched}; "
+            f"{self.seconds:.2f} s" + (f" ({timing})" if timing else "")
+        )
+        parts = [
+            f"{len(value)} {label}"
+            for label, value in (
+                ("ignored", self.ignored),
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("renamed", self.renamed),
+                ("cast", self.cast),
+                ("derived", self.derived),
+                ("not restored", self.not_restored),
+            )
+            if value
+        ]
+        checked = (
+            "not verified: " + ", ".join(self.unverified)
+            if self.unverified
+            else ("every byte compared with its checksum" if self.files else "no files")
+        )
+        third = f"{', '.join(parts) or 'nothing ignored, missing, unexpected or derived'}; {checked}"
+        return first, second, third
+
+
+def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:
+    slowest: dict[str, float] = {}
+    for record in stages:
+        slowest[record.stage] = max(slowest.get(record.stage, 0.0), record.seconds)
+    return slowest
+
+
+def log_receipt(receipt: Receipt, logger: Any) -> None:
+    """Gives `logger` the receipt.
+
+    A ``logging.Logger`` gets three lines; an object with ``log_metrics(dict)`` or ``log_hyperparameters(dict)``
+    gets the figures, and the package's own logger the lines; None means the package's own logger.
+    """
+    lines_to = logger if isinstance(logger, logging.Logger) else logging.getLogger("rankload")
+    for line in receipt.lines():
+        lines_to.info("%s", line)
+    if logger is None or isinstance(logger, logging.Logger):
+        return
+    if callable(getattr(logger, "log_metrics", None)):
+        logger.log_metrics(receipt.metrics())
+    elif callable(getattr(logger, "log_hyperparameters", None)):
+        logger.log_hyperparameters(receipt.metrics())
+
+
+def check_logger(logger: Any) -> None:
+    """Raises `OptionError` where `logger` is none of the kinds that `log_receipt` knows."""
+    known = logger is None or isinstance(logger, logging.Logger)
+    if not known and not any(
+        callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparameters")
+    ):
+        raise OptionError(
+            f"logger={logger!r}: expected a logging.Logger, an object with log_metrics or log_hyperparameters, "
+            "or None"
+        )

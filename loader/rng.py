@@ -1,0 +1,177 @@
+"""Random states: captured, gathered over the ranks, restored; derived where a checkpoint lacks them.
+
+Keys are Composer's: ``python`` (``random.getstate()``), ``numpy`` (the legacy global generator's tuple),
+``torch`` (the CPU generator's ByteTensor) and ``cuda`` (this rank's device, where CUDA is initialised).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .errors import CorruptError, FormatError
+
+if TYPE_CHECKING:
+    from ..distributed.channel import Channel
+
+RngState = dict[str, Any]
+
+
+def capture_rng() -> RngState:
+    """This rank's random states, now."""
+    state: RngState = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def gather_rng() -> list[RngState]:
+    """Every rank's random states, by global rank, on every rank. All ranks must call it."""
+    from ..distributed.session import open_session
+
+    with open_session() as (_, channel):
+        return gather_states(channel, capture_rng())
+
+
+def gather_states(channel: Channel, state: RngState) -> list[RngState]:
+    """Every rank's `state`, by global rank, on every rank of `channel`."""
+    return [decode(payload) for payload in channel.gather_bytes("gather rng", encode(state))]
+
+
+def restore_rng(rng_states: Sequence[RngState]) -> None:
+    """Sets this rank's generators from its entry of a list that `load_checkpoint` or `gather_rng` returned.
+
+    Every entry is checked before any generator is set. A ``cuda`` state is set where CUDA is initialised.
+    Raises `FormatError` where the list is shorter than the world, or an entry is not of the right form.
+    """
+    from ..distributed.session import current_topology
+
+    topology = current_topology()
+    if len(rng_states) <= topology.rank:
+        raise FormatError(
+            f"the list has {len(rng_states)} RNG states, but this is rank {topology.rank} of "
+            f"{topology.world_size}: pass what load_checkpoint or gather_rng returned in this world",
+            rank=topology.rank,
+        )
+    apply_state(rng_states[topology.rank])
+
+
+def apply_state(state: Mapping[str, Any]) -> None:
+    """Sets this process's generators from one rank's states."""
+    checked = check_state(state)
+    if "python" in checked:
+        random.setstate(checked["python"])
+    if "numpy" in checked:
+        np.random.set_state(checked["numpy"])
+    if "torch" in checked:
+        torch.random.set_rng_state(checked["torch"])
+    if "cuda" in checked and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(checked["cuda"])
+
+
+def check_state(state: Mapping[str, Any], where: str = "rng") -> RngState:
+    """`state` in the exact forms that the generators take; raises `FormatError` where that cannot be."""
+    checked: RngState = {}
+    for key, value in state.items():
+        try:
+            if key == "python":
+                version, words, gauss = value
+                checked[key] = (int(version), tuple(int(word) for word in words), gauss)
+                random.Random().setstate(checked[key])
+            elif key == "numpy":
+                checked[key] = (str(value[0]), np.asarray(value[1], dtype=np.uint32), *value[2:])
+                np.random.RandomState().set_state(checked[key])
+            elif key in ("torch", "cuda"):
+                checked[key] = torch.as_tensor(value, dtype=torch.uint8).cpu().contiguous()
+                if key == "torch":
+                    torch.Generator().set_state(checked[key])
+            else:
+                raise ValueError("expected python, numpy, torch or cuda")
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise FormatError(f"{where}/{key} is no random state: {error}") from error
+    return checked
+
+
+def complete_states(
+    saved: Sequence[RngState], world_size: int, seed: int | None
+) -> tuple[list[RngState], tuple[str, ...]]:
+    """One state for each rank of this world, and which of them were derived.
+
+    The first ranks get the saved ones. Further ranks get states that follow from `seed` (the checkpoint's
+    ``rank_zero_seed``), or where there is none from the first saved state, and from their rank: the same on
+    every load, on every rank. A derived entry has ``cuda`` only where the first saved one has it.
+    """
+    states = [dict(state) for state in saved[:world_size]]
+    derived = []
+    basis = f"seed {seed}" if seed is not None else "rank 0's state"
+    root = hashlib.sha256(str(seed).encode() if seed is not None else _canonical(saved[0]).encode()).digest()
+    for rank in range(len(states), world_size):
+        states.append(_derived(root, rank, with_cuda="cuda" in saved[0]))
+        derived.append(f"rng of rank {rank} (from {basis})")
+    return states, tuple(derived)
+
+
+def _derived(root: bytes, rank: int, *, with_cuda: bool) -> RngState:
+    def words(generator: str) -> int:
+        return int.from_bytes(hashlib.sha256(root + f"/{rank}/{generator}".encode()).digest()[:8], "little")
+
+    state: RngState = {
+        "python": random.Random(words("python")).getstate(),  # noqa: S311: a training seed, no secret
+        "numpy": np.random.RandomState(words("numpy") % 2**32).get_state(),
+        "torch": torch.Generator().manual_seed(words("torch") % 2**63).get_state(),
+    }
+    if with_cuda and torch.cuda.is_available():
+        generator = torch.Generator(device="cuda").manual_seed(words("cuda") % 2**63)
+        state["cuda"] = generator.get_state().cpu()
+    return state
+
+
+def _canonical(state: Mapping[str, Any]) -> str:
+    """`state` as JSON text."""
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            plain[key] = base64.b64encode(value.cpu().numpy().tobytes()).decode()
+        elif key == "numpy":
+            name, keys, *rest = value
+            plain[key] = [str(name), np.asarray(keys, dtype=np.uint32).tolist(), *[_number(x) for x in rest]]
+        else:
+            version, words, gauss = value
+            plain[key] = [int(version), [int(word) for word in words], gauss]
+    return json.dumps(plain, sort_keys=True)
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def encode(state: Mapping[str, Any]) -> bytes:
+    """`state` as JSON bytes, for the way between ranks: nothing is pickled."""
+    return _canonical(state).encode()
+
+
+def decode(payload: bytes) -> RngState:
+    """What `encode` wrote."""
+    state: RngState = json.loads(payload)
+    try:
+        for key, value in state.items():
+            if key == "python":
+                state[key] = (value[0], tuple(value[1]), value[2])
+            elif key == "numpy":
+                state[key] = (value[0], np.array(value[1], dtype=np.uint32), *value[2:])
+            else:
+                state[key] = torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8)
+    except (TypeError, ValueError, IndexError) as error:
+        raise CorruptError(f"a rank sent an RNG state that cannot be read: {error}") from error
+    return state

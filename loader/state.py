@@ -1,0 +1,137 @@
+"""What a load restores into: the user's model, optimizers and whatever else a training job keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class ForeignState(Protocol):
+    """A state object that restores itself, as Composer's own ``State`` does."""
+
+    def load_state_dict(
+        self, state: dict[str, Any], logger: Any, *, exclude_algorithms: Any, algorithm_passes: Any
+    ) -> None: ...
+
+    def load_model_state(
+        self,
+        state_dict: dict[str, Any],
+        logger: Any,
+        *,
+        strict: bool,
+        exclude_algorithms: Any,
+        algorithm_passes: Any,
+    ) -> None: ...
+
+
+class State:
+    """A training job's parts, each restored where the checkpoint has it.
+
+    ``model`` is a module (plain, DDP-wrapped, compiled, on the meta device) or a DeepSpeed engine. The others
+    are one object or a list of objects with ``state_dict`` and ``load_state_dict``, or plain values. Parts left
+    at None are not restored, but for ``timestamp``, ``rank_zero_seed``, ``run_name``, ``dataset_state`` and the
+    metrics, which then take the checkpoint's plain values: ``state.timestamp["batch"]``.
+
+    A DeepSpeed engine brings its optimizer, lr scheduler and loss scaler with it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizers: Any = None,
+        schedulers: Any = None,
+        scaler: Any = None,
+        algorithms: Any = None,
+        callbacks: Any = None,
+        timestamp: Any = None,
+        rank_zero_seed: int | None = None,
+        run_name: str | None = None,
+        dataset_state: Any = None,
+        train_metrics: Any = None,
+        eval_metrics: Any = None,
+    ) -> None:
+        self.model = model
+        self.optimizers = as_list(optimizers)
+        self.schedulers = as_list(schedulers)
+        self.scaler = as_list(scaler)
+        self.algorithms = as_list(algorithms)
+        self.callbacks = as_list(callbacks)
+        self.timestamp = timestamp
+        self.rank_zero_seed = rank_zero_seed
+        self.run_name = run_name
+        self.dataset_state = dataset_state
+        self.train_metrics = train_metrics
+        self.eval_metrics = eval_metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Composer's layout: ``torch.save({"state": state.state_dict(), "rng": gather_rng()}, path)``.
+
+        The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
+        Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
+        """
+        found: dict[str, Any] = {"model": unwrap(self.model).state_dict()}
+        for part in ("optimizers", "schedulers", "scaler", "callbacks"):
+            objects = getattr(self, part)
+            if objects:
+                found[part] = {name: saved_form(item) for name, item in by_class_name(objects).items()}
+        if self.algorithms:
+            found["algorithms"] = [(type(item).__qualname__, item.state_dict()) for item in self.algorithms]
+        if self.timestamp is not None:
+            name = "Timestamp" if isinstance(self.timestamp, Mapping) else type(self.timestamp).__qualname__
+            found["timestamp"] = {name: saved_form(self.timestamp)}
+        for part in PLAIN_PARTS:
+            value = getattr(self, part)
+            if value is not None:
+                found[part] = saved_form(value)
+        return found
+
+
+PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
+"""Parts of a `State` that are saved as they are, or as their ``state_dict``."""
+
+
+def as_list(value: Any) -> list[Any]:
+    """None as no object, a list or tuple as its items, anything else as one object."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def by_class_name(objects: list[Any]) -> dict[str, Any]:
+    """`objects` under their class names, numbered from the second of a name on."""
+    named: dict[str, Any] = {}
+    for item in objects:
+        base = type(item).__qualname__
+        name, count = base, 0
+        while name in named:
+            count += 1
+            name = f"{base}.{count}"
+        named[name] = item
+    return named
+
+
+def saved_form(value: Any) -> Any:
+    """What is saved of `value`: its ``state_dict()`` where it has one, its items' likewise, else itself."""
+    if callable(getattr(value, "state_dict", None)):
+        return value.state_dict()
+    if isinstance(value, Mapping):
+        return {key: saved_form(item) for key, item in value.items()}
+    return value
+
+
+def unwrap(model: Any) -> Any:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers, at any depth.
+
+    Only those wrappers are taken off: a module of the user's that keeps another one in an attribute named
+    ``module`` (as Composer's models do) stays as it is.
+    """
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
