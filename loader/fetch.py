@@ -1,0 +1,207 @@
+"""Fetch: each file comes to a node once, whichever ranks need it, and every rank learns where it lies.
+
+Local rank 0 of each node (its lowest rank) works for the node; the others wait in the channel, which follows
+its progress. Plain local files are used where they lie; archives and compressed files are unpacked into the
+node's cache, once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .cache import NodeCache
+from .errors import FormatError, NotFoundError, StalledError
+from .fetch_needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
+from .fetch_one import Tally, merge_archives, obtain
+from .store import Store
+from .symlinks import resolve
+from .workers import Stop, run_jobs
+
+if TYPE_CHECKING:
+    from ..distributed.channel import Channel
+    from ..distributed.topology import Topology
+
+PARALLEL_FILES = 4
+
+__all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedFile:
+    """One file on this node."""
+
+    name: str
+    """As it was asked for."""
+    source: str
+    """The object it came from, after links, without secrets."""
+    path: str
+    """What to read: the file, decompressed where it was compressed; of an archive, its folder."""
+    kind: Literal["file", "archive"]
+    size_bytes: int
+    """As stored; -1 where the store did not tell and the file was there already."""
+    fetched_bytes: int
+    """Moved by this node for it: 0 for local files, and where the cache had it."""
+    seconds: float
+    members: tuple[str, ...] = ()
+    """An archive's regular files, relative to `path`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one rank asked for, and what its node has unpacked."""
+
+    files: Mapping[str, FetchedFile] = field(default_factory=dict)
+    """By the name asked for; an optional one that is not there is left out."""
+    folder: str | None = None
+    """All archives of this node's ranks in one folder; None where there is none among them."""
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Local path by name."""
+        return {name: file.path for name, file in self.files.items()}
+
+    @property
+    def fetched_bytes(self) -> int:
+        return sum(file.fetched_bytes for file in self.files.values())
+
+
+def fetch_files(
+    channel: Channel,
+    topology: Topology,
+    store: Store,
+    needs: Sequence[str | FileNeed],
+    cache: NodeCache,
+    *,
+    stage: str = "fetch",
+) -> Fetched:
+    """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
+
+    What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
+    object that was fetched by an earlier call with the same `cache` is not fetched again.
+
+    Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
+    need it, and for local paths which node has it; `AccessError`, `CorruptError`, `UnsafeError`,
+    `FormatError` as the store, the cache and the archives do; `StalledError` where nothing arrives for the
+    channel's ``stall_timeout_s``.
+    """
+    table = gather_needs(channel, topology, needs, cache.load_id, stage)
+    tally = Tally(channel.counters().get(channel.rank, {}))
+    found: dict[str, Any] = {}
+    if table.leads:
+        _find(store, table.node_needs, found, _Watch(channel, tally))
+    report = {name: info is not None for name, info in found.items()}
+    lacking = channel.decide(f"{stage}: find", report, lambda reports: find_lacking(table, reports))
+    if lacking:
+        held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
+        channel.decide(f"{stage}: missing", held, lambda reports: refuse(store, table, lacking, reports))
+
+    done: dict[str, Any] = {"files": {}, "folder": None}
+    with channel.stage(stage):
+        if table.leads:
+            done = _fetch(store, found, cache, table, tally, _Watch(channel, tally))
+    node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
+    mine = [need.name for need in table.own]
+    files = {
+        name: FetchedFile(**{**node["files"][name], "members": tuple(node["files"][name]["members"])})
+        for name in mine
+        if name in node["files"]
+    }
+    return Fetched(files, node["folder"])
+
+
+def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: _Watch) -> None:
+    def job(name: str) -> None:
+        resolved = resolve(store, name)
+        if resolved is not None and resolved.info.is_folder:
+            raise FormatError(
+                f"{store.describe(resolved.info.name)}: is a folder, expected a file",
+                path=store.describe(resolved.info.name),
+            )
+        found[name] = None if resolved is None else resolved.info
+        watch.tally.moved += 1
+
+    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=PARALLEL_FILES)
+
+
+def _fetch(
+    store: Store,
+    found: Mapping[str, Any],
+    cache: NodeCache,
+    table: NeedTable,
+    tally: Tally,
+    watch: _Watch,
+) -> dict[str, Any]:
+    files: dict[str, FetchedFile] = {}
+    entries: dict[str, tuple[str, ...]] = {}
+    wanted = {name: info for name, info in found.items() if info is not None}
+    for name, info in wanted.items():
+        if not store.is_local:
+            tally.expect(name, info.size_bytes)
+
+    def job(name: str, stop: Stop) -> None:
+        started = time.monotonic()
+        info = wanted[name]
+        try:
+            one = obtain(store, info, cache, table.load_id, tally.of(name, stop))
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
+            ) from error
+        tally.settle(name, one.size_bytes, one.fetched_bytes)
+        if one.kind == "archive":
+            entries[name] = one.identity
+        files[name] = FetchedFile(
+            name=name,
+            source=store.describe(one.object_name),
+            path=one.path,
+            kind=one.kind,
+            size_bytes=one.size_bytes,
+            fetched_bytes=one.fetched_bytes,
+            seconds=time.monotonic() - started,
+            members=one.members,
+        )
+
+    # The longest first, so that none of them is alone at the end.
+    order = sorted(wanted, key=lambda name: -(wanted[name].size_bytes or 0))
+    run_jobs([lambda stop, name=name: job(name, stop) for name in order], watch.tick)  # type: ignore[misc]
+    folder = None
+    if entries:
+        archives = {name: (files[name].path, files[name].members) for name in sorted(entries)}
+        folder = merge_archives(cache, archives, sorted(entries.values()))
+    watch.tick()
+    return {"files": {name: asdict(file) for name, file in files.items()}, "folder": folder}
+
+
+class _Watch:
+    """Tells the channel what moves, learns from it what failed elsewhere, and notices when nothing moves."""
+
+    def __init__(self, channel: Channel, tally: Tally) -> None:
+        self.tally = tally
+        self._channel = channel
+        self._seen = -1
+        self._since = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self.tally.moved != self._seen:
+            self._seen, self._since = self.tally.moved, now
+        elif now - self._since > self._channel.stall_timeout_s:
+            where = self.tally.unfinished()
+            raise StalledError(
+                f"nothing has arrived for {now - self._since:.0f} s: {where}",
+                rank=self._channel.rank,
+                host=self._channel.host,
+            )
+        # A stall is told above, so this may be called whether or not something moved: it is how a failure of
+        # another rank gets here.
+        self._channel.progress(**self.tally.counters())
+
+
+def _job(work: Any, name: str) -> Any:
+    def run(stop: Stop) -> None:
+        work(name)
+
+    return run

@@ -1,0 +1,251 @@
+"""One object becomes one file, or one folder of files, on this node."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .archive import is_tar, unpack
+from .cache import NodeCache
+from .decompress import COMPRESSED, Expanded
+from .errors import AccessError, CorruptError, NotFoundError
+from .sniff import sniff
+from .store import ObjectInfo, OnBytes, Store
+from .store_errors import disk_full, is_disk_full
+from .symlinks import resolve_link
+from .workers import Stop
+
+_COPY = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Obtained:
+    object_name: str
+    path: str
+    kind: Literal["file", "archive"]
+    size_bytes: int
+    fetched_bytes: int
+    members: tuple[str, ...]
+    identity: tuple[str, ...]
+
+
+class Tally:
+    """Bytes per file, added to by workers and read by whoever watches; continues an earlier fetch's sums."""
+
+    def __init__(self, before: Mapping[str, float]) -> None:
+        self._before_done = int(before.get("bytes_done", 0))
+        self._before_total = int(before.get("bytes_total", 0))
+        self._done: dict[str, int] = {}
+        self._total: dict[str, int] = {}
+        self.moved = 0
+        """Grows whenever anything moves, unpacking included."""
+
+    def expect(self, name: str, size: int | None) -> None:
+        self._done[name], self._total[name] = 0, size or 0
+
+    def of(self, name: str, stop: Stop) -> tuple[OnBytes, OnBytes]:
+        """What to call as bytes of `name` arrive, and as it is unpacked; both raise once work is given up."""
+
+        def arrived(n_bytes: int) -> None:
+            stop.check()
+            if n_bytes:
+                self._done[name] = self._done.get(name, 0) + n_bytes
+                self.moved += 1
+
+        def unpacked(n_bytes: int) -> None:
+            stop.check()
+            self.moved += 1
+
+        return arrived, unpacked
+
+    def settle(self, name: str, size: int, fetched: int) -> None:
+        """`name` is here; where nothing moved for it, it is not counted at all."""
+        self.moved += 1
+        if self._done.get(name) or fetched:
+            self._done[name] = self._total[name] = max(size, fetched)
+        elif name in self._total:
+            self._total[name] = 0
+
+    def counters(self) -> dict[str, float]:
+        """For the channel; absent while nothing has to be downloaded."""
+        done = self._before_done + sum(self._done.values())
+        total = self._before_total + sum(self._total.values())
+        return {"bytes_done": done, "bytes_total": max(done, total)} if total or done else {}
+
+    def unfinished(self) -> str:
+        """The files under way, with how far they are, for messages."""
+        names = [name for name, total in self._total.items() if self._done[name] < total or not total]
+        shown = [f"{os.path.basename(name)} at byte {self._done[name]}" for name in names[:4]]
+        return ", ".join(shown) or "waiting for the store"
+
+
+def obtain(
+    store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, told: tuple[OnBytes, OnBytes]
+) -> Obtained:
+    """The object `info` on this node; see `fetch.fetch_files` for what is raised."""
+    if store.is_local:
+        return _obtain_local(store, info, cache, told)
+    try:
+        return _obtain_remote(store, info, cache, load_id, told)
+    except NotFoundError:
+        link = None if info.certain else resolve_link(store, info.name)
+        if link is None:
+            raise
+        return _obtain_remote(store, link.info, cache, load_id, told)
+
+
+def _obtain_local(
+    store: Store, info: ObjectInfo, cache: NodeCache, told: tuple[OnBytes, OnBytes]
+) -> Obtained:
+    path = store.local_path(info.name)
+    size = info.size_bytes or 0
+    identity = ("local", os.path.realpath(path), str(size), str(info.version))
+    try:
+        kind = sniff(path)
+    except OSError as error:
+        raise AccessError(f"{path}: can't be read: {error.strerror}", path=path) from error
+    if kind != "tar" and kind not in COMPRESSED:
+        return Obtained(info.name, path, "file", size, 0, (), identity)
+
+    def produce(target: str) -> dict[str, Any]:
+        return _prepare(path, target, path, cache, told[1])
+
+    filled = cache.entry(path, *identity).fill("object", path, _on_disk(produce, cache), told[1])
+    return _obtained(info.name, filled.path, filled.details, size, 0, identity)
+
+
+def _obtain_remote(
+    store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, told: tuple[OnBytes, OnBytes]
+) -> Obtained:
+    described = store.describe(info.name)
+    # What has no version, or no size, can't be told from what it was yesterday.
+    version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
+    identity = (store.identity, info.name, str(info.size_bytes), version)
+    fetched = 0
+
+    def produce(target: str) -> dict[str, Any]:
+        nonlocal fetched
+        free = cache.free_bytes()
+        if info.size_bytes is not None and info.size_bytes > free:
+            raise AccessError(
+                f"{described}: needs {info.size_bytes} bytes, but {cache.folder} has {free} left; set "
+                "cache_dir to a folder with more",
+                path=described,
+            )
+        raw = f"{target}.download"
+        store.download(info.name, raw, told[0], info)
+        fetched = os.path.getsize(raw)
+        details = _prepare(raw, target, described, cache, told[1])
+        if not details:
+            os.replace(raw, target)
+        else:
+            os.unlink(raw)
+        return {**details, "size": fetched}
+
+    filled = cache.entry(described, *identity).fill("object", described, _on_disk(produce, cache), told[0])
+    size = int(filled.details.get("size", -1))
+    return _obtained(info.name, filled.path, filled.details, size, fetched, identity)
+
+
+def _obtained(
+    name: str, path: str, details: Mapping[str, Any], size: int, fetched: int, identity: tuple[str, ...]
+) -> Obtained:
+    members = details.get("members")
+    return Obtained(
+        object_name=name,
+        path=path,
+        kind="file" if members is None else "archive",
+        size_bytes=size,
+        fetched_bytes=fetched,
+        members=tuple(members or ()),
+        identity=identity,
+    )
+
+
+def _prepare(raw: str, target: str, described: str, cache: NodeCache, on_bytes: OnBytes) -> dict[str, Any]:
+    """Unpacks or decompresses `raw` to `target`; empty where it is neither and `raw` itself will do."""
+    kind = sniff(raw)
+    limit = cache.free_bytes()
+    with _named(raw, described):
+        if is_tar(raw):
+            os.mkdir(target, 0o700)
+            return {
+                "members": unpack(raw, target, described=described, limit=limit, on_bytes=on_bytes),
+            }
+        if kind not in COMPRESSED:
+            return {}
+        with Expanded(raw, kind, described, limit) as source, open(target, "xb") as file:
+            while data := source.read(_COPY):
+                file.write(data)
+                on_bytes(len(data))
+        return {"decompressed": kind}
+
+
+@contextlib.contextmanager
+def _named(raw: str, described: str) -> Any:
+    """Errors name the object rather than where its bytes lie for the moment."""
+    try:
+        yield
+    except CorruptError as error:
+        if error.path != raw or raw == described:
+            raise
+        raise CorruptError(error.message.replace(raw, described), path=described) from error
+
+
+def _on_disk(produce: Any, cache: NodeCache) -> Any:
+    def run(target: str) -> dict[str, Any]:
+        try:
+            made: dict[str, Any] = produce(target)
+            return made
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(cache.folder) from error
+            raise AccessError(f"{cache.folder}: {error.strerror or error}", path=cache.folder) from error
+
+    return run
+
+
+def merge_archives(
+    cache: NodeCache, archives: Mapping[str, tuple[str, Sequence[str]]], identities: Sequence[Sequence[str]]
+) -> str:
+    """One folder with the files of all `archives` (``name: (folder, members)``), linked and not copied.
+
+    Raises `CorruptError` where two hold a file of the same name with different contents.
+    """
+    if len(archives) == 1:
+        return next(iter(archives.values()))[0]
+
+    def produce(target: str) -> dict[str, Any]:
+        os.mkdir(target, 0o700)
+        for name, (folder, members) in archives.items():
+            for member in members:
+                _link(os.path.join(folder, member), os.path.join(target, member), member, name)
+        return {}
+
+    entry = cache.entry("checkpoint", "merged", *(part for each in identities for part in each))
+    return entry.fill("object", "files", _on_disk(produce, cache), lambda n: None).path
+
+
+def _link(source: str, target: str, member: str, archive: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        os.link(source, target)
+    except FileExistsError:
+        if not os.path.isfile(target) or not filecmp.cmp(source, target, shallow=False):
+            raise CorruptError(
+                f"{os.path.basename(archive)}: {member!r} is in another archive of the same checkpoint too, "
+                "with other contents",
+                path=archive,
+            ) from None
+    except NotADirectoryError:
+        raise CorruptError(
+            f"{os.path.basename(archive)}: {member!r} lies under what is a file in another archive",
+            path=archive,
+        ) from None
+    except PermissionError:
+        # Some file systems have no hard links.
+        os.symlink(source, target)

@@ -1,0 +1,102 @@
+"""How far the whole job's download is, on global rank 0: a bar on a terminal, lines now and then else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+POLL_S = 0.2
+LINE_EVERY_S = 10.0
+
+Counters = Callable[[], Mapping[int, Mapping[str, float]]]
+
+_logger = logging.getLogger("rankload")
+
+
+class JobProgress:
+    """Context manager around a load; shows nothing while nothing is downloaded.
+
+    `counters` gives each rank's ``bytes_done`` and ``bytes_total`` (`Channel.counters`). Anywhere but on rank
+    0, and with `enabled` False, it does nothing. It always closes its bar and its thread.
+    """
+
+    def __init__(
+        self, counters: Counters, *, rank: int, enabled: bool = True, stream: TextIO | None = None
+    ) -> None:
+        self._counters = counters
+        self._active = enabled and rank == 0
+        self._stream = stream if stream is not None else sys.stderr
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._bar: Any = None
+        self._started = 0.0
+        self._next_line = 0.0
+
+    def __enter__(self) -> JobProgress:
+        if self._active:
+            self._thread = threading.Thread(target=self._run, name="rankload-progress", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(POLL_S):
+                self._show(last=False)
+            self._show(last=True)
+        except Exception as error:
+            # A load must not fail for its progress bar.
+            _logger.debug("progress is no longer shown: %s", error)
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+
+    def _show(self, *, last: bool) -> None:
+        done, total = job_bytes(self._counters())
+        if total <= 0:
+            return
+        now = time.monotonic()
+        if not self._started:
+            self._started, self._next_line = now, now + LINE_EVERY_S
+        if not self._stream.isatty():
+            if now >= self._next_line or (last and self._next_line > self._started + LINE_EVERY_S):
+                self._next_line = now + LINE_EVERY_S
+                self._stream.write(progress_line(done, total, now - self._started) + "\n")
+                self._stream.flush()
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc="fetching checkpoint", file=self._stream
+            )
+        self._bar.total = total
+        self._bar.n = min(done, total)
+        self._bar.refresh()
+
+
+def job_bytes(counters: Mapping[int, Mapping[str, float]]) -> tuple[int, int]:
+    """Bytes done and bytes in all, over every rank that downloads."""
+    done = sum(int(each.get("bytes_done", 0)) for each in counters.values())
+    total = sum(int(each.get("bytes_total", 0)) for each in counters.values())
+    return done, max(done, total)
+
+
+def progress_line(done: int, total: int, seconds: float) -> str:
+    """One plain line, as logs want it."""
+    rate = done / seconds if seconds > 0 else 0.0
+    return (
+        f"rankload: fetching checkpoint: {done / 1e6:.1f} of {total / 1e6:.1f} MB "
+        f"({100 * done / total:.0f} %), {rate / 1e6:.1f} MB/s"
+    )

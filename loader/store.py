@@ -1,0 +1,128 @@
+"""Where checkpoints lie: one interface over local files, http(s), fsspec's file systems and object stores.
+
+    explicit object_store  →  http(s)  →  any other URI, through fsspec  →  local path
+
+A store hands out whole objects by name. Nothing here ever lists: names are derived by the caller. Every error
+that a backend raises is mapped to ``rankload.loader.errors`` inside the store, with secrets taken out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .errors import OptionError
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so
+that what it raises stops the transfer promptly), negative where a broken transfer starts again."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says about one object."""
+
+    name: str
+    size_bytes: int | None
+    """None where the store does not tell before the object is read."""
+    version: str | None = None
+    """Changes when the content does (ETag, generation, modification time); None where the store has none."""
+    is_folder: bool = False
+    certain: bool = True
+    """False where the store can't tell without a download whether the object is there at all."""
+
+
+class Store(Protocol):
+    """Objects by name. Methods block; all may be called from several threads, and in a forked child."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether objects are files on this node, used where they lie (`local_path`)."""
+
+    @property
+    def identity(self) -> str:
+        """Tells stores apart whose objects could have equal names; holds no secret in clear."""
+
+    def describe(self, name: str) -> str:
+        """`name` for messages and receipts: the URI without user info, and a URL without its query."""
+
+    def join(self, name: str, child: str) -> str:
+        """The name of `child` (may hold ``/``) under the folder `name`."""
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """None where there is no such object. Raises `AccessError` where the store refuses to say."""
+
+    def download(
+        self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
+    ) -> None:
+        """Writes the whole object to `target_path`, which comes to be only once its size has been checked.
+
+        `expected` is what `stat` said. Raises `NotFoundError`, `AccessError`, or `CorruptError` for a body
+        that is shorter or longer than the store said, and whatever `on_bytes` raises; no partial file stays.
+        """
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        """The whole object, in memory. `CorruptError` where it holds more than `limit` bytes."""
+
+    def local_path(self, name: str) -> str:
+        """The file on this node (local stores only)."""
+
+    def link_targets(self, link_name: str, text: str) -> list[str]:
+        """The names that `text`, found in the link `link_name`, may stand for, the likeliest first.
+
+        Raises `UnsafeError` where it names another store.
+        """
+
+    def close(self) -> None:
+        """Gives back connections; the store can be used again afterwards."""
+
+
+def open_store(
+    path: str, object_store: object | None = None, storage_options: Mapping[str, Any] | None = None
+) -> tuple[Store, str]:
+    """The store that `path` (already expanded) belongs to, and the object's name in it.
+
+    No request is made. Raises `OptionError` for an unknown protocol, a backend that is not installed (saying
+    how to install it), or an `object_store` that is none.
+    """
+    options = dict(storage_options or {})
+    if object_store is not None:
+        from .store_objects import open_object_store
+
+        return open_object_store(object_store, path)
+    scheme = path_scheme(path)
+    if scheme in ("http", "https") and "::" not in path.split("://", 1)[0]:
+        from .store_http import HttpStore
+
+        return HttpStore(options), path
+    from .store_local import LocalStore
+
+    if scheme is None:
+        return LocalStore(), path
+    if scheme in ("file", "local") and path.startswith(f"{scheme}://"):
+        return LocalStore(), _local_part(path)
+    from .store_fsspec import open_fsspec
+
+    return open_fsspec(path, options)
+
+
+def path_scheme(path: str) -> str | None:
+    """``s3`` for ``s3://bucket/key`` and ``zip`` for ``zip::s3://...``; None for a local path."""
+    match = _SCHEME.match(path)
+    return match[0].lower() if match else None
+
+
+def _local_part(uri: str) -> str:
+    path = uri.split("://", 1)[1]
+    if not path.startswith("/"):
+        host, slash, rest = path.partition("/")
+        if host == "localhost":
+            return slash + rest
+        raise OptionError(
+            f"{uri!r}: expected file:///absolute/path or a plain path, got the host {host!r}", path=uri
+        )
+    return path
