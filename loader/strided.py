@@ -1,0 +1,83 @@
+"""Cuts strided tensors into parts that can be read one after another. Free of torch.
+
+A layout says where a tensor's elements lie in its storage: shape, stride and offset, all in elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor: per dimension, the first index and the number of them."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def span(self) -> int:
+        """Elements of the storage from the first to the last one used."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    def part(self, box: Box) -> Layout:
+        moved = sum(start * step for start, step in zip(box.starts, self.stride, strict=True))
+        return Layout(box.sizes, self.stride, self.offset + moved)
+
+
+def row_major_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The boxes that elements ``start`` to ``stop`` of the flattened tensor fill, in their order."""
+    if start >= stop:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = start // row, stop // row
+    if start % row:
+        row_stop = min(stop, (first + 1) * row)
+        for box in row_major_boxes(shape[1:], start - first * row, row_stop - first * row):
+            yield Box((first, *box.starts), (1, *box.sizes))
+        first += 1
+        start = row_stop
+    if first < last:
+        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+        start = last * row
+    if start < stop:
+        for box in row_major_boxes(shape[1:], start - last * row, stop - last * row):
+            yield Box((last, *box.starts), (1, *box.sizes))
+
+
+def bounded_boxes(layout: Layout, limit: int) -> Iterator[Box]:
+    """Boxes that cover `layout`, each with a span of at most ``limit`` elements, mostly in storage order."""
+    if layout.span <= limit:
+        if layout.span:
+            yield Box(tuple(0 for _ in layout.shape), layout.shape)
+        return
+    longest = max(range(len(layout.shape)), key=lambda d: layout.stride[d] if layout.shape[d] > 1 else -1)
+    step = layout.stride[longest]
+    inner_span = layout.span - (layout.shape[longest] - 1) * step
+    rows = 1 + max(0, limit - inner_span) // step
+    for first in range(0, layout.shape[longest], rows):
+        count = min(rows, layout.shape[longest] - first)
+        outer = Box(
+            tuple(first if d == longest else 0 for d in range(len(layout.shape))),
+            tuple(count if d == longest else size for d, size in enumerate(layout.shape)),
+        )
+        for inner in bounded_boxes(layout.part(outer), limit):
+            yield Box(tuple(a + b for a, b in zip(outer.starts, inner.starts, strict=True)), inner.sizes)
