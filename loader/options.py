@@ -79,9 +79,7 @@ def resolve_options(
     elif isinstance(options, Mapping):
         unknown = set(options) - set(known)
         if unknown:
-            raise OptionError(
-                f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}"
-            )
+            raise OptionError(f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}")
         options = LoadOptions(**options)
     elif not isinstance(options, LoadOptions):
         raise OptionError(f"options={options!r}: expected LoadOptions or a mapping of its fields")

@@ -1,0 +1,228 @@
+"""Restoring a torch module: what goes where is planned first, then read straight into the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import LayoutError, PartialRestoreError
+from .materialize import CopyRequest, Reader, read_tensor
+from .mismatch import Mismatch, dtype_problem
+from .names import match_names
+from .state import unwrap
+from .values import LazyTensor
+
+NoteChange = Callable[[str], None]
+
+
+@dataclass
+class ModulePlan:
+    """How a checkpoint's tensors become a module's, checked and not yet begun."""
+
+    module: nn.Module
+    sources: dict[str, Any]
+    """The module's own names to what the checkpoint has for them: lazy tensors, or values of extra state."""
+    mismatch: Mismatch
+    renamed: dict[str, str] = field(default_factory=dict)
+    cast: dict[str, str] = field(default_factory=dict)
+    through_hooks: bool = False
+    """The module overrides how it is loaded, so its own ``load_state_dict`` must run."""
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        return {name: value for name, value in self.sources.items() if isinstance(value, LazyTensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_module(
+    model: Any,
+    saved: Mapping[str, Any],
+    *,
+    all_names: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> ModulePlan:
+    """Matches `saved` (name to lazy tensor) with the module inside `model`; changes nothing.
+
+    `all_names` is `saved` before ``ignore_keys``: names that were ignored do not count as missing.
+    Raises `LayoutError` for modules that are sharded by FSDP, whose parameters are not whole here.
+    """
+    module = unwrap(model)
+    refuse_sharded(module)
+    targets = module_tensors(module)
+    match = match_names(all_names if all_names is not None else saved, targets, rename)
+    hooks = overrides_loading(module)
+    plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=hooks)
+    for source_name, target_name in match.target_of.items():
+        if source_name not in saved:
+            continue
+        value = saved[source_name]
+        plan.sources[target_name] = value
+        if source_name != target_name:
+            plan.renamed[source_name] = target_name
+        _check_tensor(plan, target_name, value, targets[target_name])
+    satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
+    plan.mismatch.missing.extend(
+        f"model/{name}"
+        for name in match.missing
+        if targets[name] is None or id(targets[name]) not in satisfied
+    )
+    plan.mismatch.unexpected.extend(f"model/{name}" for name in match.unexpected if name in saved)
+    if hooks and (plan.mismatch.missing or plan.mismatch.unexpected):
+        # Hooks may rename what they are given, so only the module itself can tell.
+        plan.sources.update({name: saved[name] for name in match.unexpected if name in saved})
+        plan.mismatch.missing.clear()
+        plan.mismatch.unexpected.clear()
+    if not hooks:
+        _refuse_unfillable(plan, module)
+    return plan
+
+
+def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
+    if target is None:
+        return  # extra state: the module's own business
+    if not isinstance(value, LazyTensor):
+        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
+        return
+    if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
+        return
+    if tuple(target.shape) != value.shape:
+        plan.mismatch.wrong.append(f"model/{name}: expected shape {tuple(target.shape)}, got {value.shape}")
+        return
+    dtype = dtype_name(target.dtype)
+    problem = dtype_problem(value.dtype, dtype)
+    if problem:
+        plan.mismatch.wrong.append(f"model/{name}: {problem}")
+    elif value.dtype != dtype:
+        plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
+
+
+def apply_module(plan: ModulePlan, reader: Reader, note_change: NoteChange, *, strict: bool) -> None:
+    """Carries out `plan`. Meta tensors are materialised first, as the same objects, on the default device."""
+    if not plan.sources:
+        return
+    note_change("model")
+    materialise_meta(plan.module)
+    if plan.through_hooks:
+        _load_through_hooks(plan, reader, strict=strict)
+        return
+    targets = module_tensors(plan.module)
+    requests: dict[int, CopyRequest] = {}
+    extra: dict[str, Any] = {}
+    for name, value in plan.sources.items():
+        target = targets[name]
+        if target is None:
+            extra[name] = value
+        else:
+            # Tied names are one tensor: the last one stands, as in torch's own loading.
+            requests[id(target)] = CopyRequest(value, target.detach(), f"model/{name}")
+    reader.copy(list(requests.values()))
+    for name, value in extra.items():
+        owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
+        owner.set_extra_state(value)
+
+
+def _load_through_hooks(plan: ModulePlan, reader: Reader, *, strict: bool) -> None:
+    real = {
+        name: read_tensor(value, reader=reader) if isinstance(value, LazyTensor) else value
+        for name, value in plan.sources.items()
+    }
+    try:
+        plan.module.load_state_dict(real, strict=strict)
+    except RuntimeError as error:
+        raise PartialRestoreError(
+            f"{type(plan.module).__name__}.load_state_dict failed: {error}", changed=("model",)
+        ) from error
+
+
+def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Parameters and persistent buffers by name, tied ones under each; None for a module's extra state."""
+    persistent = module.state_dict(keep_vars=True)
+    own: dict[str, torch.Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {
+        name: own.get(name, value) if isinstance(value, torch.Tensor) else None
+        for name, value in persistent.items()
+    }
+
+
+def overrides_loading(module: nn.Module) -> bool:
+    """Whether loading runs code of the user's: hooks, or an overridden loader outside ``torch.nn``."""
+    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    if any(
+        isinstance(value, torch.Tensor) and name not in own
+        for name, value in module.state_dict(keep_vars=True).items()
+    ):
+        return True
+    for part in module.modules():
+        if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+            return True
+        for method in ("_load_from_state_dict", "load_state_dict"):
+            home = getattr(getattr(type(part), method), "__module__", "")
+            if not home.startswith("torch."):
+                return True
+    return False
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Raises `LayoutError` where parameters are DTensors or flattened by FSDP: not whole on this rank."""
+    for name, tensor in module.named_parameters():
+        if type(tensor).__name__ == "DTensor":
+            raise LayoutError(
+                f"parameter {name} is a DTensor (FSDP2 or tensor parallel): restoring into sharded modules is "
+                "not supported; load before sharding the module"
+            )
+    for part in module.modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise LayoutError(
+                "the model is wrapped in FullyShardedDataParallel: restoring into it is not supported; load "
+                "before wrapping it"
+            )
+
+
+def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
+    """A buffer on the meta device that no checkpoint holds could only be filled with garbage."""
+    saved = module_tensors(module)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in saved:
+            plan.mismatch.wrong.append(
+                f"model/{name}: a non-persistent buffer on the meta device, which no checkpoint holds; "
+                "create it on a real device"
+            )
+    for name, target in saved.items():
+        if target is not None and target.is_meta and name not in plan.sources:
+            alias = any(saved[other] is target for other in plan.sources)
+            if not alias:
+                plan.mismatch.wrong.append(
+                    f"model/{name}: on the meta device, and the checkpoint has nothing to fill it with"
+                )
+
+
+def materialise_meta(module: nn.Module) -> None:
+    """Gives every meta parameter and buffer memory on the default device, without changing their identity."""
+    device = torch.get_default_device()
+    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
+        if not tensor.is_meta:
+            continue
+        real = torch.empty_like(tensor, device=device)
+        if isinstance(tensor, nn.Parameter):
+            real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parameter_names(model: Any) -> dict[int, str]:
+    """Each parameter's name by its ``id``; the first name of tied ones."""
+    return {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
