@@ -1,0 +1,174 @@
+"""One agreement: every rank posts its part, rank 0 combines them, and exactly one outcome is settled for all.
+
+Per agreement, a rank other than 0 sends its post, and looks at the decision (at most every 50 ms while it
+waits). Keys of an agreement are removed when all have posted for the next one: by then everybody has read
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from .courier import AGREED, BEAT_S, Courier, decision_key
+from .errors import PeerError, RankloadError, StalledError, from_record
+from .mailbox import Mailbox
+
+Combine = Callable[[Sequence[bytes]], bytes]
+POLL_S = (0.001, 0.05)
+NAMED_AT_MOST = 8
+
+
+class Agreement:
+    """This rank's part in the agreements of one channel. Any exception here is for the channel to
+    announce."""
+
+    def __init__(self, courier: Courier, rank: int, world_size: int, stall_timeout_s: float) -> None:
+        self._courier = courier
+        self._rank = rank
+        self._world_size = world_size
+        self._stall_timeout_s = stall_timeout_s
+
+    def reach(self, name: str, part: bytes, combine: Combine | None) -> bytes:
+        """Takes part; returns what ``combine`` made of all parts on rank 0 (nothing where there is none)."""
+        index = self._courier.index
+        self._courier.move()
+        post = name.encode() + b"\0" + part
+        self._courier.call(lambda mailbox: mailbox.put(_post_key(index, self._rank), post))
+        result = self._lead(index, name, combine) if self._rank == 0 else self._follow(index, name, combine)
+        self._courier.index = index + 1
+        self._courier.move()
+        if index == 0:
+            self._courier.beat_now()  # All have arrived: from here on, everybody knows whom it watches.
+        return result
+
+    def spent_keys(self, index: int) -> list[str]:
+        """All keys of an agreement."""
+        return [decision_key(index), _result_key(index), *self._post_keys(index)]
+
+    def _lead(self, index: int, name: str, combine: Combine | None) -> bytes:
+        keys = self._post_keys(index)
+        self._await(index, name, lambda mailbox: mailbox.has_all(keys))
+        posts = self._courier.call(lambda mailbox: mailbox.peek_all(keys))
+        parts = _matching(name, [post or b"\0" for post in posts])
+        if index > 0:
+            self._courier.call(lambda mailbox: mailbox.forget(self.spent_keys(index - 1)))
+        result = b""
+        if combine is not None:
+            result = combine(parts)
+            self._courier.call(lambda mailbox: mailbox.put(_result_key(index), result))
+        self._accept(self._courier.call(lambda mailbox: mailbox.settle(decision_key(index), AGREED)))
+        return result
+
+    def _follow(self, index: int, name: str, combine: Combine | None) -> bytes:
+        self._await(index, name, None)
+        if combine is None:
+            return b""
+        return self._courier.call(lambda mailbox: mailbox.peek(_result_key(index))) or b""
+
+    def _await(self, index: int, name: str, ready: Callable[[Mailbox], bool] | None) -> None:
+        """Returns when the agreement is settled as agreed, or (rank 0) when all are ready for that."""
+
+        def look(mailbox: Mailbox) -> str | None:
+            outcome = mailbox.settled(decision_key(index))
+            return AGREED if outcome is None and ready is not None and ready(mailbox) else outcome
+
+        pause, longest = POLL_S
+        # Rank 0 alone carries the looks of all: many ranks look less often.
+        longest = max(longest, 5e-5 * self._world_size)
+        while True:
+            outcome = self._courier.call(look)
+            if outcome is not None:
+                self._accept(outcome)
+                return
+            self._check_peers(index, name)
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _accept(self, outcome: str) -> None:
+        if outcome != AGREED:
+            self._courier.announced = self._courier.announced or from_record(outcome)
+        if self._courier.announced is not None and outcome != AGREED:
+            raise self._courier.announced
+
+    def _check_peers(self, index: int, name: str) -> None:
+        watches = self._courier.watches
+        left = [watch for watch in watches.values() if watch.closed]
+        still = self._courier.still_s
+        # Rank 0 sees who is missing: its word on a stall is the better one, and gets the time to be said.
+        stalled = still > self._stall_timeout_s + (0 if self._rank == 0 else 3 * BEAT_S)
+        if not left and not stalled:
+            return
+        missing = self._missing(index)
+        for watch in left:
+            if watch.rank in missing and watch.beat is not None:
+                raise PeerError(
+                    f"rank {watch.rank} left the load while others wait for it in {name}: all ranks must "
+                    "make the same calls",
+                    rank=watch.rank,
+                    host=watch.beat.process.host,
+                )
+        if stalled and missing:
+            waiting = [watches[peer] for peer in missing]
+            beat = waiting[0].beat
+            more = f"; and {len(waiting) - NAMED_AT_MOST} more" if len(waiting) > NAMED_AT_MOST else ""
+            raise StalledError(
+                f"no progress for {still:.0f} s in {name} (stall_timeout_s={self._stall_timeout_s:g}); "
+                f"waiting for {'; '.join(watch.describe() for watch in waiting[:NAMED_AT_MOST])}{more}",
+                rank=waiting[0].rank,
+                host=None if beat is None else beat.process.host,
+            )
+
+    def _missing(self, index: int) -> list[int]:
+        """The ranks that this rank waits for."""
+        if self._rank != 0:
+            return [0]
+        keys = self._post_keys(index)
+        return self._courier.call(
+            lambda mailbox: [rank for rank, key in enumerate(keys) if not mailbox.has_all([key])]
+        )
+
+    def _post_keys(self, index: int) -> list[str]:
+        return [_post_key(index, rank) for rank in range(self._world_size)]
+
+
+def join_json(parts: Sequence[bytes]) -> bytes:
+    """JSON texts as one JSON list."""
+    return b"[" + b",".join(parts) + b"]"
+
+
+def join_bytes(parts: Sequence[bytes]) -> bytes:
+    """Byte strings as one; `split_bytes` takes it apart again."""
+    return json.dumps([len(part) for part in parts]).encode() + b"\0" + b"".join(parts)
+
+
+def split_bytes(joined: bytes) -> list[bytes]:
+    """What `join_bytes` joined."""
+    head, _, body = joined.partition(b"\0")
+    parts, start = [], 0
+    for length in json.loads(head):
+        parts.append(body[start : start + length])
+        start += length
+    return parts
+
+
+def _matching(name: str, posts: Sequence[bytes]) -> list[bytes]:
+    parts = []
+    for rank, post in enumerate(posts):
+        theirs, _, part = post.partition(b"\0")
+        if theirs.decode() != name:
+            raise RankloadError(
+                f"the ranks are in different places: rank 0 in {name}, rank {rank} in {theirs.decode()}; "
+                "all ranks must make the same calls, in the same order"
+            )
+        parts.append(part)
+    return parts
+
+
+def _post_key(index: int, rank: int) -> str:
+    return f"{index}/post/{rank}"
+
+
+def _result_key(index: int) -> str:
+    return f"{index}/result"

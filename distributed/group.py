@@ -1,0 +1,147 @@
+"""The default process group: the user's as it is, or one of our own for the length of a block."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from .errors import PeerError
+from .rendezvous import MeetingPoint, await_all, meeting_point, open_store
+from .topology import Topology, group_topology
+
+LINGER_S = 10.0
+LINGER_AFTER_FAILURE_S = 2.0
+_groups = itertools.count()
+
+
+@contextmanager
+def process_group(topology: Topology, timeout_s: float = 120.0) -> Iterator[Topology]:
+    """A default process group for the block, and the topology that fits it.
+
+    An initialised group is used as it is, whatever its backend, and left as it is: its rank and size count.
+    Otherwise, with more than one rank, a gloo group is made at the meeting point of `rendezvous` and
+    destroyed at the end, on success and failure. With one rank nothing is made. Every rank must enter.
+
+    Args:
+        topology: as discovered.
+        timeout_s: seconds for which a rank that has not come is waited for, and the time-out of a group made
+            here.
+
+    Raises:
+        TopologyError: the group and the environment contradict each other, or no meeting point can be told.
+        StalledError: a rank did not come.
+        PeerError: a rank came and went away.
+    """
+    if _is_initialised():
+        import torch.distributed as dist
+
+        yield group_topology(dist.get_rank(), dist.get_world_size(), topology)
+    elif topology.world_size == 1:
+        yield topology
+    else:
+        with _own_group(topology, timeout_s):
+            yield topology
+
+
+@contextmanager
+def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    point = meeting_point(topology)
+    # An agent's server outlives the group, and has the keys of earlier ones.
+    number = next(_groups) if point.hosted else 0
+    server = open_store(point, topology, timeout_s)
+    farewell: socket.socket | None = None
+    failed = True
+    try:
+        store: Any = PrefixStore(f"{point.prefix}/group/{number}", server)
+        if topology.rank == 0:
+            farewell = _open_farewell(store, topology, point)
+        await_all(store, topology, number, timeout_s)
+        if topology.rank != 0:
+            farewell = _open_farewell(store, topology, point)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except RuntimeError as error:
+            raise PeerError(
+                f"rank {topology.rank} could not make the gloo process group: {error}", rank=topology.rank
+            ) from error
+        yield
+        failed = False
+    finally:
+        if _is_initialised():
+            dist.destroy_process_group()
+        longest_s = LINGER_AFTER_FAILURE_S if failed else LINGER_S
+        # Once a rank goes on, the user may make a group at the same address: no rank may then still find the
+        # server of this one there. So rank 0 closes it when all have left, and the others wait until it did.
+        # A thread asks, because a server whose process is stopped never answers.
+        leaving: Any = threading.Thread(
+            target=_leave, args=(server, topology, number, longest_s), daemon=True
+        )
+        leaving.start()
+        leaving.join(longest_s + 0.5)
+        store = server = leaving = None  # The last references: the server ends here.
+        if farewell is not None:
+            with farewell:
+                if topology.rank != 0:
+                    _await_end(farewell, longest_s)
+
+
+def _leave(store: Any, topology: Topology, number: int, longest_s: float) -> None:
+    key = f"left/{number}"
+    until = time.monotonic() + longest_s
+    # Where the store is lost, nobody can wait for this rank there.
+    with suppress(RuntimeError):
+        left = store.add(key, 1)
+        while topology.rank == 0 and left < topology.world_size and time.monotonic() < until:
+            time.sleep(0.01)
+            left = store.add(key, 0)
+
+
+def _open_farewell(store: Any, topology: Topology, point: MeetingPoint) -> socket.socket | None:
+    """A socket that ends when rank 0 closes its own: that of rank 0 is the listener, all others are
+    connected.
+
+    Connections to the store's server don't tell this: they can end before its port is free again."""
+    if point.hosted:
+        return None
+    if topology.rank == 0:
+        listener = socket.create_server(("", 0), backlog=max(128, topology.world_size))
+        store.set("farewell", str(listener.getsockname()[1]))
+        return listener
+    with suppress(OSError):
+        return socket.create_connection((point.host, int(store.get("farewell"))), timeout=5.0)
+    return None
+
+
+def _await_end(connection: socket.socket, longest_s: float) -> None:
+    connection.settimeout(0.05)
+    until = time.monotonic() + longest_s
+    while time.monotonic() < until:
+        try:
+            if not connection.recv(1):
+                return
+        except TimeoutError:
+            continue
+        except OSError:
+            return
+
+
+def _is_initialised() -> bool:
+    # A process that has not imported torch.distributed has no group, and need not pay for the import.
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and bool(dist.is_initialized())

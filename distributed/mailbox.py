@@ -1,0 +1,98 @@
+"""What coordination needs of a torch store, in calls that never wait for a key.
+
+A ``get`` or ``wait`` of torch's stores blocks until the key is there, can't be interrupted, and logs a
+warning when it times out. Every call here returns at once: a key that is not there is an answer, not a reason
+to wait. All ranks use the same keys; who may write which is the caller's matter. Values of any size are split
+so that no message exceeds what TCPStore's server accepts (8 MiB; more and it closes the connection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+CHUNK_BYTES = 1 << 20
+BATCH_KEYS = 256
+_ABSENT = "\x00absent"
+_WHOLE, _SPLIT = b"w", b"s"
+
+
+class Mailbox:
+    """Keys and values over one connection to ``store`` (a ``torch.distributed.Store``)."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._batched = bool(store.has_extended_api())
+
+    def put(self, key: str, value: bytes) -> None:
+        """Sets a value; what reads the key sees all of it or nothing."""
+        if len(value) <= CHUNK_BYTES:
+            self._store.set(key, _WHOLE + value)
+            return
+        parts = range(0, len(value), CHUNK_BYTES)
+        for number, start in enumerate(parts):
+            self._store.set(_part(key, number), value[start : start + CHUNK_BYTES])
+        self._store.set(key, _SPLIT + str(len(parts)).encode())
+
+    def peek(self, key: str) -> bytes | None:
+        """The value that `put` set, or None where there is none."""
+        raw = self._peek_raw(key)
+        return None if raw is None else self._whole(key, raw)
+
+    def peek_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The values of many keys; in one message each `BATCH_KEYS` where the store can and all are there."""
+        values: list[bytes | None] = []
+        for start in range(0, len(keys), BATCH_KEYS):
+            batch = list(keys[start : start + BATCH_KEYS])
+            if self._batched and len(batch) > 1 and self._store.check(batch):
+                raws = self._store.multi_get(batch)
+                values += [self._whole(key, raw) for key, raw in zip(batch, raws, strict=True)]
+            else:
+                values += [self.peek(key) for key in batch]
+        return values
+
+    def has_all(self, keys: Sequence[str]) -> bool:
+        """Whether every key is there: one message."""
+        return bool(self._store.check(list(keys)))
+
+    def settle(self, key: str, outcome: str) -> str:
+        """Sets ``key`` where nobody has set it; the value that stands, ours or the earlier one."""
+        return bytes(self._store.compare_set(key, "", outcome)).decode()
+
+    def settled(self, key: str) -> str | None:
+        """What `settle` left at ``key``, or None."""
+        raw = self._peek_raw(key)
+        return None if raw is None else raw.decode()
+
+    def count(self, key: str, amount: int) -> int:
+        """Adds ``amount`` (0 to look only) to a counter; the new total."""
+        return int(self._store.add(key, amount))
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Removes keys that nobody reads any more, where the store can."""
+        for key in keys:
+            raw = self._peek_raw(key)
+            if raw is None:
+                continue
+            split = raw[:1] == _SPLIT and raw[1:].isdigit()
+            parts = [_part(key, number) for number in range(int(raw[1:]))] if split else []
+            for name in (key, *parts):
+                with contextlib.suppress(NotImplementedError):
+                    self._store.delete_key(name)
+
+    def _peek_raw(self, key: str) -> bytes | None:
+        # A comparison with a value that no key has changes nothing, and answers at once with what is there.
+        raw = bytes(self._store.compare_set(key, _ABSENT, _ABSENT))
+        return None if raw == _ABSENT.encode() else raw
+
+    def _whole(self, key: str, raw: bytes) -> bytes:
+        raw = bytes(raw)
+        if raw[:1] != _SPLIT:
+            return raw[1:]
+        # Parts are set before their key, so they are all there.
+        return b"".join(bytes(self._store.get(_part(key, number))) for number in range(int(raw[1:])))
+
+
+def _part(key: str, number: int) -> str:
+    return f"{key}/part{number}"
