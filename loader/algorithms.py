@@ -20,6 +20,8 @@ __all__ = [
     "AlgorithmPass",
     "Event",
     "apply_required",
+    "metrics_logger",
+    "ordered_algorithms",
     "register_algorithm",
     "registered_algorithm",
     "required_algorithms",
@@ -61,7 +63,7 @@ def register_algorithm(constructor: Callable[..., Any], name: str | None = None)
 
     Usable as a decorator. Composer's own algorithms need no registration where Composer has been imported.
     """
-    key = name or getattr(constructor, "__name__", "")
+    key = name or str(getattr(constructor, "__name__", ""))
     if not key.isidentifier():
         raise ValueError(f"{key!r} is no name for an algorithm: expected an identifier")
     _REGISTRY[key] = constructor
@@ -160,24 +162,17 @@ def _rebuild(constructor: Callable[..., Any], name: str, text: str) -> Any | Non
         return None  # the constructor has changed since: the caller warns, with the text
 
 
-def apply_required(
-    missing: Sequence[Any],
-    state: Any,
-    logger: Any,
-    algorithm_passes: Sequence[AlgorithmPass] | None = None,
-    note_change: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Appends `missing` to ``state.algorithms`` and applies them, in the order of the passes.
+def ordered_algorithms(
+    missing: Sequence[Any], present: Sequence[Any], algorithm_passes: Sequence[AlgorithmPass] | None = None
+) -> list[Any]:
+    """`missing` in the order in which the passes let them run; applies nothing.
 
-    Raises `OptionError` where a pass puts one of them before an algorithm of the user's, which has been applied
-    already, and `AlgorithmError` where applying fails; both are ValueErrors. Calls `note_change` before each
-    change.
+    Raises `OptionError` (a ValueError) where a pass puts one of them before one of `present`, which has been
+    applied already.
     """
     if not missing:
-        return
-    names = [type(algorithm).__qualname__ for algorithm in missing]
-    way_out = f"To load without them, use exclude_algorithms={names!r}"
-    order = [*state.algorithms, *missing]
+        return []
+    order = [*present, *missing]
     for algorithm_pass in algorithm_passes or ():
         order = list(algorithm_pass(order, _init_event(missing[0])))
     new = {id(algorithm) for algorithm in missing}
@@ -185,9 +180,20 @@ def apply_required(
     if flags != sorted(flags):
         raise OptionError(
             f"The checkpoint needs {[repr(a) for a in missing]}, but the algorithm passes order at least one "
-            f"of them before an algorithm of this job, which has been applied already. {way_out}"
+            f"of them before an algorithm of this job, which has been applied already. {_way_out(missing)}"
         )
-    for algorithm in (a for a in order if id(a) in new):
+    return [algorithm for algorithm in order if id(algorithm) in new]
+
+
+def apply_required(
+    ordered: Sequence[Any], state: Any, logger: Any, note_change: Callable[[str], None] = lambda name: None
+) -> None:
+    """Appends `ordered` to ``state.algorithms`` and applies each at ``INIT``, warning of it.
+
+    Raises `AlgorithmError` (a ValueError) where applying fails. Calls `note_change` before each change.
+    """
+    logger = metrics_logger(logger)
+    for algorithm in ordered:
         note_change(f"algorithm {algorithm!r}")
         state.algorithms.append(algorithm)
         event = _init_event(algorithm)
@@ -196,12 +202,18 @@ def apply_required(
                 algorithm.apply(event, state, logger)
         except Exception as error:
             raise AlgorithmError(
-                f"The checkpoint needs {algorithm!r}, but applying it failed: {error}. {way_out}"
+                f"The checkpoint needs {algorithm!r}, but applying it failed: {error}. {_way_out(ordered)}"
             ) from error
         warnings.warn(
-            f"Added {algorithm!r}, which the checkpoint was trained with and which is required on load. {way_out}",
+            f"Added {algorithm!r}, which the checkpoint was trained with and which is required on load. "
+            f"{_way_out(ordered)}",
             stacklevel=2,
         )
+
+
+def _way_out(algorithms: Sequence[Any]) -> str:
+    names = [type(algorithm).__qualname__ for algorithm in algorithms]
+    return f"To load without them, use exclude_algorithms={names!r}"
 
 
 def _init_event(algorithm: Any) -> Any:
@@ -212,20 +224,41 @@ def _init_event(algorithm: Any) -> Any:
     return Event.INIT
 
 
-def without_unregistered(entries: Any) -> tuple[Any, list[str]]:
-    """`entries` without those whose text is not one call of a registered constructor with literals.
+def without_unregistered(entries: Any, present: Sequence[Any] = ()) -> tuple[Any, list[str]]:
+    """`entries` without text that is not one call of a registered constructor with literals.
 
-    For a state object that would evaluate the text itself, as Composer's does. Returns what is left, and the
+    For a state object that would evaluate the text itself, as Composer's does. One of `present` that is not
+    required on load, whose text nobody evaluates, keeps the rest of its entry. Returns what is left, and the
     names of what was taken out although it is required on load (or may be: its class is not known).
     """
     if not isinstance(entries, list):
         return [], []
-    kept, refused = [], []
+    own = {type(algorithm).__qualname__ for algorithm in present}
+    kept: list[Any] = []
+    refused: list[str] = []
     for entry, (name, text) in zip(entries, saved_algorithms(entries), strict=True):
         constructor = registered_algorithm(name)
+        required = constructor is not None and getattr(constructor, "required_on_load", lambda: False)()
         call = parse_call(text)
         if constructor is not None and call is not None and call[0] == name:
             kept.append(entry)
-        elif constructor is None or getattr(constructor, "required_on_load", lambda: False)():
+        elif name in own and not required and isinstance(entry[1], Mapping):
+            kept.append((name, {key: value for key, value in entry[1].items() if key != "repr"}))
+        elif constructor is None or required:
             refused.append(name)
     return kept, refused
+
+
+class _Unheard:
+    """Takes what an algorithm logs where the user's logger takes no metrics."""
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def metrics_logger(logger: Any) -> Any:
+    """`logger` where it takes hyperparameters, as algorithms expect; else one that drops them."""
+    return logger if callable(getattr(logger, "log_hyperparameters", None)) else _Unheard()

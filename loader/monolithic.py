@@ -117,7 +117,7 @@ def _composer(tree: Mapping[str, Any]) -> Contents:
         if isinstance(state.get(part), list):
             state[part] = dict(state[part])
     extra = {key: value for key, value in tree.items() if key not in ("state", "rng")}
-    return Contents("composer", state, _rng_list(tree.get("rng")), extra)
+    return Contents("composer", state, rng_list(tree.get("rng")), extra)
 
 
 _Names = tuple[Sequence[str], Sequence[str], str]
@@ -189,7 +189,7 @@ def _contents_of(
         state["scaler"] = {scaler: parts["scaler"]}
     if "timestamp" in parts:
         state["timestamp"] = parts["timestamp"]
-    rng = _rng_list(parts.get("rng"))
+    rng = rng_list(parts.get("rng"))
     extra = {key: value for key, value in tree.items() if key not in claimed}
     if "rng" in parts and rng is None:
         extra["rng"] = parts["rng"]  # of a form that is not ours: handed on as it is
@@ -228,7 +228,7 @@ def _tensors(value: Any, key: str, file: str) -> dict[str, Any]:
 _RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
 
 
-def _rng_list(value: Any) -> list[Any] | None:
+def rng_list(value: Any) -> list[Any] | None:
     """RNG states as a list with an entry a rank; None where `value` is nothing of that kind."""
     if isinstance(value, Mapping) and value and set(value) <= _RNG_KEYS:
         return [dict(value)]

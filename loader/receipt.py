@@ -35,7 +35,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a load did; the same on every rank."""
+    """What a load did; the same on every rank, but for `cache_dir`."""
 
     path: str
     kind: str
@@ -47,6 +47,7 @@ class Receipt:
     weights_only: bool
     verify: str
     cache_dir: str | None = None
+    """Where this node kept what was fetched or unpacked, while it was read; None where nothing was."""
     restored: tuple[str, ...] = ()
     """Parts, such as ``model (12 tensors, 4,096 bytes)`` or ``scheduler StepLR``."""
     ignored: tuple[str, ...] = ()

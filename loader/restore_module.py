@@ -57,8 +57,8 @@ def plan_module(
     refuse_sharded(module)
     targets = module_tensors(module)
     match = match_names(all_names if all_names is not None else saved, targets, rename)
-    hooks = overrides_loading(module)
-    plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=hooks)
+    hooks = tuple(loading_overrides(module))
+    plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=bool(hooks))
     for source_name, target_name in match.target_of.items():
         if source_name not in saved:
             continue
@@ -75,10 +75,13 @@ def plan_module(
     )
     plan.mismatch.unexpected.extend(f"model/{name}" for name in match.unexpected if name in saved)
     if hooks and (plan.mismatch.missing or plan.mismatch.unexpected):
-        # Hooks may rename what they are given, so only the module itself can tell.
-        plan.sources.update({name: saved[name] for name in match.unexpected if name in saved})
-        plan.mismatch.missing.clear()
-        plan.mismatch.unexpected.clear()
+        # Hooks may rename what they are given, so only the part itself can tell.
+        told = tuple(f"model/{prefix}" for prefix in hooks)
+        plan.sources.update(
+            {name: saved[name] for name in match.unexpected if name in saved and name.startswith(hooks)}
+        )
+        plan.mismatch.missing = [name for name in plan.mismatch.missing if not name.startswith(told)]
+        plan.mismatch.unexpected = [name for name in plan.mismatch.unexpected if not name.startswith(told)]
     if not hooks:
         _refuse_unfillable(plan, module)
     return plan
@@ -154,22 +157,30 @@ def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
     }
 
 
-def overrides_loading(module: nn.Module) -> bool:
-    """Whether loading runs code of the user's: hooks, or an overridden loader outside ``torch.nn``."""
+def loading_overrides(module: nn.Module) -> list[str]:
+    """Prefixes of the parts whose loading runs code of the user's: hooks, or an overridden loader.
+
+    Parts that save nothing do not count: they are not loaded (metrics, for one).
+    """
     own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    if any(
-        isinstance(value, torch.Tensor) and name not in own
-        for name, value in module.state_dict(keep_vars=True).items()
-    ):
+    saved = module.state_dict(keep_vars=True)
+    if any(isinstance(value, torch.Tensor) and name not in own for name, value in saved.items()):
+        return [""]
+    found = []
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if any(key.startswith(prefix) for key in saved) and _overrides_loading(part):
+            found.append(prefix)
+    return found
+
+
+def _overrides_loading(part: nn.Module) -> bool:
+    if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
         return True
-    for part in module.modules():
-        if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
-            return True
-        for method in ("_load_from_state_dict", "load_state_dict"):
-            home = getattr(getattr(type(part), method), "__module__", "")
-            if not home.startswith("torch."):
-                return True
-    return False
+    return any(
+        not getattr(getattr(type(part), method), "__module__", "").startswith("torch.")
+        for method in ("_load_from_state_dict", "load_state_dict")
+    )
 
 
 def refuse_sharded(module: nn.Module) -> None:

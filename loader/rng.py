@@ -31,7 +31,7 @@ def capture_rng() -> RngState:
         "numpy": np.random.get_state(),
         "torch": torch.random.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _cuda_is_initialised():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -40,8 +40,8 @@ def gather_rng() -> list[RngState]:
     """Every rank's random states, by global rank, on every rank. All ranks must call it."""
     from ..distributed.session import open_session
 
-    with open_session() as (_, channel):
-        return gather_states(channel, capture_rng())
+    with open_session() as session:
+        return gather_states(session.channel, capture_rng())
 
 
 def gather_states(channel: Channel, state: RngState) -> list[RngState]:
@@ -76,8 +76,12 @@ def apply_state(state: Mapping[str, Any]) -> None:
         np.random.set_state(checked["numpy"])
     if "torch" in checked:
         torch.random.set_rng_state(checked["torch"])
-    if "cuda" in checked and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if "cuda" in checked and _cuda_is_initialised():
         torch.cuda.set_rng_state(checked["cuda"])
+
+
+def _cuda_is_initialised() -> bool:
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def check_state(state: Mapping[str, Any], where: str = "rng") -> RngState:

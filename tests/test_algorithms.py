@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-
 from rankload.loader import algorithms
 from rankload.loader.algorithms import (
     Algorithm,
     apply_required,
+    ordered_algorithms,
     parse_call,
     register_algorithm,
     required_algorithms,
@@ -147,13 +147,13 @@ def test_passes_order_them_and_may_not_put_them_before_the_users() -> None:
     job = Job()
     missing = required_algorithms(saved(Widen(3), Deepen(1)), job.algorithms)
     with pytest.warns(UserWarning):
-        apply_required(missing, job, None, [backwards])
+        apply_required(ordered_algorithms(missing, job.algorithms, [backwards]), job, None)
     assert [name for name, _ in job.applied] == ["Deepen(factor=1)", "Widen(factor=3)"]
 
     job = Job(Deepen(9))
     missing = required_algorithms(saved(Widen(3)), job.algorithms)
     with pytest.raises(OptionError, match="exclude_algorithms") as caught:
-        apply_required(missing, job, None, [backwards])
+        apply_required(ordered_algorithms(missing, job.algorithms, [backwards]), job, None)
     assert isinstance(caught.value, ValueError)
     assert job.applied == []
 

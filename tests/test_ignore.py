@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rankload.loader.errors import OptionError
 from rankload.loader.ignore import ignore
 

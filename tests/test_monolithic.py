@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from rankload.loader.errors import FormatError
 from rankload.loader.monolithic import read_layout
 from rankload.loader.values import InertObject, LazyTensor, StorageRef

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from rankload.loader.errors import OptionError
 from rankload.loader.options import LoadOptions, resolve_options
 

@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 import pytest
-
 from rankload.loader.errors import OptionError
 from rankload.loader.receipt import FileRecord, Receipt, StageRecord, check_logger, log_receipt
 

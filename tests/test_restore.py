@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from rankload.loader.errors import MismatchError
 from rankload.loader.ignore import ignore
 from rankload.loader.materialize import Reader
@@ -17,6 +15,7 @@ from rankload.loader.monolithic import read_layout
 from rankload.loader.restore import apply_state, optimizer_classes, plan_state, scheduler_classes
 from rankload.loader.state import State
 from rankload.loader.torch_file import read_index
+from torch import nn
 
 
 class Net(nn.Module):

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from rankload.loader.errors import FormatError
 from rankload.loader.rng import apply_state, capture_rng, complete_states, decode, encode
 

@@ -1,0 +1,63 @@
+"""The last stage before the first change: everything that can be compared is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arguments import LoadRequest
+from .checkpoint import Checkpoint
+from .ignore import Ignored
+from .materialize import Reader, realise, require_safe
+from .monolithic import Contents
+from .restore_target import Prepared, prepare_restore
+from .rng import RngState, check_state
+from .stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A load in which everything fits, one step before its first change."""
+
+    contents: Contents
+    prepared: Prepared
+    reader: Reader
+    rng: list[RngState] | None
+    extra: dict[str, Any]
+    realise_options: dict[str, Any]
+
+
+def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch: Stopwatch) -> Checked:
+    """Compares names, shapes, dtypes and types with what they are to be restored into; changes nothing."""
+    with watch.stage("check"):
+        contents = checkpoint.contents.with_tree(ignored.tree)
+        options: dict[str, Any] = {
+            "safe_types": request.options.safe_types,
+            "file": checkpoint.states_file or checkpoint.name,
+        }
+        verify = request.options.verify or "during"
+        reader = Reader(verify=verify, on_bytes=watch.count)
+        wanted = _wanted_parts(contents, weights_only=request.weights_only)
+        for part, tree in wanted.items():
+            require_safe(tree, path=part, **options)
+        prepared = prepare_restore(request, checkpoint, contents, checkpoint.contents)
+        prepared.mismatch.raise_if_any(checkpoint.name, strict=request.strict)
+        if verify == "before":
+            reader.verify(checkpoint.storages(wanted))
+        rng: list[RngState] | None = None
+        extra: dict[str, Any] = {}
+        if not request.weights_only:
+            if contents.rng is not None:
+                real = realise(contents.rng, reader=reader, path="rng", **options)
+                rng = [
+                    check_state(state, f"{checkpoint.name}: rng/{rank}") for rank, state in enumerate(real)
+                ]
+            extra = realise(contents.extra, reader=reader, **options)
+    return Checked(contents, prepared, reader, rng, extra, options)
+
+
+def _wanted_parts(contents: Contents, *, weights_only: bool) -> dict[str, Any]:
+    """The parts of a checkpoint that will be read, by key."""
+    if weights_only:
+        return {"state/model": contents.state.get("model")}
+    return {"state": contents.state, "rng": contents.rng, **contents.extra}

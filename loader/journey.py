@@ -1,0 +1,246 @@
+"""A load from end to end. `load` tells the journey; each stage takes a value and returns a value.
+
+    arguments → locate → fetch → read → (fetch → read)* → ignore → check → restore → agree → RNG → receipt
+
+Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns
+is changed before ``restore``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..distributed.session import Session, open_session
+from .algorithms import AlgorithmPass
+from .arguments import LoadRequest, check_same
+from .check import Checked, check
+from .checkpoint import Checkpoint, open_checkpoint
+from .engine import finish_engine
+from .errors import OptionError, PartialRestoreError, RankloadError
+from .ignore import Ignored, IgnoreKeys, ignore
+from .options import LoadOptions, resolve_options
+from .proof import make_receipt
+from .receipt import Receipt, check_logger, log_receipt
+from .restore_target import apply_restore
+from .rng import RngState, complete_states, decode, encode
+from .state import ForeignState, State
+from .stopwatch import Stopwatch
+from .timestamps import agree_on_timestamp
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What a load gives back."""
+
+    rng_states: list[RngState] | None
+    """One entry per rank of this world, for `restore_rng`; None with ``load_weights_only`` or without ``rng``."""
+    receipt: Receipt
+    extra: dict[str, Any]
+    """What the checkpoint has at its top level and nobody claims, as real values."""
+
+
+def load_checkpoint(
+    path: str,
+    state: Any,
+    logger: Any = None,
+    object_store: Any = None,
+    load_weights_only: bool = False,
+    strict_model_weights: bool = True,
+    progress_bar: bool = True,
+    ignore_keys: IgnoreKeys | str | None = None,
+    exclude_algorithms: Collection[str] | None = None,
+    algorithm_passes: Sequence[AlgorithmPass] | None = None,
+    *,
+    options: LoadOptions | Mapping[str, Any] | None = None,
+) -> list[RngState] | None:
+    """Restores the checkpoint at `path` into `state`, on every rank or on none.
+
+    Every rank of the job must call it, with the same arguments. See `load` for what they mean.
+
+    Returns:
+        The RNG states, one per rank of this world, for `restore_rng`; they are not applied. None with
+        `load_weights_only`, where the checkpoint has none, or where ``rng`` is ignored.
+    """
+    return load(
+        path,
+        state,
+        logger,
+        object_store,
+        load_weights_only,
+        strict_model_weights,
+        progress_bar,
+        ignore_keys,
+        exclude_algorithms,
+        algorithm_passes,
+        options=options,
+    ).rng_states
+
+
+def load(
+    path: str,
+    state: Any,
+    logger: Any = None,
+    object_store: Any = None,
+    load_weights_only: bool = False,
+    strict_model_weights: bool = True,
+    progress_bar: bool = True,
+    ignore_keys: IgnoreKeys | str | None = None,
+    exclude_algorithms: Collection[str] | None = None,
+    algorithm_passes: Sequence[AlgorithmPass] | None = None,
+    *,
+    options: LoadOptions | Mapping[str, Any] | None = None,
+) -> LoadResult:
+    """Restores the checkpoint at `path` into `state`, on every rank or on none; tells what it did.
+
+    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ).
+
+    Args:
+        path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`; may hold
+            ``{rank}``, ``{local_rank}``, ``{node_rank}``, ``{run_name}`` (or ``<rank>`` and so on).
+        state: a `State`, or an object that loads itself as Composer's ``State`` does.
+        logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``.
+        object_store: where `path` lies: an fsspec file system, an object with ``download_object``, or one with
+            ``download_file``.
+        load_weights_only: the model's weights and buffers, and nothing else.
+        strict_model_weights: whether missing and unexpected names are an error. Wrong shapes always are.
+        progress_bar: whether rank 0 shows the bytes of all nodes while something is downloaded.
+        ignore_keys: globs over ``/``-joined keys, or a callable that changes the nested dict.
+        exclude_algorithms: names of algorithms not to be added, although the checkpoint needs them.
+        algorithm_passes: put the added algorithms in order.
+        options: `LoadOptions`, or a mapping of its fields.
+
+    Raises:
+        RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
+            `PartialRestoreError` (or comes after it began, a `TimestampError`), nothing was changed.
+    """
+    try:
+        resolved, problem = resolve_options(options), None
+    except OptionError as error:
+        # Told to the others once they can be talked to: they are on their way here.
+        resolved, problem = resolve_options(None, {}), error
+    request = LoadRequest(
+        path,
+        state,
+        logger,
+        object_store,
+        load_weights_only,
+        strict_model_weights,
+        progress_bar,
+        ignore_keys,
+        exclude_algorithms,
+        algorithm_passes,
+        resolved,
+    )
+    stall_timeout_s = resolved.stall_timeout_s or 120.0
+    with open_session(stall_timeout_s=stall_timeout_s) as session, contextlib.ExitStack() as leaving:
+        watch = Stopwatch(session.channel)
+        _agree_on_arguments(request, problem, session, watch)
+        checkpoint = open_checkpoint(request, session, watch, leaving)
+        ignored = _leave_out(request, checkpoint, watch)
+        checked = check(request, checkpoint, ignored, watch)
+        restored = _restore(request, checkpoint, checked, watch)
+        _finish(checkpoint, checked, watch)
+        agree_on_timestamp(request.state, session.channel)
+        rng_states, derived = _rng(request, checkpoint, checked, session, watch)
+        receipt = make_receipt(request, checkpoint, ignored, checked, restored, derived, session, watch)
+    if session.topology.rank == 0:
+        log_receipt(receipt, request.logger)
+    return LoadResult(rng_states, receipt, checked.extra)
+
+
+def _agree_on_arguments(
+    request: LoadRequest, problem: OptionError | None, session: Session, watch: Stopwatch
+) -> None:
+    """All ranks were asked for the same, and for something that can be done."""
+    with watch.stage("arguments"):
+        if problem is not None:
+            raise problem
+        check_logger(request.logger)
+        if not isinstance(request.state, State | ForeignState):
+            raise OptionError(
+                f"state={type(request.state).__name__}: expected a rankload.loader.State, or an object with "
+                "load_state_dict and load_model_state such as Composer's State"
+            )
+    session.channel.decide("same arguments", request.comparable(), check_same)
+
+
+def _leave_out(request: LoadRequest, checkpoint: Checkpoint, watch: Stopwatch) -> Ignored:
+    """The checkpoint's nested dict without what ``ignore_keys`` names."""
+    with watch.stage("ignore"):
+        ignored = ignore(checkpoint.contents.as_tree(), request.ignore_keys)
+        for glob in ignored.unmatched:
+            warnings.warn(f"ignore_keys: {glob!r} matches nothing in {checkpoint.name}", stacklevel=3)
+        return ignored
+
+
+def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> list[str]:
+    """The only stage that changes what the user owns."""
+    changed: list[str] = []
+    with watch.stage("restore"):
+        try:
+            return apply_restore(
+                request,
+                checked.prepared,
+                checked.contents,
+                checkpoint.contents,
+                checked.reader,
+                changed.append,
+                checked.realise_options,
+            )
+        except Exception as error:
+            # A peer's failure, heard of in the midst of our own changes, is settled for all by now.
+            raise _partial(error, checkpoint.name, changed) from error
+
+
+def _finish(checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> None:
+    """What DeepSpeed does together, now that every rank is known to be well."""
+    if checked.prepared.engine is None:
+        return
+    with watch.stage("finish"):
+        try:
+            finish_engine(checked.prepared.engine)
+        except Exception as error:
+            raise _partial(error, checkpoint.name, ["all parts"]) from error
+
+
+def _partial(error: Exception, name: str, changed: list[str]) -> RankloadError:
+    if isinstance(error, PartialRestoreError):
+        error.details["changed"] = list(dict.fromkeys([*error.changed, *changed]))
+        return error
+    message = error.message if isinstance(error, RankloadError) else f"{type(error).__name__}: {error}"
+    what = ", ".join(changed) or "nothing on this rank, but others may have begun"
+    return PartialRestoreError(
+        f"the restore of {name} failed after it began; changed: {what}. {message} "
+        "Take the model, optimizer and state as undefined until a load succeeds",
+        path=name,
+        changed=changed,
+    )
+
+
+def _rng(
+    request: LoadRequest, checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch
+) -> tuple[list[RngState] | None, tuple[str, ...]]:
+    """One random state for each rank of this world, and which of them were derived."""
+    saved = checked.rng
+    with watch.lap("rng"):
+        if checkpoint.rng_per_rank and not request.weights_only:
+            # Each rank's file has its own; a rank without one keeps all from having them.
+            each = session.channel.gather_bytes("rng", encode(saved[0]) if saved else b"")
+            saved = [decode(state) for state in each] if all(each) else None
+    if not saved:
+        return None, ()
+    seed = checked.contents.state.get("rank_zero_seed")
+    states, derived = complete_states(
+        saved, session.topology.world_size, seed if isinstance(seed, int) else None
+    )
+    if derived and session.topology.rank == 0:
+        warnings.warn(
+            f"{checkpoint.name} has RNG states of {len(saved)} ranks, this world has "
+            f"{session.topology.world_size}; derived: {', '.join(derived)}",
+            stacklevel=3,
+        )
+    return states, derived

@@ -1,0 +1,74 @@
+"""Making the receipt out of what every rank did."""
+
+from __future__ import annotations
+
+from ..distributed.session import Session
+from .arguments import LoadRequest
+from .check import Checked
+from .checkpoint import Checkpoint
+from .ignore import Ignored
+from .receipt import FileRecord, Receipt, StageRecord
+from .stopwatch import Stopwatch
+
+
+def make_receipt(
+    request: LoadRequest,
+    checkpoint: Checkpoint,
+    ignored: Ignored,
+    checked: Checked,
+    restored: list[str],
+    derived: tuple[str, ...],
+    session: Session,
+    watch: Stopwatch,
+) -> Receipt:
+    """The same receipt on every rank, from what each rank did."""
+    own = {
+        "node": session.topology.node_rank,
+        "laps": [[lap.stage, lap.seconds, lap.bytes] for lap in watch.laps],
+        "files": [
+            [file.name, file.size_bytes, file.fetched_bytes, file.verified] for file in checkpoint.files
+        ],
+    }
+    everybody = session.channel.gather("receipt", own)
+    # Every rank of a node tells what the node fetched for it.
+    cost: dict[str, dict[int, int]] = {}
+    files: dict[str, FileRecord] = {}
+    for one in everybody:
+        for name, size, fetched, verified in one["files"]:
+            by_node = cost.setdefault(name, {})
+            by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
+            known = files.get(name)
+            files[name] = FileRecord(
+                name,
+                size,
+                sum(by_node.values()),
+                verified and (not known or known.verified),
+            )
+    prepared = checked.prepared
+    verify = request.options.verify or "during"
+    return Receipt(
+        path=checkpoint.name,
+        kind=checkpoint.kind,
+        layout=checkpoint.contents.layout,
+        saved_world_size=checkpoint.saved_world_size,
+        world_size=session.topology.world_size,
+        n_nodes=session.topology.n_nodes,
+        weights_only=request.weights_only,
+        verify=verify,
+        cache_dir=checkpoint.cache_dir,
+        restored=tuple(restored),
+        ignored=ignored.paths,
+        missing=tuple(prepared.mismatch.missing),
+        unexpected=tuple(prepared.mismatch.unexpected),
+        renamed=prepared.renamed,
+        cast=prepared.cast,
+        derived=(*derived, *(f"{name} (zeros)" for name in prepared.reset)),
+        unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
+        not_restored=() if request.weights_only else tuple(prepared.not_restored),
+        files=tuple(files.values()),
+        stages=tuple(
+            StageRecord(rank, stage, seconds, count)
+            for rank, one in enumerate(everybody)
+            for stage, seconds, count in one["laps"]
+        ),
+    )

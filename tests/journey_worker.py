@@ -1,0 +1,302 @@
+"""What the ranks of test_journey.py do. Each function runs on every rank; an assertion ends its process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from rankload.loader import RankloadError, State, load, load_checkpoint
+from torch import nn
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Classifier(nn.Module):
+    """The shape of the model that the composer-zero*-w2 checkpoints hold, under Composer's names."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+def start_deepspeed() -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Otherwise a kernel that nobody needs here is compiled first, for two minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed("gloo", verbose=False)
+    return deepspeed
+
+
+def classifier_engine(stage: int, seed: int = 5) -> Any:
+    deepspeed = start_deepspeed()
+    model = Classifier(seed)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "steps_per_print": 100_000,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def forward_of_linspace(engine: Any) -> torch.Tensor:
+    engine.eval()
+    with torch.no_grad():
+        return engine(torch.linspace(-1, 1, 64).reshape(8, 8)).clone()
+
+
+def composer_zero(root: str, expected: str) -> None:
+    """Restores Composer's archives of stages 1 and 3, fully and weights only, and compares the forward pass.
+
+    `root` is where the composer-zero*-w2 folders lie, `expected` the folder that has their expected.json. Prints
+    the receipts of the full loads.
+    """
+    receipts = []
+    for stage in (1, 3):
+        told = json.loads(Path(expected, f"composer-zero{stage}-w2", "expected.json").read_text())
+        wanted = torch.tensor(told["forward_of_linspace"])
+        path = f"{root}/composer-zero{stage}-w2/ep1-ba4-rank{{rank}}.pt.tar"
+        for weights_only in (False, True):
+            engine = classifier_engine(stage)
+            assert not torch.allclose(forward_of_linspace(engine), wanted)
+            state = State(engine)
+            result = load(path, state, load_weights_only=weights_only)
+            assert torch.allclose(forward_of_linspace(engine), wanted)
+            if weights_only:
+                assert result.rng_states is None
+            else:
+                assert state.timestamp["batch"] == 4
+                assert result.rng_states is not None
+                assert len(result.rng_states) == 2
+                assert engine.global_steps == 4
+                receipts.append(result.receipt.as_dict())
+    print(json.dumps(receipts))
+
+
+def deepspeed_folder(folder: str, stage: str) -> None:
+    """Restores a DeepSpeed folder; compares every tensor with what DeepSpeed recorded when it saved, and the next
+    losses with those of a run on this machine that never stopped."""
+    from safetensors.torch import load_file
+    from zero_model import LATER_DATA_SEED, full_state, make_engine, module_state, train
+
+    start_deepspeed()
+    wanted = load_file(f"{folder}/oracle.safetensors")
+    told = json.loads(Path(folder, "oracle.json").read_text())
+
+    engine = make_engine(int(stage), seed=7)
+    result = load(folder, State(engine), load_weights_only=True)
+    found = module_state(engine)
+    for name, value in wanted.items():
+        if name.startswith(("module/", "buffer/")):
+            assert torch.equal(found[name], value), name
+    assert result.rng_states is None
+
+    engine = make_engine(int(stage), seed=8)
+    result = load(folder, State(engine))
+    found = full_state(engine)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    assert engine.global_steps == told["global_steps"]
+    assert result.extra == {"epoch": 3}
+    assert result.rng_states is not None
+    assert len(result.rng_states) == 4
+    assert len(result.receipt.derived) == (3 if stage == "1" else 0)
+    losses = train(engine, 2, RANK, LATER_DATA_SEED)
+
+    # The recorded losses are another machine's: its arithmetic may round otherwise from the first update on.
+    if RANK == 0:
+        assert losses[0] == told["losses_after"][0]
+        assert abs(losses[1] / told["losses_after"][1] - 1) < 1e-3, (losses, told)
+    unbroken = make_engine(int(stage), seed=0)
+    train(unbroken, 3, RANK)
+    assert losses == train(unbroken, 2, RANK, LATER_DATA_SEED)
+    print(json.dumps(result.receipt.as_dict()))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.up = nn.Linear(16, 64)
+        self.down = nn.Linear(64, 16)
+
+
+def plain_state() -> State:
+    model = Plain()
+    return State(model, torch.optim.AdamW(model.parameters()))
+
+
+def snapshot(state: State) -> list[torch.Tensor]:
+    """Copies of everything that a load may change."""
+    tensors = [value.detach().clone() for value in state.model.state_dict().values()]
+    for optimizer in state.optimizers:
+        tensors += [v.clone() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    return tensors
+
+
+def failing_plain(cases_json: str) -> None:
+    """Loads of a plain state that fail; see `fails`."""
+    fails(cases_json, plain_state, snapshot)
+
+
+def failing_archives(cases_json: str) -> None:
+    """Loads of Composer's archives into an engine of stage 1 that fail; see `fails`."""
+    engine = classifier_engine(1)
+    fails(cases_json, lambda: State(engine), engine_weights)
+
+
+def failing_folder(cases_json: str, stage: str) -> None:
+    """Loads of a DeepSpeed folder into an engine that fail; see `fails`."""
+    from zero_model import make_engine
+
+    start_deepspeed()
+    engine = make_engine(int(stage))
+    fails(cases_json, lambda: State(engine), engine_weights)
+
+
+def engine_weights(state: State) -> list[torch.Tensor]:
+    parameters = state.model.module.parameters()
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in parameters]
+
+
+def fails(cases_json: str, make: Callable[[], State], copies: Callable[[State], list[torch.Tensor]]) -> None:
+    """Runs each case, given as name to [path, options]; prints how it ended, for the parent to compare over ranks:
+    name to [type, message, whether anything of the state changed], and the seconds that each took."""
+    told: dict[str, list[Any]] = {}
+    seconds: dict[str, float] = {}
+    for name, (path, options) in json.loads(Path(cases_json).read_text()).items():
+        state = make()
+        before = copies(state)
+        begin = time.monotonic()
+        outcome = ["no error", ""]
+        try:
+            load_checkpoint(path, state, options=options)
+        except RankloadError as error:
+            outcome = [type(error).__name__, str(error)]
+        seconds[name] = time.monotonic() - begin
+        after = copies(state)
+        same = len(after) == len(before) and all(
+            torch.equal(a, b) for a, b in zip(after, before, strict=True)
+        )
+        told[name] = [*outcome, not same]
+    print(json.dumps([told, seconds]))
+
+
+def restores(path: str, expected: str, options: str = "{}") -> None:
+    """A load of a plain state whose weights must become those in the file `expected`; prints the receipt."""
+    state = plain_state()
+    result = load(path, state, options=json.loads(options))
+    wanted = torch.load(expected, weights_only=True)
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, wanted["model"][name]), name
+    assert torch.distributed.is_initialized() is False
+    print(json.dumps(result.receipt.as_dict()))
+
+
+def slow_with_a_hasty_group(path: str, expected: str, timeout_s: str) -> None:
+    """The same under a default group whose own time-out is much shorter than the load takes."""
+    import datetime
+
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=float(timeout_s)))
+    state = plain_state()
+    begin = time.monotonic()
+    load(path, state)
+    seconds = time.monotonic() - begin
+    wanted = torch.load(expected, weights_only=True)
+    assert torch.equal(state.model.up.weight, wanted["model"]["up.weight"])
+    assert torch.distributed.is_initialized()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    assert seconds > 10 * float(timeout_s), seconds
+
+
+def restores_ignoring(path: str, ignored: str, weights: str = "") -> None:
+    result = load(
+        path, plain_state(), load_weights_only=bool(weights), ignore_keys=[ignored] if ignored else None
+    )
+    print(json.dumps(result.receipt.as_dict()))
+
+
+def disagreeing(path: str) -> None:
+    """Ranks that pass different arguments all hear which."""
+    for argument, values in (
+        ("load_weights_only", (False, True)),
+        ("strict_model_weights", (True, False)),
+        ("ignore_keys", (["rng"], ["state"])),
+        ("path", (path, path + "x")),
+        ("options.verify", ("before", "off")),
+    ):
+        arguments: dict[str, Any] = {"path": path}
+        if argument == "options.verify":
+            arguments["options"] = {"verify": values[RANK]}
+        else:
+            arguments[argument] = values[RANK]
+        try:
+            load(state=plain_state(), **arguments)
+        except RankloadError as error:
+            assert f"argument {argument} differs between ranks" in str(error), str(error)
+        else:
+            raise AssertionError(argument)
+    try:
+        load(path, plain_state(), options={"chache_dir": "x"} if RANK else None)
+    except RankloadError as error:
+        assert "unknown option chache_dir" in str(error), str(error)
+        assert error.rank == 1
+    else:
+        raise AssertionError("options")
+
+
+def interrupted(path: str, number: str) -> None:
+    """Rank 0, which downloads, is sent a signal in the middle; the others hear of it."""
+    import signal
+    import threading
+
+    def once_bytes_arrive() -> None:
+        cache = Path(os.environ["RANKLOAD_CACHE_DIR"])
+        while not any(file.stat().st_size for file in cache.rglob("work-*/*") if file.is_file()):
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(os.getpid(), int(number))
+
+    if RANK == 0:
+        threading.Thread(target=once_bytes_arrive, daemon=True).start()
+        try:
+            load(path, plain_state())
+        except KeyboardInterrupt:
+            assert int(number) == signal.SIGINT
+            sys.exit(130)
+        raise AssertionError("not reached")
+    begin = time.monotonic()
+    try:
+        load(path, plain_state())
+    except RankloadError as error:
+        assert type(error).__name__ == "PeerError", (type(error), str(error))
+        assert "rank 0" in str(error)
+        print(time.monotonic() - begin)
+    else:
+        raise AssertionError("the load succeeded")
+
+
+if __name__ == "__main__":
+    # deepspeed's launcher puts --local_rank=N before the script's own arguments.
+    name, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    globals()[name](*arguments)

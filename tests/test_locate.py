@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from http_server import Served, counting_server
+from rankload.loader.errors import CorruptError, FormatError, NotFoundError, UnsafeError
+from rankload.loader.locate import Located, locate
+from rankload.loader.store import open_store
+
+MODEL = "mp_rank_00_model_states.pt"
+
+
+def found(path: object) -> Located:
+    store, name = open_store(str(path))
+    return locate(store, name)
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"x")
+    assert found(path) == Located("file", str(path), str(path))
+
+
+def test_a_file_without_a_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"x")
+    assert found(path).form == "file"
+
+
+def test_a_deepspeed_folder_by_latest_or_by_its_tag(tmp_path: Path) -> None:
+    tag = tmp_path / "global_step3"
+    tag.mkdir()
+    (tag / MODEL).write_bytes(b"x")
+    with pytest.raises(NotFoundError, match="neither a file nor a DeepSpeed folder"):
+        found(tmp_path)
+    (tmp_path / "latest").write_text("global_step3\n")
+    expected = Located("folder", str(tag), str(tag / MODEL), "global_step3")
+    assert found(tmp_path) == expected
+    assert found(f"{tmp_path}/") == expected
+    assert found(tag) == expected
+
+
+def test_stage_3_has_its_own_first_file(tmp_path: Path) -> None:
+    (tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert found(tmp_path).first.endswith("zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("head", [None, 405])
+def test_over_http_nothing_is_listed(head: int | None) -> None:
+    served = {
+        "/run/latest": Served(b"step3", head_status=head),
+        f"/run/step3/{MODEL}": Served(b"x" * 10_000, head_status=head),
+    }
+    with counting_server(served) as server:
+        located = found(server.url("/run"))
+        assert located.name == server.url("/run/step3")
+        assert located.first == server.url(f"/run/step3/{MODEL}")
+
+
+@pytest.mark.parametrize("text", ["../elsewhere", "a/b", "..", ".", "/etc", "a\\b", "a\x00b"])
+def test_latest_names_a_folder_beside_it_and_nothing_else(tmp_path: Path, text: str) -> None:
+    (tmp_path / "latest").write_text(text)
+    with pytest.raises(UnsafeError, match="expected the name of a folder beside it"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"x" * 5000])
+def test_a_broken_latest(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(CorruptError, match="latest"):
+        found(tmp_path)
+
+
+def test_a_tag_without_files(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step9")
+    with pytest.raises(NotFoundError, match="names the tag 'step9', but"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("marker", "kind"),
+    [
+        (".metadata", "DCP"),
+        ("latest_universal", "universal"),
+        ("model.safetensors", "safetensors"),
+        ("model.safetensors.index.json", "safetensors"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, marker: str, kind: str) -> None:
+    (tmp_path / marker).write_text("{}")
+    with pytest.raises(FormatError, match=kind):
+        found(tmp_path)
