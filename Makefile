@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q tests
 
 test-all: $(STAMP)
-	$(RUN) RANKLOAD_TEST_ALL=1 $(BIN)/python -m pytest -q tests
+	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q tests
 
 check: $(TOOLS)
 	$(BIN)/ruff check .

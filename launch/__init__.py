@@ -1,0 +1,1 @@
+"""The command line: ``rankload demo``, also ``python -m rankload.launch demo``."""

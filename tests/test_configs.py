@@ -1,0 +1,159 @@
+"""The launch examples in configs/, run as they are: torchrun, deepspeed, and Slurm with played commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import INHERITED_LAUNCHERS, REPOSITORY, free_port
+from rankload.launch.children import end
+
+CONFIGS = REPOSITORY / "configs"
+DEADLINE_S = 120
+STEPS = 3
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+# What srun gives each task, for two tasks on one node.
+SRUN = """#!/usr/bin/env bash
+set -u
+while [[ "$1" == --* ]]; do shift; done
+pids=()
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+    pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+exit $status
+"""
+SCONTROL = "#!/usr/bin/env bash\necho 127.0.0.1\n"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(INHERITED_LAUNCHERS)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        variables.pop(name, None)
+    scripts = str(Path(sys.executable).parent)
+    variables.update(
+        PYTHON=sys.executable,
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        RANKS="2",
+        MASTER_PORT=str(free_port()),
+        PATH=scripts + os.pathsep + variables["PATH"],
+    )
+    return {**variables, **extra}
+
+
+def run(script: str, *arguments: object, cwd: Path, **extra: str) -> str:
+    """What the launch example prints; its whole session ends with the deadline."""
+    with (cwd / "output").open("w+") as output:
+        process = subprocess.Popen(
+            [str(CONFIGS / script), *map(str, arguments)],
+            cwd=cwd,
+            env=environment(**extra),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(DEADLINE_S)
+        finally:
+            end(process)
+        output.seek(0)
+        said = output.read()
+    assert code == 0, said[-6000:]
+    return said
+
+
+def losses(said: str) -> dict[int, str]:
+    return {int(step): loss for step, loss in re.findall(r"step (\d+) loss (\S+)", said)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder saved after `STEPS` steps under torchrun, and the losses of a run that went one further."""
+    folder = tmp_path_factory.mktemp("trained")
+    save = ("--save", folder / "saved", "--save-at", STEPS)
+    whole = losses(run("torchrun.sh", "--steps", STEPS + 1, *save, cwd=folder))
+    assert sorted(whole) == list(range(1, STEPS + 2))
+    assert (folder / "saved" / "latest").read_text() == f"global_step{STEPS}"
+    return folder / "saved", whole
+
+
+def check(said: str, whole: dict[int, str]) -> None:
+    assert losses(said) == {STEPS + 1: whole[STEPS + 1]}, said
+    assert "restored " in said  # the receipt
+
+
+@needs_deepspeed
+def test_torchrun(trained, tmp_path):
+    saved, whole = trained
+    check(run("torchrun.sh", "--steps", 1, "--seed", 5, "--load", saved, cwd=tmp_path), whole)
+
+
+@needs_deepspeed
+def test_deepspeed_launcher(trained, tmp_path):
+    saved, whole = trained
+    launcher = shutil.which("deepspeed", path=environment()["PATH"])
+    if launcher is None:
+        pytest.skip("the deepspeed command is not installed")
+    check(run("deepspeed.sh", "--steps", 1, "--seed", 5, "--load", saved, cwd=tmp_path), whole)
+
+
+@needs_deepspeed
+def test_slurm(trained, tmp_path):
+    saved, whole = trained
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node[1]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "PATH": str(commands) + os.pathsep + environment()["PATH"],
+    }
+    check(run("slurm.sbatch", "--steps", 1, "--seed", 5, "--load", saved, cwd=tmp_path, **slurm), whole)
+
+
+@needs_deepspeed
+@pytest.mark.skipif("RANKLOAD_TEST_ALL" not in os.environ, reason="stages 2 and 3 run with make test-all")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_stages(stage, tmp_path):
+    config = {"CONFIG": str(CONFIGS / f"zero{stage}.json")}
+    save = ("--save", "saved", "--save-at", STEPS)
+    whole = losses(run("torchrun.sh", "--steps", STEPS + 1, *save, cwd=tmp_path, **config))
+    said = run("torchrun.sh", "--steps", 1, "--seed", 5, "--load", "saved", cwd=tmp_path, **config)
+    check(said, whole)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_configurations_are_of_their_stage(stage):
+    config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["optimizer"]["params"]["torch_adam"] is True
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])
+def test_scripts_are_sound(script):
+    assert os.access(CONFIGS / script, os.X_OK)
+    checked = subprocess.run(
+        ["bash", "-n", str(CONFIGS / script)], capture_output=True, text=True, timeout=20
+    )
+    assert checked.returncode == 0, checked.stderr
