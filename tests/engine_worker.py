@@ -285,6 +285,7 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "stage 3 bf16, subgroups": {"stage": 3, "zero": {"sub_group_size": 2000}},
     "stage 3 bf16, nothing persistent": {"stage": 3, "zero": {"stage3_param_persistence_threshold": 0}},
     "stage 3 fp32": {"stage": 3, "dtype": "fp32"},
+    "stage 2 bf16, legacy files": {"stage": 2, "config": {"checkpoint": {"checkpoint_serialization": False}}},
 }  # fmt: skip
 
 
@@ -312,6 +313,8 @@ def round_trip(folder: Path, settings: dict[str, Any], rank: int, world_size: in
         assert type(saver.optimizer).__name__ == kind, type(saver.optimizer)
     train(saver, 3, rank)
     saver.save_checkpoint(str(folder), tag="here", client_state={"epoch": 3})
+    if "legacy" in str(folder):
+        assert read_index(folder / "here" / model_file(0, partitioned=False)).format == "legacy"
     own, module, counts = own_state(saver), module_state(saver), numbers(saver)
     later = train(saver, 2, rank, seed=LATER_DATA_SEED)
     for trained in (0, 1):

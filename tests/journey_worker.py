@@ -296,6 +296,138 @@ def interrupted(path: str, number: str) -> None:
         raise AssertionError("the load succeeded")
 
 
+class Clock:
+    """A timestamp of the user's own, as Composer's: an object with ``batch``."""
+
+    def __init__(self, batch: int = 0) -> None:
+        self.batch = batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch = state["batch"]
+
+
+class AwryClock(Clock):
+    """One rank restores another moment."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batch = state["batch"] + RANK
+
+
+def draws() -> list[Any]:
+    import random
+
+    import numpy as np
+
+    return [random.random(), float(np.random.rand()), torch.rand(2).tolist()]
+
+
+def round_trip(folder: str) -> None:
+    """Saves with `State.state_dict` and `gather_rng`, restores into fresh objects, DDP-wrapped, and goes on."""
+    from rankload.loader import TimestampError, gather_rng, restore_rng
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(100 + RANK)
+
+    def job() -> State:
+        model = DistributedDataParallel(Plain())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        return State(model, optimizer, scheduler, timestamp=Clock(), rank_zero_seed=17, run_name="mine")
+
+    def step(state: State) -> None:
+        state.model.module.up.weight.data.add_(0.1)
+        for parameter in state.model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        state.optimizers[0].step()
+        state.schedulers[0].step()
+        state.timestamp.batch += 1
+
+    first = job()
+    step(first)
+    path = f"{folder}/step1.pt"
+    saved = {"state": first.state_dict(), "rng": gather_rng(), "note": {"epoch": 3}}
+    if RANK == 0:
+        torch.save(saved, path)
+    expected = draws()
+    torch.distributed.barrier()
+
+    second = job()
+    second.model.module.down.weight.data.zero_()
+    result = load(path, second)
+    assert second.timestamp.batch == 1
+    assert result.extra == {"note": {"epoch": 3}}
+    assert result.rng_states is not None
+    assert len(result.rng_states) == torch.distributed.get_world_size()
+    assert draws() != expected
+    restore_rng(result.rng_states)
+    assert draws() == expected
+    step(first)
+    step(second)
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+    assert load_checkpoint(path, job(), ignore_keys=["rng"]) is None
+    assert load_checkpoint(path, job(), load_weights_only=True) is None
+    third = job()
+    before = snapshot(third)
+    ignoring = load(path, third, load_weights_only=True, ignore_keys=["state/model"])
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(third), before, strict=True))
+    assert ignoring.receipt.ignored == ("state/model",)
+
+    fourth = job()
+    fourth.timestamp = AwryClock()
+    try:
+        load(path, fourth)
+    except TimestampError as error:
+        assert isinstance(error, RuntimeError)
+        assert "rank 0: 1, rank 1: 2" in str(error), str(error)
+    else:
+        raise AssertionError("the ranks restored different moments")
+    torch.distributed.destroy_process_group()
+    print(json.dumps(result.receipt.as_dict()))
+
+
+def another_world(path: str) -> None:
+    """The same file where there are fewer or more ranks: what lacks is derived, alike on every rank."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model = Plain()
+    state = State(model, torch.optim.AdamW(model.parameters()))
+    result = load(path, state)
+    assert result.rng_states is not None
+    assert len(result.rng_states) == world_size
+    again = load(path, state).rng_states
+    assert str(again) == str(result.rng_states)
+    assert len({str(entry["python"]) for entry in result.rng_states}) == world_size
+    print(json.dumps(result.receipt.as_dict()))
+
+
+def saves_and_restores(folder: str, stages: str) -> None:
+    """DeepSpeed saves at each stage; a fresh engine restores it by URL-like names alone, fully and bit for bit."""
+    from zero_model import full_state, make_engine, module_state, train
+
+    start_deepspeed()
+    for stage in map(int, stages.split(",")):
+        dtype = "fp32" if stage == 0 else "bf16"
+        first = make_engine(stage, dtype, seed=0)
+        train(first, 2, RANK)
+        root = f"{folder}/stage{stage}"
+        first.save_checkpoint(root, client_state={"epoch": 2})
+        torch.distributed.barrier()
+        second = make_engine(stage, dtype, seed=1)
+        result = load(root, State(second))
+        assert result.extra == {"epoch": 2}
+        assert second.global_steps == 2
+        read = module_state if stage == 0 else full_state
+        wanted, found = read(first), read(second)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), stage
+        assert train(first, 2, RANK, 5) == train(second, 2, RANK, 5)
+    print(json.dumps(result.receipt.as_dict()))
+
+
 if __name__ == "__main__":
     # deepspeed's launcher puts --local_rank=N before the script's own arguments.
     name, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

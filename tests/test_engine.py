@@ -49,7 +49,7 @@ def test_every_stage_and_option_on_two_ranks(checkpoints: Path, tmp_path: Path) 
         *("other_layouts", checkpoints),
         deadline_s=400,
     )
-    assert said.count(": ok") == 11 + 6 + 7, said
+    assert said.count(": ok") == 12 + 6 + 7, said
 
 
 def test_a_plain_module_is_no_engine() -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from http_server import CountingServer, Served, counting_server
 from processes import Finished, free_port, kill_session, run_ranks
+from rankload.loader import NotFoundError, State, load
+from torch import nn
 
 TESTS = Path(__file__).parent
 DATA = TESTS / "data"
@@ -264,3 +266,127 @@ def test_other_ways_to_name_and_pack_a_file(plain: Path, tmp_path: Path, form: s
         shutil.copy(plain, tmp_path / "n0-l0-00000.pt")
         path = str(tmp_path / "n<node_rank>-l{local_rank}-{rank:05d}.pt")
     run("restores", 2, path, plain)
+
+
+def test_what_we_save_we_restore_and_go_on(tmp_path: Path) -> None:
+    receipts = run("round_trip", 2, tmp_path)
+    assert {"scheduler StepLR", "timestamp"} <= set(receipts[0]["restored"])
+    assert receipts[0]["derived"] == []
+    alone = run("another_world", 1, tmp_path / "step1.pt")
+    assert alone[0]["derived"] == []
+    more = run("another_world", 3, tmp_path / "step1.pt")
+    assert more[0]["derived"] == ["rng of rank 2 (from seed 17)"]
+
+
+@needs_deepspeed
+def test_every_stage_that_deepspeed_saves(tmp_path: Path) -> None:
+    receipts = run("saves_and_restores", 2, tmp_path, "0,2", deadline_s=240)
+    assert receipts[0]["saved_world_size"] == 2
+
+
+class Squeezing(nn.Sequential):
+    """The module of the composer-monolithic-w2 checkpoints, after SqueezeExcite changed it."""
+
+    def __init__(self) -> None:
+        changed = nn.Module()
+        changed.conv = nn.Conv2d(8, 8, 3)
+        changed.se = nn.Module()
+        changed.se.pool_and_mlp = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4, bias=False),
+            nn.ReLU(),
+            nn.Linear(4, 8, bias=False),
+        )
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            changed,
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 2),
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["ep2-ba8-rank0.pt", "ep2-ba8-rank{rank}.pt", "manual-ep2-ba8-rank0.tar", "weights-ba8-rank0.pt"]
+)
+def test_composers_single_files_into_a_plain_module(name: str) -> None:
+    folder = DATA / "composer-monolithic-w2"
+    whole = torch.load(folder / "ep2-ba8-rank0.pt", weights_only=False)
+    weights_only = name.startswith("weights")
+    model = Squeezing()
+    optimizer = torch.optim.Adam(model.parameters())
+    state = State(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    result = load(str(folder / name), state, load_weights_only=weights_only)
+    for key, value in whole["state"]["model"].items():
+        assert torch.equal(model.state_dict()[key.removeprefix("module.")], value), key
+    if weights_only:
+        assert result.rng_states is None
+        return
+    assert state.timestamp["batch"] == 8
+    assert state.schedulers[0].last_epoch == 2
+    names = dict(model.named_parameters())
+    for key, entries in whole["state"]["optimizers"]["Adam"]["state"].items():
+        for entry, value in entries.items():
+            assert torch.equal(optimizer.state[names[key.removeprefix("module.")]][entry], value)
+    assert result.rng_states is not None
+    for entry in ("python", "torch"):
+        assert str(result.rng_states[0][entry]) == str(whole["rng"][0][entry])
+    assert result.receipt.unverified == ()
+
+
+def test_files_without_checksums_are_said_to_be_unverified(plain: Path) -> None:
+    from journey_worker import plain_state
+
+    contents = torch.load(plain, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(contents, plain)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    result = load(str(plain), plain_state())
+    assert result.receipt.unverified == (str(plain),)
+    torch.save(contents, plain, _use_new_zipfile_serialization=False)
+    assert load(str(plain), plain_state()).receipt.unverified == (str(plain),)
+    torch.save(contents, plain)
+    assert load(str(plain), plain_state()).receipt.unverified == ()
+    assert load(str(plain), plain_state(), options={"verify": "off"}).receipt.unverified == (str(plain),)
+
+
+def test_any_fsspec_uri_and_an_object_store(plain: Path) -> None:
+    import fsspec
+    from journey_worker import plain_state
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/run/step1.pt", plain.read_bytes())
+    result = load("memory://bucket/run/step1.pt", plain_state())
+    assert result.receipt.files[0].fetched_bytes == plain.stat().st_size
+    assert result.extra == {"epoch": 1}
+    load("bucket/run/step1.pt", plain_state(), object_store=memory)
+
+    class Bucket:
+        def get_object_size(self, object_name: str) -> int:
+            if object_name != "run/step1.pt":
+                raise FileNotFoundError(object_name)
+            return plain.stat().st_size
+
+        def download_object(
+            self, object_name: str, filename: str, overwrite: bool = False, callback: Any = None
+        ) -> None:
+            shutil.copy(plain, filename)
+
+    class Destination:
+        def download_file(
+            self, remote_file_name: str, destination: str, overwrite: bool = False, progress_bar: bool = True
+        ) -> None:
+            if remote_file_name != "run/step1.pt":
+                raise FileNotFoundError(remote_file_name)
+            shutil.copy(plain, destination)
+
+    for store in (Bucket(), Destination()):
+        result = load("run/step{rank}.pt".replace("{rank}", "1"), plain_state(), object_store=store)
+        assert result.receipt.files[0].size_bytes == plain.stat().st_size
+    with pytest.raises(NotFoundError):
+        load("run/step2.pt", plain_state(), object_store=Bucket())
