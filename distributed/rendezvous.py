@@ -100,8 +100,8 @@ def open_store(point: MeetingPoint, topology: Topology, timeout_s: float) -> Any
     made: list[Any] = []
 
     def connect() -> None:
-        # Native code retries until the time-out; asking first with a socket of our own upsets the server's
-        # accepts.
+        # Native code retries until the time-out, and looks up host names, which a silent name server makes
+        # slow.
         timeout = timedelta(seconds=max(timeout_s, 1.0))
         try:
             made.append(TCPStore(point.host, point.port, None, hosts, timeout, wait_for_workers=False))

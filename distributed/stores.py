@@ -53,7 +53,7 @@ def _default_store(world_size: int) -> Any:
 
 
 def _own_connection(store: Any) -> Any:
-    """The store over a connection that no other thread uses, where it can (torch before 2.8 can't)."""
+    """The store over a connection that no other thread uses, where torch's version can give one."""
     clone = getattr(store, "clone", None)
     if clone is None:
         return store
