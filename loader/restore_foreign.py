@@ -56,14 +56,17 @@ def plan_foreign(
     if not with_model:
         saved.pop("model", None)
         saved.pop("optimizers", None)
-    elif "model" in unfiltered.state:
+    elif isinstance(saved.get("model"), Mapping):
         plan.module = plan_module(
-            state.model, saved.get("model", {}), all_names=unfiltered.state["model"], rename=rename
+            state.model, saved["model"], all_names=unfiltered.state["model"], rename=rename
         )
         plan.mismatch.extend(plan.module.mismatch)
-        if "model" in saved:
-            saved["model"] = plan.module.sources
-    else:
+        saved["model"] = plan.module.sources
+    elif "model" in saved:
+        plan.mismatch.wrong.append(
+            f"model: expected a dict of tensors, got a {type(saved['model']).__name__}"
+        )
+    elif "model" not in unfiltered.state:
         plan.mismatch.missing.append("model: the checkpoint has no weights")
     if weights_only:
         plan.saved = {key: saved[key] for key in ("model", "algorithms") if key in saved}
