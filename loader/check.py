@@ -22,7 +22,8 @@ class Checked:
     contents: Contents
     prepared: Prepared
     reader: Reader
-    rng: list[RngState] | None
+    rng: list[RngState | None] | None
+    """By rank; None at those that were ignored."""
     extra: dict[str, Any]
     realise_options: dict[str, Any]
 
@@ -44,16 +45,25 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
         prepared.mismatch.raise_if_any(checkpoint.name, strict=request.strict)
         if verify == "before":
             reader.verify(checkpoint.storages(wanted))
-        rng: list[RngState] | None = None
+        rng: list[RngState | None] | None = None
         extra: dict[str, Any] = {}
         if not request.weights_only:
             if contents.rng is not None:
                 real = realise(contents.rng, reader=reader, path="rng", **options)
+                for rank in _ignored_ranks(ignored):
+                    real.insert(rank, None)
                 rng = [
-                    check_state(state, f"{checkpoint.name}: rng/{rank}") for rank, state in enumerate(real)
+                    None if state is None else check_state(state, f"{checkpoint.name}: rng/{rank}")
+                    for rank, state in enumerate(real)
                 ]
             extra = realise(contents.extra, reader=reader, **options)
     return Checked(contents, prepared, reader, rng, extra, options)
+
+
+def _ignored_ranks(ignored: Ignored) -> list[int]:
+    """Positions that were taken out of the list of random states: the others are still the same ranks'."""
+    found = (path.removeprefix("rng/") for path in ignored.paths if path.startswith("rng/"))
+    return sorted(int(position) for position in found if position.isdigit())
 
 
 def _wanted_parts(contents: Contents, *, weights_only: bool) -> dict[str, Any]:

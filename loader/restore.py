@@ -77,6 +77,8 @@ def _plan_model(plan: StatePlan, unfiltered: Contents, rename: Mapping[str, str]
     if whole is None:
         plan.mismatch.missing.append("model: the checkpoint has no weights")
         return
+    if "model" not in plan.contents.state:
+        return  # ignored as a whole
     saved = plan.contents.state.get("model", {})
     if not isinstance(saved, Mapping) or not isinstance(whole, Mapping):
         plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {type(saved).__name__}")
@@ -91,7 +93,9 @@ def _plan_optimizers(plan: StatePlan, unfiltered: Contents, rename: Mapping[str,
     names = parameter_names(plan.state.model)
     own = by_class_name(plan.state.optimizers)
     for name, optimizer in own.items():
-        if name in saved:
+        if name in saved and not hasattr(optimizer, "param_groups"):
+            plan.objects.append((f"optimizer {name}", optimizer, saved[name]))
+        elif name in saved:
             found = plan_optimizer(
                 optimizer, name, saved[name], parameter_names=names, unfiltered=whole[name], rename=rename
             )
@@ -108,15 +112,32 @@ def _plan_objects(plan: StatePlan, part: str, kind: str) -> None:
     if not isinstance(saved, Mapping):
         return
     claimed = set()
-    for name, target in by_class_name(getattr(plan.state, part)).items():
+    own = getattr(plan.state, part)
+    for name, target in by_class_name(own).items():
         key = _key_for(name, target, saved)
         if key is None:
             warnings.warn(f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2)
             continue
         claimed.add(key)
-        if callable(getattr(target, "load_state_dict", None)):
-            plan.objects.append((f"{kind} {name}", target, saved[key]))
+        if not callable(getattr(target, "load_state_dict", None)):
+            target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
+        elif not saved[key] and kind == "scaler":
+            # A disabled GradScaler saves nothing, and an enabled one refuses to load that.
+            warnings.warn(f"The checkpoint's {name} was disabled; this job's stays as it is", stacklevel=2)
+            continue
+        plan.objects.append((f"{kind} {name}", target, saved[key]))
     plan.not_restored.extend(f"state/{part}/{key}" for key in saved if key not in claimed and saved[key])
+
+
+@dataclass(frozen=True)
+class _PlainItem:
+    """A plain value among a state's objects: it is replaced where it stands."""
+
+    items: list[Any]
+    index: int
+
+    def load_state_dict(self, value: Any) -> None:
+        self.items[self.index] = value
 
 
 def _key_for(name: str, target: Any, saved: Mapping[Any, Any]) -> Any | None:
@@ -188,7 +209,7 @@ def apply_state(
     """Carries out `plan`; returns the parts that were restored, for the receipt."""
     restored = []
     if plan.module is not None and plan.module.sources:
-        apply_module(plan.module, reader, note_change, strict=strict)
+        apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
         restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
     progress()
     for optimizer in plan.optimizers:

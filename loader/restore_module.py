@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import LayoutError, PartialRestoreError
-from .materialize import CopyRequest, Reader, read_tensor
+from .materialize import CopyRequest, Reader, realise
 from .mismatch import Mismatch, dtype_problem
 from .names import match_names
 from .state import unwrap
@@ -36,6 +37,11 @@ class ModulePlan:
     def tensors(self) -> dict[str, LazyTensor]:
         return {name: value for name, value in self.sources.items() if isinstance(value, LazyTensor)}
 
+    excused: frozenset[str] = frozenset()
+    """The module's names that it does without: ignored, tied to one that is there, or made by torch itself."""
+    metadata: Any = None
+    """Versions of the saved parts, which a part's own loading may ask for."""
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -59,6 +65,7 @@ def plan_module(
     match = match_names(all_names if all_names is not None else saved, targets, rename)
     hooks = tuple(loading_overrides(module))
     plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=bool(hooks))
+    plan.metadata = getattr(all_names if all_names is not None else saved, "_metadata", None)
     for source_name, target_name in match.target_of.items():
         if source_name not in saved:
             continue
@@ -66,13 +73,16 @@ def plan_module(
         plan.sources[target_name] = value
         if source_name != target_name:
             plan.renamed[source_name] = target_name
-        _check_tensor(plan, target_name, value, targets[target_name])
+        if not (hooks and target_name.startswith(hooks)):
+            _check_tensor(plan, target_name, value, targets[target_name])
     satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
-    plan.mismatch.missing.extend(
-        f"model/{name}"
-        for name in match.missing
-        if targets[name] is None or id(targets[name]) not in satisfied
+    plan.excused = frozenset(
+        name
+        for name, target in targets.items()
+        if name not in plan.sources
+        and (name not in match.missing or id(target) in satisfied or _counts_batches(plan, name))
     )
+    plan.mismatch.missing.extend(f"model/{name}" for name in match.missing if name not in plan.excused)
     plan.mismatch.unexpected.extend(f"model/{name}" for name in match.unexpected if name in saved)
     if hooks and (plan.mismatch.missing or plan.mismatch.unexpected):
         # Hooks may rename what they are given, so only the part itself can tell.
@@ -85,6 +95,18 @@ def plan_module(
     if not hooks:
         _refuse_unfillable(plan, module)
     return plan
+
+
+def _counts_batches(plan: ModulePlan, name: str) -> bool:
+    """Whether `name` is the batch count that normalisation layers keep since their version 2: as in torch, a
+    checkpoint from before leaves it as it is."""
+    prefix, _, key = name.rpartition(".")
+    if key != "num_batches_tracked" or not isinstance(
+        plan.module.get_submodule(prefix), nn.modules.batchnorm._NormBase
+    ):
+        return False
+    version = plan.metadata.get(prefix, {}).get("version") if isinstance(plan.metadata, Mapping) else None
+    return version is None or version < 2
 
 
 def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
@@ -106,23 +128,32 @@ def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor 
         plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
 
 
-def apply_module(plan: ModulePlan, reader: Reader, note_change: NoteChange, *, strict: bool) -> None:
+def apply_module(
+    plan: ModulePlan,
+    reader: Reader,
+    note_change: NoteChange,
+    *,
+    strict: bool,
+    realise_options: Mapping[str, Any],
+) -> None:
     """Carries out `plan`. Meta tensors are materialised first, as the same objects, on the default device."""
     if not plan.sources:
         return
+    if plan.through_hooks:
+        real = realise(plan.sources, reader=reader, path="state/model", **realise_options)
+        note_change("model")
+        materialise_meta(plan.module)
+        _load_through_hooks(plan, real, strict=strict)
+        return
+    extra = {name: value for name, value in plan.sources.items() if module_tensors(plan.module)[name] is None}
+    extra = realise(extra, reader=reader, path="state/model", **realise_options)
     note_change("model")
     materialise_meta(plan.module)
-    if plan.through_hooks:
-        _load_through_hooks(plan, reader, strict=strict)
-        return
     targets = module_tensors(plan.module)
     requests: dict[int, CopyRequest] = {}
-    extra: dict[str, Any] = {}
     for name, value in plan.sources.items():
         target = targets[name]
-        if target is None:
-            extra[name] = value
-        else:
+        if target is not None:
             # Tied names are one tensor: the last one stands, as in torch's own loading.
             requests[id(target)] = CopyRequest(value, target.detach(), f"model/{name}")
     reader.copy(list(requests.values()))
@@ -131,17 +162,25 @@ def apply_module(plan: ModulePlan, reader: Reader, note_change: NoteChange, *, s
         owner.set_extra_state(value)
 
 
-def _load_through_hooks(plan: ModulePlan, reader: Reader, *, strict: bool) -> None:
-    real = {
-        name: read_tensor(value, reader=reader) if isinstance(value, LazyTensor) else value
-        for name, value in plan.sources.items()
-    }
+def _load_through_hooks(plan: ModulePlan, real: dict[str, Any], *, strict: bool) -> None:
+    given = OrderedDict(real)
+    if plan.metadata is not None:
+        given._metadata = plan.metadata  # type: ignore[attr-defined]
     try:
-        plan.module.load_state_dict(real, strict=strict)
+        # Not strictly: torch would miss what was ignored, or is tied to a name that is there.
+        told = plan.module.load_state_dict(given, strict=False)
     except RuntimeError as error:
         raise PartialRestoreError(
             f"{type(plan.module).__name__}.load_state_dict failed: {error}", changed=("model",)
         ) from error
+    missing = [name for name in getattr(told, "missing_keys", ()) if name not in plan.excused]
+    unexpected = list(getattr(told, "unexpected_keys", ()))
+    if strict and (missing or unexpected):
+        raise PartialRestoreError(
+            f"{type(plan.module).__name__}.load_state_dict, which is not torch's own, left names out; missing: "
+            f"{', '.join(missing[:20]) or 'none'}; unexpected: {', '.join(unexpected[:20]) or 'none'}",
+            changed=("model",),
+        )
 
 
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:

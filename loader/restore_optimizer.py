@@ -47,6 +47,9 @@ class OptimizerPlan:
     reset: list[str] = field(default_factory=list)
     """Ignored entries without which the rest cannot be used: set to zero."""
 
+    keep: set[int] = field(default_factory=set)
+    """Positions whose own state stays: the checkpoint does not know the parameter, or its state was ignored."""
+
     @property
     def nbytes(self) -> int:
         return sum(
@@ -92,13 +95,18 @@ def plan_optimizer(
     if "param_groups" not in saved:
         plan.param_groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     elif not plan.mismatch.wrong:
-        _fill_groups(plan, saved["param_groups"])
+        _check_kind(plan, groups, at)
+        _fill_groups(plan, saved["param_groups"], groups)
+    ignored = "state" in whole and "state" not in saved
+    plan.keep.update(position for position in range(len(own)) if ignored or position not in keys)
     for position, key in keys.items():
         if key not in whole_state:
             continue
         entries = _entries(plan, saved_state.get(key), whole_state[key], own[position], f"{at}/state/{key}")
         if entries is not None:
             plan.state[position] = entries
+        else:
+            plan.keep.add(position)
     return plan
 
 
@@ -191,14 +199,39 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _fill_groups(plan: OptimizerPlan, saved_groups: Any) -> None:
-    """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``."""
-    current = plan.optimizer.state_dict()["param_groups"]
+_MARKS = ("betas", "momentum", "alpha", "rho", "lr_decay")
+"""Hyperparameters that tell torch's kinds of optimizer apart."""
+
+
+def _check_kind(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]], at: str) -> None:
+    """Files that name no class could bring one optimizer's state into another."""
+    own, saved = plan.optimizer.param_groups, groups
+    if not own or not saved:
+        return
+    for mark in _MARKS:
+        if (mark in own[0]) != (mark in saved[0]):
+            has, lacks = ("this job's", "the saved") if mark in own[0] else ("the saved", "this job's")
+            plan.mismatch.wrong.append(
+                f"{at}: saved by another kind of optimizer: {has} has {mark!r}, {lacks} has not"
+            )
+            return
+
+
+def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``.
+
+    `left` are the saved `groups` that were not ignored: told by their parameters, since the others have moved up.
+    """
+    kept = {
+        str(group["params"]): group
+        for group in (left if isinstance(left, list) else ())
+        if isinstance(group, Mapping) and "params" in group
+    }
     filled = []
-    for index, origin in enumerate(plan.param_groups):
-        group = dict(current[index])
-        if "from" in origin and isinstance(saved_groups, list) and origin["from"] < len(saved_groups):
-            group.update(_hyperparameters(saved_groups[origin["from"]]))
+    for origin, current in zip(plan.param_groups, plan.optimizer.state_dict()["param_groups"], strict=True):
+        group = dict(current)
+        if "from" in origin:
+            group.update(_hyperparameters(kept.get(str(groups[origin["from"]]["params"]), {})))
         filled.append(group)
     plan.param_groups = filled
 
@@ -222,11 +255,14 @@ def _entries(
         elif isinstance(value, LazyTensor):
             entries[key] = torch.zeros(value.shape, dtype=getattr(torch, value.dtype))
             plan.reset.append(f"{at}/{key}")
+        elif isinstance(value, int | float):
+            entries[key] = type(value)(0)
+            plan.reset.append(f"{at}/{key}")
         if (
             key in ELEMENTWISE
             and isinstance(value, LazyTensor)
+            and not isinstance(parameter, torch.nn.UninitializedParameter)
             and value.shape != tuple(parameter.shape)
-            and not parameter.is_meta
         ):
             plan.mismatch.wrong.append(
                 f"{at}/{key}: expected shape {tuple(parameter.shape)}, got {value.shape}"
@@ -237,11 +273,12 @@ def _entries(
 def apply_optimizer(plan: OptimizerPlan, reader: Reader, note_change: NoteChange, **realising: Any) -> None:
     """Carries out `plan` through the optimizer's own ``load_state_dict``.
 
-    Parameters that the checkpoint has no state for keep the one that they have.
+    A parameter that the checkpoint does not know, or whose state was ignored, keeps the one that it has; one that
+    had none when it was saved has none.
     """
     current = plan.optimizer.state_dict()["state"]
     state = {
-        **current,
+        **{position: entries for position, entries in current.items() if position in plan.keep},
         **{
             position: realise(entries, reader=reader, **realising) for position, entries in plan.state.items()
         },

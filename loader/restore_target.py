@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,6 +75,12 @@ def prepare_restore(
     engine = is_deepspeed_engine(getattr(state, "model", None))
     if engine:
         contents, unfiltered, engine_contents = _engine_parts(checkpoint, contents, unfiltered)
+        if checkpoint.zero is None and not request.weights_only:
+            warnings.warn(
+                f"{checkpoint.name} is a single file, of which a DeepSpeed engine takes the weights alone: its "
+                "optimizer state and counters stay as they are. Say so with load_weights_only=True",
+                stacklevel=2,
+            )
         prepared.engine = plan_engine(
             request.state.model,
             checkpoint.zero,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from .errors import LayoutError
+
 
 @runtime_checkable
 class ForeignState(Protocol):
@@ -70,6 +72,11 @@ class State:
         The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
         """
+        if hasattr(self.model, "zero_optimization_stage"):
+            raise LayoutError(
+                "State.state_dict() of a DeepSpeed engine: its weights and optimizer are in shards on all ranks; "
+                "save it with engine.save_checkpoint(folder), which load_checkpoint restores"
+            )
         found: dict[str, Any] = {"model": unwrap(self.model).state_dict()}
         for part in ("optimizers", "schedulers", "scaler", "callbacks"):
             objects = getattr(self, part)
@@ -99,9 +106,12 @@ def as_list(value: Any) -> list[Any]:
 
 
 def by_class_name(objects: list[Any]) -> dict[str, Any]:
-    """`objects` under their class names, numbered from the second of a name on."""
+    """`objects` under their class names, numbered from the second of a name on; a dict of objects under its keys."""
     named: dict[str, Any] = {}
     for item in objects:
+        if isinstance(item, Mapping) and any(callable(getattr(v, "state_dict", None)) for v in item.values()):
+            named.update(item)
+            continue
         base = type(item).__qualname__
         name, count = base, 0
         while name in named:

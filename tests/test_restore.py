@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from rankload.loader.errors import MismatchError
+from rankload.loader.errors import LayoutError, MismatchError
 from rankload.loader.ignore import ignore
 from rankload.loader.materialize import Reader
 from rankload.loader.monolithic import read_layout
@@ -319,10 +320,8 @@ def test_optimizers_are_matched_by_name_where_names_are_known(tmp_path: Path) ->
         for group in optimizer.param_groups
     ]
     path = tmp_path / "named.pt"
-    torch.save(
-        {"state": {"model": first.model.state_dict(), "optimizers": {"AdamW": {"state": state, "param_groups": groups}}}},
-        path,
-    )  # fmt: skip
+    optimizers = {"AdamW": {"state": state, "param_groups": groups}}
+    torch.save({"state": {"model": first.model.state_dict(), "optimizers": optimizers}}, path)
     torch.manual_seed(1)
     model = Net()
     shuffled = sorted(model.parameters(), key=lambda p: (p.ndim > 1, p.numel()))
@@ -353,3 +352,180 @@ def test_optimizers_without_names_are_matched_by_position_and_count(tmp_path: Pa
     model = Net()
     with pytest.raises(MismatchError, match=r"groups of \[6\] parameters, got \[2, 4\]"):
         restore(path, State(model, torch.optim.AdamW(model.parameters())))
+
+
+def test_extra_state_is_real(tmp_path: Path) -> None:
+    class Keeping(nn.Linear):
+        kept: Any = None
+
+        def get_extra_state(self) -> Any:
+            return {"tensor": torch.arange(3), "array": np.arange(4)}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.kept = state
+
+    for hooked in (False, True):
+        path = tmp_path / "extra.pt"
+        torch.save({"model": Keeping(2, 2).state_dict(), "epoch": 1}, path)
+        model = Keeping(2, 2)
+        if hooked:
+            model.register_load_state_dict_post_hook(lambda module, keys: None)
+        restore(path, State(model))
+        assert torch.equal(model.kept["tensor"], torch.arange(3))
+        assert model.kept["array"].tolist() == [0, 1, 2, 3]
+
+
+def test_an_ignored_parameter_group_does_not_shift_the_others(tmp_path: Path) -> None:
+    first = job(0)
+    first.optimizers[0].param_groups[1]["lr"] = 0.25
+    path = saved(tmp_path, first, "composer")
+    second = job(1)
+    own = second.optimizers[0].param_groups[0]["lr"]
+    restore(path, second, ["state/optimizers/AdamW/param_groups/0"])
+    assert [group["lr"] for group in second.optimizers[0].param_groups] == [own, 0.25]
+
+
+def test_a_checkpoint_from_before_the_first_step_clears_the_optimizers_state(tmp_path: Path) -> None:
+    path = saved(tmp_path, job(0), "composer")
+    second = job(1)
+    train(second, 1)
+    restore(path, second)
+    assert not second.optimizers[0].state_dict()["state"]
+
+
+def test_ignored_optimizer_state_stays(tmp_path: Path) -> None:
+    path = saved(tmp_path, job(0), "composer")
+    second = job(1)
+    train(second, 1)
+    before = copy.deepcopy(second.optimizers[0].state_dict()["state"])
+    restore(path, second, ["state/optimizers/AdamW/state"])
+    assert equal(second.optimizers[0].state_dict()["state"], before)
+
+
+def test_another_kind_of_optimizers_state_is_refused(tmp_path: Path) -> None:
+    first = job(0)
+    train(first, 1)
+    path = saved(tmp_path, first, "hand-written")
+    with pytest.raises(MismatchError, match="saved by another kind of optimizer"):
+        restore(path, job(1, torch.optim.SGD))
+
+
+def test_an_ignored_plain_step_begins_anew(tmp_path: Path) -> None:
+    first = job(0)
+    train(first, 2)
+    contents = {"model": first.model.state_dict(), "optimizer": first.optimizers[0].state_dict()}
+    for entries in contents["optimizer"]["state"].values():
+        entries["step"] = 2
+    path = tmp_path / "plain_step.pt"
+    torch.save(contents, path)
+    second = job(1)
+    plan, _ = restore(path, second, ["state/optimizers/AdamW/state/*/step"])
+    assert all(int(entries["step"]) == 0 for entries in second.optimizers[0].state.values())
+    assert plan.optimizers[0].reset
+
+
+def test_plain_values_and_dicts_among_the_objects(tmp_path: Path) -> None:
+    class Callback:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": self.value}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.value = state["value"]
+
+    first = State(nn.Linear(2, 2), callbacks={"mine": Callback(1)}, schedulers=[7])
+    path = tmp_path / "plain.pt"
+    torch.save({"state": first.state_dict()}, path)
+    second = State(nn.Linear(2, 2), callbacks={"mine": Callback(5)}, schedulers=[9])
+    _, changes = restore(path, second)
+    assert second.callbacks[0]["mine"].value == 1
+    assert second.schedulers == [7]
+    assert {"callback mine", "scheduler int"} <= set(changes)
+
+
+def test_optimizers_that_are_not_torchs(tmp_path: Path) -> None:
+    class Sketch:
+        value = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": 3}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.value = state["value"]
+
+    path = tmp_path / "own.pt"
+    torch.save({"state": State(nn.Linear(2, 2), Sketch()).state_dict()}, path)
+    second = State(nn.Linear(2, 2), Sketch())
+    restore(path, second)
+    assert second.optimizers[0].value == 3
+
+
+def test_a_disabled_scalers_nothing_is_no_state(tmp_path: Path) -> None:
+    first = State(nn.Linear(2, 2), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    path = tmp_path / "scaler.pt"
+    torch.save({"state": first.state_dict()}, path)
+    second = State(nn.Linear(2, 2), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.warns(UserWarning, match="GradScaler was disabled"):
+        restore(path, second)
+    assert second.scaler[0].get_scale() == 8.0
+
+
+@pytest.mark.parametrize("why", ["ignored", "tied"])
+def test_hooks_do_not_make_excused_names_missing(tmp_path: Path, why: str) -> None:
+    first = job(0)
+    names = first.model.state_dict()
+    if why == "tied":
+        del names["tied.weight"]
+    path = tmp_path / "weights.pt"
+    torch.save({"model": names}, path)
+    second = job(1)
+    second.model.down.register_load_state_dict_pre_hook(lambda *arguments: None)
+    restore(path, State(second.model), ["state/model/down.bias"] if why == "ignored" else None)
+    assert torch.equal(second.model.up.weight, first.model.up.weight)
+
+
+def test_weights_from_before_normalisation_counted_batches(tmp_path: Path) -> None:
+    first = job(0)
+    names = {k: v for k, v in first.model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    path = tmp_path / "old.pt"
+    torch.save({"model": names}, path)
+    restore(path, State(job(1).model))
+
+
+def test_a_parts_own_loading_is_told_its_version(tmp_path: Path) -> None:
+    class Migrating(nn.Module):
+        _version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version", 1) < 2:
+                state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    for form in ("composer", "hand-written", "lightning", "bare"):
+        path = tmp_path / f"{form}.pt"
+        weights = Migrating().state_dict()
+        torch.save(
+            {
+                "composer": {"state": {"model": weights}},
+                "hand-written": {"model": weights},
+                "lightning": {"state_dict": weights, "pytorch-lightning_version": "2.5"},
+                "bare": weights,
+            }[form],
+            path,
+        )
+        model = Migrating()
+        restore(path, State(model))
+        assert model.weight.tolist() == [1.0, 1.0], form
+
+
+def test_a_deepspeed_engine_is_not_saved_as_a_plain_model() -> None:
+    engine = nn.Linear(2, 2)
+    engine.zero_optimization_stage = lambda: 3  # type: ignore[assignment]
+    with pytest.raises(LayoutError, match=r"engine\.save_checkpoint"):
+        State(engine).state_dict()
