@@ -8,30 +8,16 @@ from typing import Any
 
 import torch
 
+from .local_shard import is_dtensor
 from .materialize import Reader, realise
 from .mismatch import Mismatch
 from .names import match_names
+from .optimizer_entries import STEP, Zeros, cast_of, check_entry, real_entries
 from .restore_module import NoteChange
-from .values import LazyTensor
+from .saved_parts import AssembledTensor, SavedTensor
 
-ELEMENTWISE = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "mu_product_buffer",
-        "ax",
-    }
-)
-"""State tensors that torch's optimizers keep with an element for each of the parameter's."""
+TELLING = ("betas", "momentum", "eps", "rho")
+"""Hyperparameters that tell kinds of optimizers apart, whoever wrote them."""
 
 
 @dataclass
@@ -46,14 +32,30 @@ class OptimizerPlan:
     mismatch: Mismatch
     reset: list[str] = field(default_factory=list)
     """Ignored entries without which the rest cannot be used: set to zero."""
+    cast: dict[str, str] = field(default_factory=dict)
+    """Entries whose dtype changes: ``optimizers/CLASS/state/NAME/KEY`` to ``source dtype -> target dtype``."""
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The optimizer's, by position."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def nbytes(self) -> int:
+        """Of the whole tensors as they were saved."""
         return sum(
             value.nbytes
             for entries in self.state.values()
             for value in entries.values()
-            if isinstance(value, LazyTensor)
+            if isinstance(value, SavedTensor)
+        )
+
+    @property
+    def spread(self) -> bool:
+        """Whether state comes in pieces or goes to shards, so that only `apply_optimizer` can place it."""
+        values = (value for entries in self.state.values() for value in entries.values())
+        return any(isinstance(value, AssembledTensor) for value in values) or any(
+            map(is_dtensor, self.parameters)
         )
 
 
@@ -75,7 +77,7 @@ def plan_optimizer(
     plan = OptimizerPlan(optimizer, name, {}, [], Mismatch())
     at = f"optimizers/{name}"
     own_groups = optimizer.param_groups
-    own = [parameter for group in own_groups for parameter in group["params"]]
+    own = plan.parameters
     saved_state = saved.get("state", {})
     whole_state = whole.get("state", {})
     if not isinstance(saved_state, Mapping) or not isinstance(whole_state, Mapping):
@@ -84,6 +86,7 @@ def plan_optimizer(
     groups = _groups(whole, at, plan.mismatch)
     if groups is None:
         return plan
+    _check_kind(groups, own_groups, at, plan)
     names = _saved_names(groups, whole_state)
     if names is not None:
         keys = _match_by_name(own, own_groups, names, groups, parameter_names, rename, at, plan)
@@ -98,6 +101,7 @@ def plan_optimizer(
             continue
         entries = _entries(plan, saved_state.get(key), whole_state[key], own[position], f"{at}/state/{key}")
         if entries is not None:
+            _take_step(entries, groups, key)
             plan.state[position] = entries
     return plan
 
@@ -110,6 +114,27 @@ def _groups(saved: Mapping[str, Any], at: str, mismatch: Mismatch) -> list[dict[
         mismatch.wrong.append(f"{at}/param_groups: expected a list of dicts with params")
         return None
     return [dict(group) for group in groups]
+
+
+def _check_kind(
+    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], at: str, plan: OptimizerPlan
+) -> None:
+    """DeepSpeed and hand-written files do not name the optimizer's class; its hyperparameters tell."""
+    theirs = [key for key in TELLING if any(key in group for group in groups)]
+    mine = [key for key in TELLING if any(key in group for group in own_groups)]
+    if theirs and mine and theirs != mine:
+        plan.mismatch.wrong.append(
+            f"{at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind than "
+            f"{type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{at}"
+        )
+
+
+def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
+    """Some of DeepSpeed's optimizers count their steps by group; torch's look for it in each parameter's state."""
+    if STEP not in entries:
+        for group in groups:
+            if STEP in group and key in group["params"]:
+                entries[STEP] = group[STEP]
 
 
 def _saved_names(
@@ -144,7 +169,9 @@ def _match_by_name(
     ]
     match = match_names(names, own_names, rename)
     source_of = {target: source for source, target in match.target_of.items()}
-    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing)
+    # What is not trained has no state anywhere; some jobs give it to the optimizer all the same.
+    untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
+    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing if name not in untrained)
     plan.mismatch.unexpected.extend(f"{at}/{name}" for name in match.unexpected)
     keys: dict[int, Any] = {}
     position = 0
@@ -219,33 +246,23 @@ def _entries(
             entries[key] = saved[key]
         elif key in current:
             entries[key] = current[key]
-        elif isinstance(value, LazyTensor):
-            entries[key] = torch.zeros(value.shape, dtype=getattr(torch, value.dtype))
+        elif isinstance(value, SavedTensor):
+            entries[key] = Zeros(value.shape, value.dtype)
             plan.reset.append(f"{at}/{key}")
-        if (
-            key in ELEMENTWISE
-            and isinstance(value, LazyTensor)
-            and value.shape != tuple(parameter.shape)
-            and not parameter.is_meta
-        ):
-            plan.mismatch.wrong.append(
-                f"{at}/{key}: expected shape {tuple(parameter.shape)}, got {value.shape}"
-            )
+        check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
+        cast = cast_of(entries.get(key), key, parameter)
+        if cast is not None:
+            plan.cast[f"{at}/{key}"] = cast
     return entries
 
 
 def apply_optimizer(plan: OptimizerPlan, reader: Reader, note_change: NoteChange, **realising: Any) -> None:
-    """Carries out `plan` through the optimizer's own ``load_state_dict``.
+    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
 
     Parameters that the checkpoint has no state for keep the one that they have.
     """
     current = plan.optimizer.state_dict()["state"]
-    state = {
-        **current,
-        **{
-            position: realise(entries, reader=reader, **realising) for position, entries in plan.state.items()
-        },
-    }
+    fresh = real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **realising)
     groups = realise(plan.param_groups, reader=reader, **realising)
     note_change(f"optimizer {plan.name}")
-    plan.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    plan.optimizer.load_state_dict({"state": {**current, **fresh}, "param_groups": groups})
