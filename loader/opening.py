@@ -40,6 +40,8 @@ class Checkpoint:
     """What messages call the file that everything but ZeRO's tensors is in; `name` where it is empty."""
     rng_per_rank: bool = False
     """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
+    notes: tuple[str, ...] = ()
+    """What the receipt is to say besides."""
 
     def storages(self, wanted: Mapping[str, Any]) -> list[StorageRef]:
         """What will be read of this rank's files to restore the parts `wanted`."""
@@ -106,4 +108,17 @@ def opened(
         zero,
         states_file,
         rng_per_rank,
+        _notes(opening, zero),
     )
+
+
+def _notes(opening: Opening, zero: ZeroContents | None) -> tuple[str, ...]:
+    world_size = opening.session.topology.world_size
+    if zero is None or not zero.optims or zero.checkpoint.world_size == world_size:
+        return ()
+    if not zero.checkpoint.stage:
+        return ()
+    text = f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks"
+    if opening.request.options.verify != "off":
+        text += ": to compare checksums, each rank reads whole every storage that it takes a part of"
+    return (text,)
