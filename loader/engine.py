@@ -26,6 +26,7 @@ __all__ = [
     "EnginePlan",
     "apply_engine",
     "engine_classes",
+    "engine_target",
     "finish_engine",
     "is_deepspeed_engine",
     "name_parameters",

@@ -228,8 +228,11 @@ def _rng(
     saved = checked.rng
     with watch.lap("rng"):
         if checkpoint.rng_per_rank and not request.weights_only:
-            # Each rank's file has its own; a rank without one keeps all from having them.
-            each = session.channel.gather_bytes("rng", encode(saved[0]) if saved else b"")
+            # Each saved rank's file has its own, which the same rank here has read; ranks beyond those have
+            # none. A rank without one keeps all from having them.
+            own = saved[min(session.topology.rank, len(saved) - 1)] if saved else {}
+            each = session.channel.gather_bytes("rng", encode(own) if own else b"")
+            each = each[: checkpoint.saved_world_size]
             saved = [decode(state) for state in each] if all(each) else None
     if not saved:
         return None, ()

@@ -12,6 +12,7 @@ from .mismatch import Mismatch
 from .monolithic import Contents
 from .restore_module import ModulePlan, NoteChange, apply_module, parameter_names, plan_module
 from .restore_optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
+from .saved_parts import AssembledTensor
 from .state import PLAIN_PARTS, State, by_class_name
 
 _OWN_PARTS = frozenset(
@@ -45,16 +46,17 @@ def plan_state(
     weights_only: bool,
     rename: Mapping[str, str] | None = None,
     with_model: bool = True,
+    masters: Mapping[int, AssembledTensor] | None = None,
 ) -> StatePlan:
     """Matches a checkpoint's contents with `state`; changes nothing.
 
     `unfiltered` is `contents` before ``ignore_keys``. With `with_model` False the model and the optimizers are
-    somebody else's to restore (a DeepSpeed engine brings its own way).
+    somebody else's to restore (a DeepSpeed engine brings its own way). `masters` is `plan_module`'s.
     """
     plan = StatePlan(state, contents, None, [], [], {}, Mismatch())
     saved = contents.state
     if with_model:
-        _plan_model(plan, unfiltered, rename)
+        _plan_model(plan, unfiltered, rename, masters)
     if weights_only:
         return plan
     if with_model:
@@ -72,7 +74,12 @@ def plan_state(
     return plan
 
 
-def _plan_model(plan: StatePlan, unfiltered: Contents, rename: Mapping[str, str] | None) -> None:
+def _plan_model(
+    plan: StatePlan,
+    unfiltered: Contents,
+    rename: Mapping[str, str] | None,
+    masters: Mapping[int, AssembledTensor] | None,
+) -> None:
     whole = unfiltered.state.get("model")
     if whole is None:
         plan.mismatch.missing.append("model: the checkpoint has no weights")
@@ -83,7 +90,7 @@ def _plan_model(plan: StatePlan, unfiltered: Contents, rename: Mapping[str, str]
     if not isinstance(saved, Mapping) or not isinstance(whole, Mapping):
         plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {type(saved).__name__}")
         return
-    plan.module = plan_module(plan.state.model, saved, all_names=whole, rename=rename)
+    plan.module = plan_module(plan.state.model, saved, all_names=whole, rename=rename, masters=masters)
     plan.mismatch.extend(plan.module.mismatch)
 
 
@@ -118,6 +125,12 @@ def _plan_objects(plan: StatePlan, part: str, kind: str) -> None:
         if key is None:
             warnings.warn(f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2)
             continue
+        if part == "schedulers" and not _same_schedule(target, saved[key]):
+            warnings.warn(
+                f"The checkpoint's {kind} {key} is of another kind than {name}, which stays as it is",
+                stacklevel=2,
+            )
+            continue
         claimed.add(key)
         if not callable(getattr(target, "load_state_dict", None)):
             target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
@@ -150,6 +163,14 @@ def _key_for(name: str, target: Any, saved: Mapping[Any, Any]) -> Any | None:
     base = type(target).__qualname__
     similar = [key for key in saved if isinstance(key, str) and key.startswith(base + "{")]
     return similar[0] if len(similar) == 1 else None
+
+
+def _same_schedule(target: Any, saved: Any) -> bool:
+    """DeepSpeed does not name the scheduler's class: one of its own kinds must not be loaded as one of torch's."""
+    own = target.state_dict() if callable(getattr(target, "state_dict", None)) else None
+    if not isinstance(own, Mapping) or not isinstance(saved, Mapping) or "last_epoch" not in own:
+        return True
+    return "last_epoch" in saved or not saved
 
 
 def _plan_timestamp(plan: StatePlan) -> None:

@@ -16,9 +16,18 @@ from .algorithms import AlgorithmPass, metrics_logger, without_unregistered
 from .materialize import Reader, realise
 from .mismatch import Mismatch
 from .monolithic import Contents
-from .restore_module import ModulePlan, NoteChange, module_tensors, parameter_names, plan_module
+from .restore_module import (
+    ModulePlan,
+    NoteChange,
+    apply_module,
+    module_tensors,
+    parameter_names,
+    plan_module,
+)
 from .restore_optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
+from .saved_parts import AssembledTensor
 from .state import by_class_name
+from .zero_whole import ENGINE
 
 
 @dataclass
@@ -31,8 +40,10 @@ class ForeignPlan:
     module: ModulePlan | None
     mismatch: Mismatch
     weights_only: bool
+    fill_module: bool = False
+    """The module is filled from here: its tensors come in pieces, or go to shards."""
     optimizers: list[OptimizerPlan] = field(default_factory=list)
-    """Filled from here: the checkpoint's state of them is partial, or keyed by position."""
+    """Filled from here: the checkpoint's state of them is partial, in pieces, or keyed by position."""
     not_restored: list[str] = field(default_factory=list)
 
 
@@ -45,10 +56,16 @@ def plan_foreign(
     rename: Mapping[str, str] | None,
     exclude_algorithms: Collection[str] | None,
     with_model: bool = True,
+    masters: Mapping[int, AssembledTensor] | None = None,
 ) -> ForeignPlan:
-    """Checks `contents` against the model and the optimizers inside `state`; changes nothing."""
+    """Checks `contents` against the model and the optimizers inside `state`; changes nothing.
+
+    `masters` is `plan_module`'s.
+    """
     saved = dict(contents.state)
     plan = ForeignPlan(state, saved, None, Mismatch(), weights_only)
+    if saved.pop(ENGINE, None):
+        plan.not_restored.append(f"state/{ENGINE}")
     # Names are matched with the model's here; the object is not to take a prefix off them once more.
     saved.pop("is_model_ddp", None)
     if "algorithms" in saved:
@@ -58,10 +75,18 @@ def plan_foreign(
         saved.pop("optimizers", None)
     elif isinstance(saved.get("model"), Mapping):
         plan.module = plan_module(
-            state.model, saved["model"], all_names=unfiltered.state["model"], rename=rename
+            state.model,
+            saved["model"],
+            all_names=unfiltered.state["model"],
+            rename=rename,
+            masters=masters,
         )
         plan.mismatch.extend(plan.module.mismatch)
-        saved["model"] = plan.module.sources
+        if plan.module.spread:
+            plan.fill_module = True
+            saved.pop("model", None)
+        else:
+            saved["model"] = plan.module.sources
     elif "model" in saved:
         plan.mismatch.wrong.append(
             f"model: expected a dict of tensors, got a {type(saved['model']).__name__}"
@@ -115,7 +140,7 @@ def _plan_optimizers(plan: ForeignPlan, unfiltered: Contents, rename: Mapping[st
             )
     plan.not_restored.extend(f"state/optimizers/{name}" for name in saved if name not in own)
     if not plan.mismatch.wrong and not all(
-        _loads_as_it_is(one, saved[one.name], whole[one.name], names) for one in found
+        not one.spread and _loads_as_it_is(one, saved[one.name], whole[one.name], names) for one in found
     ):
         plan.optimizers = found
         del plan.saved["optimizers"]
@@ -145,6 +170,10 @@ def apply_foreign(
     realise_options: Mapping[str, Any],
 ) -> list[str]:
     """Hands the state object its parts; returns them, for the receipt."""
+    restored = []
+    if plan.fill_module and plan.module is not None:
+        apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
+        restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
     real = realise(plan.saved, reader=reader, **realise_options)
     exclude = None if exclude_algorithms is None else list(exclude_algorithms)
     passes = None if algorithm_passes is None else list(algorithm_passes)
@@ -161,7 +190,7 @@ def apply_foreign(
         plan.state.load_model_state(
             real, logger, strict=strict and whole, exclude_algorithms=exclude, algorithm_passes=passes
         )
-    restored = [f"state/{key}" for key in plan.saved]
+    restored += [f"state/{key}" for key in plan.saved]
     for optimizer in plan.optimizers:
         apply_optimizer(optimizer, reader, note_change, **realise_options)
         restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")

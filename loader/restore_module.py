@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import LayoutError, PartialRestoreError
+from .errors import PartialRestoreError
+from .fsdp import TORCH_OWN, give_shards_memory, has_dtensors, show_shards
+from .local_shard import fill_requests, is_dtensor, local_part, read_like
 from .materialize import CopyRequest, Reader, realise
 from .mismatch import Mismatch, dtype_problem
 from .names import match_names
+from .saved_parts import AssembledTensor, SavedTensor
 from .state import unwrap
-from .values import LazyTensor
 
 NoteChange = Callable[[str], None]
 
@@ -26,16 +28,24 @@ class ModulePlan:
 
     module: nn.Module
     sources: dict[str, Any]
-    """The module's own names to what the checkpoint has for them: lazy tensors, or values of extra state."""
+    """The module's own names to what the checkpoint has for them: saved tensors, or values of extra state."""
     mismatch: Mismatch
     renamed: dict[str, str] = field(default_factory=dict)
     cast: dict[str, str] = field(default_factory=dict)
     through_hooks: bool = False
     """The module overrides how it is loaded, so its own ``load_state_dict`` must run."""
+    from_masters: list[str] = field(default_factory=list)
+    """The module's own names of weights that come from saved fp32 masters, not from what the job computed with."""
 
     @property
-    def tensors(self) -> dict[str, LazyTensor]:
-        return {name: value for name, value in self.sources.items() if isinstance(value, LazyTensor)}
+    def tensors(self) -> dict[str, SavedTensor]:
+        return {name: value for name, value in self.sources.items() if isinstance(value, SavedTensor)}
+
+    @property
+    def spread(self) -> bool:
+        """Whether tensors come in pieces or go to shards, so that only this module's functions can place them."""
+        pieces = any(isinstance(value, AssembledTensor) for value in self.sources.values())
+        return pieces or has_dtensors(self.module)
 
     excused: frozenset[str] = frozenset()
     """The module's names that it does without: ignored, tied to one that is there, or made by torch itself."""
@@ -53,14 +63,18 @@ def plan_module(
     *,
     all_names: Mapping[str, Any] | None = None,
     rename: Mapping[str, str] | None = None,
+    masters: Mapping[int, AssembledTensor] | None = None,
 ) -> ModulePlan:
-    """Matches `saved` (name to lazy tensor) with the module inside `model`; changes nothing.
+    """Matches `saved` (name to saved tensor) with the module inside `model`; changes no value.
 
-    `all_names` is `saved` before ``ignore_keys``: names that were ignored do not count as missing.
-    Raises `LayoutError` for modules that are sharded by FSDP, whose parameters are not whole here.
+    Parameters may be DTensors, of which each rank gets its own shard. `all_names` is `saved` before
+    ``ignore_keys``: names that were ignored do not count as missing. `masters` has by ``id`` of a value in `saved`
+    the fp32 weights that it was cast from; they go where the module's dtype is another than the saved one.
+    Raises `LayoutError` for modules that FSDP flattened, and for placements that are not of ``Shard`` and
+    ``Replicate``.
     """
     module = unwrap(model)
-    refuse_sharded(module)
+    show_shards(module)
     targets = module_tensors(module)
     match = match_names(all_names if all_names is not None else saved, targets, rename)
     hooks = tuple(loading_overrides(module))
@@ -69,7 +83,7 @@ def plan_module(
     for source_name, target_name in match.target_of.items():
         if source_name not in saved:
             continue
-        value = saved[source_name]
+        value = _best_source(plan, target_name, saved[source_name], targets[target_name], masters or {})
         plan.sources[target_name] = value
         if source_name != target_name:
             plan.renamed[source_name] = target_name
@@ -109,13 +123,32 @@ def _counts_batches(plan: ModulePlan, name: str) -> bool:
     return version is None or version < 2
 
 
+def _best_source(
+    plan: ModulePlan,
+    name: str,
+    value: Any,
+    target: torch.Tensor | None,
+    masters: Mapping[int, AssembledTensor],
+) -> Any:
+    """The fp32 master of `value` where the module has another precision: it tells more, or as much."""
+    master = masters.get(id(value))
+    if master is None or target is None or dtype_name(target.dtype) == value.dtype:
+        return value
+    plan.from_masters.append(name)
+    return master
+
+
 def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
     if target is None:
         return  # extra state: the module's own business
-    if not isinstance(value, LazyTensor):
+    if not isinstance(value, SavedTensor):
         plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
         return
     if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
+        if isinstance(value, AssembledTensor):
+            plan.mismatch.wrong.append(
+                f"model/{name}: is not initialised; run the module once before the load"
+            )
         return
     if tuple(target.shape) != value.shape:
         plan.mismatch.wrong.append(f"model/{name}: expected shape {tuple(target.shape)}, got {value.shape}")
@@ -126,6 +159,8 @@ def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor 
         plan.mismatch.wrong.append(f"model/{name}: {problem}")
     elif value.dtype != dtype:
         plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
+    if is_dtensor(target):
+        local_part(target, f"model/{name}")
 
 
 def apply_module(
@@ -139,24 +174,27 @@ def apply_module(
     """Carries out `plan`. Meta tensors are materialised first, as the same objects, on the default device."""
     if not plan.sources:
         return
-    if plan.through_hooks:
-        real = realise(plan.sources, reader=reader, path="state/model", **realise_options)
-        note_change("model")
-        materialise_meta(plan.module)
-        _load_through_hooks(plan, real, strict=strict)
-        return
-    extra = {name: value for name, value in plan.sources.items() if module_tensors(plan.module)[name] is None}
+    extra = {name: value for name, value in plan.sources.items() if not isinstance(value, SavedTensor)}
     extra = realise(extra, reader=reader, path="state/model", **realise_options)
     note_change("model")
     materialise_meta(plan.module)
     targets = module_tensors(plan.module)
-    requests: dict[int, CopyRequest] = {}
+    if plan.through_hooks:
+        real = {
+            name: extra[name]
+            if name in extra
+            else read_like(value, targets.get(name), reader=reader, name=f"model/{name}")
+            for name, value in plan.sources.items()
+        }
+        _load_through_hooks(plan, real, strict=strict)
+        return
+    requests: dict[int, list[CopyRequest]] = {}
     for name, value in plan.sources.items():
         target = targets[name]
         if target is not None:
             # Tied names are one tensor: the last one stands, as in torch's own loading.
-            requests[id(target)] = CopyRequest(value, target.detach(), f"model/{name}")
-    reader.copy(list(requests.values()))
+            requests[id(target)] = list(fill_requests(value, target, f"model/{name}"))
+    reader.copy([request for each in requests.values() for request in each])
     for name, value in extra.items():
         owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
         owner.set_extra_state(value)
@@ -214,7 +252,8 @@ def loading_overrides(module: nn.Module) -> list[str]:
 
 
 def _overrides_loading(part: nn.Module) -> bool:
-    if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+    hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
+    if not all(str(getattr(_plain(hook), "__module__", "")).startswith(TORCH_OWN) for hook in hooks):
         return True
     return any(
         not getattr(getattr(type(part), method), "__module__", "").startswith("torch.")
@@ -222,20 +261,9 @@ def _overrides_loading(part: nn.Module) -> bool:
     )
 
 
-def refuse_sharded(module: nn.Module) -> None:
-    """Raises `LayoutError` where parameters are DTensors or flattened by FSDP: not whole on this rank."""
-    for name, tensor in module.named_parameters():
-        if type(tensor).__name__ == "DTensor":
-            raise LayoutError(
-                f"parameter {name} is a DTensor (FSDP2 or tensor parallel): restoring into sharded modules is "
-                "not supported; load before sharding the module"
-            )
-    for part in module.modules():
-        if type(part).__name__ == "FullyShardedDataParallel":
-            raise LayoutError(
-                "the model is wrapped in FullyShardedDataParallel: restoring into it is not supported; load "
-                "before wrapping it"
-            )
+def _plain(hook: Any) -> Any:
+    """The function that torch wrapped to register it."""
+    return getattr(hook, "hook", hook)
 
 
 def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
@@ -257,10 +285,12 @@ def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
 
 
 def materialise_meta(module: nn.Module) -> None:
-    """Gives every meta parameter and buffer memory on the default device, without changing their identity."""
+    """Gives every meta parameter and buffer memory on the default device (shards: on their mesh's), without changing
+    their identity."""
+    give_shards_memory(module)
     device = torch.get_default_device()
     for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
-        if not tensor.is_meta:
+        if not tensor.is_meta or is_dtensor(tensor):
             continue
         real = torch.empty_like(tensor, device=device)
         if isinstance(tensor, nn.Parameter):

@@ -8,30 +8,16 @@ from typing import Any
 
 import torch
 
+from .local_shard import is_dtensor
 from .materialize import Reader, realise
 from .mismatch import Mismatch
 from .names import match_names
+from .optimizer_entries import STEP, Zeros, cast_of, check_entry, real_entries
 from .restore_module import NoteChange
-from .values import LazyTensor
+from .saved_parts import AssembledTensor, SavedTensor
 
-ELEMENTWISE = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "mu_product_buffer",
-        "ax",
-    }
-)
-"""State tensors that torch's optimizers keep with an element for each of the parameter's."""
+TELLING = ("betas", "momentum", "eps", "rho")
+"""Hyperparameters that tell kinds of optimizers apart, whoever wrote them."""
 
 
 @dataclass
@@ -46,17 +32,33 @@ class OptimizerPlan:
     mismatch: Mismatch
     reset: list[str] = field(default_factory=list)
     """Ignored entries without which the rest cannot be used: set to zero."""
+    cast: dict[str, str] = field(default_factory=dict)
+    """Entries whose dtype changes: ``optimizers/CLASS/state/NAME/KEY`` to ``source dtype -> target dtype``."""
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The optimizer's, by position."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     keep: set[int] = field(default_factory=set)
     """Positions whose own state stays: the checkpoint does not know the parameter, or its state was ignored."""
 
     @property
     def nbytes(self) -> int:
+        """Of the whole tensors as they were saved."""
         return sum(
             value.nbytes
             for entries in self.state.values()
             for value in entries.values()
-            if isinstance(value, LazyTensor)
+            if isinstance(value, SavedTensor)
+        )
+
+    @property
+    def spread(self) -> bool:
+        """Whether state comes in pieces or goes to shards, so that only `apply_optimizer` can place it."""
+        values = (value for entries in self.state.values() for value in entries.values())
+        return any(isinstance(value, AssembledTensor) for value in values) or any(
+            map(is_dtensor, self.parameters)
         )
 
 
@@ -78,7 +80,7 @@ def plan_optimizer(
     plan = OptimizerPlan(optimizer, name, {}, [], Mismatch())
     at = f"optimizers/{name}"
     own_groups = optimizer.param_groups
-    own = [parameter for group in own_groups for parameter in group["params"]]
+    own = plan.parameters
     saved_state = saved.get("state", {})
     whole_state = whole.get("state", {})
     if not isinstance(saved_state, Mapping) or not isinstance(whole_state, Mapping):
@@ -87,6 +89,7 @@ def plan_optimizer(
     groups = _groups(whole, at, plan.mismatch)
     if groups is None:
         return plan
+    _check_kind(groups, own_groups, at, plan)
     names = _saved_names(groups, whole_state)
     if names is not None:
         keys = _match_by_name(own, own_groups, names, groups, parameter_names, rename, at, plan)
@@ -95,7 +98,6 @@ def plan_optimizer(
     if "param_groups" not in saved:
         plan.param_groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     elif not plan.mismatch.wrong:
-        _check_kind(plan, groups, at)
         _fill_groups(plan, saved["param_groups"], groups)
     ignored = "state" in whole and "state" not in saved
     plan.keep.update(position for position in range(len(own)) if ignored or position not in keys)
@@ -104,6 +106,7 @@ def plan_optimizer(
             continue
         entries = _entries(plan, saved_state.get(key), whole_state[key], own[position], f"{at}/state/{key}")
         if entries is not None:
+            _take_step(entries, groups, key)
             plan.state[position] = entries
         else:
             plan.keep.add(position)
@@ -118,6 +121,27 @@ def _groups(saved: Mapping[str, Any], at: str, mismatch: Mismatch) -> list[dict[
         mismatch.wrong.append(f"{at}/param_groups: expected a list of dicts with params")
         return None
     return [dict(group) for group in groups]
+
+
+def _check_kind(
+    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], at: str, plan: OptimizerPlan
+) -> None:
+    """DeepSpeed and hand-written files do not name the optimizer's class; its hyperparameters tell."""
+    theirs = [key for key in TELLING if any(key in group for group in groups)]
+    mine = [key for key in TELLING if any(key in group for group in own_groups)]
+    if theirs and mine and theirs != mine:
+        plan.mismatch.wrong.append(
+            f"{at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind than "
+            f"{type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{at}"
+        )
+
+
+def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
+    """Some of DeepSpeed's optimizers count their steps by group; torch's look for it in each parameter's state."""
+    if STEP not in entries:
+        for group in groups:
+            if STEP in group and key in group["params"]:
+                entries[STEP] = group[STEP]
 
 
 def _saved_names(
@@ -152,7 +176,9 @@ def _match_by_name(
     ]
     match = match_names(names, own_names, rename)
     source_of = {target: source for source, target in match.target_of.items()}
-    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing)
+    # What is not trained has no state anywhere; some jobs give it to the optimizer all the same.
+    untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
+    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing if name not in untrained)
     plan.mismatch.unexpected.extend(f"{at}/{name}" for name in match.unexpected)
     keys: dict[int, Any] = {}
     position = 0
@@ -199,24 +225,6 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-_MARKS = ("betas", "momentum", "alpha", "rho", "lr_decay")
-"""Hyperparameters that tell torch's kinds of optimizer apart."""
-
-
-def _check_kind(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]], at: str) -> None:
-    """Files that name no class could bring one optimizer's state into another."""
-    own, saved = plan.optimizer.param_groups, groups
-    if not own or not saved:
-        return
-    for mark in _MARKS:
-        if (mark in own[0]) != (mark in saved[0]):
-            has, lacks = ("this job's", "the saved") if mark in own[0] else ("the saved", "this job's")
-            plan.mismatch.wrong.append(
-                f"{at}: saved by another kind of optimizer: {has} has {mark!r}, {lacks} has not"
-            )
-            return
-
-
 def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``.
 
@@ -252,37 +260,28 @@ def _entries(
             entries[key] = saved[key]
         elif key in current:
             entries[key] = current[key]
-        elif isinstance(value, LazyTensor):
-            entries[key] = torch.zeros(value.shape, dtype=getattr(torch, value.dtype))
+        elif isinstance(value, SavedTensor):
+            entries[key] = Zeros(value.shape, value.dtype)
             plan.reset.append(f"{at}/{key}")
         elif isinstance(value, int | float):
             entries[key] = type(value)(0)
             plan.reset.append(f"{at}/{key}")
-        if (
-            key in ELEMENTWISE
-            and isinstance(value, LazyTensor)
-            and not isinstance(parameter, torch.nn.UninitializedParameter)
-            and value.shape != tuple(parameter.shape)
-        ):
-            plan.mismatch.wrong.append(
-                f"{at}/{key}: expected shape {tuple(parameter.shape)}, got {value.shape}"
-            )
+        check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
+        cast = cast_of(entries.get(key), key, parameter)
+        if cast is not None:
+            plan.cast[f"{at}/{key}"] = cast
     return entries
 
 
 def apply_optimizer(plan: OptimizerPlan, reader: Reader, note_change: NoteChange, **realising: Any) -> None:
-    """Carries out `plan` through the optimizer's own ``load_state_dict``.
+    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
 
     A parameter that the checkpoint does not know, or whose state was ignored, keeps the one that it has; one that
     had none when it was saved has none.
     """
     current = plan.optimizer.state_dict()["state"]
-    state = {
-        **{position: entries for position, entries in current.items() if position in plan.keep},
-        **{
-            position: realise(entries, reader=reader, **realising) for position, entries in plan.state.items()
-        },
-    }
+    kept = {position: entries for position, entries in current.items() if position in plan.keep}
+    fresh = real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **realising)
     groups = realise(plan.param_groups, reader=reader, **realising)
     note_change(f"optimizer {plan.name}")
-    plan.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})

@@ -11,14 +11,18 @@ from .algorithms import apply_required, ordered_algorithms, required_algorithms
 from .arguments import LoadRequest
 from .checkpoint import Checkpoint
 from .engine import EnginePlan, apply_engine, is_deepspeed_engine, plan_engine
-from .errors import LayoutError, OptionError
+from .errors import OptionError
 from .materialize import Reader
 from .mismatch import Mismatch
 from .monolithic import Contents
 from .restore import StatePlan, apply_state, plan_state
 from .restore_foreign import ForeignPlan, apply_foreign, plan_foreign
-from .restore_module import NoteChange
+from .restore_module import ModulePlan, NoteChange
+from .restore_optimizer import OptimizerPlan
+from .saved_parts import AssembledTensor
 from .state import ForeignState, State
+from .zero_contents import ZeroContents
+from .zero_whole import whole_contents
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Prepared:
     state: StatePlan | None = None
     foreign: ForeignPlan | None = None
     engine: EnginePlan | None = None
+    zero: ZeroContents | None = None
+    """What the shards are of that `state` or `foreign` takes; None where they are an engine's, or there are none."""
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -40,12 +46,22 @@ class Prepared:
     @property
     def cast(self) -> dict[str, str]:
         engine = dict(self.engine.cast) if self.engine is not None else {}
-        return {**dict(getattr(self._module, "cast", {})), **engine}
+        optimizers = {name: cast for plan in self._optimizers for name, cast in plan.cast.items()}
+        return {**dict(getattr(self._module, "cast", {})), **optimizers, **engine}
 
     @property
     def reset(self) -> list[str]:
-        holder = self.state or self.foreign
-        return [name for plan in (holder.optimizers if holder else ()) for name in plan.reset]
+        return [name for plan in self._optimizers for name in plan.reset]
+
+    @property
+    def notes(self) -> list[str]:
+        """What else the receipt is to say of this restore."""
+        names = self._module.from_masters if self._module is not None else []
+        return (
+            [f"{len(names)} weights come from the saved fp32 masters, not from the module's file"]
+            if names
+            else []
+        )
 
     @property
     def not_restored(self) -> list[str]:
@@ -53,9 +69,14 @@ class Prepared:
         return [name for plan in plans if plan is not None for name in plan.not_restored]
 
     @property
-    def _module(self) -> Any:
+    def _module(self) -> ModulePlan | None:
         holder = self.state or self.foreign
         return holder.module if holder is not None else None
+
+    @property
+    def _optimizers(self) -> list[OptimizerPlan]:
+        holder = self.state or self.foreign
+        return holder.optimizers if holder is not None else []
 
 
 def prepare_restore(
@@ -90,8 +111,8 @@ def prepare_restore(
             rename=request.options.rename,
         )
         prepared.mismatch.extend(prepared.engine.mismatch)
-    elif checkpoint.zero is not None:
-        _refuse_sharded_source(checkpoint, weights_only=request.weights_only)
+    else:
+        prepared.zero = checkpoint.zero
     present = getattr(state, "algorithms", None)
     if isinstance(present, list):
         missing = required_algorithms(contents.state.get("algorithms"), present, request.exclude_algorithms)
@@ -128,27 +149,15 @@ def _engine_parts(
     return without(contents), without(unfiltered), replace(contents, state=kept)
 
 
-def _refuse_sharded_source(checkpoint: Checkpoint, *, weights_only: bool) -> None:
-    """ZeRO's shards go into a DeepSpeed engine; other models take the weights that are whole."""
-    stage = checkpoint.zero.checkpoint.stage if checkpoint.zero is not None else 0
-    if stage == 3:
-        raise LayoutError(
-            f"{checkpoint.name} was saved at ZeRO stage 3, whose weights are in shards: the model must be a "
-            "DeepSpeed engine",
-            path=checkpoint.name,
-        )
-    if not weights_only:
-        raise LayoutError(
-            f"{checkpoint.name} was saved by DeepSpeed, whose optimizer state goes into a DeepSpeed engine; into "
-            "another model, load with load_weights_only=True",
-            path=checkpoint.name,
-        )
-
-
 def _plan_rest(
     request: LoadRequest, prepared: Prepared, contents: Contents, unfiltered: Contents, *, with_model: bool
 ) -> None:
     """Everything but algorithms and a DeepSpeed engine, against the model as it is now."""
+    masters: Mapping[int, AssembledTensor] = {}
+    if prepared.zero is not None:
+        whole = whole_contents(prepared.zero, contents)
+        contents, masters = whole.contents, whole.masters
+        unfiltered = whole_contents(prepared.zero, unfiltered).contents
     if isinstance(request.state, State):
         prepared.state = plan_state(
             request.state,
@@ -157,6 +166,7 @@ def _plan_rest(
             weights_only=request.weights_only,
             rename=request.options.rename,
             with_model=with_model,
+            masters=masters,
         )
         prepared.mismatch.extend(prepared.state.mismatch)
         return
@@ -168,6 +178,7 @@ def _plan_rest(
         rename=request.options.rename,
         exclude_algorithms=request.exclude_algorithms,
         with_model=with_model,
+        masters=masters,
     )
     prepared.mismatch.extend(prepared.foreign.mismatch)
 

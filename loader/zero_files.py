@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -43,29 +43,26 @@ def optim_namings(*, bf16: bool | None = None) -> Iterator[OptimNaming]:
             yield OptimNaming(prefix, legacy)
 
 
-def files_for_rank(
-    stage: int,
-    saved_world_size: int,
-    rank: int,
-    world_size: int,
-    *,
-    weights_only: bool,
-    naming: OptimNaming | None,
-    saved_ranks: Collection[int] | None = None,
-) -> tuple[str, ...]:
-    """Names, relative to the tag folder, of the files that `rank` of `world_size` needs. Rank 0's come first.
+@dataclass(frozen=True)
+class Needed:
+    """Saved ranks whose files one rank of a job reads."""
 
-    Each rank needs its own model file and rank 0's (one and the same below stage 3), and, unless it restores
-    weights only below stage 3, its own optimizer file. `saved_ranks` overrules whose optimizer files: by default
-    the own at the same world size, all of them at another. `naming` None is stage 0 or weights only.
-    """
-    partitioned = stage == 3
-    own = min(rank, saved_world_size - 1) if world_size == saved_world_size else rank % saved_world_size
-    if saved_ranks is None:
-        saved_ranks = (own,) if world_size == saved_world_size else range(saved_world_size)
-    needed = sorted(set(saved_ranks))
-    models = [0, own, *(needed if partitioned else ())]
-    files = [model_file(one, partitioned=partitioned) for one in models]
-    if naming is not None and stage and (partitioned or not weights_only):
-        files += [naming.name(one) for one in needed]
-    return tuple(dict.fromkeys(files))
+    models: frozenset[int] = frozenset({0})
+    """Of the model files; below stage 3 there is one, which is rank 0's."""
+    optims: frozenset[int] = frozenset()
+
+    def __or__(self, other: Needed) -> Needed:
+        return Needed(self.models | other.models, self.optims | other.optims)
+
+    def __sub__(self, other: Needed) -> Needed:
+        return Needed(self.models - other.models, self.optims - other.optims)
+
+    def __bool__(self) -> bool:
+        return bool(self.models or self.optims)
+
+    def files(self, *, partitioned: bool, naming: OptimNaming | None) -> tuple[str, ...]:
+        """Names, relative to the tag folder; models first, in the order of ranks."""
+        names = [model_file(rank, partitioned=partitioned) for rank in sorted(self.models)]
+        if naming is not None:
+            names += [naming.name(rank) for rank in sorted(self.optims)]
+        return tuple(dict.fromkeys(names))

@@ -174,16 +174,6 @@ def named_by_optimizer(
     return replace(checkpoint, parameters=parameters)
 
 
-def check_world_size(checkpoint: ZeroCheckpoint, world_size: int, *, file: str | None = None) -> None:
-    """Raises `LayoutError` unless the checkpoint was saved by `world_size` ranks, or is not partitioned."""
-    if checkpoint.stage and checkpoint.world_size != world_size:
-        raise LayoutError(
-            f"the checkpoint was saved by {checkpoint.world_size} data-parallel ranks (ZeRO stage "
-            f"{checkpoint.stage}), this job has {world_size}; start it with {checkpoint.world_size}",
-            path=file,
-        )
-
-
 def _rows(
     model: ModelStates, paddings: Sequence[Sequence[int]] | None
 ) -> tuple[dict[str, SavedParameter], list[int]]:

@@ -15,8 +15,9 @@ from rankload.loader.materialize import Reader
 from rankload.loader.monolithic import Contents
 from rankload.loader.torch_file import read_index
 from rankload.loader.zero_contents import ZeroContents, zero_contents, zero_tree
-from rankload.loader.zero_files import OptimNaming, files_for_rank, model_file, optim_namings
+from rankload.loader.zero_files import OptimNaming, model_file, optim_namings
 from rankload.loader.zero_model_states import read_model_states
+from rankload.loader.zero_needs import all_files, own_files
 from rankload.loader.zero_optim_states import read_optim_states
 from safetensors.torch import load_file
 from zero_model import LATER_DATA_SEED, full_state, make_engine, module_state, train
@@ -52,9 +53,13 @@ def read_contents(folder: Path, rank: int, world_size: int, *, weights_only: boo
             naming = one
             break
     stage = 3 if partitioned else 1 if naming else 0
-    names = files_for_rank(
-        stage, first.world_size, rank, world_size, weights_only=weights_only, naming=naming
-    )
+    with_optimizer = stage == 3 or (stage > 0 and not weights_only)
+    needed = all_files(first.world_size, partitioned=partitioned, with_optimizer=with_optimizer)
+    if world_size == first.world_size:
+        needed = own_files(
+            rank, world_size, world_size, partitioned=partitioned, with_optimizer=with_optimizer
+        )
+    names = needed.files(partitioned=partitioned, naming=naming)
     models = {}
     optims = {}
     for name in names:

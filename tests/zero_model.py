@@ -72,8 +72,12 @@ def make_engine(
     zero: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     optimizer: str = "AdamW",
+    client: bool = False,
 ) -> Any:
-    """A DeepSpeed engine around a new `TinyModel`; every rank must call it. `zero` and `config` add options."""
+    """A DeepSpeed engine around a new `TinyModel`; every rank must call it. `zero` and `config` add options.
+
+    With `client` DeepSpeed is handed an AdamW of torch's that was made before.
+    """
     import deepspeed
 
     # Otherwise a kernel that nobody needs here is compiled first, for two minutes.
@@ -101,15 +105,13 @@ def make_engine(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
     vectors = [p for p in trained if p.dim() < 2]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[
-            {"params": matrices, "weight_decay": 0.1},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        config=settings,
-    )
-    return engine
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    if client:
+        del settings["optimizer"]
+        settings["zero_allow_untested_optimizer"] = True
+        own = torch.optim.AdamW(groups, lr=1e-3)
+        return deepspeed.initialize(model=model, optimizer=own, config=settings)[0]
+    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
 
 
 def train(engine: Any, steps: int, rank: int, seed: int = DATA_SEED) -> list[float]:

@@ -1,0 +1,124 @@
+"""A checkpoint that was opened, and what the steps of opening one share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..distributed.session import Session
+from .arguments import LoadRequest
+from .cache import NodeCache
+from .fetch import Fetched, FetchedFile, fetch_files
+from .monolithic import Contents
+from .receipt import FileRecord
+from .stopwatch import Stopwatch
+from .store import Store
+from .torch_file import FileIndex
+from .tree_walk import tensors
+from .values import StorageRef
+from .zero_contents import ZeroContents
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are on this node and whose indexes were read; its tensors are lazy."""
+
+    name: str
+    """What messages and the receipt call it; without secrets."""
+    kind: str
+    """``monolithic``, ``composer-zero`` or ``deepspeed``."""
+    contents: Contents
+    saved_world_size: int | None
+    indexes: tuple[FileIndex, ...]
+    """Of the torch files that this rank reads."""
+    files: tuple[FileRecord, ...]
+    cache_dir: str | None
+    """Where fetched files were put; None where all were used in place."""
+    zero: ZeroContents | None = None
+    states_file: str = ""
+    """What messages call the file that everything but ZeRO's tensors is in; `name` where it is empty."""
+    rng_per_rank: bool = False
+    """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
+    notes: tuple[str, ...] = ()
+    """What the receipt is to say besides."""
+
+    def storages(self, wanted: Mapping[str, Any]) -> list[StorageRef]:
+        """What will be read of this rank's files to restore the parts `wanted`."""
+        if self.zero is not None:
+            return [storage for index in self.indexes for storage in index.storages]
+        return list({tensor.storage for tree in wanted.values() for _, tensor in tensors(tree)})
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the steps of opening share."""
+
+    request: LoadRequest
+    session: Session
+    watch: Stopwatch
+    store: Store
+    cache: NodeCache
+    name_of: Callable[[str], str]
+    """An expanded path to the object's name in the store."""
+
+    def fetch(self, names: list[str], stage: str) -> Fetched:
+        """Brings files to this node. Every rank must call."""
+        with self.watch.lap(stage) as lap:
+            fetched = fetch_files(
+                self.session.channel, self.session.topology, self.store, names, self.cache, stage=stage
+            )
+            if self.session.topology.local_rank == 0:
+                lap.bytes += fetched.fetched_bytes
+        return fetched
+
+
+def opened(
+    opening: Opening,
+    name: str,
+    kind: str,
+    contents: Contents,
+    saved_world_size: int | None,
+    indexes: list[FileIndex],
+    files: list[FetchedFile],
+    zero: ZeroContents | None = None,
+    *,
+    states_file: str = "",
+    rng_per_rank: bool = False,
+) -> Checkpoint:
+    """The checkpoint, with the records of the `files` that this rank uses."""
+    records = tuple(
+        FileRecord(
+            file.source,
+            max(0, file.size_bytes),
+            file.fetched_bytes,
+            all(index.verifiable for index in indexes if index.name.startswith(file.source)),
+        )
+        for file in files
+    )
+    in_place = opening.store.is_local and all(file.kind == "file" for file in files)
+    return Checkpoint(
+        name,
+        kind,
+        contents,
+        saved_world_size,
+        tuple(indexes),
+        records,
+        None if in_place else opening.cache.folder,
+        zero,
+        states_file,
+        rng_per_rank,
+        _notes(opening, zero),
+    )
+
+
+def _notes(opening: Opening, zero: ZeroContents | None) -> tuple[str, ...]:
+    world_size = opening.session.topology.world_size
+    if zero is None or not zero.optims or zero.checkpoint.world_size == world_size:
+        return ()
+    if not zero.checkpoint.stage:
+        return ()
+    text = f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks"
+    if opening.request.options.verify != "off":
+        text += ": to compare checksums, each rank reads whole every storage that it takes a part of"
+    return (text,)
