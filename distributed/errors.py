@@ -24,6 +24,7 @@ class RankloadError(Exception):
         rank: global rank that met the error first; None while it is not known.
         host: host name of that rank; None while it is not known.
         path: the file, URI or folder concerned; None where there is none.
+        details: what an error says beyond its message, as JSON types; empty for most.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class RankloadError(Exception):
         self.rank = rank
         self.host = host
         self.path = path
+        self.details: dict[str, Any] = {}
 
     def __str__(self) -> str:
         where = [] if self.rank is None else [f"rank {self.rank}"]
@@ -62,7 +64,7 @@ class StalledError(RankloadError):
 
 
 def to_record(error: RankloadError) -> str:
-    """`error` as JSON: its type's name, message, rank, host and path."""
+    """`error` as JSON: its type's name, message, rank, host, path and details."""
     return json.dumps(
         {
             "type": type(error).__name__,
@@ -70,15 +72,9 @@ def to_record(error: RankloadError) -> str:
             "rank": error.rank,
             "host": error.host,
             "path": error.path,
-            "details": error_details(error),
+            "details": error.details,
         }
     )
-
-
-def error_details(error: RankloadError) -> dict[str, Any]:
-    """What a subclass carries beyond the message (its ``details``), JSON only."""
-    details = getattr(error, "details", None)
-    return dict(details) if isinstance(details, dict) else {}
 
 
 def from_record(record: str) -> RankloadError:
@@ -86,8 +82,7 @@ def from_record(record: str) -> RankloadError:
     fields = json.loads(record)
     kind = _known_types().get(fields["type"], RankloadError)
     error = kind(fields["message"], rank=fields["rank"], host=fields["host"], path=fields["path"])
-    if fields.get("details"):
-        error.details = fields["details"]  # type: ignore[attr-defined]
+    error.details.update(fields["details"])
     return error
 
 

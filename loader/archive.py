@@ -11,7 +11,6 @@ import contextlib
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import IO, BinaryIO, cast
 
 from .decompress import COMPRESSED, Expanded
@@ -23,17 +22,6 @@ MAX_MEMBERS = 200_000
 MAX_HEADER = 1 << 20
 """Bytes of headers that one member may take, its extended ones included."""
 _COPY = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A regular file in an archive."""
-
-    name: str
-    """Relative, with ``/``; without ``.`` and ``..``."""
-    offset: int
-    """Of its first byte in the archive, uncompressed."""
-    size: int
 
 
 class _Source:
@@ -82,19 +70,6 @@ class _Source:
     def ended_properly(self) -> bool:
         """Whether what was read last is the block of zeros that ends an archive."""
         return len(self._last) == tarfile.BLOCKSIZE and not self._last.strip(b"\0")
-
-
-def tar_members(path: str) -> list[TarMember]:
-    """The regular files of the uncompressed tar at `path`, checked, without reading their contents.
-
-    Raises `UnsafeError`, `CorruptError` or `FormatError` as `unpack` does.
-    """
-    members = []
-    with _opened(path, path, limit=os.stat(path).st_size) as (_, checked):
-        for info, name in checked:
-            if info.isreg():
-                members.append(TarMember(name, info.offset_data, info.size))
-    return members
 
 
 def is_tar(path: str) -> bool:

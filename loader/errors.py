@@ -20,7 +20,6 @@ RankloadError                  rank, host, path
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..distributed.errors import PeerError, RankloadError, StalledError, TopologyError
 
@@ -97,7 +96,7 @@ class PartialRestoreError(RankloadError):
         changed: Sequence[str] = (),
     ) -> None:
         super().__init__(message, rank=rank, host=host, path=path)
-        self.details: dict[str, Any] = {"changed": list(changed)}
+        self.details["changed"] = list(changed)
 
     @property
     def changed(self) -> tuple[str, ...]:

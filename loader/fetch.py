@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .cache import NodeCache
 from .errors import FormatError, NotFoundError, StalledError
 from .fetch_needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
-from .fetch_one import Tally, merge_archives, obtain
+from .fetch_one import Tally, obtain
 from .store import Store
 from .symlinks import resolve
 from .workers import Stop, run_jobs
@@ -51,12 +51,10 @@ class FetchedFile:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What one rank asked for, and what its node has unpacked."""
+    """What one rank asked for, on its node."""
 
     files: Mapping[str, FetchedFile] = field(default_factory=dict)
     """By the name asked for; an optional one that is not there is left out."""
-    folder: str | None = None
-    """All archives of this node's ranks in one folder; None where there is none among them."""
 
     @property
     def paths(self) -> dict[str, str]:
@@ -98,18 +96,18 @@ def fetch_files(
         held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
         channel.decide(f"{stage}: missing", held, lambda reports: refuse(store, table, lacking, reports))
 
-    done: dict[str, Any] = {"files": {}, "folder": None}
+    done: dict[str, Any] = {}
     with channel.stage(stage):
         if table.leads:
             done = _fetch(store, found, cache, table, tally, _Watch(channel, tally))
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
     mine = [need.name for need in table.own]
     files = {
-        name: FetchedFile(**{**node["files"][name], "members": tuple(node["files"][name]["members"])})
+        name: FetchedFile(**{**node[name], "members": tuple(node[name]["members"])})
         for name in mine
-        if name in node["files"]
+        if name in node
     }
-    return Fetched(files, node["folder"])
+    return Fetched(files)
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: _Watch) -> None:
@@ -135,7 +133,6 @@ def _fetch(
     watch: _Watch,
 ) -> dict[str, Any]:
     files: dict[str, FetchedFile] = {}
-    entries: dict[str, tuple[str, ...]] = {}
     wanted = {name: info for name, info in found.items() if info is not None}
     for name, info in wanted.items():
         if not store.is_local:
@@ -151,8 +148,6 @@ def _fetch(
                 f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
             ) from error
         tally.settle(name, one.size_bytes, one.fetched_bytes)
-        if one.kind == "archive":
-            entries[name] = one.identity
         files[name] = FetchedFile(
             name=name,
             source=store.describe(one.object_name),
@@ -167,12 +162,8 @@ def _fetch(
     # The longest first, so that none of them is alone at the end.
     order = sorted(wanted, key=lambda name: -(wanted[name].size_bytes or 0))
     run_jobs([lambda stop, name=name: job(name, stop) for name in order], watch.tick)  # type: ignore[misc]
-    folder = None
-    if entries:
-        archives = {name: (files[name].path, files[name].members) for name in sorted(entries)}
-        folder = merge_archives(cache, archives, sorted(entries.values()))
     watch.tick()
-    return {"files": {name: asdict(file) for name, file in files.items()}, "folder": folder}
+    return {name: asdict(file) for name, file in files.items()}
 
 
 class _Watch:

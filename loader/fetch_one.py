@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import filecmp
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ class Obtained:
     size_bytes: int
     fetched_bytes: int
     members: tuple[str, ...]
-    identity: tuple[str, ...]
 
 
 class Tally:
@@ -109,13 +107,13 @@ def _obtain_local(
     except OSError as error:
         raise AccessError(f"{path}: can't be read: {error.strerror}", path=path) from error
     if kind != "tar" and kind not in COMPRESSED:
-        return Obtained(info.name, path, "file", size, 0, (), identity)
+        return Obtained(info.name, path, "file", size, 0, ())
 
     def produce(target: str) -> dict[str, Any]:
         return _prepare(path, target, path, cache, told[1])
 
     filled = cache.entry(path, *identity).fill("object", path, _on_disk(produce, cache), told[1])
-    return _obtained(info.name, filled.path, filled.details, size, 0, identity)
+    return _obtained(info.name, filled.path, filled.details, size, 0)
 
 
 def _obtain_remote(
@@ -148,12 +146,10 @@ def _obtain_remote(
 
     filled = cache.entry(described, *identity).fill("object", described, _on_disk(produce, cache), told[0])
     size = int(filled.details.get("size", -1))
-    return _obtained(info.name, filled.path, filled.details, size, fetched, identity)
+    return _obtained(info.name, filled.path, filled.details, size, fetched)
 
 
-def _obtained(
-    name: str, path: str, details: Mapping[str, Any], size: int, fetched: int, identity: tuple[str, ...]
-) -> Obtained:
+def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetched: int) -> Obtained:
     members = details.get("members")
     return Obtained(
         object_name=name,
@@ -162,7 +158,6 @@ def _obtained(
         size_bytes=size,
         fetched_bytes=fetched,
         members=tuple(members or ()),
-        identity=identity,
     )
 
 
@@ -207,45 +202,3 @@ def _on_disk(produce: Any, cache: NodeCache) -> Any:
             raise AccessError(f"{cache.folder}: {error.strerror or error}", path=cache.folder) from error
 
     return run
-
-
-def merge_archives(
-    cache: NodeCache, archives: Mapping[str, tuple[str, Sequence[str]]], identities: Sequence[Sequence[str]]
-) -> str:
-    """One folder with the files of all `archives` (``name: (folder, members)``), linked and not copied.
-
-    Raises `CorruptError` where two hold a file of the same name with different contents.
-    """
-    if len(archives) == 1:
-        return next(iter(archives.values()))[0]
-
-    def produce(target: str) -> dict[str, Any]:
-        os.mkdir(target, 0o700)
-        for name, (folder, members) in archives.items():
-            for member in members:
-                _link(os.path.join(folder, member), os.path.join(target, member), member, name)
-        return {}
-
-    entry = cache.entry("checkpoint", "merged", *(part for each in identities for part in each))
-    return entry.fill("object", "files", _on_disk(produce, cache), lambda n: None).path
-
-
-def _link(source: str, target: str, member: str, archive: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-        os.link(source, target)
-    except FileExistsError:
-        if not os.path.isfile(target) or not filecmp.cmp(source, target, shallow=False):
-            raise CorruptError(
-                f"{os.path.basename(archive)}: {member!r} is in another archive of the same checkpoint too, "
-                "with other contents",
-                path=archive,
-            ) from None
-    except NotADirectoryError:
-        raise CorruptError(
-            f"{os.path.basename(archive)}: {member!r} lies under what is a file in another archive",
-            path=archive,
-        ) from None
-    except PermissionError:
-        # Some file systems have no hard links.
-        os.symlink(source, target)

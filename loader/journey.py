@@ -9,6 +9,7 @@ is changed before ``restore``.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +17,18 @@ from typing import Any
 
 from ..distributed.session import Session, open_session
 from .algorithms import AlgorithmPass
-from .arguments import LoadRequest, check_same
+from .arguments import LoadRequest, check_arguments, check_same
 from .check import Checked, check
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import finish_engine
-from .errors import OptionError, PartialRestoreError, RankloadError
+from .errors import OptionError
 from .ignore import Ignored, IgnoreKeys, ignore
 from .options import LoadOptions, resolve_options
+from .partial import after_first_change, partial_once_begun
 from .proof import make_receipt
-from .receipt import Receipt, check_logger, log_receipt
+from .receipt import Receipt, log_receipt
 from .restore_target import apply_restore
 from .rng import RngState, complete_states, decode, encode
-from .state import ForeignState, State
 from .stopwatch import Stopwatch
 from .timestamps import agree_on_timestamp
 
@@ -44,7 +45,7 @@ class LoadResult:
 
 
 def load_checkpoint(
-    path: str,
+    path: str | os.PathLike[str],
     state: Any,
     logger: Any = None,
     object_store: Any = None,
@@ -81,7 +82,7 @@ def load_checkpoint(
 
 
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     state: Any,
     logger: Any = None,
     object_store: Any = None,
@@ -123,7 +124,7 @@ def load(
         # Told to the others once they can be talked to: they are on their way here.
         resolved, problem = resolve_options(None, {}), error
     request = LoadRequest(
-        path,
+        path,  # type: ignore[arg-type]  # made text there, or refused by `check_arguments`
         state,
         logger,
         object_store,
@@ -136,19 +137,28 @@ def load(
         resolved,
     )
     stall_timeout_s = resolved.stall_timeout_s or 120.0
-    with open_session(stall_timeout_s=stall_timeout_s) as session, contextlib.ExitStack() as leaving:
+    with (
+        partial_once_begun() as begun,
+        open_session(stall_timeout_s=stall_timeout_s) as session,
+        contextlib.ExitStack() as leaving,
+    ):
         watch = Stopwatch(session.channel)
         _agree_on_arguments(request, problem, session, watch)
         checkpoint = open_checkpoint(request, session, watch, leaving)
         ignored = _leave_out(request, checkpoint, watch)
         checked = check(request, checkpoint, ignored, watch)
+        begun.append(checkpoint.name)
         restored = _restore(request, checkpoint, checked, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _rng(request, checkpoint, checked, session, watch)
         receipt = make_receipt(request, checkpoint, ignored, checked, restored, derived, session, watch)
     if session.topology.rank == 0:
-        log_receipt(receipt, request.logger)
+        try:
+            log_receipt(receipt, request.logger)
+        except Exception as error:
+            # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
+            warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
     return LoadResult(rng_states, receipt, checked.extra)
 
 
@@ -159,12 +169,7 @@ def _agree_on_arguments(
     with watch.stage("arguments"):
         if problem is not None:
             raise problem
-        check_logger(request.logger)
-        if not isinstance(request.state, State | ForeignState):
-            raise OptionError(
-                f"state={type(request.state).__name__}: expected a rankload.loader.State, or an object with "
-                "load_state_dict and load_model_state such as Composer's State"
-            )
+        check_arguments(request)
     session.channel.decide("same arguments", request.comparable(), check_same)
 
 
@@ -180,45 +185,24 @@ def _leave_out(request: LoadRequest, checkpoint: Checkpoint, watch: Stopwatch) -
 def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> list[str]:
     """The only stage that changes what the user owns."""
     changed: list[str] = []
-    with watch.stage("restore"):
-        try:
-            return apply_restore(
-                request,
-                checked.prepared,
-                checked.contents,
-                checkpoint.contents,
-                checked.reader,
-                changed.append,
-                checked.realise_options,
-            )
-        except Exception as error:
-            # A peer's failure, heard of in the midst of our own changes, is settled for all by now.
-            raise _partial(error, checkpoint.name, changed) from error
+    with watch.stage("restore"), after_first_change(checkpoint.name, changed):
+        return apply_restore(
+            request,
+            checked.prepared,
+            checked.contents,
+            checkpoint.contents,
+            checked.reader,
+            changed.append,
+            checked.realise_options,
+        )
 
 
 def _finish(checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> None:
     """What DeepSpeed does together, now that every rank is known to be well."""
     if checked.prepared.engine is None:
         return
-    with watch.stage("finish"):
-        try:
-            finish_engine(checked.prepared.engine)
-        except Exception as error:
-            raise _partial(error, checkpoint.name, ["all parts"]) from error
-
-
-def _partial(error: Exception, name: str, changed: list[str]) -> RankloadError:
-    if isinstance(error, PartialRestoreError):
-        error.details["changed"] = list(dict.fromkeys([*error.changed, *changed]))
-        return error
-    message = error.message if isinstance(error, RankloadError) else f"{type(error).__name__}: {error}"
-    what = ", ".join(changed) or "nothing on this rank, but others may have begun"
-    return PartialRestoreError(
-        f"the restore of {name} failed after it began; changed: {what}. {message} "
-        "Take the model, optimizer and state as undefined until a load succeeds",
-        path=name,
-        changed=changed,
-    )
+    with watch.stage("finish"), after_first_change(checkpoint.name, ["all parts"]):
+        finish_engine(checked.prepared.engine)
 
 
 def _rng(
@@ -228,21 +212,20 @@ def _rng(
     saved = checked.rng
     with watch.lap("rng"):
         if checkpoint.rng_per_rank and not request.weights_only:
-            # Each saved rank's file has its own, which the same rank here has read; ranks beyond those have
-            # none. A rank without one keeps all from having them.
-            own = saved[min(session.topology.rank, len(saved) - 1)] if saved else {}
+            # Each saved rank's file has its own (or, gathered by the job that saved, all of them), which the same
+            # rank here has read; ranks beyond those have none. A rank without one keeps all from having them.
+            own = saved[min(session.topology.rank, len(saved) - 1)] if saved else None
             each = session.channel.gather_bytes("rng", encode(own) if own else b"")
             each = each[: checkpoint.saved_world_size]
             saved = [decode(state) for state in each] if all(each) else None
     if not saved:
         return None, ()
-    seed = checked.contents.state.get("rank_zero_seed")
-    states, derived = complete_states(
-        saved, session.topology.world_size, seed if isinstance(seed, int) else None
-    )
+    states, derived = complete_states(saved, session.topology.world_size, checked.contents.rank_zero_seed)
+    if not states:
+        return None, ()
     if derived and session.topology.rank == 0:
         warnings.warn(
-            f"{checkpoint.name} has RNG states of {len(saved)} ranks, this world has "
+            f"{checkpoint.name} has RNG states of {len(saved) - saved.count(None)} ranks, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
             stacklevel=3,
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import CorruptError, FormatError, NotFoundError, UnsafeError
+from .errors import AccessError, CorruptError, FormatError, NotFoundError, UnsafeError
+from .zero_files import UNIVERSAL_MARKERS
 
 if TYPE_CHECKING:
     from .store import Store
@@ -99,8 +100,27 @@ def _model_file(store: Store, folder: str) -> str | None:
     for candidate in MODEL_STATES:
         name = store.join(folder, candidate)
         if _exists(store, name):
+            _refuse_universal(store, folder)
             return name
     return None
+
+
+def _refuse_universal(store: Store, folder: str) -> None:
+    """Only files that the conversion adds can tell: the model files are copies of the native ones.
+
+    ``universal_checkpoint_info`` does not: native model files may hold that key, and must to be converted.
+    """
+    for marker in UNIVERSAL_MARKERS:
+        try:
+            is_universal = _exists(store, store.join(folder, marker))
+        except AccessError:
+            continue  # some stores answer so for what is not there
+        if is_universal:
+            raise FormatError(
+                f"{store.describe(folder)} is a DeepSpeed universal checkpoint (it holds {marker}), which is not "
+                "supported; pass the native folder that it was converted from",
+                path=store.describe(folder),
+            )
 
 
 def _exists(store: Store, name: str) -> bool:

@@ -41,7 +41,7 @@ class Mismatch:
                 "ignore_keys to leave parts out."
             )
         error = MismatchError("\n".join(lines), path=path)
-        error.details = {  # type: ignore[attr-defined]
+        error.details = {
             "missing": list(self.missing),
             "unexpected": list(self.unexpected),
             "wrong": list(self.wrong),

@@ -12,7 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CorruptError, FormatError
-from .values import GlobalName, InertObject, LazyTensor
+from .layout_roles import (
+    EXPECTED,
+    ROLE_KEYS,
+    by_class,
+    fits,
+    in_order,
+    is_optimizer_state,
+    is_state_dict,
+    is_weight,
+    rng_list,
+)
+from .values import GlobalName, InertObject
+
+__all__ = ["Contents", "read_layout", "rng_list"]
 
 
 @dataclass(frozen=True)
@@ -38,39 +51,36 @@ class Contents:
     def with_tree(self, tree: Mapping[str, Any]) -> Contents:
         """The same contents after ``ignore_keys`` changed its nested dict."""
         state = tree.get("state")
-        rng = tree.get("rng")
+        rng = tree.get("rng") if self.rng is not None else None
+        own = {"state"} if self.rng is None else {"state", "rng"}
+        extra = {key: value for key, value in tree.items() if key not in own}
+        if "state" in self.extra:
+            # A hand-written file's own, which the nested dict has no place for.
+            extra["state"] = self.extra["state"]
         return Contents(
             self.layout,
             dict(state) if isinstance(state, Mapping) else {},
             list(rng) if isinstance(rng, list | tuple) else None,
-            {key: value for key, value in tree.items() if key not in ("state", "rng")},
+            extra,
         )
 
+    @property
+    def rank_zero_seed(self) -> int | None:
+        """The seed that the run began with, which missing random states are derived from."""
+        for place in (self.state, self.extra):
+            seed = place.get("rank_zero_seed")
+            if isinstance(seed, int) and not isinstance(seed, bool):
+                return seed
+        return None
 
-_ROLE_KEYS: dict[str, tuple[str, ...]] = {
-    "model": (
-        "model",
-        "model_state_dict",
-        "state_dict",
-        "model_state",
-        "module",
-        "net",
-        "network",
-        "weights",
-    ),
-    "optimizer": ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizers"),
-    "scheduler": (
-        "scheduler",
-        "scheduler_state_dict",
-        "lr_scheduler",
-        "lr_scheduler_state_dict",
-        "schedulers",
-    ),
-    "scaler": ("scaler", "scaler_state_dict", "grad_scaler", "amp_scaler"),
-    "rng": ("rng", "rng_state", "rng_states"),
-    "timestamp": ("timestamp",),
-}
-"""Keys of hand-written files, in order of preference."""
+
+_COMPOSER_KEYS = frozenset(
+    {
+        "model", "optimizers", "schedulers", "algorithms", "callbacks", "scaler", "timestamp", "rank_zero_seed",
+        "run_name", "dataset_state", "train_metrics", "eval_metrics", "integrations", "metadata",
+    }
+)  # fmt: skip
+"""What Composer's ``state`` may hold; one of them tells it from a hand-written file's own ``state``."""
 
 
 def read_layout(
@@ -92,12 +102,12 @@ def read_layout(
     names = (optimizer_classes, scheduler_classes, scaler_class)
     if layout:
         return _mapped(tree, file, layout, names)
-    if isinstance(tree.get("state"), Mapping) and ("rng" in tree or set(tree) <= {"state", "rng"}):
-        return _composer(tree)
+    if _is_composer(tree):
+        return _composer(tree, file)
     if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
         return _lightning(tree, file, names)
-    if tree and all(isinstance(k, str) and isinstance(v, LazyTensor) for k, v in tree.items()):
-        return Contents("state dict", {"model": dict(tree)})
+    if is_state_dict(tree) and all(is_weight(key, value) for key, value in tree.items()):
+        return Contents("state dict", {"model": tree})
     found = _hand_written(tree, names)
     if found is not None:
         return found
@@ -110,12 +120,27 @@ def read_layout(
     )
 
 
-def _composer(tree: Mapping[str, Any]) -> Contents:
+def _is_composer(tree: Mapping[Any, Any]) -> bool:
+    state = tree.get("state")
+    return (
+        isinstance(state, Mapping)
+        and ("rng" in tree or set(tree) <= {"state", "rng"})
+        and all(isinstance(key, str) for key in state)
+        and any(key.removeprefix("_") in _COMPOSER_KEYS for key in state)
+    )
+
+
+def _composer(tree: Mapping[str, Any], file: str) -> Contents:
     # Before v0.4.1 the attributes were saved with a leading underscore.
     state = {key[1:] if key.startswith("_") else key: value for key, value in tree["state"].items()}
     for part in ("schedulers", "callbacks", "optimizers", "scaler"):
         if isinstance(state.get(part), list):
-            state[part] = dict(state[part])
+            try:
+                state[part] = dict(state[part])
+            except (TypeError, ValueError) as error:
+                raise CorruptError(
+                    f"{file}: state/{part} is a list, expected pairs of a name and a state", path=file
+                ) from error
     extra = {key: value for key, value in tree.items() if key not in ("state", "rng")}
     return Contents("composer", state, rng_list(tree.get("rng")), extra)
 
@@ -132,7 +157,7 @@ def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
         ("lr_schedulers", "schedulers", schedulers, "scheduler"),
     ):
         if tree.get(key):
-            state[part] = _by_class(list(tree[key]), classes, kind)
+            state[part] = by_class(list(tree[key]), classes, kind)
         claimed.add(key)
     if isinstance(tree.get("callbacks"), Mapping) and tree["callbacks"]:
         state["callbacks"] = dict(tree["callbacks"])
@@ -146,11 +171,13 @@ def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
 
 def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
     roles: dict[str, str] = {}
-    for role, keys in _ROLE_KEYS.items():
-        for key in keys:
-            if key in tree and (role != "model" or _is_state_dict(tree[key])):
-                roles[role] = key
-                break
+    for role, keys in ROLE_KEYS.items():
+        fitting = [key for key in keys if key in tree and fits(role, tree[key])]
+        if role == "optimizer":
+            # What has an optimizer's own keys goes before what is just a dict.
+            fitting.sort(key=lambda key: not is_optimizer_state(tree[key]))
+        if fitting:
+            roles[role] = fitting[0]
     if "model" not in roles:
         return None
     return _contents_of({role: tree[key] for role, key in roles.items()}, tree, set(roles.values()), names)
@@ -158,9 +185,15 @@ def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
 
 def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names: _Names) -> Contents:
     parts: dict[str, Any] = {}
+    claimed = {key_path for key_path in layout.values() if "/" not in key_path}
     for role, key_path in layout.items():
         node: Any = tree
-        for key in key_path.split("/"):
+        at_root = not key_path.strip("/")
+        if at_root and role == "model":
+            weights = {key: tree[key] for key in tree if key not in claimed and is_weight(key, tree[key])}
+            claimed.update(weights)
+            node = weights if len(weights) < len(tree) else tree
+        for key in [] if at_root else key_path.split("/"):
             if not isinstance(node, Mapping) or key not in node:
                 keys = ", ".join(repr(k) for k in list(node)[:20]) if isinstance(node, Mapping) else "none"
                 raise FormatError(
@@ -169,8 +202,13 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
                     path=file,
                 )
             node = node[key]
+        if role in EXPECTED and not fits(role, node):
+            raise FormatError(
+                f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is a "
+                f"{type(node).__name__}; expected {EXPECTED[role]}",
+                path=file,
+            )
         parts[role] = node
-    claimed = {key_path for key_path in layout.values() if "/" not in key_path}
     return _contents_of(parts, tree, claimed, names)
 
 
@@ -180,11 +218,11 @@ def _contents_of(
     optimizers, schedulers, scaler = names
     state: dict[str, Any] = {}
     if "model" in parts:
-        state["model"] = dict(parts["model"]) if isinstance(parts["model"], Mapping) else parts["model"]
+        state["model"] = parts["model"]
     if parts.get("optimizer"):
-        state["optimizers"] = _by_class(_as_list(parts["optimizer"]), optimizers, "optimizer")
+        state["optimizers"] = by_class(in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
     if parts.get("scheduler"):
-        state["schedulers"] = _by_class(_as_list(parts["scheduler"]), schedulers, "scheduler")
+        state["schedulers"] = by_class(in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
     if parts.get("scaler"):
         state["scaler"] = {scaler: parts["scaler"]}
     if "timestamp" in parts:
@@ -196,47 +234,12 @@ def _contents_of(
     return Contents("hand-written", state, rng, extra)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _by_class(states: list[Any], classes: Sequence[str], kind: str) -> dict[str, Any]:
-    """States that come in order, under the class names of this job's objects in the same order."""
-    return {
-        classes[index] if index < len(classes) else f"{kind}{index}": state
-        for index, state in enumerate(states)
-    }
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(key, str) for key in value)
-        and any(isinstance(item, LazyTensor) for item in value.values())
-    )
-
-
-def _tensors(value: Any, key: str, file: str) -> dict[str, Any]:
+def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise CorruptError(
             f"{file}: {key} is a {type(value).__name__}, expected a dict of tensors", path=file
         )
-    return dict(value)
-
-
-_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
-
-
-def rng_list(value: Any) -> list[Any] | None:
-    """RNG states as a list with an entry a rank; None where `value` is nothing of that kind."""
-    if isinstance(value, Mapping) and value and set(value) <= _RNG_KEYS:
-        return [dict(value)]
-    if isinstance(value, list | tuple) and value:
-        entries = list(value)
-        if all(isinstance(entry, Mapping) and entry and set(entry) <= _RNG_KEYS for entry in entries):
-            return entries
-    return None
+    return value  # as it is, with the versions that torch keeps beside it
 
 
 def _not_a_dict(tree: Any, file: str) -> str:

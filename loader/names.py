@@ -41,6 +41,7 @@ def match_names(
     """
     sources = list(source)
     targets = list(target)
+    known = set(targets)
     renamed = {name: _rename(name, rename or {}) for name in sources}
     plain_target: dict[str, str] = {}
     for name in targets:
@@ -59,7 +60,7 @@ def match_names(
         if len(found) > len(best):
             best = found
     # An exact match always stands: a wrapper's own names are not to be shifted by the majority.
-    exact = {name: new for name, new in renamed.items() if new in set(targets)}
+    exact = {name: new for name, new in renamed.items() if new in known}
     if len(exact) >= len(best):
         best = exact
     _refuse_collisions(best)
@@ -77,11 +78,13 @@ _PREFIX_CHANGES: tuple[tuple[str, str], ...] = tuple(
 
 
 def _rename(name: str, rename: Mapping[str, str]) -> str:
-    for key in sorted(rename, key=len, reverse=True):
-        if name == key:
-            return rename[key]
-        if key.endswith(".") and name.startswith(key):
-            return rename[key] + name[len(key) :]
+    if name in rename:
+        return rename[name]
+    end = name.rfind(".") + 1
+    while end:
+        if name[:end] in rename:
+            return rename[name[:end]] + name[end:]
+        end = name.rfind(".", 0, end - 1) + 1
     return name
 
 

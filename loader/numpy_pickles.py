@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import CorruptError
 from .sealed import SealedArray, SealedObject
-from .values import GlobalName, InertArray
+from .values import GlobalName
 
 UNSUPPORTED = "object"
 """``dtype`` of an array whose elements are Python objects or structures. It has no data."""
@@ -117,11 +117,6 @@ def _set(array: SealedArray, dtype: Any, shape: Any, data: Any, fortran_order: b
             f"a NumPy array of dtype {text} and shape {shape} with {len(data):,} bytes; expected {expected:,}"
         )
     array.set(text, shape, bytes(data), fortran_order, scalar)
-
-
-def is_unsupported(array: InertArray) -> bool:
-    """Whether its elements are Python objects or structures, which are never made."""
-    return array.dtype == UNSUPPORTED
 
 
 NUMPY_BUILDERS: dict[str, Callable[..., Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,14 +25,15 @@ class LoadOptions:
 
     cache_dir: str | None = None
     """Folder on this node that fetched files are kept in while they are read. Default: ``rankload-<uid>`` in
-    the system's temporary folder. Private to the user (0700)."""
+    the system's temporary folder. Private to the user (0700). An
+    ``os.PathLike`` becomes its text."""
     stall_timeout_s: float | None = None
     """Seconds without any progress anywhere after which every rank gives up. Default 120."""
     safe_types: Sequence[str | type] = ()
     """Types that a checkpoint may construct beside the known ones: the types themselves, or their names
     (``package.module.Type``; imported when first met). You vouch for what their constructors do."""
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    """Handed to fsspec for the path's file system (credentials, endpoint, ...)."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Handed to fsspec for the path's file system (credentials, endpoint, ...); never shown."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """Names in the checkpoint to names in the model: whole names, or prefixes that end with a dot."""
     layout: Mapping[str, str] = field(default_factory=dict)
@@ -42,14 +44,16 @@ class LoadOptions:
     Default ``during``."""
 
     def __post_init__(self) -> None:
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", _folder(self.cache_dir))
         if self.verify is not None and self.verify not in VERIFY_CHOICES:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
-        if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
+        if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
             raise OptionError(f"stall_timeout_s={self.stall_timeout_s!r}: expected seconds above 0")
-        if isinstance(self.safe_types, str):
-            raise OptionError(
-                f"safe_types={self.safe_types!r}: expected a list of types or names, got one string"
-            )
+        _check_safe_types(self.safe_types)
+        _check_mapping("storage_options", self.storage_options)
+        _check_mapping("rename", self.rename, to_names=True)
+        _check_mapping("layout", self.layout, to_names=True)
         unknown = set(self.layout) - set(LAYOUT_ROLES)
         if unknown:
             raise OptionError(
@@ -61,7 +65,42 @@ LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 """What `LoadOptions.layout` can map."""
 
 _FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify")
-_NOT_OPTIONS = frozenset({"RANKLOAD_DEBUG"})
+
+
+def _folder(value: Any) -> str:
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise OptionError(f"cache_dir={value!r}: expected the path of a folder")
+    return path
+
+
+def _is_seconds(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
+
+
+def _check_safe_types(value: Any) -> None:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise OptionError(
+            f"safe_types={value!r}: expected a list of types or names, got one {type(value).__name__}"
+        )
+    for item in value:
+        if not isinstance(item, str | type):
+            raise OptionError(
+                f"safe_types holds {item!r}: expected types, or their names as in 'package.module.Type'"
+            )
+
+
+def _check_mapping(name: str, value: Any, *, to_names: bool = False) -> None:
+    """Messages say of what type a value is, never the value: it may be a secret."""
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is of type {type(value).__name__}: expected a mapping")
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise OptionError(f"{name} has a key of type {type(key).__name__}: expected strings")
+        if to_names and not isinstance(item, str):
+            raise OptionError(f"{name}[{key!r}] is of type {type(item).__name__}: expected a string")
 
 
 def resolve_options(
@@ -77,16 +116,18 @@ def resolve_options(
     if options is None:
         options = LoadOptions()
     elif isinstance(options, Mapping):
-        unknown = set(options) - set(known)
+        unknown = {str(name) for name in options} - set(known)
         if unknown:
             raise OptionError(f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}")
         options = LoadOptions(**options)
     elif not isinstance(options, LoadOptions):
-        raise OptionError(f"options={options!r}: expected LoadOptions or a mapping of its fields")
+        raise OptionError(
+            f"options is of type {type(options).__name__}: expected LoadOptions or a mapping of its fields"
+        )
 
     variables = {f"RANKLOAD_{name.upper()}": name for name in _FROM_ENVIRONMENT}
     for variable in sorted(environ):
-        if variable.startswith("RANKLOAD_") and variable not in variables and variable not in _NOT_OPTIONS:
+        if variable.startswith("RANKLOAD_") and variable not in variables:
             raise OptionError(
                 f"unknown environment variable {variable}; known ones: {', '.join(sorted(variables))}"
             )

@@ -39,3 +39,19 @@ def after_first_change(name: str, changed: Sequence[str] | None = None) -> Itera
         if isinstance(error, RankloadError):
             partial.rank, partial.host = error.rank, error.host
         raise partial from error
+
+
+@contextmanager
+def partial_once_begun() -> Iterator[list[str]]:
+    """Around a whole session: yields a list, to which the checkpoint's name is added when the first change is near.
+
+    From then on what fails is told as by `after_first_change`, also what this rank hears of another one's end.
+    """
+    begun: list[str] = []
+    try:
+        yield begun
+    except Exception as error:
+        if not begun:
+            raise
+        with after_first_change(begun[0]):
+            raise error

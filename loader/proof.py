@@ -7,7 +7,7 @@ from .arguments import LoadRequest
 from .check import Checked
 from .checkpoint import Checkpoint
 from .ignore import Ignored
-from .receipt import FileRecord, Receipt, StageRecord
+from .receipt import FileRecord, Receipt, StageRecord, combine
 from .stopwatch import Stopwatch
 
 
@@ -22,7 +22,16 @@ def make_receipt(
     watch: Stopwatch,
 ) -> Receipt:
     """The same receipt on every rank, from what each rank did."""
+    prepared = checked.prepared
     own = {
+        "ignored": list(ignored.paths),
+        "missing": prepared.mismatch.missing,
+        "unexpected": prepared.mismatch.unexpected,
+        "renamed": prepared.renamed,
+        "cast": prepared.cast,
+        "derived": [*derived, *(f"{name} (zeros)" for name in prepared.reset)],
+        "not_restored": [] if request.weights_only else list(prepared.not_restored),
+        "restored": restored,
         "node": session.topology.node_rank,
         "laps": [[lap.stage, lap.seconds, lap.bytes] for lap in watch.laps],
         "files": [
@@ -44,7 +53,6 @@ def make_receipt(
                 sum(by_node.values()),
                 verified and (not known or known.verified),
             )
-    prepared = checked.prepared
     verify = request.options.verify or "during"
     return Receipt(
         path=checkpoint.name,
@@ -56,15 +64,9 @@ def make_receipt(
         weights_only=request.weights_only,
         verify=verify,
         cache_dir=checkpoint.cache_dir,
-        restored=tuple(restored),
-        ignored=ignored.paths,
-        missing=tuple(prepared.mismatch.missing),
-        unexpected=tuple(prepared.mismatch.unexpected),
-        renamed=prepared.renamed,
-        cast=prepared.cast,
-        derived=(*derived, *(f"{name} (zeros)" for name in prepared.reset)),
+        restored=tuple(everybody[0]["restored"]),
+        **combine(everybody),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        not_restored=() if request.weights_only else tuple(prepared.not_restored),
         notes=checkpoint.notes,
         files=tuple(files.values()),
         stages=tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,7 +35,12 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a load did; the same on every rank, but for `cache_dir`."""
+    """What a load did: the same on every rank, but for `cache_dir`, which is this node's.
+
+    `restored` tells rank 0's parts: what they are is the same on all ranks, but where state is sharded, their
+    bytes are each rank's own. What was ignored, missing, unexpected, renamed, cast, derived or not restored is
+    what any rank told; see `combine`.
+    """
 
     path: str
     kind: str
@@ -63,6 +68,7 @@ class Receipt:
     not_restored: tuple[str, ...] = ()
     """Parts that the checkpoint holds and this job has no place for."""
     notes: tuple[str, ...] = ()
+    """What a reader should know besides, such as where weights of another precision came from."""
     files: tuple[FileRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()
 
@@ -136,6 +142,29 @@ class Receipt:
         )
         third = f"{', '.join(parts) or 'nothing ignored, missing, unexpected or derived'}; {checked}"
         return first, second, third
+
+
+_LISTS = ("ignored", "missing", "unexpected", "derived", "not_restored")
+_MAPPINGS = ("renamed", "cast")
+
+
+def combine(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of a `Receipt` that ranks may differ in, out of every rank's own, by rank.
+
+    A report has lists under ``ignored``, ``missing``, ``unexpected``, ``derived`` and ``not_restored``, and
+    mappings under ``renamed`` and ``cast``; other keys are not looked at. Each field becomes the union in the
+    order of ranks, every entry once; of a name that ranks map differently, the lowest rank's stays.
+    """
+    fields: dict[str, Any] = {}
+    for key in _LISTS:
+        fields[key] = tuple(dict.fromkeys(entry for report in reports for entry in report.get(key, ())))
+    for key in _MAPPINGS:
+        union: dict[str, str] = {}
+        for report in reports:
+            for name, value in report.get(key, {}).items():
+                union.setdefault(name, value)
+        fields[key] = union
+    return fields
 
 
 def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:

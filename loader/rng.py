@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +50,18 @@ def gather_states(channel: Channel, state: RngState) -> list[RngState]:
     return [decode(payload) for payload in channel.gather_bytes("gather rng", encode(state))]
 
 
-def restore_rng(rng_states: Sequence[RngState]) -> None:
+def restore_rng(rng_states: Sequence[RngState] | None) -> None:
     """Sets this rank's generators from its entry of a list that `load_checkpoint` or `gather_rng` returned.
 
-    Every entry is checked before any generator is set. A ``cuda`` state is set where CUDA is initialised.
+    Every entry is checked before any generator is set. A ``cuda`` state is set where CUDA is initialised. None,
+    which `load_checkpoint` returns where there are no RNG states, is warned of and changes nothing.
     Raises `FormatError` where the list is shorter than the world, or an entry is not of the right form.
     """
     from ..distributed.session import current_topology
 
+    if rng_states is None:
+        warnings.warn("no RNG states to restore: the generators stay as they are", stacklevel=2)
+        return
     topology = current_topology()
     if len(rng_states) <= topology.rank:
         raise FormatError(
@@ -92,7 +97,7 @@ def check_state(state: Mapping[str, Any], where: str = "rng") -> RngState:
             if key == "python":
                 version, words, gauss = value
                 checked[key] = (int(version), tuple(int(word) for word in words), gauss)
-                random.Random().setstate(checked[key])
+                random.Random().setstate(checked[key])  # noqa: S311 (no secret)
             elif key == "numpy":
                 checked[key] = (str(value[0]), np.asarray(value[1], dtype=np.uint32), *value[2:])
                 np.random.RandomState().set_state(checked[key])
@@ -108,21 +113,29 @@ def check_state(state: Mapping[str, Any], where: str = "rng") -> RngState:
 
 
 def complete_states(
-    saved: Sequence[RngState], world_size: int, seed: int | None
+    saved: Sequence[RngState | None], world_size: int, seed: int | None
 ) -> tuple[list[RngState], tuple[str, ...]]:
     """One state for each rank of this world, and which of them were derived.
 
-    The first ranks get the saved ones. Further ranks get states that follow from `seed` (the checkpoint's
-    ``rank_zero_seed``), or where there is none from the first saved state, and from their rank: the same on
-    every load, on every rank. A derived entry has ``cuda`` only where the first saved one has it.
+    The ranks that `saved` has a state for get it. The others, those at None (lacking, or ignored) and those
+    beyond its end, get states that follow from `seed` (the checkpoint's ``rank_zero_seed``), or where there is
+    none from the first saved state, and from their rank: the same on every load, on every rank. A derived entry
+    has ``cuda`` only where the first saved one has it. Where nothing was saved, both are empty.
     """
-    states = [dict(state) for state in saved[:world_size]]
+    source = next((rank for rank, state in enumerate(saved) if state is not None), None)
+    first = None if source is None else saved[source]
+    if first is None:
+        return [], ()
+    basis = f"seed {seed}" if seed is not None else f"rank {source}'s state"
+    root = hashlib.sha256(str(seed).encode() if seed is not None else _canonical(first).encode()).digest()
+    states: list[RngState] = []
     derived = []
-    basis = f"seed {seed}" if seed is not None else "rank 0's state"
-    root = hashlib.sha256(str(seed).encode() if seed is not None else _canonical(saved[0]).encode()).digest()
-    for rank in range(len(states), world_size):
-        states.append(_derived(root, rank, with_cuda="cuda" in saved[0]))
-        derived.append(f"rng of rank {rank} (from {basis})")
+    for rank in range(world_size):
+        state = saved[rank] if rank < len(saved) else None
+        if state is None:
+            state = _derived(root, rank, with_cuda="cuda" in first)
+            derived.append(f"rng of rank {rank} (from {basis})")
+        states.append(dict(state))
     return states, tuple(derived)
 
 
@@ -131,7 +144,7 @@ def _derived(root: bytes, rank: int, *, with_cuda: bool) -> RngState:
         return int.from_bytes(hashlib.sha256(root + f"/{rank}/{generator}".encode()).digest()[:8], "little")
 
     state: RngState = {
-        "python": random.Random(words("python")).getstate(),  # noqa: S311: a training seed, no secret
+        "python": random.Random(words("python")).getstate(),  # noqa: S311 (a training seed, no secret)
         "numpy": np.random.RandomState(words("numpy") % 2**32).get_state(),
         "torch": torch.Generator().manual_seed(words("torch") % 2**63).get_state(),
     }

@@ -22,6 +22,8 @@ VARIABLES = ("rank", "local_rank", "node_rank", "run_name")
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|<(?P<angle>[A-Za-z_][A-Za-z0-9_]*)>|(?P<stray>[{}])")
 _FIELD = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::(?P<spec>.*))?\Z", re.DOTALL)
 _LONG_NUMBER = re.compile(r"\d{4,}")
+_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
+_URL_QUERY = re.compile(r"(https?://[^?#]*)[?#].*", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,10 @@ def expand_path(template: str, *, rank: int, local_rank: int, node_rank: int, ru
         neutral.append(plain)
     path = "".join(parts)
     if "\0" in path:
-        raise TemplateError(f"{template!r}: the path holds a NUL character", path=template)
+        raise _error(template, "the path holds a NUL character")
     if _upward_steps(path) > _upward_steps("".join(neutral)):
-        raise TemplateError(
-            f"{template!r}: run_name={run_name!r} would lead out of its folder; a run name may not hold '..'",
-            path=template,
+        raise _error(
+            template, f"run_name={run_name!r} would lead out of its folder; a run name may not hold '..'"
         )
     return path
 
@@ -72,9 +73,12 @@ def template_variables(template: str) -> frozenset[str]:
     return frozenset(piece.name for piece in _pieces(template) if isinstance(piece, _Variable))
 
 
-def escape_braces(text: str) -> str:
-    """A template that stands for `text` itself, unless it holds a ``<word>``."""
-    return text.replace("{", "{{").replace("}", "}}")
+def describe_template(template: str) -> str:
+    """`template` for messages: without user info, and an http(s) URL without its query; variables stay.
+
+    The query of other URIs stays too: ``?`` may be part of an object's name there.
+    """
+    return _URL_QUERY.sub(r"\1", _USER_INFO.sub("", template))
 
 
 def _pieces(template: str) -> Iterator[str | _Variable]:
@@ -84,10 +88,10 @@ def _pieces(template: str) -> Iterator[str | _Variable]:
             yield template[position : match.start()]
         position = match.end()
         if match["stray"] is not None:
-            raise TemplateError(
-                f"{template!r}: single {match['stray']!r} at character {match.start() + 1}; "
+            raise _error(
+                template,
+                f"single {match['stray']!r} at character {match.start() + 1} of the path; "
                 "write '{{' or '}}' for a brace itself",
-                path=template,
             )
         if match["angle"] is not None:
             yield _variable(template, match["angle"], "", match[0])
@@ -102,43 +106,42 @@ def _pieces(template: str) -> Iterator[str | _Variable]:
 def _field(template: str, field: str, shown: str) -> _Variable:
     match = _FIELD.match(field)
     if match is None:
-        raise TemplateError(
-            f"{template!r}: {shown} is not a variable; expected a plain name with an optional format spec, "
-            f"such as {{rank}} or {{rank:05d}}. Known variables: {', '.join(VARIABLES)}",
-            path=template,
+        raise _error(
+            template,
+            f"{shown} is not a variable; expected a plain name with an optional format spec, such as {{rank}} or "
+            f"{{rank:05d}}. Known variables: {', '.join(VARIABLES)}",
         )
     return _variable(template, match["name"], match["spec"] or "", shown)
 
 
 def _variable(template: str, name: str, spec: str, shown: str) -> _Variable:
     if name not in VARIABLES:
-        raise TemplateError(
-            f"{template!r}: unknown variable {shown}. Known variables: {', '.join(VARIABLES)}", path=template
-        )
+        raise _error(template, f"unknown variable {shown}. Known variables: {', '.join(VARIABLES)}")
     return _Variable(name, spec)
 
 
 def _substitute(template: str, variable: _Variable, value: int | str | None) -> str:
     if value is None:
-        raise TemplateError(
-            f"{template!r} uses {{{variable.name}}}, but the state has no run name; "
-            "set it with State(run_name=...)",
-            path=template,
+        raise _error(
+            template,
+            f"it uses {{{variable.name}}}, but the state has no run name; set it with State(run_name=...)",
         )
     try:
         if _LONG_NUMBER.search(variable.spec):
             raise ValueError("width or precision above 999")
         text = format(value, variable.spec)
     except (ValueError, OverflowError) as error:
-        raise TemplateError(
-            f"{template!r}: format spec {variable.spec!r} does not fit {variable.name}={value!r}: {error}",
-            path=template,
+        raise _error(
+            template, f"format spec {variable.spec!r} does not fit {variable.name}={value!r}: {error}"
         ) from error
     if isinstance(value, int) and "/" in text:
-        raise TemplateError(
-            f"{template!r}: format spec {variable.spec!r} puts a '/' into the path", path=template
-        )
+        raise _error(template, f"format spec {variable.spec!r} puts a '/' into the path")
     return text
+
+
+def _error(template: str, problem: str) -> TemplateError:
+    described = describe_template(template)
+    return TemplateError(f"{described!r}: {problem}", path=described)
 
 
 def _upward_steps(path: str) -> int:

@@ -61,11 +61,6 @@ class LazyTensor:
         """Row-major without gaps, so that its elements are one byte range of the storage."""
         return self.numel == 0 or is_row_major(self.shape, self.stride)
 
-    @property
-    def byte_start(self) -> int:
-        """Offset in the file of the element at index (0, 0, ...)."""
-        return self.storage.offset + self.storage_offset * self.itemsize
-
 
 def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether `stride` is the C-contiguous one for `shape`; strides of dimensions of size 1 do not matter."""

@@ -296,6 +296,46 @@ def interrupted(path: str, number: str) -> None:
         raise AssertionError("the load succeeded")
 
 
+class Callback:
+    """On rank 1, ends its process in the middle of a restore."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if RANK == 1:
+            os._exit(7)
+
+
+class Refusing:
+    """A tracker that is down."""
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        raise ValueError("the tracker is down")
+
+
+def a_peer_dies_in_the_restore(folder: str) -> None:
+    """The others are told that they hold half of something; before that, a logger that raises harms nobody."""
+    import warnings
+
+    path = f"{folder}/callbacks-{RANK}.pt"
+    torch.save({"state": State(Plain(), callbacks=Callback()).state_dict()}, path)
+    path = f"{folder}/callbacks-0.pt"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load(path, State(Plain()), Refusing())
+    assert any("the tracker is down" in str(one.message) for one in told) == (RANK == 0)
+    begin = time.monotonic()
+    try:
+        load(path, State(Plain(), callbacks=Callback()))
+    except RankloadError as error:
+        assert type(error).__name__ == "PartialRestoreError", (type(error), str(error))
+        assert "rank 1" in str(error), str(error)
+        assert time.monotonic() - begin < 10
+    else:
+        raise AssertionError("the load succeeded")
+
+
 class Clock:
     """A timestamp of the user's own, as Composer's: an object with ``batch``."""
 
@@ -407,19 +447,27 @@ def another_world(path: str) -> None:
 
 def saves_and_restores(folder: str, stages: str) -> None:
     """DeepSpeed saves at each stage; a fresh engine restores it by URL-like names alone, fully and bit for bit."""
+    import random
+
+    from rankload.loader import gather_rng
     from zero_model import full_state, make_engine, module_state, train
 
     start_deepspeed()
+    random.seed(RANK)
     for stage in map(int, stages.split(",")):
         dtype = "fp32" if stage == 0 else "bf16"
         first = make_engine(stage, dtype, seed=0)
         train(first, 2, RANK)
         root = f"{folder}/stage{stage}"
-        first.save_checkpoint(root, client_state={"epoch": 2})
+        states = gather_rng()
+        first.save_checkpoint(root, client_state={"epoch": 2, "rng": states})
         torch.distributed.barrier()
         second = make_engine(stage, dtype, seed=1)
         result = load(root, State(second))
         assert result.extra == {"epoch": 2}
+        assert result.rng_states is not None
+        assert [str(state["python"]) for state in result.rng_states] == [str(s["python"]) for s in states]
+        assert result.receipt.derived == ()
         assert second.global_steps == 2
         read = module_state if stage == 0 else full_state
         wanted, found = read(first), read(second)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -59,11 +59,10 @@ class Job:
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(algorithms, "_REGISTRY", {})
     for kind in (Widen, Deepen, Failing):
         register_algorithm(kind)
-    yield
 
 
 def saved(*items: Any) -> list[tuple[str, dict[str, str]]]:
@@ -146,7 +145,7 @@ def test_passes_order_them_and_may_not_put_them_before_the_users() -> None:
 
     job = Job()
     missing = required_algorithms(saved(Widen(3), Deepen(1)), job.algorithms)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="Added"):
         apply_required(ordered_algorithms(missing, job.algorithms, [backwards]), job, None)
     assert [name for name, _ in job.applied] == ["Deepen(factor=1)", "Widen(factor=3)"]
 

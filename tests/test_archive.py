@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rankload.loader.archive import is_tar, tar_members, unpack
+from rankload.loader.archive import is_tar, unpack
 from rankload.loader.decompress import Expanded
 from rankload.loader.errors import CorruptError, FormatError, OptionError, RankloadError, UnsafeError
 from rankload.loader.sniff import sniff
@@ -71,17 +71,6 @@ def test_unpacks(tmp_path: Path, kind: str, root: str) -> None:
     assert unpack(str(path), str(folder), limit=LIMIT, on_bytes=seen.append) == list(FILES)
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert sum(seen) == sum(map(len, FILES.values()))
-
-
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_members_without_reading_them(tmp_path: Path, form: int) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(composer_like(form=form))
-    members = tar_members(str(path))
-    assert [member.name for member in members] == list(FILES)
-    data = path.read_bytes()
-    for member in members:
-        assert data[member.offset : member.offset + member.size] == FILES[member.name]
 
 
 def test_only_what_is_wanted(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ PURE = (
     "loader.ignore",
     "loader.intervals",
     "loader.known_globals",
+    "loader.layout_roles",
     "loader.legacy_file",
     "loader.locate",
     "loader.mismatch",

@@ -280,7 +280,7 @@ def test_what_we_save_we_restore_and_go_on(tmp_path: Path) -> None:
 
 @needs_deepspeed
 def test_every_stage_that_deepspeed_saves(tmp_path: Path) -> None:
-    receipts = run("saves_and_restores", 2, tmp_path, "0,2", deadline_s=240)
+    receipts = run("saves_and_restores", 2, tmp_path, "0,2,3", deadline_s=240)
     assert receipts[0]["saved_world_size"] == 2
 
 

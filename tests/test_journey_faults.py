@@ -263,6 +263,13 @@ def test_faults_of_a_folder_and_another_world_size(tmp_path: Path) -> None:
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 
+def test_a_rank_that_dies_in_the_restore_leaves_the_others_told(tmp_path: Path) -> None:
+    finished = run_ranks(
+        f"{WORKER}:a_peer_dies_in_the_restore", 3, args=(tmp_path,), deadline_s=60, env=ENVIRONMENT
+    )
+    assert [rank.returncode for rank in finished] == [0, 7, 0], finished
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_rank_ends_all_and_leaves_nothing(plain: Path, tmp_path: Path, number: int) -> None:
     data = plain.read_bytes()

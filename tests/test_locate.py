@@ -78,6 +78,29 @@ def test_a_tag_without_files(tmp_path: Path) -> None:
         found(tmp_path)
 
 
+@pytest.mark.parametrize("first", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"])
+def test_a_universal_checkpoint_has_native_model_files_and_is_refused(tmp_path: Path, first: str) -> None:
+    tag = tmp_path / "step3_universal"
+    (tag / "zero" / "head.weight").mkdir(parents=True)
+    (tag / "zero" / "head.weight" / "fp32.pt").write_bytes(b"x")
+    (tag / first).write_bytes(b"x")
+    assert found(tag).form == "folder"
+    (tag / "zero" / "optimizer_state.pt").write_bytes(b"x")
+    (tmp_path / "latest").write_text(tag.name)
+    for path in (tag, tmp_path):
+        with pytest.raises(FormatError, match=r"step3_universal is a DeepSpeed universal checkpoint"):
+            found(path)
+
+
+def test_a_store_that_refuses_to_say_has_no_universal_checkpoint() -> None:
+    served = {
+        f"/step3/{MODEL}": Served(b"x"),
+        "/step3/zero/optimizer_state.pt": Served(b"", status=403, head_status=403),
+    }
+    with counting_server(served) as server:
+        assert found(server.url("/step3")).form == "folder"
+
+
 @pytest.mark.parametrize(
     ("marker", "kind"),
     [

@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from rankload.loader.errors import FormatError
-from rankload.loader.monolithic import read_layout
+from rankload.loader.errors import CorruptError, FormatError
+from rankload.loader.monolithic import Contents, read_layout
 from rankload.loader.values import InertObject, LazyTensor, StorageRef
 
 
@@ -92,3 +92,118 @@ def test_unknown_layout_lists_its_keys_and_the_option() -> None:
 def test_a_whole_pickled_model_is_refused_by_name() -> None:
     with pytest.raises(FormatError, match=r"one pickled my.Net.*state_dict\(\)"):
         read_layout(InertObject("my.Net"), file="f")
+
+
+def optimizer_state() -> dict[str, Any]:
+    return {"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1}]}
+
+
+def test_a_bare_state_dict_may_have_extra_state() -> None:
+    saved = {"w": tensor(), "head._extra_state": {"scale": 2}, "_extra_state": None}
+    found = read_layout(saved, file="f")
+    assert found.layout == "state dict"
+    assert set(found.state["model"]) == set(saved)
+    with pytest.raises(FormatError, match="its layout is not known"):
+        read_layout({**saved, "epoch": 3}, file="f")
+    with pytest.raises(FormatError, match="its layout is not known"):
+        read_layout({"_extra_state": 1}, file="f")
+
+
+@pytest.mark.parametrize("root", ["", "/"])
+def test_layout_maps_the_root_itself(root: str) -> None:
+    saved = {"w": tensor(), "_extra_state": 1, "epoch": 3, "opt": optimizer_state()}
+    found = read_layout(
+        saved, file="f", layout={"model": root, "optimizer": "opt"}, optimizer_classes=["SGD"]
+    )
+    assert set(found.state["model"]) == {"w", "_extra_state"}
+    assert found.state["optimizers"] == {"SGD": saved["opt"]}
+    assert found.extra == {"epoch": 3}
+    with pytest.raises(FormatError, match=r"maps model to .*expected a dict of names and tensors"):
+        read_layout({"epoch": 3}, file="f", layout={"model": root})
+
+
+def test_layout_refuses_what_a_role_cannot_be() -> None:
+    saved = {"model": {"w": tensor()}, "optimizer": "sgd", "scaler": [{}]}
+    for role, kind in (("optimizer", "str"), ("scheduler", "str"), ("model", "str"), ("scaler", "list")):
+        layout = {role: "scaler" if role == "scaler" else "optimizer"}
+        with pytest.raises(FormatError, match=f"maps {role} to '.*', where there is a {kind}; expected"):
+            read_layout(saved, file="f", layout=layout)
+
+
+def test_keys_that_are_not_what_they_seem_give_way_to_the_next() -> None:
+    saved = {
+        "model": "resnet",
+        "optimizer": "sgd",
+        "scheduler": None,
+        "scaler": 1.0,
+        "model_state_dict": {"w": tensor()},
+        "optimizer_state_dict": optimizer_state(),
+        "lr_scheduler": {"last_epoch": 1},
+    }
+    found = read_layout(saved, file="f", optimizer_classes=["SGD"], scheduler_classes=["StepLR"])
+    assert list(found.state["model"]) == ["w"]
+    assert found.state["optimizers"] == {"SGD": saved["optimizer_state_dict"]}
+    assert found.state["schedulers"] == {"StepLR": {"last_epoch": 1}}
+    assert "scaler" not in found.state
+    assert found.extra == {"model": "resnet", "optimizer": "sgd", "scheduler": None, "scaler": 1.0}
+
+
+def test_settings_of_an_optimizer_give_way_to_its_state() -> None:
+    saved = {"model": {"w": tensor()}, "optimizer": {"lr": 0.1}, "optimizer_state": optimizer_state()}
+    found = read_layout(saved, file="f", optimizer_classes=["SGD"])
+    assert found.state["optimizers"] == {"SGD": saved["optimizer_state"]}
+    assert found.extra == {"optimizer": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize("value", [None, 3, [], [None], {"SGD": None}, [{"SGD": None}]])
+def test_an_optimizer_that_is_nothing_is_handed_on(value: Any) -> None:
+    found = read_layout({"model": {"w": tensor()}, "optimizers": value}, file="f", optimizer_classes=["SGD"])
+    assert "optimizers" not in found.state
+    assert found.extra == {"optimizers": value}
+
+
+def test_optimizers_by_class_stay_under_their_names() -> None:
+    saved = {"model": {"w": tensor()}, "optimizers": {"Adam": optimizer_state(), "SGD": optimizer_state()}}
+    found = read_layout(saved, file="f", optimizer_classes=["SGD"])
+    assert found.state["optimizers"] == saved["optimizers"]
+
+
+def test_a_state_of_ones_own_is_not_composers() -> None:
+    saved = {"state": {"epoch": 3}, "rng": [{"python": 1}], "model": {"w": tensor()}, "rank_zero_seed": 17}
+    found = read_layout(saved, file="f")
+    assert found.layout == "hand-written"
+    assert found.rng == [{"python": 1}]
+    assert found.extra["state"] == {"epoch": 3}
+    again = found.with_tree(found.as_tree())
+    assert again == found
+    assert again.rank_zero_seed == 17
+    with pytest.raises(FormatError, match="'state', 'rng'"):
+        read_layout({"state": {"epoch": 3}, "rng": []}, file="f")
+    assert read_layout({"state": {"_timestamp": {}}, "rng": []}, file="f").layout == "composer"
+
+
+def test_composers_lists_of_pairs_must_be_pairs() -> None:
+    found = read_layout({"state": {"schedulers": [("StepLR", {})]}}, file="f")
+    assert found.state["schedulers"] == {"StepLR": {}}
+    with pytest.raises(CorruptError, match="state/schedulers is a list, expected pairs"):
+        read_layout({"state": {"schedulers": [3]}}, file="f")
+
+
+def test_random_states_of_another_form_are_not_taken_for_ours() -> None:
+    found = read_layout({"model": {"w": tensor()}, "rng": [tensor(), tensor()]}, file="f")
+    again = found.with_tree(found.as_tree())
+    assert again.rng is None
+    assert len(again.extra["rng"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "extra", "seed"),
+    [
+        ({"rank_zero_seed": 1}, {"rank_zero_seed": 2}, 1),
+        ({}, {"rank_zero_seed": 2}, 2),
+        ({"rank_zero_seed": "x"}, {"rank_zero_seed": True}, None),
+        ({}, {}, None),
+    ],
+)
+def test_the_seed_is_looked_for_in_both_places(state: Any, extra: Any, seed: int | None) -> None:
+    assert Contents("hand-written", state, None, extra).rank_zero_seed == seed

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +55,22 @@ def test_rename_maps_names_and_prefixes_longest_first() -> None:
         {"enc.": "encoder.", "enc.1.": "last.", "head": "classifier"},
     )
     assert match.renamed == {"enc.0.w": "encoder.0.w", "enc.1.w": "last.w", "head": "classifier"}
+
+
+def test_a_whole_name_goes_before_a_prefix() -> None:
+    match = match_names(
+        ["a.b.w", "a.c", "z."], ["x.w", "y", "q."], {"a.b.": "x.", "a.c": "y", "a.": "n.", "z.": "q."}
+    )
+    assert match.target_of == {"a.b.w": "x.w", "a.c": "y", "z.": "q."}
+
+
+def test_many_names_take_no_time() -> None:
+    names = [f"blocks.{index}.weight" for index in range(20_000)]
+    rename = {name: name.replace("blocks", "layers") for name in names}
+    began = time.monotonic()
+    assert not match_names(names, names).missing
+    assert not match_names(names, list(rename.values()), rename).missing
+    assert time.monotonic() - began < 1
 
 
 def test_two_names_that_become_one_are_an_error() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from rankload.loader.errors import OptionError
 from rankload.loader.options import LoadOptions, resolve_options
@@ -22,9 +25,40 @@ def test_argument_comes_before_environment_before_default() -> None:
         ({"stall_timeout_s": 0}, {}, "expected seconds above 0"),
         ({"safe_types": "a.b"}, {}, "expected a list"),
         ({"layout": {"modle": "x"}}, {}, "layout names modle"),
-        (3, {}, "expected LoadOptions or a mapping"),
+        (3, {}, "options is of type int: expected LoadOptions or a mapping"),
+        ({3: 1}, {}, "unknown option 3;"),
+        ({"layout": None}, {}, "layout is of type NoneType: expected a mapping"),
+        ({"layout": {"model": 3}}, {}, r"layout\['model'\] is of type int: expected a string"),
+        ({"rename": ["a"]}, {}, "rename is of type list: expected a mapping"),
+        ({"rename": {3: "a"}}, {}, "rename has a key of type int: expected strings"),
+        ({"storage_options": "key"}, {}, "storage_options is of type str: expected a mapping"),
+        ({"stall_timeout_s": "x"}, {}, "stall_timeout_s='x': expected seconds above 0"),
+        ({"stall_timeout_s": True}, {}, "expected seconds above 0"),
+        ({"stall_timeout_s": float("nan")}, {}, "expected seconds above 0"),
+        ({"safe_types": [3]}, {}, "safe_types holds 3: expected types, or their names"),
+        ({"safe_types": None}, {}, "expected a list"),
+        ({"cache_dir": 3}, {}, "cache_dir=3: expected the path of a folder"),
+        ({"cache_dir": b"x"}, {}, "expected the path of a folder"),
+        ({"verify": ["off"]}, {}, "expected one of before, during, off"),
+        (None, {"RANKLOAD_DEBUG": "1"}, "unknown environment variable RANKLOAD_DEBUG;"),
     ],
 )
 def test_what_does_not_fit_raises(options: object, environ: dict[str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         resolve_options(options, environ)  # type: ignore[arg-type]
+
+
+def test_a_path_object_is_a_cache_folder() -> None:
+    assert resolve_options({"cache_dir": Path("/fast/cache")}, {}).cache_dir == "/fast/cache"
+
+
+def test_storage_options_are_never_shown() -> None:
+    assert "secret" not in repr(LoadOptions(storage_options={"key": "secret"}))
+    for wrong in ("secret", ["secret"], {3: "secret"}):
+        given: Any = {"storage_options": wrong}
+        with pytest.raises(OptionError) as caught:
+            resolve_options(given, {})
+        assert "secret" not in str(caught.value)
+    with pytest.raises(OptionError) as caught:
+        resolve_options("key=secret", {})  # type: ignore[arg-type]
+    assert "secret" not in str(caught.value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.receipt import FileRecord, Receipt, StageRecord, check_logger, log_receipt
+from rankload.loader.receipt import FileRecord, Receipt, StageRecord, check_logger, combine, log_receipt
 
 
 def receipt(**changes: Any) -> Receipt:
@@ -71,5 +71,34 @@ def test_loggers(caplog: pytest.LogCaptureFixture) -> None:
         assert logger.seen["rankload/seconds/fetch"] == 1.5
         assert logger.seen["rankload/fetched_bytes"] == 1500
         check_logger(logger)
-    with pytest.raises(OptionError, match="expected a logging.Logger"):
+    with pytest.raises(OptionError, match=r"expected a logging\.Logger"):
         check_logger(object())
+
+
+def test_what_ranks_differ_in_is_united_in_the_order_of_ranks() -> None:
+    found = combine(
+        [
+            {
+                "missing": ["a", "b"],
+                "renamed": {"module.w": "w"},
+                "cast": {"w": "float32 -> bfloat16"},
+                "node": 0,
+            },
+            {
+                "missing": ["b", "c"],
+                "unexpected": ["x"],
+                "derived": ["rng of rank 1"],
+                "cast": {"v": "i", "w": "j"},
+            },
+        ]
+    )
+    assert found == {
+        "ignored": (),
+        "missing": ("a", "b", "c"),
+        "unexpected": ("x",),
+        "derived": ("rng of rank 1",),
+        "not_restored": (),
+        "renamed": {"module.w": "w"},
+        "cast": {"w": "float32 -> bfloat16", "v": "i"},
+    }
+    assert receipt(**found).missing == ("a", "b", "c")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rankload.loader.errors import FormatError
-from rankload.loader.rng import apply_state, capture_rng, complete_states, decode, encode
+from rankload.loader.rng import apply_state, capture_rng, complete_states, decode, encode, restore_rng
 
 
 def draws() -> tuple[Any, ...]:
@@ -105,3 +105,30 @@ def test_a_smaller_world_keeps_the_first_ones() -> None:
     states, derived = complete_states(saved, 2, None)
     assert len(states) == 2
     assert derived == ()
+
+
+def test_a_position_without_a_state_is_derived_like_a_further_rank() -> None:
+    saved = capture_rng()
+    random.random()
+    states, derived = complete_states([None, saved, None], 4, 17)
+    assert states[1] is not saved
+    assert states[1]["python"] == saved["python"]
+    assert derived == tuple(f"rng of rank {rank} (from seed 17)" for rank in (0, 2, 3))
+    whole, _ = complete_states([saved], 4, 17)
+    assert [states[rank]["python"] for rank in (2, 3)] == [whole[rank]["python"] for rank in (2, 3)]
+    _, derived = complete_states([None, saved], 2, None)
+    assert derived == ("rng of rank 0 (from rank 1's state)",)
+
+
+@pytest.mark.parametrize("saved", [[], [None, None]])
+def test_without_any_state_none_is_made_up(saved: list[None]) -> None:
+    assert complete_states(saved, 2, 17) == ([], ())
+
+
+def test_nothing_to_restore_is_warned_of() -> None:
+    state = capture_rng()
+    first = draws()
+    apply_state(state)
+    with pytest.warns(UserWarning, match="no RNG states to restore"):
+        restore_rng(None)
+    assert draws() == first

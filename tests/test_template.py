@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rankload.loader.errors import TemplateError
 from rankload.loader.template import (
     VARIABLES,
-    escape_braces,
+    describe_template,
     expand_for_rank_zero,
     expand_path,
     template_variables,
@@ -92,7 +92,7 @@ def test_variables() -> None:
 
 @given(st.text(alphabet=st.characters(exclude_characters="<\0", exclude_categories=["Cs"])))
 def test_literal_text_is_unchanged(text: str) -> None:
-    assert expand(escape_braces(text)) == text
+    assert expand(text.replace("{", "{{").replace("}", "}}")) == text
 
 
 @given(st.integers(0, 10**6), st.integers(0, 64), st.integers(0, 10**4), st.sampled_from(["{%s}", "<%s>"]))
@@ -100,6 +100,33 @@ def test_values_come_back_out(rank: int, local_rank: int, node_rank: int, spelli
     template = "/".join(spelling % name for name in ("rank", "local_rank", "node_rank"))
     path = expand(template, rank=rank, local_rank=local_rank, node_rank=node_rank)
     assert tuple(map(int, path.split("/"))) == (rank, local_rank, node_rank)
+
+
+@pytest.mark.parametrize(
+    ("template", "described"),
+    [
+        ("https://me:secret@host:8/a{rank}.tar?sig=secret#secret", "https://host:8/a{rank}.tar"),
+        ("HTTP://host/<rank>?sig=secret", "HTTP://host/<rank>"),
+        ("s3://key:secret@bucket/what?{rank:05d}", "s3://bucket/what?{rank:05d}"),
+        ("simplecache::https://a:secret@host/x?sig=secret", "simplecache::https://host/x"),
+        ("s3://bucket/me@home/{rank}", "s3://bucket/me@home/{rank}"),
+        ("local/a#1/what?{rank}@x", "local/a#1/what?{rank}@x"),
+    ],
+)
+def test_described_without_secrets(template: str, described: str) -> None:
+    assert describe_template(template) == described
+
+
+@pytest.mark.parametrize(
+    "end", ["{epoch}", "{rank", "{rank[0]}", "{rank:z}", "{rank:/>9d}", "\0", "{run_name}"]
+)
+def test_errors_tell_no_secrets(end: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        expand(f"https://me:secret@host/a{end}?sig=secret", run_name=None)
+    assert "secret" not in str(caught.value)
+    assert caught.value.path is not None
+    assert "secret" not in caught.value.path
+    assert "host/a" in str(caught.value)
 
 
 @given(st.text())
