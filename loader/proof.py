@@ -65,7 +65,7 @@ def make_receipt(
         derived=(*derived, *(f"{name} (zeros)" for name in prepared.reset)),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
         not_restored=() if request.weights_only else tuple(prepared.not_restored),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *prepared.notes),
         files=tuple(files.values()),
         stages=tuple(
             StageRecord(rank, stage, seconds, count)
