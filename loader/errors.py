@@ -7,7 +7,7 @@ RankloadError                  rank, host, path
 ├── CorruptError               truncated, or its bytes do not match its checksums or its own index
 ├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
 ├── FormatError                readable, but of a kind or layout that is not known, or not supported
-├── LayoutError                saved at a world size, stage or parallel layout that this job cannot take
+├── LayoutError                saved under a parallel layout that this job cannot take
 ├── MismatchError              names, shapes or dtypes differ from the model's or the optimizer's
 ├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
 ├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
@@ -68,7 +68,7 @@ class FormatError(RankloadError):
 
 
 class LayoutError(RankloadError):
-    """Saved under a world size, stage or parallel layout that this job cannot take."""
+    """Saved under a parallel layout, or with optimizer state, that this job cannot take."""
 
 
 class MismatchError(RankloadError):

@@ -67,7 +67,7 @@ def make_receipt(
         restored=tuple(everybody[0]["restored"]),
         **combine(everybody),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *prepared.notes),
         files=tuple(files.values()),
         stages=tuple(
             StageRecord(rank, stage, seconds, count)

@@ -12,7 +12,7 @@ from .mismatch import Mismatch
 from .monolithic import Contents
 from .restore_module import ModulePlan, NoteChange, apply_module, parameter_names, plan_module
 from .restore_optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
-from .saved_parts import AssembledTensor
+from .saved_parts import SavedTensor
 from .state import PLAIN_PARTS, State, by_class_name
 
 _OWN_PARTS = frozenset(
@@ -46,7 +46,7 @@ def plan_state(
     weights_only: bool,
     rename: Mapping[str, str] | None = None,
     with_model: bool = True,
-    masters: Mapping[int, AssembledTensor] | None = None,
+    masters: Mapping[int, SavedTensor] | None = None,
 ) -> StatePlan:
     """Matches a checkpoint's contents with `state`; changes nothing.
 
@@ -78,7 +78,7 @@ def _plan_model(
     plan: StatePlan,
     unfiltered: Contents,
     rename: Mapping[str, str] | None,
-    masters: Mapping[int, AssembledTensor] | None,
+    masters: Mapping[int, SavedTensor] | None,
 ) -> None:
     whole = unfiltered.state.get("model")
     if whole is None:

@@ -25,7 +25,7 @@ from .restore_module import (
     plan_module,
 )
 from .restore_optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
-from .saved_parts import AssembledTensor
+from .saved_parts import SavedTensor
 from .state import by_class_name
 from .zero_whole import ENGINE
 
@@ -56,7 +56,7 @@ def plan_foreign(
     rename: Mapping[str, str] | None,
     exclude_algorithms: Collection[str] | None,
     with_model: bool = True,
-    masters: Mapping[int, AssembledTensor] | None = None,
+    masters: Mapping[int, SavedTensor] | None = None,
 ) -> ForeignPlan:
     """Checks `contents` against the model and the optimizers inside `state`; changes nothing.
 

@@ -63,7 +63,7 @@ def plan_module(
     *,
     all_names: Mapping[str, Any] | None = None,
     rename: Mapping[str, str] | None = None,
-    masters: Mapping[int, AssembledTensor] | None = None,
+    masters: Mapping[int, SavedTensor] | None = None,
 ) -> ModulePlan:
     """Matches `saved` (name to saved tensor) with the module inside `model`; changes no value.
 
@@ -89,6 +89,7 @@ def plan_module(
             plan.renamed[source_name] = target_name
         if not (hooks and target_name.startswith(hooks)):
             _check_tensor(plan, target_name, value, targets[target_name])
+    _share_masters(plan, targets)
     satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
     plan.excused = frozenset(
         name
@@ -128,7 +129,7 @@ def _best_source(
     name: str,
     value: Any,
     target: torch.Tensor | None,
-    masters: Mapping[int, AssembledTensor],
+    masters: Mapping[int, SavedTensor],
 ) -> Any:
     """The fp32 master of `value` where the module has another precision: it tells more, or as much."""
     master = masters.get(id(value))
@@ -136,6 +137,16 @@ def _best_source(
         return value
     plan.from_masters.append(name)
     return master
+
+
+def _share_masters(plan: ModulePlan, targets: Mapping[str, torch.Tensor | None]) -> None:
+    """A tied weight's other names take the master too, where the checkpoint tells it for one of them only."""
+    master_of = {id(targets[name]): plan.sources[name] for name in plan.from_masters}
+    for name in plan.sources.keys() - set(plan.from_masters):
+        if targets.get(name) is not None and id(targets[name]) in master_of:
+            plan.sources[name] = master_of[id(targets[name])]
+            plan.cast.pop(f"model/{name}", None)
+            plan.from_masters.append(name)
 
 
 def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:

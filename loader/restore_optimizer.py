@@ -13,7 +13,7 @@ from .materialize import Reader, realise
 from .mismatch import Mismatch
 from .names import match_names
 from .optimizer_entries import STEP, Zeros, cast_of, check_entry, real_entries
-from .restore_module import NoteChange
+from .restore_module import NoteChange, parameter_names
 from .saved_parts import AssembledTensor, SavedTensor
 
 TELLING = ("betas", "momentum", "eps", "rho")
@@ -271,6 +271,17 @@ def _entries(
         if cast is not None:
             plan.cast[f"{at}/{key}"] = cast
     return entries
+
+
+def optimizer_groups(state: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Name and shape of each parameter of each group of the first optimizer in `state`; [] where it has none."""
+    optimizers = getattr(state, "optimizers", None)
+    first = next(iter(optimizers), None) if isinstance(optimizers, list | tuple) else optimizers
+    names = parameter_names(state.model)
+    return [
+        [(names.get(id(parameter), "(unnamed)"), tuple(parameter.shape)) for parameter in group["params"]]
+        for group in getattr(first, "param_groups", ())
+    ]
 
 
 def apply_optimizer(plan: OptimizerPlan, reader: Reader, note_change: NoteChange, **realising: Any) -> None:

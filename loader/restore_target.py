@@ -18,8 +18,8 @@ from .monolithic import Contents
 from .restore import StatePlan, apply_state, plan_state
 from .restore_foreign import ForeignPlan, apply_foreign, plan_foreign
 from .restore_module import ModulePlan, NoteChange
-from .restore_optimizer import OptimizerPlan
-from .saved_parts import AssembledTensor
+from .restore_optimizer import OptimizerPlan, optimizer_groups
+from .saved_parts import SavedTensor
 from .state import ForeignState, State
 from .zero_contents import ZeroContents
 from .zero_whole import whole_contents
@@ -153,9 +153,9 @@ def _plan_rest(
     request: LoadRequest, prepared: Prepared, contents: Contents, unfiltered: Contents, *, with_model: bool
 ) -> None:
     """Everything but algorithms and a DeepSpeed engine, against the model as it is now."""
-    masters: Mapping[int, AssembledTensor] = {}
+    masters: Mapping[int, SavedTensor] = {}
     if prepared.zero is not None:
-        whole = whole_contents(prepared.zero, contents)
+        whole = whole_contents(prepared.zero, contents, optimizer_groups(request.state))
         contents, masters = whole.contents, whole.masters
         unfiltered = whole_contents(prepared.zero, unfiltered).contents
     if isinstance(request.state, State):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import CorruptError, LayoutError
 from .intervals import CoverageError, Piece, Place, intersect
 from .monolithic import Contents
-from .saved_parts import AssembledTensor, Run
+from .names import match_names
+from .saved_parts import AssembledTensor, Run, SavedTensor
 from .values import LazyTensor
 from .zero_contents import FROZEN, ShardedTensor, ZeroContents
+from .zero_layout import named_by_optimizer
+from .zero_model_states import Shape
 from .zero_optim_states import MASTER
 
 ENGINE = "engine"
@@ -24,15 +27,21 @@ class WholeContents:
     """A ZeRO checkpoint's contents in which every tensor is whole to whoever restores it."""
 
     contents: Contents
-    masters: Mapping[int, AssembledTensor] = field(default_factory=dict)
+    masters: Mapping[int, SavedTensor] = field(default_factory=dict)
     """``id`` of a low-precision weight in `contents` to its fp32 master, where the optimizer's files were read."""
 
 
-def whole_contents(zero: ZeroContents, contents: Contents) -> WholeContents:
+Groups = Sequence[Sequence[tuple[str, Shape]]]
+"""Name and shape of each parameter of each of an optimizer's groups."""
+
+
+def whole_contents(zero: ZeroContents, contents: Contents, groups: Groups = ()) -> WholeContents:
     """`contents`, or what ``ignore_keys`` left of them, with its shards put together; nothing is read.
 
-    Raises `LayoutError` where a saved rank's file is needed and was not read, `CorruptError` where a parameter's
-    pieces are not all of it.
+    `groups` are this job's: stage 0 keeps its masters in the optimizer's order, without names.
+
+    Raises `LayoutError` where a saved rank's file is needed and was not read, or stage 0's groups are others than
+    `groups`; `CorruptError` where a parameter's pieces are not all of it.
     """
     state = dict(contents.state)
     if isinstance(state.get("model"), Mapping):
@@ -41,7 +50,14 @@ def whole_contents(zero: ZeroContents, contents: Contents) -> WholeContents:
         state["optimizers"] = {
             name: _optimizer(zero, optimizer) for name, optimizer in state["optimizers"].items()
         }
-    return WholeContents(replace(contents, state=state), _masters(zero, state.get("model")))
+    model = state.get("model")
+    if not isinstance(model, Mapping) or zero.checkpoint.partitioned or not zero.optims:
+        masters: Mapping[int, SavedTensor] = {}
+    else:
+        masters = (
+            _masters(zero, model) if zero.checkpoint.stage else _masters_by_position(zero, model, groups)
+        )
+    return WholeContents(replace(contents, state=state), masters)
 
 
 def _optimizer(zero: ZeroContents, optimizer: Any) -> Any:
@@ -88,11 +104,9 @@ def assemble(zero: ZeroContents, sharded: ShardedTensor) -> AssembledTensor:
     return AssembledTensor(sharded.name, sharded.dtype, sharded.shape, tuple(runs))
 
 
-def _masters(zero: ZeroContents, model: Any) -> dict[int, AssembledTensor]:
+def _masters(zero: ZeroContents, model: Mapping[str, Any]) -> dict[int, AssembledTensor]:
     """Below stage 3 the weights are saved as the module computed with them, and beside them in fp32."""
     checkpoint = zero.checkpoint
-    if checkpoint.partitioned or not checkpoint.stage or not zero.optims or not isinstance(model, Mapping):
-        return {}
     saved_name = {id(value): name for name, value in zero.model_of(0).module.items()}
     found: dict[int, AssembledTensor] = {}
     for value in model.values():
@@ -103,4 +117,23 @@ def _masters(zero: ZeroContents, model: Any) -> dict[int, AssembledTensor]:
             pieces = tuple(checkpoint.pieces(parameter.name))
             sharded = ShardedTensor(parameter.name, MASTER, "float32", parameter.shape, pieces)
             found[id(value)] = assemble(zero, sharded)
+    return found
+
+
+def _masters_by_position(
+    zero: ZeroContents, model: Mapping[str, Any], groups: Groups
+) -> dict[int, LazyTensor]:
+    """Stage 0: each master is whole, and only the job's optimizer tells whose it is."""
+    optim = zero.any_optim
+    if optim is None or MASTER not in optim.tensors or not groups:
+        return {}
+    named = named_by_optimizer(zero.checkpoint, optim, groups).parameters
+    target_of = match_names(model, named).target_of
+    found: dict[int, LazyTensor] = {}
+    for name, value in model.items():
+        parameter = named.get(target_of.get(name, ""))
+        if parameter is None or parameter.frozen or not isinstance(value, LazyTensor):
+            continue
+        if value.dtype != "float32" and value.shape == parameter.shape:
+            found[id(value)] = optim.tensors[MASTER][parameter.group]
     return found

@@ -132,7 +132,7 @@ def check_against_oracle(
             assert getattr(entries[kind], "placements", None) == getattr(parameter, "placements", None)
             assert torch.equal(full(entries[kind]), oracle[f"{kind}/{name}"].to(dtype)), (name, kind)
         if entries:
-            assert float(entries["step"]) == 3
+            assert float(entries["step"]) == float(oracle.get("step", 3))
             steps.add(id(entries["step"]))
     assert len(steps) == len(optimizer.state)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -213,33 +213,54 @@ def plain(folder_1: str, folder_3: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def sharded(*folders: str) -> None:
-    """Restores ZeRO folders into FSDP2 jobs, and trains on beside plain ones that were set by hand."""
+def fully_sharded(folder_1: str, folder_3: str, files: str, composer: str) -> None:
+    """Everything that is restored into FSDP2 jobs, and DTensors of many shapes. Prints the receipts of ZeRO folders."""
     torch.distributed.init_process_group("gloo")
-    for folder in folders:
-        oracle = oracle_of(folder)
-        for meta in (False, True):
-            state = sharded_job(meta=meta)
-            if not meta:
-                train(state, 1)  # so that FSDP has put its hooks and gathered its weights once
-                state.optimizers = [optimizer_for(state.model)]
-            result = load(folder, state)
-            check_against_oracle(state, oracle, low=False, weights_only=False)
-            reference = by_hand(oracle, state, low=False)
-            assert torch.allclose(torch.tensor(train(state)), torch.tensor(train(reference)), rtol=1e-5)
-            theirs = dict(reference.model.named_parameters())
-            for name, mine in state.model.named_parameters():
-                assert torch.allclose(full(mine), theirs[name], rtol=1e-4, atol=1e-6), name
-        low = sharded_job(dtype=torch.bfloat16)
-        load(folder, low)
-        check_against_oracle(low, oracle, low=True, weights_only=False)
-        print(json.dumps(result.receipt.as_dict()))
+    for folder in (folder_1, folder_3):
+        print(json.dumps(zero_folder(folder).receipt.as_dict()))
+    single_files(files)
+    of_composer(composer)
+    boxes(files)
     torch.distributed.destroy_process_group()
 
 
-def monolithic(folder: str, composer: str) -> None:
-    """Restores single files into FSDP2 jobs: one job's in four layouts in `folder`, and Composer's own file."""
-    torch.distributed.init_process_group("gloo")
+def zero_folder(folder: str) -> LoadResult:
+    """Restores a ZeRO folder into FSDP2 jobs, and trains on beside a plain one that was set by hand."""
+    oracle = oracle_of(folder)
+    state = sharded_job()
+    train(state, 1)  # so that FSDP has put its hooks and gathered its weights once
+    state.optimizers = [optimizer_for(state.model)]
+    result = load(folder, state)
+    check_against_oracle(state, oracle, low=False, weights_only=False)
+    goes_on(state, oracle)
+    if WORLD_SIZE == 2:
+        state = sharded_job(meta=True)
+        load(folder, state)
+        check_against_oracle(state, oracle, low=False, weights_only=False)
+        goes_on(state, oracle)
+        state = sharded_job(dtype=torch.bfloat16)
+        load(folder, state)
+        check_against_oracle(state, oracle, low=True, weights_only=False)
+        # A hook of the user's runs, and is given shards.
+        state = sharded_job()
+        seen: list[str] = []
+        state.model.register_load_state_dict_pre_hook(lambda module, saved, *rest: seen.extend(saved))
+        load(folder, state)
+        assert "odd" in seen
+        check_against_oracle(state, oracle, low=False, weights_only=False)
+    return result
+
+
+def goes_on(state: State, oracle: dict[str, torch.Tensor]) -> None:
+    reference = by_hand(oracle, state, low=False)
+    assert torch.allclose(torch.tensor(train(state)), torch.tensor(train(reference)), rtol=1e-5)
+    theirs = dict(reference.model.named_parameters())
+    for name, mine in state.model.named_parameters():
+        assert torch.allclose(full(mine), theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+def single_files(folder: str) -> None:
+    """Restores one job's single files in four layouts into FSDP2 jobs."""
     whole = torch.load(Path(folder, "composer.pt"), weights_only=False)["state"]
     for form in ("composer", "hand-written", "lightning", "bare"):
         state = sharded_job()
@@ -266,8 +287,6 @@ def monolithic(folder: str, composer: str) -> None:
     assert full(entries["exp_avg_sq"]).any()
     assert len(result.receipt.derived) == len(state.optimizers[0].state)
     train(state, 1)
-    of_composer(composer)
-    torch.distributed.destroy_process_group()
 
 
 def of_composer(path: str) -> None:
@@ -292,7 +311,6 @@ def boxes(folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     reader = Reader()
     for shape in ((7, 5), (2, 3), (1,), (4,), (3, 1, 5), (5, 4, 2), ()):
@@ -311,4 +329,39 @@ def boxes(folder: str) -> None:
                 assert torch.equal(target.full_tensor(), wanted), (shape, placement)
             local = target.to_local()
             assert dtensor_box(target, "x").sizes == tuple(local.shape) or not local.numel()
-    torch.distributed.destroy_process_group()
+
+
+def save_with_deepspeed(root: str) -> None:
+    """Saves engines of stages 0 (bf16) and 2 (fp32), each with an oracle as in tests/data."""
+    import deepspeed
+    from safetensors.torch import save_file
+    from zero_model import full_state, make_engine, module_state
+    from zero_model import train as train_engine
+
+    # Otherwise a kernel that nobody needs here is compiled first, for two minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    for stage, dtype in ((0, "bf16"), (2, "fp32")):
+        engine = make_engine(stage, dtype)
+        train_engine(engine, 3, RANK)
+        folder = Path(root, f"s{stage}")
+        if stage:
+            oracle = full_state(engine)
+        else:
+            names = {id(p): name for name, p in engine.module.named_parameters()}
+            oracle = module_state(engine)
+            optimizer = engine.optimizer
+            groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            pairs = [pair for low, high in groups for pair in zip(low, high, strict=True)]
+            for low, master in pairs:
+                oracle[f"fp32/{names[id(low)]}"] = master.detach().clone()
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    oracle[f"{kind}/{names[id(low)]}"] = optimizer.optimizer.state[master][kind].clone()
+                oracle["step"] = optimizer.optimizer.state[master]["step"].clone()  # one more, at its start
+        engine.save_checkpoint(folder)
+        if RANK == 0:
+            save_file(
+                {name: value.contiguous() for name, value in oracle.items()},
+                Path(folder, "oracle.safetensors"),
+            )
+        torch.distributed.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -266,3 +267,11 @@ def test_nothing_is_run_or_unpickled_and_nothing_asserted(package, path):
 
 def test_modules_have_docstrings():
     assert not [label(path) for _, path in modules() if not ast.get_docstring(tree(path))]
+
+
+def test_the_map_shows_every_module() -> None:
+    shown = (REPOSITORY / "docs" / "map.md").read_text()
+    modules = {path.stem for package in PACKAGES for path in (REPOSITORY / package).glob("[a-z]*.py")}
+    named = set(re.findall(r"`([a-z_0-9]+)`", shown))
+    assert sorted(modules - named) == []
+    assert sorted(name for name in named - modules if "_" in name) == []
