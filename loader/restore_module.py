@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import PartialRestoreError
-from .fsdp import TORCH_OWN, give_shards_memory, has_dtensors, show_shards
+from .fsdp import give_shards_memory, has_dtensors, show_shards
 from .local_shard import fill_requests, is_dtensor, local_part, read_like
 from .materialize import CopyRequest, Reader, realise
 from .mismatch import Mismatch, dtype_problem
+from .module_hooks import load_through_hooks, loading_overrides
 from .names import match_names
 from .saved_parts import AssembledTensor, SavedTensor
 from .state import unwrap
@@ -197,7 +196,7 @@ def apply_module(
             else read_like(value, targets.get(name), reader=reader, name=f"model/{name}")
             for name, value in plan.sources.items()
         }
-        _load_through_hooks(plan, real, strict=strict)
+        load_through_hooks(plan.module, real, plan.metadata, plan.excused, strict=strict)
         return
     requests: dict[int, list[CopyRequest]] = {}
     for name, value in plan.sources.items():
@@ -211,27 +210,6 @@ def apply_module(
         owner.set_extra_state(value)
 
 
-def _load_through_hooks(plan: ModulePlan, real: dict[str, Any], *, strict: bool) -> None:
-    given = OrderedDict(real)
-    if plan.metadata is not None:
-        given._metadata = plan.metadata  # type: ignore[attr-defined]
-    try:
-        # Not strictly: torch would miss what was ignored, or is tied to a name that is there.
-        told = plan.module.load_state_dict(given, strict=False)
-    except RuntimeError as error:
-        raise PartialRestoreError(
-            f"{type(plan.module).__name__}.load_state_dict failed: {error}", changed=("model",)
-        ) from error
-    missing = [name for name in getattr(told, "missing_keys", ()) if name not in plan.excused]
-    unexpected = list(getattr(told, "unexpected_keys", ()))
-    if strict and (missing or unexpected):
-        raise PartialRestoreError(
-            f"{type(plan.module).__name__}.load_state_dict, which is not torch's own, left names out; missing: "
-            f"{', '.join(missing[:20]) or 'none'}; unexpected: {', '.join(unexpected[:20]) or 'none'}",
-            changed=("model",),
-        )
-
-
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """Parameters and persistent buffers by name, tied ones under each; None for a module's extra state."""
     persistent = module.state_dict(keep_vars=True)
@@ -243,38 +221,6 @@ def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
         name: own.get(name, value) if isinstance(value, torch.Tensor) else None
         for name, value in persistent.items()
     }
-
-
-def loading_overrides(module: nn.Module) -> list[str]:
-    """Prefixes of the parts whose loading runs code of the user's: hooks, or an overridden loader.
-
-    Parts that save nothing do not count: they are not loaded (metrics, for one).
-    """
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    saved = module.state_dict(keep_vars=True)
-    if any(isinstance(value, torch.Tensor) and name not in own for name, value in saved.items()):
-        return [""]
-    found = []
-    for name, part in module.named_modules():
-        prefix = f"{name}." if name else ""
-        if any(key.startswith(prefix) for key in saved) and _overrides_loading(part):
-            found.append(prefix)
-    return found
-
-
-def _overrides_loading(part: nn.Module) -> bool:
-    hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-    if not all(str(getattr(_plain(hook), "__module__", "")).startswith(TORCH_OWN) for hook in hooks):
-        return True
-    return any(
-        not getattr(getattr(type(part), method), "__module__", "").startswith("torch.")
-        for method in ("_load_from_state_dict", "load_state_dict")
-    )
-
-
-def _plain(hook: Any) -> Any:
-    """The function that torch wrapped to register it."""
-    return getattr(hook, "hook", hook)
 
 
 def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
