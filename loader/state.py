@@ -30,8 +30,8 @@ class ForeignState(Protocol):
 class State:
     """A training job's parts, each restored where the checkpoint has it.
 
-    ``model`` is a module (plain, DDP-wrapped, compiled, on the meta device) or a DeepSpeed engine. The others
-    are one object or a list of objects with ``state_dict`` and ``load_state_dict``, or plain values. Parts left
+    ``model`` is a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device) or a
+    DeepSpeed engine. The others are one object or a list of objects with ``state_dict`` and ``load_state_dict``, or plain values. Parts left
     at None are not restored, but for ``timestamp``, ``rank_zero_seed``, ``run_name``, ``dataset_state`` and the
     metrics, which then take the checkpoint's plain values: ``state.timestamp["batch"]``.
 
