@@ -31,9 +31,9 @@ class State:
     """A training job's parts, each restored where the checkpoint has it.
 
     ``model`` is a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device) or a
-    DeepSpeed engine. The others are one object or a list of objects with ``state_dict`` and ``load_state_dict``, or plain values. Parts left
-    at None are not restored, but for ``timestamp``, ``rank_zero_seed``, ``run_name``, ``dataset_state`` and the
-    metrics, which then take the checkpoint's plain values: ``state.timestamp["batch"]``.
+    DeepSpeed engine. The others are one object or a list of objects with ``state_dict`` and ``load_state_dict``,
+    or plain values. Parts left at None are not restored, but for ``timestamp``, ``rank_zero_seed``, ``run_name``,
+    ``dataset_state`` and the metrics, which then take the checkpoint's plain values: ``state.timestamp["batch"]``.
 
     A DeepSpeed engine brings its optimizer, lr scheduler and loss scaler with it.
     """
