@@ -32,15 +32,14 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
     """Compares names, shapes, dtypes and types with what they are to be restored into; changes nothing."""
     with watch.stage("check"):
         contents = checkpoint.contents.with_tree(ignored.tree)
-        options: dict[str, Any] = {
-            "safe_types": request.options.safe_types,
-            "file": checkpoint.states_file or checkpoint.name,
-        }
+        options: dict[str, Any] = {"safe_types": request.options.safe_types, "file": checkpoint.name}
         verify = request.options.verify or "during"
         reader = Reader(verify=verify, on_bytes=watch.count)
         wanted = _wanted_parts(contents, weights_only=request.weights_only)
         for part, tree in wanted.items():
-            require_safe(tree, path=part, **options)
+            require_safe(
+                tree, path=part, safe_types=request.options.safe_types, file=checkpoint.file_of(tree)
+            )
         prepared = prepare_restore(request, checkpoint, contents, checkpoint.contents)
         prepared.mismatch.raise_if_any(checkpoint.name, strict=request.strict)
         if verify == "before":

@@ -99,15 +99,12 @@ def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
     with opening.watch.stage("read states"):
         contents, whole = zero_parts(opening, zero)
         indexes = list(zero.indexes)
-        states_file = ""
         if COMPOSER_STATES in file.members and not opening.request.weights_only:
-            states_file = f"{file.source}:{COMPOSER_STATES}"
-            states = read_index(f"{file.path}/{COMPOSER_STATES}", name=states_file)
+            states = read_index(f"{file.path}/{COMPOSER_STATES}", name=f"{file.source}:{COMPOSER_STATES}")
             indexes.append(states)
             contents = _with_composers(contents, read_layout(states.tree, file=states.name))
     return opened(
         opening, file.source, "composer-zero", contents, zero.world_size, indexes, source.files, whole,
-        states_file=states_file,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .receipt import FileRecord
 from .stopwatch import Stopwatch
 from .store import Store
 from .torch_file import FileIndex
-from .tree_walk import tensors
+from .tree_walk import find_unknown, tensors
 from .values import StorageRef
 from .zero_contents import ZeroContents
 
@@ -36,12 +36,18 @@ class Checkpoint:
     cache_dir: str | None
     """Where fetched files were put; None where all were used in place."""
     zero: ZeroContents | None = None
-    states_file: str = ""
-    """What messages call the file that everything but ZeRO's tensors is in; `name` where it is empty."""
     rng_per_rank: bool = False
     """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
     notes: tuple[str, ...] = ()
     """What the receipt is to say besides."""
+
+    def file_of(self, tree: Any) -> str:
+        """What messages call the file that an unknown type in `tree` came from; `name` where it has none."""
+        unknown = {name for _, name in find_unknown(tree)}
+        for index in self.indexes:
+            if unknown and not unknown.isdisjoint(name for _, name in find_unknown(index.tree)):
+                return index.name
+        return self.name
 
     def storages(self, wanted: Mapping[str, Any]) -> list[StorageRef]:
         """What will be read of this rank's files to restore the parts `wanted`."""
@@ -83,19 +89,14 @@ def opened(
     files: list[FetchedFile],
     zero: ZeroContents | None = None,
     *,
-    states_file: str = "",
     rng_per_rank: bool = False,
 ) -> Checkpoint:
     """The checkpoint, with the records of the `files` that this rank uses."""
-    records = tuple(
-        FileRecord(
-            file.source,
-            max(0, file.size_bytes),
-            file.fetched_bytes,
-            all(index.verifiable for index in indexes if index.name.startswith(file.source)),
-        )
-        for file in files
-    )
+    records = []
+    for file in files:
+        read = [index.verifiable for index in indexes if index.name.startswith(file.source)]
+        verified = bool(read) and all(read)
+        records.append(FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified))
     in_place = opening.store.is_local and all(file.kind == "file" for file in files)
     return Checkpoint(
         name,
@@ -103,10 +104,9 @@ def opened(
         contents,
         saved_world_size,
         tuple(indexes),
-        records,
+        tuple(records),
         None if in_place else opening.cache.folder,
         zero,
-        states_file,
         rng_per_rank,
         _notes(opening, zero),
     )
