@@ -129,11 +129,21 @@ def test_composers_archives_under_the_deepspeed_launcher(tmp_path: Path) -> None
 
 
 def deepspeed_launcher(world_size: int, tmp_path: Path, *arguments: str) -> str:
-    launcher = Path(sys.executable).with_name("deepspeed")
+    # The module that the deepspeed command runs: the command itself cannot start from a folder with a space.
     command = [
-        str(launcher), "--num_accelerators", str(world_size), "--master_port", str(free_port()), WORKER, *arguments,
-    ]  # fmt: skip
-    return run_commands([command], tmp_path, [{"PATH": f"{launcher.parent}:{os.environ['PATH']}"}])[0]
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(world_size),
+        "--master_port",
+        str(free_port()),
+        WORKER,
+        *arguments,
+    ]
+    return run_commands(
+        [command], tmp_path, [{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}]
+    )[0]
 
 
 def run_commands(
