@@ -13,10 +13,10 @@ demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
 
 test: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -q tests
+	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 test-all: $(STAMP)
-	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q tests
+	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 check: $(TOOLS)
 	$(BIN)/ruff check .

@@ -222,6 +222,14 @@ def main(argv: Sequence[str]) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]
     target: Any = getattr(_load(script), function)
     target(*arguments)
+    leave_group()
+
+
+def leave_group() -> None:
+    """Gloo's threads must have ended before the interpreter does: it may crash under them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
