@@ -15,7 +15,8 @@ from .courier import AGREED, BEAT_S, Courier, decision_key
 from .errors import PeerError, RankloadError, StalledError, from_record
 from .mailbox import Mailbox
 
-Combine = Callable[[Sequence[bytes]], bytes]
+Combine = Callable[[Sequence[bytes]], bytes | list[bytes]]
+"""What rank 0 makes of all parts: one result for all, or a list with one for each rank."""
 POLL_S = (0.001, 0.05)
 NAMED_AT_MOST = 8
 
@@ -29,9 +30,12 @@ class Agreement:
         self._rank = rank
         self._world_size = world_size
         self._stall_timeout_s = stall_timeout_s
+        self._dealt: set[int] = set()
+        """On rank 0: agreements with a result for each rank."""
 
     def reach(self, name: str, part: bytes, combine: Combine | None) -> bytes:
-        """Takes part; returns what ``combine`` made of all parts on rank 0 (nothing where there is none)."""
+        """Takes part; returns what ``combine`` made of all parts on rank 0 (nothing where there is none), for all
+        ranks or for this one."""
         index = self._courier.index
         self._courier.move()
         post = name.encode() + b"\0" + part
@@ -45,7 +49,8 @@ class Agreement:
 
     def spent_keys(self, index: int) -> list[str]:
         """All keys of an agreement."""
-        return [decision_key(index), _result_key(index), *self._post_keys(index)]
+        own = [_result_key(index, rank) for rank in range(self._world_size)] if index in self._dealt else []
+        return [decision_key(index), _result_key(index), *own, *self._post_keys(index)]
 
     def _lead(self, index: int, name: str, combine: Combine | None) -> bytes:
         keys = self._post_keys(index)
@@ -56,16 +61,30 @@ class Agreement:
             self._courier.call(lambda mailbox: mailbox.forget(self.spent_keys(index - 1)))
         result = b""
         if combine is not None:
-            result = combine(parts)
-            self._courier.call(lambda mailbox: mailbox.put(_result_key(index), result))
+            made = combine(parts)
+            self._courier.call(lambda mailbox: self._hand_out(mailbox, index, made))
+            result = made[0] if isinstance(made, list) else made
         self._accept(self._courier.call(lambda mailbox: mailbox.settle(decision_key(index), AGREED)))
         return result
+
+    def _hand_out(self, mailbox: Mailbox, index: int, made: bytes | list[bytes]) -> None:
+        if not isinstance(made, list):
+            mailbox.put(_result_key(index), made)
+            return
+        self._dealt.add(index)
+        for rank, own in enumerate(made[1:], start=1):
+            mailbox.put(_result_key(index, rank), own)
 
     def _follow(self, index: int, name: str, combine: Combine | None) -> bytes:
         self._await(index, name, None)
         if combine is None:
             return b""
-        return self._courier.call(lambda mailbox: mailbox.peek(_result_key(index))) or b""
+
+        def fetch(mailbox: Mailbox) -> bytes | None:
+            common = mailbox.peek(_result_key(index))
+            return common if common is not None else mailbox.peek(_result_key(index, self._rank))
+
+        return self._courier.call(fetch) or b""
 
     def _await(self, index: int, name: str, ready: Callable[[Mailbox], bool] | None) -> None:
         """Returns when the agreement is settled as agreed, or (rank 0) when all are ready for that."""
@@ -170,5 +189,6 @@ def _post_key(index: int, rank: int) -> str:
     return f"{index}/post/{rank}"
 
 
-def _result_key(index: int) -> str:
-    return f"{index}/result"
+def _result_key(index: int, rank: int | None = None) -> str:
+    """Where the outcome for all ranks is, or for one."""
+    return f"{index}/result" if rank is None else f"{index}/result/{rank}"

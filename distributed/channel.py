@@ -89,6 +89,17 @@ class Channel:
 
         return json.loads(self._combined(f"decide '{name}'", name, _encode(value), combine))
 
+    def deal(self, name: str, value: Any, dealer: Callable[[list[Any]], list[Any]]) -> Any:
+        """As `decide`, but ``dealer`` returns a list with one value for each rank, and each rank gets its own."""
+
+        def combine(parts: Sequence[bytes]) -> list[bytes]:
+            dealt = dealer([json.loads(part) for part in parts])
+            if len(dealt) != self.world_size:
+                raise ValueError(f"{name}: dealt {len(dealt)} values to {self.world_size} ranks")
+            return [json.dumps(one).encode() for one in dealt]
+
+        return json.loads(self._combined(f"deal '{name}'", name, _encode(value), combine))
+
     def progress(self, **counters: float) -> None:
         """Says that this rank moves, and keeps ``counters`` as its latest. Sends nothing itself: call it
         often.

@@ -42,8 +42,6 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
             )
         prepared = prepare_restore(request, checkpoint, contents, checkpoint.contents)
         prepared.mismatch.raise_if_any(checkpoint.name, strict=request.strict)
-        if verify == "before":
-            reader.verify(checkpoint.storages(wanted))
         rng: list[RngState | None] | None = None
         extra: dict[str, Any] = {}
         if not request.weights_only:

@@ -1,6 +1,6 @@
 """A load from end to end. `load` tells the journey; each stage takes a value and returns a value.
 
-    arguments → locate → fetch → read → (fetch → read)* → ignore → check → restore → agree → RNG → receipt
+    arguments → locate → fetch → read → (fetch → read)* → ignore → check → deal → restore → agree → RNG → receipt
 
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns
 is changed before ``restore``.
@@ -31,6 +31,7 @@ from .restore_target import apply_restore
 from .rng import RngState, complete_states, decode, encode
 from .stopwatch import Stopwatch
 from .timestamps import agree_on_timestamp
+from .verification import deal_checks, verify_after, verify_before
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,13 @@ def load(
         checkpoint = open_checkpoint(request, session, watch, leaving)
         ignored = _leave_out(request, checkpoint, watch)
         checked = check(request, checkpoint, ignored, watch)
+        verification = deal_checks(
+            checkpoint, checked, session, watch, verify=request.options.verify or "during"
+        )
+        verify_before(verification, checkpoint, checked, session, watch)
         begun.append(checkpoint.name)
         restored = _restore(request, checkpoint, checked, watch)
+        verify_after(verification, checkpoint, checked, session, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _rng(request, checkpoint, checked, session, watch)

@@ -118,7 +118,4 @@ def _notes(opening: Opening, zero: ZeroContents | None) -> tuple[str, ...]:
         return ()
     if not zero.checkpoint.stage:
         return ()
-    text = f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks"
-    if opening.request.options.verify != "off":
-        text += ": to compare checksums, each rank reads whole every storage that it takes a part of"
-    return (text,)
+    return (f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks",)

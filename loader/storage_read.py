@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .checksums import ByteRange, RangeSums, crc32
 from .errors import AccessError, CorruptError, NotFoundError
 from .options import Verify
 from .values import StorageRef
 
 STAGING_BYTES = 8 << 20
-"""Bytes read at a time, and the size of the one buffer for what cannot be read straight into its place."""
+"""The size of the one buffer for what cannot be read straight into its place."""
+_READ_BYTES = 8 << 20
+_SUMMED_BYTES = 1 << 20
+"""Bytes read at a time; fewer where they are summed, which is done while they are in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,9 @@ class StorageReader:
 
     ``before`` and ``during`` differ only in when `check` is called: a storage that it found to be right is
     not summed again. ``on_bytes`` is told of bytes as they are read.
+
+    A storage that several ranks check together (`share`) is not checked here: its share of bytes is summed as they
+    are read, and `finish` tells what they sum to.
     """
 
     def __init__(self, verify: Verify, on_bytes: Callable[[int], None] | None) -> None:
@@ -41,6 +47,30 @@ class StorageReader:
         self.on_bytes = on_bytes
         self.staging = bytearray(STAGING_BYTES)
         self._checked: set[StorageRef] = set()
+        self._shares: dict[StorageRef, RangeSums] = {}
+
+    def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
+        """From now on only these ranges of these storages are summed here; others sum the rest of them."""
+        self._shares = {storage: RangeSums(ranges) for storage, ranges in shares.items()}
+
+    def finish(self) -> dict[StorageRef, list[int]]:
+        """What each range of `share` sums to, in order; what was not read so far is read now.
+
+        Their storages are then taken to be right: whoever has all ranks' sums has to say so.
+        """
+        found = {}
+        for storage, sums in self._shares.items():
+            missing = list(sums.missing())
+            if missing:
+                _Pass(self, storage, (), summed=False).sum(missing)
+            found[storage] = sums.sums()
+            self._checked.add(storage)
+        self._shares = {}
+        return found
+
+    def sums_of(self, storage: StorageRef) -> RangeSums | None:
+        """What of `storage` is summed here, where it is shared."""
+        return self._shares.get(storage)
 
     def check(self, storage: StorageRef) -> None:
         """Reads all of `storage` and raises `CorruptError` where it does not match its checksum."""
@@ -53,7 +83,8 @@ class StorageReader:
         Raises `CorruptError` where the file ends first, or the checksum differs: some pieces have been
         written by then.
         """
-        summed = self.verify != "off" and storage.crc32 is not None and storage not in self._checked
+        alone = storage not in self._checked and storage not in self._shares
+        summed = self.verify != "off" and storage.crc32 is not None and alone
         _Pass(self, storage, names, summed=summed).run(sorted(pieces, key=lambda piece: piece.start))
 
     def passed(self, storage: StorageRef) -> None:
@@ -71,10 +102,21 @@ class _Pass:
         self.storage = storage
         self.names = names
         self.summed = summed
+        self.shared = reader.sums_of(storage)
         self.crc = 0
         self.frontier = 0
         self.staging = memoryview(reader.staging)
         self.file = -1
+
+    def sum(self, ranges: Sequence[ByteRange]) -> None:
+        """Reads `ranges` only to sum them up."""
+        self.file = self._open()
+        try:
+            for start, stop in ranges:
+                for begin in range(start, stop, STAGING_BYTES):
+                    self._fill(begin, self.staging[: min(STAGING_BYTES, stop - begin)])
+        finally:
+            os.close(self.file)
 
     def run(self, pieces: Sequence[Piece]) -> None:
         self.file = self._open()
@@ -82,8 +124,7 @@ class _Pass:
             for piece in pieces:
                 self._pass_over(piece.start)
                 if piece.view is not None:
-                    for begin in range(0, piece.nbytes, STAGING_BYTES):
-                        self._fill(piece.start + begin, piece.view[begin : begin + STAGING_BYTES])
+                    self._fill(piece.start, piece.view)
                 else:
                     self._fill(piece.start, self.staging[: piece.nbytes])
                     if piece.use is not None:
@@ -114,11 +155,13 @@ class _Pass:
             self._fill(self.frontier, self.staging[: min(STAGING_BYTES, position - self.frontier)])
 
     def _fill(self, start: int, view: memoryview) -> None:
-        """Reads the storage's bytes from ``start`` into all of ``view``."""
+        """Reads the storage's bytes from ``start`` into all of ``view``, and sums them."""
+        step = _SUMMED_BYTES if self.summed or self.shared is not None else _READ_BYTES
         done = 0
         while done < len(view):
+            part = view[done : done + step]
             try:
-                count = os.preadv(self.file, [view[done:]], self.storage.offset + start + done)
+                count = os.preadv(self.file, [part], self.storage.offset + start + done)
             except OSError as error:
                 raise self._corrupt(f"cannot be read at byte {start + done:,} ({error.strerror})") from error
             if count == 0:
@@ -126,13 +169,18 @@ class _Pass:
                     f"ends after {start + done:,} of {self.storage.nbytes:,} bytes: the file was truncated "
                     "since its index was read"
                 )
+            self._sum(start + done, part[:count])
             done += count
-        stop = start + done
+            if self.reader.on_bytes is not None:
+                self.reader.on_bytes(count)
+
+    def _sum(self, start: int, view: memoryview) -> None:
+        if self.shared is not None:
+            self.shared.update(start, view)
+        stop = start + len(view)
         if self.summed and stop > self.frontier:
-            self.crc = zlib.crc32(view[self.frontier - start :], self.crc)
+            self.crc = crc32(view[max(0, self.frontier - start) :], self.crc)
             self.frontier = stop
-        if self.reader.on_bytes is not None:
-            self.reader.on_bytes(done)
 
     def _corrupt(self, text: str) -> CorruptError:
         used = f", used by {', '.join(self.names[:3])}" if self.names else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .checksums import ByteRange
 from .errors import FormatError
 from .options import Verify
 from .storage_read import STAGING_BYTES, Piece, StorageReader
@@ -66,6 +67,17 @@ class Reader:
         """
         for storage in _in_file_order(set(storages)):
             self._storages.check(storage)
+
+    def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
+        """Of these storages only these ranges are to be summed here, while they are read: others sum the rest."""
+        self._storages.share(shares)
+
+    def finish_shares(self) -> dict[StorageRef, list[int]]:
+        """The CRC-32s of the ranges of `share`, in order; what `copy` did not come by is read now.
+
+        From here on their storages are read without being summed.
+        """
+        return self._storages.finish()
 
     def copy(self, requests: Sequence[CopyRequest]) -> None:
         """Carries out `requests`, storage by storage in the order of the files.

@@ -71,6 +71,8 @@ def test_all_ranks_agree_and_keys_are_removed() -> None:
             gathered = channel.gather("inner", {"rank": channel.rank, "none": None})
         big = channel.gather_bytes("bytes", bytes([channel.rank]) * (2 * CHUNK_BYTES + channel.rank))
         total = channel.decide("sum", channel.rank, sum)
+        own = channel.deal("shares", channel.rank, lambda ranks: [[rank, sum(ranks)] for rank in ranks])
+        assert own == [channel.rank, 3]
         return gathered, [(len(one), one[:1]) for one in big], total
 
     outcomes = in_threads(3, work, store=store)
