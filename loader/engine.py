@@ -1,8 +1,8 @@
 """Restoring into a live DeepSpeed engine: plan, apply, finish.
 
 The engine's own tensors are filled in place, straight from the files, so a restore takes no second copy of a
-partition and none of DeepSpeed's collectives: below stage 3 every rank reads the module's weights itself, at stage 3
-it casts its shares from its own masters. One collective is left for `finish_engine`, at stage 3 with persistent
+partition and none of DeepSpeed's collectives: below stage 3 the ranks of a node bring the module's weights there once
+(`weight_sharing`), at stage 3 each casts its shares from its own masters. One collective is left for `finish_engine`, at stage 3 with persistent
 parameters.
 """
 
@@ -139,12 +139,13 @@ def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: Engine
 def apply_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> list[str]:
     """Carries out `plan` on this rank; returns what was restored, for the receipt. No rank waits for another.
 
-    `note_change` is told each part before it is first changed. Raises `CorruptError` where bytes are missing or do
+    Weights in ``plan.shared`` come afterwards, see `weight_sharing`. `note_change` is told each part before it is
+    first changed. Raises `CorruptError` where bytes are missing or do
     not match their checksum; by then parts may have been changed.
     """
     target = plan.target
     optimizer = target.engine.optimizer
-    if plan.low or plan.masters or plan.buffers or plan.low_from_master or plan.extra_state:
+    if plan.low or plan.shared or plan.masters or plan.buffers or plan.low_from_master or plan.extra_state:
         note_change("model")
     if plan.states or plan.scalars or plan.groups:
         note_change("optimizer")
@@ -156,7 +157,8 @@ def apply_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> l
     fill_tensors(plan, reader)
     set_numbers(plan, reader)
     relink(plan)
-    model = {fill.name for _, fill in plan.low} | {f"model/{name}" for name, _ in plan.low_from_master}
+    model = {fill.name for _, fill in plan.low}
+    model |= {f"model/{name}" for name in (*plan.shared, *(name for name, _ in plan.low_from_master))}
     restored = [f"model ({len(model)} parameters, {len(plan.buffers)} buffers on this rank)"] if model else []
     if plan.masters or plan.master_from_low:
         restored.append("fp32 masters")

@@ -34,8 +34,8 @@ def fill_tensors(plan: EnginePlan, reader: Reader) -> None:
         for name, source in plan.buffers.items()
     ]
     reader.copy(requests)
-    with torch.no_grad():
-        _derive(plan)
+    _derive(plan)
+    cast_masters(plan, shared=False)
     for name, value in plan.extra_state.items():
         owner = target.engine.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
         owner.set_extra_state(realise(value, reader=reader, path=f"state/model/{name}"))
@@ -64,14 +64,23 @@ def _make_state(plan: EnginePlan, index: int, keys: Mapping[str, str]) -> None:
             )
 
 
+@torch.no_grad()
 def _derive(plan: EnginePlan) -> None:
-    """The casts between masters and module that need no file."""
+    """The module's shares at stage 3, cast from this rank's masters."""
     target = plan.target
     for name, slot in plan.low_from_master:
         part = slice(slot.start, slot.start + slot.length)
         low = next(one for one in target.low[name] if one.slot == slot)
         low.flat[part].copy_(target.flats[slot.place.group].master.data[part])
+
+
+@torch.no_grad()
+def cast_masters(plan: EnginePlan, *, shared: bool) -> None:
+    """Masters that no file tells, cast from the module's weights: those of ``plan.shared``, or the others."""
+    target = plan.target
     for name, index, slot in plan.master_from_low:
+        if (name in plan.shared) != shared:
+            continue
         master = flat_view(target.flats[index].master)
         for low in target.low[name]:
             if master.dim() != 1 or low.flat.dim() != 1:

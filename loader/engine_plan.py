@@ -47,10 +47,16 @@ class EnginePlan:
     """``model/NAME`` to ``source dtype -> target dtype``."""
     low: list[tuple[Any, Fill]] = field(default_factory=list)
     """(destination, what goes there): what the module computes with, one-dimensional or whole."""
+    whole: dict[str, Saved] = field(default_factory=dict)
+    """Parameters that this rank computes with whole, to what those weights come from; all of it is in ``low`` too."""
     masters: list[tuple[int, Fill]] = field(default_factory=list)
     """(index of the flat, what goes there)."""
+    filled_masters: set[str] = field(default_factory=set)
+    """Parameters whose masters on this rank all come from saved ones."""
     states: list[tuple[int, str, Fill]] = field(default_factory=list)
     """(index of the flat, state key, what goes there)."""
+    shared: set[str] = field(default_factory=set)
+    """Parameters whose low-precision weights this rank's node gets once; they are not in ``low`` any more."""
     low_from_master: list[tuple[str, Piece]] = field(default_factory=list)
     """Stage 3: shares that are cast from this rank's own masters."""
     master_from_low: list[tuple[str, int, Piece]] = field(default_factory=list)
@@ -174,6 +180,7 @@ def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
     if owned and name not in target.shared_memory:
         if master is not None:
             _fill_masters(plan, name, master, slots)
+            plan.filled_masters.add(name)
         elif value.dtype == dtype:
             plan.master_from_low.extend((name, index, slot) for index, slot in slots)
         else:
@@ -184,6 +191,8 @@ def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
         else:
             plan.low_from_master.extend((name, slot) for _, slot in slots)
         return
+    if all(low.flat.dim() == 1 and low.slot.length == low.flat.numel() for low in target.low[name]):
+        plan.whole[name] = low_source
     for low in target.low[name]:
         for fill in fills_of(plan, f"model/{name}", low_source, [low.slot]):
             plan.low.append((low.flat, fill))

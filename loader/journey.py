@@ -32,6 +32,7 @@ from .rng import RngState, complete_states, decode, encode
 from .stopwatch import Stopwatch
 from .timestamps import agree_on_timestamp
 from .verification import deal_checks, verify_after, verify_before
+from .weight_sharing import plan_weights, share_weights
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,21 @@ def load(
         checkpoint = open_checkpoint(request, session, watch, leaving)
         ignored = _leave_out(request, checkpoint, watch)
         checked = check(request, checkpoint, ignored, watch)
-        verification = deal_checks(
-            checkpoint, checked, session, watch, verify=request.options.verify or "during"
-        )
+        verify = request.options.verify or "during"
+        weights = plan_weights(checkpoint, checked, session, watch, verify=verify)
+        verification = deal_checks(checkpoint, checked, session, watch, verify=verify)
         verify_before(verification, checkpoint, checked, session, watch)
         begun.append(checkpoint.name)
         restored = _restore(request, checkpoint, checked, watch)
+        share_weights(weights, checkpoint, checked, session, watch, verify=verify)
         verify_after(verification, checkpoint, checked, session, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _rng(request, checkpoint, checked, session, watch)
-        receipt = make_receipt(request, checkpoint, ignored, checked, restored, derived, session, watch)
+        notes = weights.notes if weights is not None else []
+        receipt = make_receipt(
+            request, checkpoint, ignored, checked, restored, derived, notes, session, watch
+        )
     if session.topology.rank == 0:
         try:
             log_receipt(receipt, request.logger)

@@ -18,6 +18,7 @@ def make_receipt(
     checked: Checked,
     restored: list[str],
     derived: tuple[str, ...],
+    notes: list[str],
     session: Session,
     watch: Stopwatch,
 ) -> Receipt:
@@ -32,6 +33,7 @@ def make_receipt(
         "derived": [*derived, *(f"{name} (zeros)" for name in prepared.reset)],
         "not_restored": [] if request.weights_only else list(prepared.not_restored),
         "restored": restored,
+        "notes": notes,
         "node": session.topology.node_rank,
         "laps": [[lap.stage, lap.seconds, lap.bytes] for lap in watch.laps],
         "files": [
@@ -67,7 +69,7 @@ def make_receipt(
         restored=tuple(everybody[0]["restored"]),
         **combine(everybody),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        notes=(*checkpoint.notes, *prepared.notes),
+        notes=(*checkpoint.notes, *prepared.notes, *everybody[0]["notes"]),
         files=tuple(files.values()),
         stages=tuple(
             StageRecord(rank, stage, seconds, count)
