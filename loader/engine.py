@@ -2,8 +2,8 @@
 
 The engine's own tensors are filled in place, straight from the files, so a restore takes no second copy of a
 partition and none of DeepSpeed's collectives: below stage 3 the ranks of a node bring the module's weights there once
-(`weight_sharing`), at stage 3 each casts its shares from its own masters. One collective is left for `finish_engine`, at stage 3 with persistent
-parameters.
+(`weight_sharing`), at stage 3 each casts its shares from its own masters. One collective is left for
+`finish_engine`, at stage 3 with persistent parameters.
 """
 
 from __future__ import annotations
