@@ -7,6 +7,7 @@ reads those, once it is known what is wanted.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,11 @@ from .legacy_file import read_legacy
 from .pickle_read import read_pickle
 from .pickle_scan import scan_pickle
 from .sealed import SealedTensor
-from .sniff import SPOKEN, sniff
+from .sniff import HEAD_BYTES, SPOKEN, sniff
 from .storage_names import storage_parts
 from .tree_walk import check_tree
 from .values import LazyTensor, StorageRef
-from .zip_file import ZipRecords, read_zip
+from .zip_file import OpenFile, ZipRecords, open_local, read_zip
 
 __all__ = ["FileIndex", "read_index", "sniff"]
 
@@ -42,11 +43,30 @@ class FileIndex:
     storages: tuple[StorageRef, ...]
     """Every storage that the tree refers to, once, by offset."""
     format: Literal["zip", "legacy"]
+    archive: ZipRecords | None = None
+    """The zip's directory; None for the older format."""
+
+    def check_headers(self, storages: Iterable[StorageRef]) -> None:
+        """Of a file that was fetched in parts, compares these storages' local headers with the directory.
+
+        Raises `CorruptError` where they contradict it.
+        """
+        if self.archive is not None and self.archive.derived:
+            for storage in storages:
+                self.archive.check_header(storage.key)
 
 
-def read_index(path: str | os.PathLike[str], *, name: str | None = None) -> FileIndex:
+def read_index(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    open_file: OpenFile = open_local,
+    partial: bool = False,
+) -> FileIndex:
     """The index of the torch file at the local `path`; ``name`` is what messages call it, the path by
     default.
+
+    A `partial` file is not all there: what the index takes of it is read through `open_file`, and nothing else.
 
     Nothing that the file names is imported or called. Takes memory in proportion to the file's pickle, at
     most twice the file's size and 64 MiB.
@@ -58,7 +78,8 @@ def read_index(path: str | os.PathLike[str], *, name: str | None = None) -> File
     name = path if name is None else name
     try:
         size = os.path.getsize(path)
-        kind = sniff(path)
+        with open_file(path) as file:
+            kind = sniff(file.read(HEAD_BYTES))
     except FileNotFoundError:
         raise NotFoundError(f"{name}: no such file: {path}", path=name) from None
     except PermissionError:
@@ -66,8 +87,9 @@ def read_index(path: str | os.PathLike[str], *, name: str | None = None) -> File
     except OSError as error:
         raise CorruptError(f"{name}: {path} cannot be read ({error.strerror}).", path=name) from error
     if kind == "torch-zip":
-        return _read_zip_index(path, name, size)
-    if kind == "torch-legacy":
+        archive = read_zip(path, name=name, open_file=open_file, derive=partial)
+        return _read_zip_index(archive, path, name, size)
+    if kind == "torch-legacy" and not partial:
         tree, storages = read_legacy(path, name=name, memory_limit=_memory_limit(size, size // 2))
         check_tree(tree, name=name)
         return FileIndex(path, name, tree, size, False, storages, "legacy")
@@ -92,8 +114,7 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     )
 
 
-def _read_zip_index(path: str, name: str, size: int) -> FileIndex:
-    archive = read_zip(path, name=name)
+def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> FileIndex:
     if "byteorder" in archive.records:
         order = archive.read("byteorder", limit=64)
         if order != b"little":
@@ -102,6 +123,8 @@ def _read_zip_index(path: str, name: str, size: int) -> FileIndex:
                 "Save it again on a little-endian machine.",
                 path=name,
             )
+    if archive.derived:
+        archive.check_header("data.pkl")
     data = archive.read("data.pkl", limit=_LARGEST_PICKLE)
     memory_limit = _memory_limit(size, len(data))
     base = archive.records["data.pkl"].offset
@@ -114,7 +137,7 @@ def _read_zip_index(path: str, name: str, size: int) -> FileIndex:
     tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, find_storage=finder.find)
     check_tree(tree, name=name)
     storages = tuple(sorted(finder.found.values(), key=lambda storage: storage.offset))
-    return FileIndex(path, name, tree, size, archive.verifiable, storages, "zip")
+    return FileIndex(path, name, tree, size, archive.verifiable, storages, "zip", archive)
 
 
 class _ZipStorages:
@@ -137,6 +160,7 @@ class _ZipStorages:
                 record.offset,
                 record.size,
                 self.archive.crc32(record),
+                record.header,
             )
             self.found[parts.key] = storage
         if parts.nbytes > storage.nbytes:

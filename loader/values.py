@@ -27,6 +27,8 @@ class StorageRef:
     nbytes: int
     crc32: int | None
     """What the bytes must sum to; None where the file keeps no checksum."""
+    header: int = -1
+    """Where its record's header starts, in a zip; its data follow."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from .checksums import crc32
 from .errors import CorruptError, FormatError, UnsafeError
 
 _END = struct.Struct("<4s4H2LH")
@@ -23,6 +24,18 @@ _ENTRY_MEMORY = 12
 """Bytes of memory per byte of directory, as zipfile and this module take them."""
 _SIZES_FOLLOW = 0x08
 _ENCRYPTED = 0x01
+_ALIGNMENT = 64
+_LARGE = 0xFFFFFFFF
+_DESCRIPTORS = (0, 16, 24)
+"""Bytes between a record's data and the next header: none, or sizes that follow the data (also 8-byte ones)."""
+
+OpenFile = Callable[[str], BinaryIO]
+"""Opens a path for reading, as ``open(path, "rb")``."""
+
+
+def open_local(path: str) -> BinaryIO:
+    """A file that is all there."""
+    return open(path, "rb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,9 @@ class Record:
     """Of its data, from the start of the file."""
     size: int
     crc32: int
+    header: int
+    """Where its local header starts."""
+    entry: zipfile.ZipInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +60,24 @@ class ZipRecords:
     records: dict[str, Record]
     verifiable: bool
     """Whether any record keeps a checksum; torch can be told to write none."""
+    open_file: OpenFile = open_local
+    derived: bool = False
+    """Whether places of data were worked out from the directory, and headers are still to be compared."""
+
+    def check_header(self, record_name: str) -> None:
+        """Compares a record's local header, which has to be there by now, with the directory and the derived place.
+
+        Raises `CorruptError` where they contradict each other.
+        """
+        record = self.records[record_name]
+        with self.open_file(self.path) as file:
+            offset = _data_offset(file, record.entry, self.name)
+        if offset != record.offset:
+            raise CorruptError(
+                f"{self.name}: the data of record {record_name} begin at byte {offset:,}, expected {record.offset:,} "
+                "by the zip's directory. The file is damaged, or torch.save did not write it; fetch it again.",
+                path=self.name,
+            )
 
     def crc32(self, record: Record) -> int | None:
         """What the record's bytes must sum to, or None where this file keeps no sums."""
@@ -57,7 +91,7 @@ class ZipRecords:
                 f"{self.name}: record {record_name} has {record.size:,} bytes; expected at most {limit:,}.",
                 path=self.name,
             )
-        with open(self.path, "rb") as file:
+        with self.open_file(self.path) as file:
             file.seek(record.offset)
             data = file.read(record.size)
         if len(data) != record.size:
@@ -66,24 +100,28 @@ class ZipRecords:
                 "the file again.",
                 path=self.name,
             )
-        if self.verifiable and zlib.crc32(data) != record.crc32:
+        if self.verifiable and crc32(data) != record.crc32:
             raise CorruptError(
-                f"{self.name}: record {record_name} has CRC-32 {zlib.crc32(data):08x}; its directory says "
+                f"{self.name}: record {record_name} has CRC-32 {crc32(data):08x}; its directory says "
                 f"{record.crc32:08x}. The file is damaged; fetch it again.",
                 path=self.name,
             )
         return data
 
 
-def read_zip(path: str, *, name: str) -> ZipRecords:
+def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: bool = False) -> ZipRecords:
     """The records of the torch zip at `path`; ``name`` is what messages call it.
+
+    With `derive`, the places of data are worked out from the directory, by the rule that torch aligns them by, and
+    local headers are only read where that does not fit what follows: of a file that is still to be fetched, its
+    directory is then enough. `ZipRecords.check_header` compares them later.
 
     Raises `CorruptError` where the directory is damaged or contradicts the file, `UnsafeError` where records
     overlap or the directory would take more memory than twice the file, `FormatError` for zips of other
     kinds.
     """
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         directory = _directory_size(file, size, name)
         if directory * _ENTRY_MEMORY > 2 * size + (48 << 20):
             raise UnsafeError(
@@ -102,10 +140,10 @@ def read_zip(path: str, *, name: str) -> ZipRecords:
                 path=name,
             ) from error
         top = _top_folder([entry.filename for entry in entries], name)
-        records = _checked_records(file, entries, end_of_records, name)
+        records = _checked_records(file, entries, end_of_records, name, derive=derive)
     inside = {record[len(top) :]: place for record, place in records.items() if record.startswith(top)}
     verifiable = any(record.crc32 for record in inside.values())
-    return ZipRecords(path, name, inside, verifiable)
+    return ZipRecords(path, name, inside, verifiable, open_file, derive)
 
 
 def _directory_size(file: BinaryIO, size: int, name: str) -> int:
@@ -137,12 +175,13 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> int:
 
 
 def _checked_records(
-    file: BinaryIO, entries: list[zipfile.ZipInfo], end_of_records: int, name: str
+    file: BinaryIO, entries: list[zipfile.ZipInfo], end_of_records: int, name: str, *, derive: bool
 ) -> dict[str, Record]:
     records: dict[str, Record] = {}
     taken_until = 0
     before = ""
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+    ordered = sorted(entries, key=lambda entry: entry.header_offset)
+    for entry, following in zip(ordered, [*ordered[1:], None], strict=True):
         label = entry.filename[:200]
         if entry.flag_bits & _ENCRYPTED or entry.compress_type != zipfile.ZIP_STORED:
             raise FormatError(
@@ -158,24 +197,40 @@ def _checked_records(
                 "this file.",
                 path=name,
             )
-        offset = _data_offset(file, entry, name)
+        until = following.header_offset if following is not None else end_of_records
+        derived = _derived_offset(entry, until) if derive else None
+        offset = _data_offset(file, entry, name) if derived is None else derived
         if offset + entry.file_size > end_of_records:
             raise CorruptError(
                 f"{name}: record {label} claims bytes {offset:,} to {offset + entry.file_size:,}, but "
                 f"records end at {end_of_records:,}. The file is damaged; fetch it again.",
                 path=name,
             )
-        records[entry.filename] = Record(offset, entry.file_size, entry.CRC)
+        records[entry.filename] = Record(offset, entry.file_size, entry.CRC, entry.header_offset, entry)
         taken_until = offset + entry.file_size
         before = label
     return records
+
+
+def _raw_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
+
+
+def _derived_offset(entry: zipfile.ZipInfo, until: int) -> int | None:
+    """Where torch puts the record's data: behind header, name, large sizes and a padding field, at the next multiple of
+    64 (PyTorch's caffe2/serialize). None where what is left before the next record, at `until`, does not fit that."""
+    start = entry.header_offset + _LOCAL.size + len(_raw_name(entry)) + 4
+    if entry.file_size >= _LARGE or entry.header_offset >= _LARGE:
+        start += 4 + 16 * (entry.file_size >= _LARGE) + 8 * (entry.header_offset >= _LARGE)
+    offset = -(-start // _ALIGNMENT) * _ALIGNMENT
+    return offset if until - offset - entry.file_size in _DESCRIPTORS else None
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
     """Where the record's data start, once its local header is found to agree with the directory."""
     label = entry.filename[:200]
     file.seek(max(0, entry.header_offset))
-    raw_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
+    raw_name = _raw_name(entry)
     header = file.read(_LOCAL.size + len(raw_name))
     if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
         raise CorruptError(
