@@ -31,6 +31,7 @@ from .restore_target import apply_restore
 from .rng import RngState, complete_states, decode, encode
 from .stopwatch import Stopwatch
 from .timestamps import agree_on_timestamp
+from .trace import trace_events, write_trace
 from .verification import deal_checks, verify_after, verify_before
 from .weight_sharing import plan_weights, share_weights
 
@@ -170,7 +171,17 @@ def load(
         except Exception as error:
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
             warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
+        _write_trace(request, receipt)
     return LoadResult(rng_states, receipt, checked.extra)
+
+
+def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
+    if request.options.trace is None:
+        return
+    try:
+        write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
+    except OSError as error:
+        warnings.warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)
 
 
 def _agree_on_arguments(

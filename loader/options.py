@@ -43,9 +43,15 @@ class LoadOptions:
     """When stored checksums are compared: ``before`` the first change, ``during`` the restore, or ``off``.
     Default ``during``."""
 
+    trace: str | None = None
+    """A file that rank 0 writes the load's stages to, of all ranks, for Perfetto or ``chrome://tracing``. An
+    ``os.PathLike`` becomes its text."""
+
     def __post_init__(self) -> None:
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", _folder(self.cache_dir))
+        for name in ("cache_dir", "trace"):
+            if getattr(self, name) is not None:
+                what = "folder" if name == "cache_dir" else "file"
+                object.__setattr__(self, name, _path(name, getattr(self, name), what))
         if self.verify is not None and self.verify not in VERIFY_CHOICES:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
@@ -67,10 +73,10 @@ LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 _FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify")
 
 
-def _folder(value: Any) -> str:
+def _path(name: str, value: Any, what: str) -> str:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str) or not path:
-        raise OptionError(f"cache_dir={value!r}: expected the path of a folder")
+        raise OptionError(f"{name}={value!r}: expected the path of a {what}")
     return path
 
 

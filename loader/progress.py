@@ -96,7 +96,14 @@ def job_bytes(counters: Mapping[int, Mapping[str, float]]) -> tuple[int, int]:
 def progress_line(done: int, total: int, seconds: float) -> str:
     """One plain line, as logs want it."""
     rate = done / seconds if seconds > 0 else 0.0
+    left = f", {_spoken_seconds((total - done) / rate)} left" if rate and done < total else ""
     return (
         f"rankload: fetching checkpoint: {done / 1e6:.1f} of {total / 1e6:.1f} MB "
-        f"({100 * done / total:.0f} %), {rate / 1e6:.1f} MB/s"
+        f"({100 * done / total:.0f} %), {rate / 1e6:.1f} MB/s{left}"
     )
+
+
+def _spoken_seconds(seconds: float) -> str:
+    """``42 s``, ``3 min 20 s``."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

@@ -35,7 +35,8 @@ def make_receipt(
         "restored": restored,
         "notes": notes,
         "node": session.topology.node_rank,
-        "laps": [[lap.stage, lap.seconds, lap.bytes] for lap in watch.laps],
+        "host": session.channel.host,
+        "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
         "files": [
             [file.name, file.size_bytes, file.fetched_bytes, file.verified] for file in checkpoint.files
         ],
@@ -71,9 +72,11 @@ def make_receipt(
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
         notes=(*checkpoint.notes, *prepared.notes, *everybody[0]["notes"]),
         files=tuple(files.values()),
+        hosts=tuple(one["host"] for one in everybody),
+        nodes=tuple(one["node"] for one in everybody),
         stages=tuple(
-            StageRecord(rank, stage, seconds, count)
+            StageRecord(rank, stage, seconds, count, begin_s)
             for rank, one in enumerate(everybody)
-            for stage, seconds, count in one["laps"]
+            for stage, seconds, count, begin_s in one["laps"]
         ),
     )

@@ -31,6 +31,8 @@ class StageRecord:
     stage: str
     seconds: float
     bytes: int
+    begin_s: float = 0.0
+    """Since 1970, by the rank's own machine."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Receipt:
     """What a reader should know besides, such as where weights of another precision came from."""
     files: tuple[FileRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()
+    hosts: tuple[str, ...] = ()
+    """Each rank's machine, by rank."""
+    nodes: tuple[int, ...] = ()
+    """Each rank's node, by rank."""
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt as JSON types."""

@@ -17,6 +17,8 @@ class Lap:
     stage: str
     seconds: float = 0.0
     bytes: int = 0
+    begin_s: float = 0.0
+    """When it began, by this machine's clock."""
 
 
 class Stopwatch:
@@ -44,7 +46,7 @@ class Stopwatch:
     @contextmanager
     def lap(self, name: str) -> Iterator[Lap]:
         """A timed block without an agreement of its own."""
-        outer, lap = self._current, Lap(name)
+        outer, lap = self._current, Lap(name, begin_s=time.time())
         self._current = lap
         begin = time.monotonic()
         try:

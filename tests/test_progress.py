@@ -81,4 +81,8 @@ def test_counters_that_fail_do_not_fail_the_load() -> None:
 def test_figures() -> None:
     assert job_bytes(MOVING[2]) == (4000, 4000)
     assert job_bytes({0: {"bytes_done": 5}}) == (5, 5)
-    assert progress_line(500_000_000, 2_000_000_000, 2.0).endswith("500.0 of 2000.0 MB (25 %), 250.0 MB/s")
+    assert progress_line(500_000_000, 2_000_000_000, 2.0).endswith(
+        "500.0 of 2000.0 MB (25 %), 250.0 MB/s, 6 s left"
+    )
+    assert progress_line(10, 10, 2.0).endswith("0.0 MB/s")
+    assert progress_line(10_000_000, 2_010_000_000, 1.0).endswith("10.0 MB/s, 3 min 20 s left")
