@@ -152,12 +152,18 @@ def _localised(key: str, expert: int, local: int, place: Field) -> tuple[str, st
 def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...], ...]:
     """Stages 1, 2: the saved ranks that each parameter group is cut over, as this rank takes them, in order.
 
-    Raises `LayoutError` where experts were spread over another number of ranks than here, and `CorruptError` where
-    groups and partitions do not fit each other.
+    () without experts: every group is cut over all ranks. Raises `LayoutError` where experts were spread over another
+    number of ranks than here, or groups are cut as no experts are, and `CorruptError` where an expert's file lacks a
+    parameter.
     """
     world_size = model.world_size
     groups = model.param_shapes or ()
     counts = optim.partition_count or (world_size,) * len(groups)
+    if not model.experts:
+        if any(count != world_size for count in counts):
+            raise _uneven(optim, counts, world_size)
+        return ()
+    locals_of = _locals_of(name for shapes in groups for name in shapes)
     found: list[tuple[int, ...]] = []
     apart: dict[str, tuple[ExpertLayer, int]] = {}
     for shapes, count in zip(groups, counts, strict=True):
@@ -171,6 +177,15 @@ def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...]
         if not layers or any(EXPERTS not in name for name in shapes) or not layers <= model.experts.keys():
             raise _uneven(optim, counts, world_size)
         here = {name: model.experts[name] for name in sorted(layers)}
+        for name, layer in here.items():
+            if len(locals_of[name]) * ep_size != layer.num_experts:
+                raise LayoutError(
+                    f"{optim.file}: {name} has {layer.num_experts} experts, of which rank 0 had "
+                    f"{len(locals_of[name])}, in a group that is cut over {count} of {world_size} ranks here: its "
+                    "groups of experts are in another order than rank 0's. DeepSpeed leaves the order of several "
+                    "ep_size in one module to chance, unless all ranks have the same PYTHONHASHSEED",
+                    path=optim.file,
+                )
         apart.update({name: (layer, ep_size) for name, layer in here.items() if layer.ep_size != ep_size})
         one = next(iter(here.values()))
         found.append(expert_ranks(world_size, ep_size, one.ep_rank % ep_size, model.data_before_experts))
@@ -194,6 +209,16 @@ def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...]
             path=model.file,
         )
     return tuple(found)
+
+
+def _locals_of(names: Iterable[str]) -> dict[str, set[str]]:
+    """MoE layers to the numbers that their experts have on rank 0, given the parameters' names."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        layer, experts, rest = name.partition(EXPERTS)
+        if experts:
+            found.setdefault(layer, set()).add(rest.partition(".")[0])
+    return found
 
 
 def _uneven(optim: OptimStates, counts: Sequence[int], world_size: int) -> LayoutError:

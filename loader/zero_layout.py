@@ -66,7 +66,7 @@ class ZeroCheckpoint:
     kinds: tuple[str, ...]
     """``fp32`` and the optimizer's state that lies element by element; () where no optimizer file was read."""
     group_ranks: tuple[tuple[int, ...], ...] = ()
-    """Stages 1, 2: the saved ranks that each group is cut over, in order; () where no optimizer file was read."""
+    """Stages 1, 2 with experts: the saved ranks that each group is cut over, in order; (): all of them are."""
 
     @property
     def partitioned(self) -> bool:
@@ -90,9 +90,9 @@ class ZeroCheckpoint:
             return [Piece(Place(0, found.group), 0, 0, found.numel)] if found.numel else []
         if self.partitioned:
             return share_pieces(found.numel, self.world_size, found.group, found.offset)
-        ranks = self.group_ranks[found.group]
-        pieces = cut(found.offset, found.numel, self.partition_numel[found.group], len(ranks), found.group)
-        return [replace(piece, place=Place(ranks[piece.place.rank], found.group)) for piece in pieces]
+        ranks = self.group_ranks[found.group] if self.group_ranks else range(self.world_size)
+        numel = self.partition_numel[found.group]
+        return cut(found.offset, found.numel, numel, len(ranks), found.group, ranks)
 
 
 def share_pieces(numel: int, world_size: int, group: int, offset: int) -> list[Piece]:
@@ -129,7 +129,7 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
         paddings = optim.alignment_paddings if optim else None
         if optim is not None:
             ranks = group_ranks(model, optim)
-        parameters, numels = _rows(model, paddings, [len(holders) for holders in ranks])
+        parameters, numels = _rows(model, paddings, ranks)
         configured = model.configured_stage
         stage = optim.stage if optim else configured if configured in (1, 2) else 1
     if optim is not None:
@@ -185,12 +185,9 @@ def named_by_optimizer(
 
 
 def _rows(
-    model: ModelStates, paddings: Sequence[Sequence[int]] | None, counts: Sequence[int]
+    model: ModelStates, paddings: Sequence[Sequence[int]] | None, ranks: Sequence[Sequence[int]]
 ) -> tuple[dict[str, SavedParameter], list[int]]:
-    """Stages 1 and 2: each parameter's offset in its group, and the partitions' sizes.
-
-    `counts` are the groups' partitions; empty where no optimizer file was read, and nobody asks for sizes.
-    """
+    """Stages 1 and 2: each parameter's offset in its group, and the partitions' sizes."""
     parameters: dict[str, SavedParameter] = {}
     numels = []
     for group, shapes in enumerate(model.param_shapes or ()):
@@ -198,8 +195,8 @@ def _rows(
         for position, (name, shape) in enumerate(shapes.items()):
             parameters[name] = SavedParameter(name, shape, group, offset)
             offset += math.prod(shape) + (paddings[group][position] if paddings is not None else 0)
-        if counts:
-            numels.append(2 * -(-offset // (2 * counts[group])))
+        count = len(ranks[group]) if ranks else model.world_size
+        numels.append(2 * -(-offset // (2 * count)))
     return parameters, numels
 
 

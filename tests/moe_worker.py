@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from reshard_worker import (
     wrong_numbers,
     wrong_rng,
 )
-from zero_model import LATER_DATA_SEED, train
+from zero_model import LATER_DATA_SEED, module_state, train
 
 ADAM = ("exp_avg", "exp_avg_sq")
 EP_2 = [[4, 2], [2, 2]]
@@ -111,14 +112,15 @@ def save(told: dict[str, Any]) -> None:
 
 
 def restore(told: dict[str, Any]) -> None:
-    """`told`: ``root`` and ``cases``: [source, N, target]."""
+    """`told`: ``root`` (a folder or URL), ``oracles`` (a folder) and ``cases``: [source, N, target]."""
     for source, saved_world_size, target in told["cases"]:
-        folder = Path(told["root"], slug(source, saved_world_size))
+        name = slug(source, saved_world_size)
+        folder = Path(told["oracles"], name)
         engine = engine_of(target, seed=5)
         oracle = torch.load(folder / f"oracle{ep_rank_of(engine)}.pt", weights_only=True)
         expected = expected_state(oracle["state"], dtype_of(source), dtype_of(target))
         begin = time.perf_counter()
-        result = load(str(folder), State(engine))
+        result = load(f"{told['root']}/{name}", State(engine))
         seconds = time.perf_counter() - begin
         problems = differences(expected, report(engine, target)) + wrong_numbers(engine, oracle["numbers"])
         problems += wrong_rng(result, 0, saved_world_size)
@@ -140,7 +142,6 @@ def restore(told: dict[str, Any]) -> None:
                 "apart": apart,
                 "seconds": seconds,
                 "tensors": sum(gathered(len(expected))),
-                "files": gathered([Path(file.path).name for file in result.receipt.files]),
                 "notes": list(result.receipt.notes),
             }
         )
@@ -155,7 +156,12 @@ def parts(told: dict[str, Any]) -> None:
     for target in told["targets"]:
         engine = engine_of(target, seed=5)
         load(str(folder), State(engine), load_weights_only=True)
-        say({"target": target, "problems": [p for each in gathered(wrong_experts(engine, folder)) for p in each]})
+        say(
+            {
+                "target": target,
+                "problems": [p for each in gathered(wrong_experts(engine, folder)) for p in each],
+            }
+        )
     engine = engine_of(source, seed=5)
     left = "moes.0.deepspeed_moe.experts.deepspeed_experts.1.up.weight"
     before = dict(engine.module.named_parameters())[left].detach().clone()
@@ -188,23 +194,31 @@ def wrong_experts(engine: Any, folder: Path) -> list[str]:
             saved = torch.load(tag / f"layer_{index}_expert_{number}_mp_rank_00_model_states.pt")
             for name, value in expert.state_dict().items():
                 whole = f"moes.{index}.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"
-                if not torch.equal(value.float(), saved[whole].float()):
+                if not torch.equal(value, saved[whole].to(value.dtype)):
                     problems.append(f"rank {RANK}: {whole}")
     return problems
 
 
 def refuse(told: dict[str, Any]) -> None:
-    """What every rank raises: ``cases`` are [folder, setting or ``plain``, options of the load]."""
-    for folder, target, options in told["cases"]:
+    """What every rank raises: ``cases`` are [source, N, setting or ``plain``, a file that is lost or None]."""
+    for source, saved_world_size, target, lost in told["cases"]:
+        folder = Path(told["root"], slug(source, saved_world_size))
+        if lost is not None:
+            whole, folder = folder, folder.with_name("incomplete")
+            if RANK == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(whole, folder)
+                next(folder.glob(f"*/{lost}")).unlink()
+            torch.distributed.barrier()
         model = torch.nn.Linear(2, 2) if target == "plain" else engine_of(target, seed=5)
-        before = None if target == "plain" else report(model, target) if options.get("compare") else None
+        before = module_state(model) if target != "plain" else {}
         error: list[str] = ["nothing", ""]
         try:
-            load(str(Path(told["root"], folder)), State(model), options.get("weights_only", False))
+            load(str(folder), State(model))
         except RankloadError as found:
             error = [type(found).__name__, str(found)]
-        if before is not None and differences(before, report(model, target)):
-            error.append("something was changed")
+        if before and differences(before, module_state(model)):
+            error[0] += ", and something was changed"
         say({"errors": gathered(error)})
         del model
         gc.collect()

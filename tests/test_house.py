@@ -61,6 +61,7 @@ PURE = (
     "loader.values",
     "loader.workers",
     "loader.zero_contents",
+    "loader.zero_experts",
     "loader.zero_fields",
     "loader.zero_files",
     "loader.zero_layout",
