@@ -14,10 +14,14 @@ from .zero_experts import ExpertLayer
 def expert_layers(engine: Any) -> tuple[ExpertLayer, ...]:
     """The engine's MoE layers in the order of its module, by which DeepSpeed numbers their files; () without any.
 
-    No collective is used. Raises `LayoutError` for experts that are no `deepspeed.moe.layer.MoE` (AutoEP).
+    No collective is used. Raises `LayoutError` for experts that are no `deepspeed.moe.layer.MoE` (AutoEP), and for
+    pipeline or tensor parallelism beside them.
     """
     if not getattr(engine, "has_moe_layers", False):
         return ()
+    pipeline = getattr(sys.modules.get("deepspeed.runtime.pipe.engine"), "PipelineEngine", ())
+    if isinstance(engine, pipeline) or getattr(engine, "mp_world_size", 1) > 1:
+        raise LayoutError("restoring experts (MoE) into pipeline or tensor parallelism is not supported")
     kind = getattr(sys.modules.get("deepspeed.moe.layer"), "MoE", ())
     found: list[ExpertLayer] = []
     for name, module in engine.module.named_modules():

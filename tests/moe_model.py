@@ -1,5 +1,6 @@
-"""A small mixture of experts in a DeepSpeed engine on the CPU: MoE layers beside a tied head, a frozen weight, sizes
-that no rank count divides, a buffer, and two parameter groups, each of which DeepSpeed splits once more for experts.
+"""A small mixture of experts in a DeepSpeed engine on the CPU: MoE layers whose experts have a frozen bias and a
+buffer, beside a tied head, a frozen weight, sizes that no rank count divides, a buffer, and two parameter groups, each
+of which DeepSpeed splits once more for experts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(WIDTH, 13)
+        self.up.bias.requires_grad_(False)
         self.down = nn.Linear(13, WIDTH)
         self.register_buffer("calls", torch.zeros(3))
 
