@@ -158,7 +158,7 @@ def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
         return Needed(frozenset())
     with opening.watch.stage("experts"):
         zero.layers = expert_layers(engine) if live else ()
-        check_layers(zero.first, zero.layers)
+        check_layers(zero.first, zero.layers, weights_only=opening.request.weights_only)
     names = {name for layer in zero.layers for name in layer.files}
     if not zero.stage and not opening.request.weights_only:
         names.add(optimizer_file(zero.layers))

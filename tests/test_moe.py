@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from http_server import Served, counting_server
 from processes import run_ranks
 from test_journey import ENVIRONMENT, TESTS, needs_deepspeed
@@ -52,7 +53,7 @@ def assert_restored(told: list[dict[str, Any]], count: int) -> None:
     restored = [one for one in told if "problems" in one]
     assert len(restored) == count
     assert not [(one["source"], one["target"], one["problems"]) for one in restored if one["problems"]]
-    assert all(one.get("tensors", 190) >= 190 for one in restored)
+    assert all(one.get("tensors", 170) >= 170 for one in restored)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def on_4(saved_by_2: Path) -> list[dict[str, Any]]:
         ("save", {"root": str(root), "settings": CORE}),
         restoring(root, [(CORE[0], 4, CORE[0]), (CORE[1], 4, CORE[1])]),
         restoring(root, [(CORE[0], 2, CORE[0]), (CORE[1], 2, CORE[0])]),
-        ("parts", {"root": str(root), "source": [source, 4], "targets": ["1 fp32 ep 4", CORE[0]]}),
+        ("parts", {"root": str(root), "source": [source, 4], "targets": ["1 fp32 ep 4"]}),
         ("refuse", {"root": str(root), "cases": refused}),
     )
 
@@ -93,8 +94,21 @@ def test_back_at_the_own_size_and_two_ranks_checkpoints_on_four(on_4: list[dict[
     assert "resharded from 2 ranks to 4 ranks" in restored[2]["notes"][0]
 
 
+def test_what_is_compared_differs_between_ranks_of_other_experts(
+    saved_by_2: Path, on_4: list[dict[str, Any]]
+) -> None:
+    first, second = (
+        torch.load(saved_by_2 / "1-bf16-ep-2-of-4" / f"oracle{ep_rank}.pt")["state"] for ep_rank in (0, 1)
+    )
+    assert first.keys() == second.keys()
+    same = {name for name in first if torch.equal(first[name], second[name])}
+    trained = {name for name in first if "deepspeed_experts" in name and not name.endswith(".calls")}
+    assert {name.partition("/")[0] for name in trained} == {"module", "fp32", "exp_avg", "exp_avg_sq"}
+    assert same == first.keys() - trained
+
+
 def test_weights_alone_at_any_expert_parallel_size(on_4: list[dict[str, Any]]) -> None:
-    assert_restored([one for one in on_4 if "problems" in one and "apart" not in one], 2)
+    assert_restored([one for one in on_4 if "problems" in one and "apart" not in one], 1)
 
 
 def test_an_experts_weight_is_left_out_by_its_name_on_each_rank(on_4: list[dict[str, Any]]) -> None:

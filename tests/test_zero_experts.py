@@ -146,6 +146,7 @@ def test_stage_0_takes_the_optimizer_of_the_widest_group() -> None:
             LayoutError, match=r"groups of ep_size_2, and this job has ep_size_4 \(moe0: 4 experts"
         ):
             check_layers(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]))
+        check_layers(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]), weights_only=True)
 
 
 def test_other_experts_than_saved_are_told_with_both_layouts() -> None:
