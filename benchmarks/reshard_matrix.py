@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(TESTS))
 from processes import run_ranks  # noqa: E402
 from reshard_worker import SETTINGS, kind_of  # noqa: E402
 
+WORKER = TESTS / "reshard_worker.py"
 SIZES = (1, 2, 3, 4, 8)
 QUICK_SIZES = (1, 2, 4)
 QUICK_SETTINGS = ("0 fp32", "1 bf16 round-robin", "2 fp32 round-robin", "2 bf16 elastic", "3 bf16 subgroups")
@@ -54,15 +55,23 @@ def main() -> None:
     text = table(settings, cases, results)
     print(text)
     if arguments.write:
-        path = Path(arguments.write)
-        before, _, rest = path.read_text().partition(BEGIN)
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        write(text, Path(arguments.write), BEGIN, END)
     if any(results[case]["problems"] for case in cases):
         sys.exit(1)
 
 
-def covering(settings: Sequence[str], sizes: Sequence[int]) -> list[Case]:
+def write(text: str, path: Path, begin: str, end: str) -> None:
+    """Puts `text` in place of what is between the marks `begin` and `end`."""
+    before, _, rest = path.read_text().partition(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def covering(
+    settings: Sequence[str], sizes: Sequence[int], kind_of: Callable[[str], str] = kind_of
+) -> list[Case]:
     """Every pair of settings that can follow each other, each at the sizes that cover most of what is left.
+
+    Those of one kind can.
 
     Besides the pairs of settings, every (setting, size) on both sides of both, and every (size, size) is met.
     """
@@ -97,7 +106,7 @@ def covering(settings: Sequence[str], sizes: Sequence[int]) -> list[Case]:
     return cases
 
 
-def run(cases: Iterable[Case], work: Path) -> dict[Case, dict[str, Any]]:
+def run(cases: Iterable[Case], work: Path, worker: Path = WORKER) -> dict[Case, dict[str, Any]]:
     """Results by case; those in the work folder are not run again."""
     log = work / "results.jsonl"
     results: dict[Case, dict[str, Any]] = {}
@@ -108,14 +117,14 @@ def run(cases: Iterable[Case], work: Path) -> dict[Case, dict[str, Any]]:
     todo = [case for case in cases if case not in results]
     for size in sorted({n for _, n, _, _ in todo}):
         wanted = list(dict.fromkeys(source for source, n, _, _ in todo if n == size))
-        job(size, "save", {"root": str(work), "settings": wanted})
+        job(size, "save", {"root": str(work), "settings": wanted}, worker)
     with log.open("a") as out:
         for size in sorted({m for *_, m in todo}):
             waiting = [case for case in todo if case[3] == size]
             while waiting:
                 batch = waiting[:JOB_CASES]
                 request = {"root": str(work), "oracles": str(work), "cases": [case[:3] for case in batch]}
-                lines, error = job(size, "restore", request, may_fail=True)
+                lines, error = job(size, "restore", request, worker, may_fail=True)
                 if error:
                     source, n, target, m = batch[len(lines)]
                     lines.append({"source": source, "n": n, "target": target, "m": m, "problems": [error]})
@@ -130,14 +139,15 @@ def run(cases: Iterable[Case], work: Path) -> dict[Case, dict[str, Any]]:
 
 
 def job(
-    world_size: int, function: str, request: dict[str, Any], *, may_fail: bool = False
+    world_size: int, function: str, request: dict[str, Any], worker: Path, *, may_fail: bool = False
 ) -> tuple[list[dict[str, Any]], str]:
     finished = run_ranks(
-        TESTS / "reshard_worker.py",
+        worker,
         world_size,
         args=(function, json.dumps(request)),
         deadline_s=1500,
-        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
+        # DeepSpeed puts groups of experts in the order of a set of names.
+        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS), "PYTHONHASHSEED": "0"},
     )
     failed = [rank for rank in finished if rank.returncode != 0]
     if failed and not may_fail:
@@ -149,19 +159,21 @@ def job(
 def table(settings: Sequence[str], cases: Sequence[Case], results: dict[Case, dict[str, Any]]) -> str:
     """Markdown: a row for each setting that saved, a column for each that restored."""
     letters = {setting: chr(ord("A") + index) for index, setting in enumerate(settings)}
-    by_pair = {(source, target): (source, n, target, m) for source, n, target, m in cases}
+    by_pair: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        by_pair.setdefault((case[0], case[2]), []).append(case)
     lines = [
         "| saved by | " + " | ".join(letters[target] for target in settings) + " |",
         "|---|" + "---|" * len(settings),
     ]
     for source in settings:
-        cells = []
-        for target in settings:
-            case = by_pair.get((source, target))
-            if case is None:
-                cells.append("")
-            else:
-                cells.append(f"{case[1]}→{case[3]}" + (" **✗**" if results[case]["problems"] else ""))
+        cells = [
+            ", ".join(
+                f"{case[1]}→{case[3]}" + (" **✗**" if results[case]["problems"] else "")
+                for case in by_pair.get((source, target), ())
+            )
+            for target in settings
+        ]
         lines.append(f"| {letters[source]}: stage {source} | " + " | ".join(cells) + " |")
     found = [results[case] for case in cases]
     good = [one for one in found if not one["problems"]]

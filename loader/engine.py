@@ -16,10 +16,11 @@ from .engine_apply import NoteChange, fill_tensors, relink, set_engine, set_numb
 from .engine_plan import EnginePlan, plan_model
 from .engine_plan_states import plan_states
 from .engine_target import EngineTarget, engine_target, is_deepspeed_engine
-from .errors import CorruptError
+from .errors import CorruptError, LayoutError
 from .materialize import Reader
 from .monolithic import Contents
 from .zero_contents import ZeroContents, wanted_of
+from .zero_experts import spoken_layers
 from .zero_layout import named_by_optimizer
 
 __all__ = [
@@ -85,6 +86,11 @@ def plan_engine(
     target = engine_target(engine)
     if zero is not None:
         zero = _named(zero, target)
+    elif any(layer.ep_size > 1 for layer in target.experts):
+        raise LayoutError(
+            f"the engine's experts are spread over ranks ({spoken_layers(target.experts)}), and a single file does "
+            "not tell which rank's they are: restore it from the folder that DeepSpeed saved"
+        )
     plan = EnginePlan(target, zero, weights_only)
     whole = unfiltered.state.get("model")
     if not isinstance(whole, Mapping):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 
 from .errors import LayoutError
 from .intervals import Piece, Place, cut
@@ -40,9 +41,10 @@ def zero_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: i
     flats = []
     for group, members in enumerate(optimizer.round_robin_bit16_groups):
         paddings = getattr(optimizer, "round_robin_bit16_padding", None)
+        place = _group_place(optimizer, group, rank, world_size)
         flats.append(
             _row_flat(
-                optimizer.single_partition_of_fp32_groups[group], group, members, name_of, rank, world_size,
+                optimizer.single_partition_of_fp32_groups[group], group, members, name_of, *place,
                 paddings[group] if paddings else None,
             )
         )  # fmt: skip
@@ -52,11 +54,23 @@ def zero_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: i
 def bf16_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
     flats = [
         _row_flat(
-            optimizer.fp32_groups_flat_partition[group], group, members, name_of, rank, world_size, None
+            optimizer.fp32_groups_flat_partition[group], group, members, name_of,
+            *_group_place(optimizer, group, rank, world_size), None,
         )
         for group, members in enumerate(optimizer.bf16_groups)
-    ]
+    ]  # fmt: skip
     return flats, [[_name(name_of, p) for p in members] for members in optimizer.bf16_groups]
+
+
+def _group_place(optimizer: Any, group: int, rank: int, world_size: int) -> tuple[int, int]:
+    """This rank among those that a parameter group is cut over, and how many they are.
+
+    All ranks, but for experts: those that have the same ones.
+    """
+    processes = getattr(optimizer, "real_dp_process_group", None)
+    if not processes or not torch.distributed.is_initialized():
+        return rank, world_size
+    return torch.distributed.get_rank(processes[group]), torch.distributed.get_world_size(processes[group])
 
 
 def _row_flat(

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 
+from .engine_experts import expert_layers
 from .engine_flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
 from .errors import LayoutError
 from .intervals import Piece, Place
+from .zero_experts import ExpertLayer
 from .zero_layout import share_pieces
 from .zero_model_states import Shape
 
@@ -61,6 +63,8 @@ class EngineTarget:
 
     slots_of: dict[str, tuple[tuple[int, Piece], ...]] = field(default_factory=dict)
     """Parameter to (index of the flat, place in it); nothing where this rank updates none of its elements."""
+    experts: tuple[ExpertLayer, ...] = ()
+    """The module's MoE layers: experts' names are the same on every rank, and stand for other experts."""
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -84,9 +88,10 @@ def is_deepspeed_engine(model: Any) -> bool:
 def engine_target(engine: Any) -> EngineTarget:
     """What `engine` holds on this rank.
 
-    Raises `LayoutError` for engines with pipeline, tensor or expert parallelism, or with state on NVMe.
+    Raises `LayoutError` for engines with pipeline or tensor parallelism, AutoEP, or state on NVMe.
     """
     _refuse_other_engines(engine)
+    experts = expert_layers(engine)
     optimizer = engine.optimizer
     kind = _kind(optimizer)
     first, aliases = _names(engine.module)
@@ -135,6 +140,7 @@ def engine_target(engine: Any) -> EngineTarget:
         groups=tuple(tuple(group) for group in groups),
         shared_memory=shared,
         slots_of={name: tuple(slots) for name, slots in slots_of.items()},
+        experts=experts,
     )
 
 
@@ -143,10 +149,6 @@ def _refuse_other_engines(engine: Any) -> None:
     if pipeline is not None and isinstance(engine, pipeline.PipelineEngine):
         raise LayoutError(
             "the engine is a PipelineEngine: restoring into pipeline parallelism is not supported"
-        )
-    if getattr(engine, "has_moe_layers", False):
-        raise LayoutError(
-            "the engine has expert (MoE) layers: restoring into expert parallelism is not supported"
         )
     if getattr(engine, "mp_world_size", 1) > 1:
         raise LayoutError(

@@ -18,6 +18,7 @@ from .joint_checks import StorageId
 from .materialize import CopyRequest, Reader
 from .values import LazyTensor, StorageRef
 from .weight_regions import MASTERS, RegionOffer, RegionShare
+from .zero_model_states import EXPERTS
 from .zero_optim_states import MASTER
 
 MIN_REGION_BYTES = 1 << 20
@@ -70,7 +71,8 @@ def find_regions(plan: EnginePlan, name_of: Callable[[str], str]) -> dict[Storag
                 (name_of(storage.file), storage.key), Region(storage.nbytes, storage, complete=True)
             )
             region.weights.append(Weight(name, destination, source, source.storage_offset * source.itemsize))
-        elif source.kind == MASTER:
+        elif source.kind == MASTER and EXPERTS not in name:
+            # Experts of one name are other ones on other ranks.
             region = found.setdefault((apart, _dtype(destination)), Region(0, None, complete=True))
             weight = Weight(name, destination, source, region.nbytes)
             region.weights.append(weight)

@@ -50,10 +50,18 @@ class Copy:
     length: int
 
 
-def cut(param_start: int, length: int, partition: int, count: int, group: int = 0) -> list[Piece]:
+def cut(
+    param_start: int,
+    length: int,
+    partition: int,
+    count: int,
+    group: int = 0,
+    ranks: Sequence[int] | None = None,
+) -> list[Piece]:
     """The pieces of a run of ``length`` elements that begins at ``param_start`` of a row of equal partitions.
 
-    The row is ``count`` partitions of ``partition`` elements, one a rank. Elements of the run are counted from 0.
+    The row is ``count`` partitions of ``partition`` elements, one a rank: `ranks` in that order, or 0, 1, 2 ...
+    Elements of the run are counted from 0.
     Raises `CoverageError` where the run reaches beyond the row.
     """
     if length < 0 or param_start < 0 or partition < 0 or param_start + length > partition * count:
@@ -64,11 +72,10 @@ def cut(param_start: int, length: int, partition: int, count: int, group: int = 
     position = param_start
     stop = param_start + length
     while position < stop:
-        rank = position // partition
-        end = min(stop, (rank + 1) * partition)
-        pieces.append(
-            Piece(Place(rank, group), position - rank * partition, position - param_start, end - position)
-        )
+        index = position // partition
+        end = min(stop, (index + 1) * partition)
+        place = Place(index if ranks is None else ranks[index], group)
+        pieces.append(Piece(place, position - index * partition, position - param_start, end - position))
         position = end
     return pieces
 

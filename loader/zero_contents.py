@@ -76,7 +76,7 @@ def zero_contents(
     """
     first = models[0]
     if first.param_shapes is None and not weights_only and first.optimizer is not None:
-        optims = {0: read_whole_optimizer(first.optimizer, file=first.file)}
+        optims = {0: read_whole_optimizer(first.optimizer, file=first.optimizer_file or first.file)}
     one = optims[min(optims)] if optims else None
     checkpoint = zero_checkpoint(first, one)
     for rank, model in models.items():
@@ -91,6 +91,7 @@ def zero_contents(
             other = zero_checkpoint(first, optim)
             _same(first, optim, other.kinds == checkpoint.kinds, "optimizer state")
             _same(first, optim, other.parameters == checkpoint.parameters, "places of parameters")
+            _same(first, optim, other.group_ranks == checkpoint.group_ranks, "groups' ranks")
             check_pieces(checkpoint, optim, rank)
     return ZeroContents(checkpoint, dict(models), dict(optims))
 

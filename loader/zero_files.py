@@ -17,6 +17,19 @@ def model_file(rank: int, *, partitioned: bool) -> str:
     return f"zero_pp_rank_{rank}_{WHOLE_MODEL_FILE}" if partitioned else WHOLE_MODEL_FILE
 
 
+def expert_file(layer: int, expert: int) -> str:
+    """The weights of one expert of a mixture of experts.
+
+    `layer` counts the module's MoE layers, `expert` the layer's experts, over all ranks.
+    """
+    return f"layer_{layer}_expert_{expert}_{WHOLE_MODEL_FILE}"
+
+
+def expert_optim_file(ep_rank: int) -> str:
+    """Stage 0's optimizer of the ranks that have the same experts; `ep_rank` within the widest expert group."""
+    return f"expp_rank_{ep_rank}_mp_rank_00_optim_states.pt"
+
+
 @dataclass(frozen=True)
 class OptimNaming:
     """How the optimizer files of one checkpoint are spelt."""
@@ -50,19 +63,21 @@ class Needed:
     models: frozenset[int] = frozenset({0})
     """Of the model files; below stage 3 there is one, which is rank 0's."""
     optims: frozenset[int] = frozenset()
+    experts: frozenset[str] = frozenset()
+    """Names of experts' files, which go by layer and expert."""
 
     def __or__(self, other: Needed) -> Needed:
-        return Needed(self.models | other.models, self.optims | other.optims)
+        return Needed(self.models | other.models, self.optims | other.optims, self.experts | other.experts)
 
     def __sub__(self, other: Needed) -> Needed:
-        return Needed(self.models - other.models, self.optims - other.optims)
+        return Needed(self.models - other.models, self.optims - other.optims, self.experts - other.experts)
 
     def __bool__(self) -> bool:
-        return bool(self.models or self.optims)
+        return bool(self.models or self.optims or self.experts)
 
     def files(self, *, partitioned: bool, naming: OptimNaming | None) -> tuple[str, ...]:
         """Names, relative to the tag folder; models first, in the order of ranks."""
         names = [model_file(rank, partitioned=partitioned) for rank in sorted(self.models)]
         if naming is not None:
             names += [naming.name(rank) for rank in sorted(self.optims)]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*names, *sorted(self.experts)]))

@@ -4,7 +4,8 @@ Everything is told by one rank's files: ``param_shapes`` gives the order, and th
 (``param_slice_mappings`` is wrong with ``round_robin_gradients`` and is not used). All of it is plain numbers. Pure.
 
 * Stages 1, 2: a group is its parameters one after the other, each followed by its alignment padding, then padded to
-  a multiple of 2 * N and cut into N equal partitions.
+  a multiple of 2 * N and cut into N equal partitions. A group of experts is cut over fewer ranks than the N that
+  saved: those that had the same experts (`zero_experts`).
 * Stage 3: each parameter is cut by itself into N shares of ceil(numel / N), the last ones padded; a rank's flat
   tensor is its shares of a subgroup's parameters, one after the other.
 * Stage 0: each parameter has a tensor of its own, in the optimizer's order, which only the job's optimizer can name.
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from .errors import CorruptError, LayoutError
 from .intervals import CoverageError, Piece, Place, cut
+from .zero_experts import group_ranks
 from .zero_model_states import ModelStates, Shape
 from .zero_optim_states import MASTER, OptimStates
 
@@ -63,6 +65,8 @@ class ZeroCheckpoint:
     """Flat tensor's index to its parameter group's."""
     kinds: tuple[str, ...]
     """``fp32`` and the optimizer's state that lies element by element; () where no optimizer file was read."""
+    group_ranks: tuple[tuple[int, ...], ...] = ()
+    """Stages 1, 2 with experts: the saved ranks that each group is cut over, in order; (): all of them are."""
 
     @property
     def partitioned(self) -> bool:
@@ -86,7 +90,9 @@ class ZeroCheckpoint:
             return [Piece(Place(0, found.group), 0, 0, found.numel)] if found.numel else []
         if self.partitioned:
             return share_pieces(found.numel, self.world_size, found.group, found.offset)
-        return cut(found.offset, found.numel, self.partition_numel[found.group], self.world_size, found.group)
+        ranks = self.group_ranks[found.group] if self.group_ranks else range(self.world_size)
+        numel = self.partition_numel[found.group]
+        return cut(found.offset, found.numel, numel, len(ranks), found.group, ranks)
 
 
 def share_pieces(numel: int, world_size: int, group: int, offset: int) -> list[Piece]:
@@ -115,12 +121,15 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
             dict(optim.group_of) if optim else {}, tuple(optim.tensors) if optim else (),
         )  # fmt: skip
     _check_agreement(model, optim)
+    ranks: tuple[tuple[int, ...], ...] = ()
     if model.partitioned:
         parameters, numels = _shares(model.param_shapes, model.world_size)
         stage = 3
     else:
         paddings = optim.alignment_paddings if optim else None
-        parameters, numels = _rows(model, paddings)
+        if optim is not None:
+            ranks = group_ranks(model, optim)
+        parameters, numels = _rows(model, paddings, ranks)
         configured = model.configured_stage
         stage = optim.stage if optim else configured if configured in (1, 2) else 1
     if optim is not None:
@@ -135,6 +144,7 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
         tuple(numels) if optim else (),
         dict(optim.group_of) if optim else {},
         tuple(optim.tensors) if optim else (),
+        ranks,
     )
 
 
@@ -175,7 +185,7 @@ def named_by_optimizer(
 
 
 def _rows(
-    model: ModelStates, paddings: Sequence[Sequence[int]] | None
+    model: ModelStates, paddings: Sequence[Sequence[int]] | None, ranks: Sequence[Sequence[int]]
 ) -> tuple[dict[str, SavedParameter], list[int]]:
     """Stages 1 and 2: each parameter's offset in its group, and the partitions' sizes."""
     parameters: dict[str, SavedParameter] = {}
@@ -185,7 +195,8 @@ def _rows(
         for position, (name, shape) in enumerate(shapes.items()):
             parameters[name] = SavedParameter(name, shape, group, offset)
             offset += math.prod(shape) + (paddings[group][position] if paddings is not None else 0)
-        numels.append(2 * -(-offset // (2 * model.world_size)))
+        count = len(ranks[group]) if ranks else model.world_size
+        numels.append(2 * -(-offset // (2 * count)))
     return parameters, numels
 
 
@@ -218,13 +229,6 @@ def _check_agreement(model: ModelStates, optim: OptimStates | None) -> None:
         raise CorruptError(
             f"{optim.file} has {len(optim.tensors[MASTER])} fp32 partitions, but {model.file} tells the parameters "
             f"of {len(groups)}; they are not of one checkpoint",
-            path=optim.file,
-        )
-    counts = optim.partition_count or ()
-    if any(count != model.world_size for count in counts):
-        raise LayoutError(
-            f"{optim.file}: its groups are partitioned over {list(counts)} ranks, and {model.world_size} saved it: "
-            "expert-parallel (MoE) checkpoints are not supported",
             path=optim.file,
         )
     if optim.ranks is not None and optim.ranks != model.world_size:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .errors import FormatError, LayoutError
 from .values import LazyTensor
 from .zero_fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
 
+if TYPE_CHECKING:
+    from .zero_experts import ExpertLayer
+
 Shape = tuple[int, ...]
+
+EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
+"""Between an MoE layer's name and its experts' numbers, in parameters' names."""
 
 _OWN_KEYS = frozenset(
     {
@@ -56,13 +62,22 @@ class ModelStates:
     partitioned: bool
     """Stage 3: parameters are in the optimizer files alone."""
     client_state: dict[str, Any]
+    num_experts: tuple[int, ...] = ()
+    """Of each MoE layer, in the order of the module's; () for a module without experts."""
+    data_before_experts: bool = False
+    """Whether the ranks that have the same experts are neighbours, rather than ``ep_size`` apart."""
+    experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
+    """Names of MoE layers to what this rank takes of them, once `module` has its experts (`with_experts`)."""
+    optimizer_file: str = ""
+    """Where `optimizer` came from, if not from this file."""
 
 
 def read_model_states(tree: Any, *, file: str) -> ModelStates:
     """The file whose pickle is `tree`; `file` is what messages call it.
 
-    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for pipeline, tensor-parallel and
-    expert-parallel ones, which are not supported, and `CorruptError` where what it holds cannot be.
+    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for pipeline and tensor-parallel ones,
+    which are not supported, and `CorruptError` where what it holds cannot be. The experts of a mixture of experts
+    are in files of their own (`zero_experts`).
     """
     if not isinstance(tree, Mapping) or "module" not in tree or "dp_world_size" not in tree:
         raise FormatError(
@@ -99,6 +114,8 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         configured_stage=_stage(config),
         partitioned=_is_partitioned(module, shapes, top),
         client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
+        num_experts=_num_experts(tree, top),
+        data_before_experts=config.get("use_data_before_expert_parallelism") is True,
     )
 
 
@@ -115,12 +132,25 @@ def _refuse_other_layouts(tree: Mapping[Any, Any], top: Field) -> None:
             f"{file} was saved with tensor parallelism (mp_world_size {tensor_parallel}), which is not supported",
             path=file,
         )
-    if "num_experts" in tree:
+
+
+def _num_experts(tree: Mapping[Any, Any], top: Field) -> tuple[int, ...]:
+    value = tree.get("num_experts")
+    if value is None:
+        return ()
+    unknown = ""
+    if tree.get("ds_autoep_layers") or tree.get("autoep_layers"):
+        unknown = "by AutoEP"
+    elif not isinstance(value, list | tuple):
+        unknown = "in the files of an older DeepSpeed, which do not tell the layers apart"
+    elif tree["module"] is None or tree.get("mp_world_size", 1) != 1:
+        unknown = "together with pipeline or tensor parallelism"
+    if unknown:
         raise LayoutError(
-            f"{file} was saved by a mixture of experts (MoE), whose experts are in files of their own; this is not "
-            "supported",
-            path=file,
+            f"{top.file} was saved by a mixture of experts (num_experts {value}) {unknown}, which is not supported",
+            path=top.file,
         )
+    return tuple(a_count(count, top.at("num_experts"), least=1) for count in value)
 
 
 def _param_shapes(value: Any, place: Field) -> tuple[dict[str, Shape], ...] | None:
@@ -160,6 +190,8 @@ def _is_partitioned(
     empty = whole = 0
     for group in shapes or ():
         for name, shape in group.items():
+            if EXPERTS in name and name not in module:
+                continue
             place = top.at("module").at(name)
             tensor = a_tensor(module.get(name), place)
             if tensor.shape == shape:

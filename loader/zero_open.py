@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import engine_classes, engine_target, is_deepspeed_engine, name_parameters
+from .engine_experts import expert_layers
 from .engine_needs import wanted_slots
 from .errors import NotFoundError
 from .locate import MODEL_STATES
@@ -15,6 +16,7 @@ from .opening import Opening
 from .restore import optimizer_classes, scheduler_classes
 from .torch_file import FileIndex, read_index
 from .zero_contents import ZeroContents, zero_contents, zero_tree
+from .zero_experts import ExpertLayer, check_layers, optimizer_file, with_experts
 from .zero_files import Needed, model_file, optim_namings
 from .zero_layout import zero_checkpoint
 from .zero_model_states import ModelStates, read_model_states
@@ -32,6 +34,9 @@ class ZeroFiles:
     models: dict[int, ModelStates] = field(default_factory=dict)
     optims: dict[int, OptimStates] = field(default_factory=dict)
     indexes: list[FileIndex] = field(default_factory=list)
+    layers: tuple[ExpertLayer, ...] = ()
+    """This job's MoE layers; once their files are read, the first model file has this rank's experts."""
+    experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: ZeroSource, *, name: str) -> ZeroFiles:
@@ -81,11 +86,15 @@ class ZeroFiles:
         for rank in sorted(missing.optims):
             names = [naming.name(rank) for naming in optim_namings(bf16=self.first.bf16)]
             self.optims[rank] = self._read(names, read_optim_states)
+        for name in sorted(missing.experts):
+            self.experts[name] = self._read([name], lambda tree, file: (tree, file))
+        if missing.experts:
+            self.models[0] = with_experts(self.first, self.layers, self.experts)
 
     @property
     def held(self) -> Needed:
         """What was read so far."""
-        return Needed(frozenset(self.models), frozenset(self.optims))
+        return Needed(frozenset(self.models), frozenset(self.optims), frozenset(self.experts))
 
     def _read(self, names: list[str], reader: Callable[..., Any]) -> Any:
         for name in names:
@@ -115,6 +124,7 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
     if with_optimizer:
         zero.source.locate_optimizer(bf16=zero.first.bf16)
     engine = getattr(request.state, "model", None)
+    experts = _expert_files(opening, zero)
     if is_deepspeed_engine(engine):
         needed = own_files(
             topology.rank,
@@ -125,6 +135,7 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
         )
     else:
         needed = all_files(saved, partitioned=partitioned, with_optimizer=with_optimizer)
+    needed |= experts
     zero.fetch(needed, "fetch")
     rest = Needed(frozenset(), frozenset())
     with watch.stage("read"):
@@ -137,6 +148,21 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
         zero.fetch(rest, "fetch others")
         with watch.stage("read others"):
             zero.read(rest)
+
+
+def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
+    """The files of this rank's experts. Every rank must call; all raise where the experts are others than saved."""
+    engine = getattr(opening.request.state, "model", None)
+    live = is_deepspeed_engine(engine)
+    if not zero.first.num_experts and not (live and getattr(engine, "has_moe_layers", False)):
+        return Needed(frozenset())
+    with opening.watch.stage("experts"):
+        zero.layers = expert_layers(engine) if live else ()
+        check_layers(zero.first, zero.layers, weights_only=opening.request.weights_only)
+    names = {name for layer in zero.layers for name in layer.files}
+    if not zero.stage and not opening.request.weights_only:
+        names.add(optimizer_file(zero.layers))
+    return Needed(frozenset(), frozenset(), frozenset(names))
 
 
 def zero_parts(opening: Opening, zero: ZeroFiles) -> tuple[Contents, ZeroContents]:

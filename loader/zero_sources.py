@@ -98,6 +98,11 @@ class ArchiveSource:
         ranks = sorted((needed.models | needed.optims) - self._found.keys())
         names: dict[int, str] = {}
         with self._opening.watch.stage(f"{stage}: names"):
+            if needed.experts:
+                raise LayoutError(
+                    f"{self._found[0].source}: experts (MoE) in Composer's archives are not supported; restore them "
+                    "from the folder that DeepSpeed saved"
+                )
             names = {rank: self._name(rank, saved_world_size) for rank in ranks}
         fetched = self._opening.fetch(list(names.values()), stage)
         self._found.update({rank: fetched.files[name] for rank, name in names.items()})

@@ -98,7 +98,11 @@ def main(*steps: str) -> None:
 def reported(engine: Any, setting: str) -> dict[str, torch.Tensor]:
     """Whole tensors by ``kind/name`` in float32, as they are in `engine`. Every rank must call."""
     kinds = ("momentum_buffer",) if kind_of(setting) == "SGD" else ("exp_avg", "exp_avg_sq")
-    stage = SETTINGS[setting]["stage"]
+    return full_report(engine, SETTINGS[setting]["stage"], kinds)
+
+
+def full_report(engine: Any, stage: int, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """`reported` for an engine of `stage` whose optimizer keeps `kinds`."""
     if stage == 0:
         found = _of_stage_0(engine, kinds)
     elif getattr(engine.optimizer, "round_robin_gradients", False):
@@ -153,8 +157,10 @@ def _of_the_row(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
         flat = outer.single_partition_of_fp32_groups[index]
         rows = {"fp32": flat, **{kind: outer.optimizer.state[flat][kind] for kind in kinds}}
         for kind, own in rows.items():
-            parts = [torch.empty_like(own) for _ in range(WORLD_SIZE)]
-            torch.distributed.all_gather(parts, own.detach().contiguous())
+            # Experts' rows are over the ranks that have them.
+            group = outer.real_dp_process_group[index]
+            parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(parts, own.detach().contiguous(), group=group)
             row, offset = torch.cat(parts), 0
             for parameter in members:
                 whole = row[offset : offset + parameter.numel()].view(parameter.shape)
@@ -170,15 +176,15 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def expected_state(oracle: dict[str, torch.Tensor], source: str, target: str) -> dict[str, torch.Tensor]:
-    """What `target` must hold: what was saved; in another precision, the module is cast from the masters."""
-    if dtype_of(source) == dtype_of(target):
+    """What `target` must hold, given the dtypes: what was saved; in another precision, cast from the masters."""
+    if source == target:
         return oracle
     found = dict(oracle)
     for name, value in oracle.items():
         kind, _, parameter = name.partition("/")
         if kind == "module":
             whole = oracle.get(f"fp32/{parameter}", value)
-            found[name] = whole if dtype_of(target) == "fp32" else whole.bfloat16().float()
+            found[name] = whole if target == "fp32" else whole.bfloat16().float()
     return found
 
 
@@ -232,7 +238,8 @@ def restore(request: str) -> None:
         begin = time.perf_counter()
         result = load(f"{told['root']}/{name}", State(engine), options=told.get("options"))
         seconds = time.perf_counter() - begin
-        problems = differences(expected_state(oracle["state"], source, target), reported(engine, target))
+        expected = expected_state(oracle["state"], dtype_of(source), dtype_of(target))
+        problems = differences(expected, reported(engine, target))
         problems += wrong_numbers(engine, oracle["numbers"])
         problems += wrong_rng(result, 3 if source.startswith("3") else 0, saved_world_size)
         losses = train(engine, 2, rank=0, seed=LATER_DATA_SEED)

@@ -68,6 +68,7 @@ PURE = (
     "loader.weight_regions",
     "loader.workers",
     "loader.zero_contents",
+    "loader.zero_experts",
     "loader.zero_fields",
     "loader.zero_files",
     "loader.zero_layout",

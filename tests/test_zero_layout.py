@@ -308,7 +308,8 @@ def _set(*path: Any, to: Any) -> Callable[[Any], None]:
         (_set("global_steps", to="3"), CorruptError, "global_steps"),
         (_set("module", to=None), LayoutError, "pipeline"),
         (_set("mp_world_size", to=2), LayoutError, "tensor parallelism"),
-        (_set("num_experts", to=[4]), LayoutError, "MoE"),
+        (_set("num_experts", to=4), LayoutError, "older DeepSpeed"),
+        (_set("num_experts", to=[0]), CorruptError, "num_experts holds 0"),
     ],
 )
 def test_model_files_that_cannot_be_are_refused(
@@ -340,7 +341,7 @@ BASE = "base_optimizer_state"
         (_set("zero_stage", to=3), CorruptError, "stage 1 or 2"),
         (_set("group_paddings", to=[0]), CorruptError, "group_paddings"),
         (_set("group_paddings", to=[-1, 0]), CorruptError, "group_paddings"),
-        (_set("partition_count", to=[2, 1]), LayoutError, "expert-parallel"),
+        (_set("partition_count", to=[2, 1]), LayoutError, "only a group of experts"),
         (_set("partition_count", to=[4, 4]), LayoutError, "4, 4"),
         (_set("param_alignment_paddings", to=[[0], [0]]), CorruptError, "param_alignment_paddings/0"),
     ],

@@ -1,0 +1,62 @@
+"""Restores mixtures of experts of every setting into engines of every setting with the same experts; prints the table.
+
+    python -m benchmarks.reshard_moe [--work FOLDER] [--write docs/reshard.md]
+
+As `benchmarks.reshard_matrix`; what a restore is held to is in tests/moe_worker.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+
+from moe_worker import SETTINGS  # noqa: E402
+
+from .reshard_matrix import Case, covering, run, table, write  # noqa: E402
+
+BEGIN, END = "<!-- table of experts: begin -->", "<!-- table of experts: end -->"
+SIZES = {1: (1, 2, 3, 4), 2: (2, 4, 8), 4: (4, 8)}
+"""World sizes by the widest expert-parallel size, which divides them."""
+
+
+def layers_of(setting: str) -> str:
+    """Settings can only be restored into those of the same experts."""
+    return repr(SETTINGS[setting]["layers"])
+
+
+def all_cases() -> list[Case]:
+    cases: list[Case] = []
+    for layers in dict.fromkeys(map(layers_of, SETTINGS)):
+        settings = [setting for setting in SETTINGS if layers_of(setting) == layers]
+        widest = max(ep_size for _, ep_size in SETTINGS[settings[0]]["layers"])
+        # A setting by itself is tried at every two sizes.
+        alone = [(settings[0], n, settings[0], m) for n in SIZES[widest] for m in SIZES[widest]]
+        cases += covering(settings, SIZES[widest], layers_of) if len(settings) > 1 else alone
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard_moe", description=__doc__)
+    parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "rankload-reshard-moe"))
+    parser.add_argument("--write", help="a Markdown file whose table is replaced")
+    arguments = parser.parse_args()
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    cases = all_cases()
+    results = run(cases, work, TESTS / "moe_worker.py")
+    text = table(list(dict.fromkeys(case[0] for case in cases)), cases, results)
+    print(text)
+    if arguments.write:
+        write(text, Path(arguments.write), BEGIN, END)
+    if any(results[case]["problems"] for case in cases):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
