@@ -1,0 +1,117 @@
+"""Byte ranges of one object: union, what is missing, which gaps to read along, and cutting into chunks. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+CHUNK_BYTES = 8 << 20
+"""Chunks begin and end at multiples of this, or where their range does."""
+MAX_GAP_BYTES = 256 << 10
+"""A longer gap is never read along: a request costs about as much as so many bytes on a fast link."""
+MAX_WASTE = 1 / 256
+"""How much more than the wanted bytes may be read for the sake of fewer requests, as a share of them."""
+
+
+class ByteRange(NamedTuple):
+    """Bytes ``[start, stop)`` of an object."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def union(*many: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """The same bytes as ranges in order that neither overlap nor touch; empty ones are left out.
+
+    Raises `ValueError` for a range that begins before 0 or ends before it begins.
+    """
+    merged: list[ByteRange] = []
+    for one in sorted(one for ranges in many for one in ranges):
+        if one.start < 0 or one.stop < one.start:
+            raise ValueError(f"not a range of bytes: [{one.start}, {one.stop})")
+        if one.start == one.stop:
+            continue
+        if merged and one.start <= merged[-1].stop:
+            merged[-1] = ByteRange(merged[-1].start, max(merged[-1].stop, one.stop))
+        else:
+            merged.append(one)
+    return tuple(merged)
+
+
+def subtract(wanted: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """The bytes of `wanted` that are not in `have`."""
+    missing = []
+    held = union(have)
+    index = 0
+    for one in union(wanted):
+        position = one.start
+        while index < len(held) and held[index].stop <= position:
+            index += 1
+        ahead = index
+        while ahead < len(held) and held[ahead].start < one.stop:
+            if held[ahead].start > position:
+                missing.append(ByteRange(position, held[ahead].start))
+            position = held[ahead].stop
+            ahead += 1
+        if position < one.stop:
+            missing.append(ByteRange(position, one.stop))
+    return tuple(missing)
+
+
+def intersect(one: Iterable[ByteRange], other: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """The bytes that are in both."""
+    kept = union(one)
+    return subtract(kept, subtract(kept, other))
+
+
+def total_bytes(ranges: Iterable[ByteRange]) -> int:
+    """How many bytes are in `ranges`, each counted once."""
+    return sum(one.length for one in union(ranges))
+
+
+def coalesce(
+    ranges: Iterable[ByteRange], *, max_gap: int = MAX_GAP_BYTES, max_waste: float = MAX_WASTE
+) -> tuple[ByteRange, ...]:
+    """`ranges` with small gaps read along, the smallest first, so that there are fewer requests.
+
+    No gap over `max_gap` bytes is, and all of them together are at most `max_waste` of the wanted bytes.
+    """
+    merged = union(ranges)
+    left = int(sum(one.length for one in merged) * max_waste)
+    gaps = sorted(
+        (after.start - before.stop, index)
+        for index, (before, after) in enumerate(pairwise(merged))
+        if after.start - before.stop <= max_gap
+    )
+    closed = []
+    for gap, index in gaps:
+        if gap > left:
+            break
+        left -= gap
+        closed.append(ByteRange(merged[index].stop, merged[index + 1].start))
+    return union(merged, closed)
+
+
+def split(ranges: Iterable[ByteRange], *, chunk_bytes: int = CHUNK_BYTES) -> tuple[ByteRange, ...]:
+    """`ranges` cut at multiples of `chunk_bytes`, which depend on nothing else and so are stable.
+
+    A piece of less than half a chunk at either end of a range stays with its neighbour, so that chunks hold half
+    of `chunk_bytes` to twice as many, or a whole range that is shorter.
+    """
+    if chunk_bytes < 2:
+        raise ValueError(f"chunks of {chunk_bytes} bytes")
+    chunks: list[ByteRange] = []
+    for one in union(ranges):
+        first = (one.start // chunk_bytes + 1) * chunk_bytes
+        cuts = list(range(first, one.stop, chunk_bytes))
+        if cuts and cuts[0] - one.start < chunk_bytes / 2:
+            del cuts[0]
+        if cuts and one.stop - cuts[-1] < chunk_bytes / 2:
+            del cuts[-1]
+        chunks.extend(ByteRange(*edges) for edges in pairwise([one.start, *cuts, one.stop]))
+    return tuple(chunks)
