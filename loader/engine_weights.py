@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .checksums import ByteRange, union
 from .engine_plan import EnginePlan, Saved, fills_of
 from .engine_target import flat_view
 from .intervals import Piece, Place
 from .joint_checks import StorageId
 from .materialize import CopyRequest, Reader
+from .ranges import ByteRange, union
 from .values import LazyTensor, StorageRef
 from .weight_regions import MASTERS, RegionOffer, RegionShare
 from .zero_model_states import EXPERTS
@@ -38,7 +38,7 @@ class Weight:
 
     @property
     def span(self) -> ByteRange:
-        return self.start, self.start + self.destination.numel() * self.destination.element_size()
+        return ByteRange(self.start, self.start + self.destination.numel() * self.destination.element_size())
 
 
 @dataclass
@@ -105,10 +105,10 @@ def offer_of(plan: EnginePlan, region: Region) -> RegionOffer:
             for _, slot in plan.target.slots_of.get(weight.name, ()):
                 size = weight.destination.element_size()
                 first = weight.start + slot.param_start * size
-                cast.append((first, first + slot.length * size))
-    spans = tuple(union([weight.span for weight in region.weights])) if region.complete else ()
+                cast.append(ByteRange(first, first + slot.length * size))
+    spans = union([weight.span for weight in region.weights]) if region.complete else ()
     crc = region.storage.crc32 if region.storage is not None else None
-    return RegionOffer(region.nbytes, crc, region.storage is not None, spans, tuple(union(cast)))
+    return RegionOffer(region.nbytes, crc, region.storage is not None, spans, union(cast))
 
 
 def leave_out(plan: EnginePlan, regions: Mapping[StorageId, Region]) -> None:

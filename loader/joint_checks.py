@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from .checksums import ByteRange, crc32_joined
 from .errors import CorruptError
+from .range_sums import crc32_joined
+from .ranges import ByteRange
 
 CELL_BYTES = 8 << 20
 """Cells do not reach over multiples of this, so that ranks that read the same can share the summing."""
@@ -82,7 +83,7 @@ class JointCheck:
                     found[rank] = sums[rank][storage][position[rank]]
                     position[rank] += 1
                 if len(set(found.values())) > 1:
-                    raise self._differ(storage, dealt, (start, stop), found)
+                    raise self._differ(storage, dealt, ByteRange(start, stop), found)
                 parts.append((stop - start, next(iter(found.values()))))
             got = crc32_joined(parts)
             if got != dealt.crc32:
@@ -115,7 +116,9 @@ class JointCheck:
                 if at >= 0 and start < reading.ranges[at][1]:
                     holders.setdefault(self._nodes[rank], []).append(rank)
             groups = list(holders.values()) or [list(readers)]
-            dealt.cells.append(((start, stop), tuple(self._least(ranks, stop - start) for ranks in groups)))
+            dealt.cells.append(
+                (ByteRange(start, stop), tuple(self._least(ranks, stop - start) for ranks in groups))
+            )
         return dealt
 
     def _least(self, ranks: Sequence[int], nbytes: int) -> int:
@@ -151,6 +154,6 @@ def encode_readings(readings: Mapping[StorageId, Reading]) -> list[Any]:
 def decode_readings(record: Sequence[Any]) -> dict[StorageId, Reading]:
     """What `encode_readings` made."""
     return {
-        (file, key): Reading(nbytes, crc, tuple(zip(edges[::2], edges[1::2], strict=True)), tuple(names))
+        (file, key): Reading(nbytes, crc, tuple(map(ByteRange, edges[::2], edges[1::2])), tuple(names))
         for file, key, nbytes, crc, edges, names in record
     }

@@ -25,25 +25,25 @@ class ByteRange(NamedTuple):
         return self.stop - self.start
 
 
-def union(*many: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+def union(*many: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
     """The same bytes as ranges in order that neither overlap nor touch; empty ones are left out.
 
     Raises `ValueError` for a range that begins before 0 or ends before it begins.
     """
     merged: list[ByteRange] = []
-    for one in sorted(one for ranges in many for one in ranges):
-        if one.start < 0 or one.stop < one.start:
-            raise ValueError(f"not a range of bytes: [{one.start}, {one.stop})")
-        if one.start == one.stop:
+    for start, stop in sorted(one for ranges in many for one in ranges):
+        if start < 0 or stop < start:
+            raise ValueError(f"not a range of bytes: [{start}, {stop})")
+        if start == stop:
             continue
-        if merged and one.start <= merged[-1].stop:
-            merged[-1] = ByteRange(merged[-1].start, max(merged[-1].stop, one.stop))
+        if merged and start <= merged[-1].stop:
+            merged[-1] = ByteRange(merged[-1].start, max(merged[-1].stop, stop))
         else:
-            merged.append(one)
+            merged.append(ByteRange(start, stop))
     return tuple(merged)
 
 
-def subtract(wanted: Iterable[ByteRange], have: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+def subtract(wanted: Iterable[tuple[int, int]], have: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
     """The bytes of `wanted` that are not in `have`."""
     missing = []
     held = union(have)

@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .checksums import ByteRange, RangeSums, crc32
+from .checksums import crc32
 from .errors import AccessError, CorruptError, NotFoundError
 from .options import Verify
+from .range_sums import RangeSums
+from .ranges import ByteRange
 from .values import StorageRef
 
 STAGING_BYTES = 8 << 20

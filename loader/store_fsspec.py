@@ -54,22 +54,22 @@ class FsspecStore:
         self._reopen = reopen
         self._pid = os.getpid()
         protocol = filesystem.protocol
-        self._protocol: str = protocol if isinstance(protocol, str) else protocol[0]
+        self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
-        self.identity = f"{self._protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def describe(self, name: str) -> str:
-        return redact_uri(f"{self._protocol}://{name}")
+        return redact_uri(f"{self.protocol}://{name}")
 
     def join(self, name: str, child: str) -> str:
         return f"{name.rstrip('/')}/{child}"
 
     def link_targets(self, link_name: str, text: str) -> list[str]:
-        root = f"{link_name.split('/', 1)[0]}/" if self._protocol in _WITH_BUCKETS else ""
+        root = f"{link_name.split('/', 1)[0]}/" if self.protocol in _WITH_BUCKETS else ""
         scheme = path_scheme(text)
         if scheme is not None:
-            target = str(self._files()._strip_protocol(text))
-            if scheme not in self._protocols() or not target.startswith(root):
+            target = str(self.files()._strip_protocol(text))
+            if scheme not in self.protocols() or not target.startswith(root):
                 raise UnsafeError(
                     f"{self.describe(link_name)}: the link names another store, {redact_text(text)}",
                     path=self.describe(link_name),
@@ -81,7 +81,7 @@ class FsspecStore:
 
     def stat(self, name: str) -> ObjectInfo | None:
         try:
-            info = self._files().info(name)
+            info = self.files().info(name)
         except Exception as error:
             mapped = store_error(error, self.describe(name))
             if isinstance(mapped, NotFoundError):
@@ -112,7 +112,7 @@ class FsspecStore:
                 if not callback.called:
                     meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
 
-            run_watched(lambda: self._files().get_file(name, part, callback=callback), meter, poll)
+            run_watched(lambda: self.files().get_file(name, part, callback=callback), meter, poll)
             if os.path.exists(part):
                 meter.reach(os.path.getsize(part))
                 meter.report()
@@ -126,7 +126,7 @@ class FsspecStore:
     def read_small(self, name: str, limit: int) -> bytes:
         described = self.describe(name)
         try:
-            with self._files().open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
+            with self.files().open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
                 data: bytes = file.read(limit + 1)
         except Exception as error:
             mapped = store_error(error, described)
@@ -139,11 +139,11 @@ class FsspecStore:
     def close(self) -> None:
         """fsspec closes its sessions when the file system is collected."""
 
-    def _protocols(self) -> tuple[str, ...]:
+    def protocols(self) -> tuple[str, ...]:
         protocol = self._filesystem.protocol
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
-    def _files(self) -> Any:
+    def files(self) -> Any:
         """The file system, opened anew in a forked child, whose connections would be the parent's."""
         if self._pid != os.getpid() and self._reopen is not None:
             self._filesystem = _open(*self._reopen)[0]

@@ -45,11 +45,11 @@ class HttpStore:
     is_local = False
 
     def __init__(self, storage_options: Mapping[str, Any] | None = None) -> None:
-        self._options = dict(storage_options or {})
+        self.options = dict(storage_options or {})
         self._filesystem: Any = None
         self._pid = 0
-        digest = hashlib.sha256(repr(sorted(self._options.items(), key=str)).encode()).hexdigest()
-        self.identity = f"http-{digest[:16]}" if self._options else "http"
+        digest = hashlib.sha256(repr(sorted(self.options.items(), key=str)).encode()).hexdigest()
+        self.identity = f"http-{digest[:16]}" if self.options else "http"
 
     def describe(self, name: str) -> str:
         return redact_url(name)
@@ -114,7 +114,7 @@ class HttpStore:
             import aiohttp
             from fsspec.implementations.http import HTTPFileSystem
 
-            options = dict(self._options)
+            options = dict(self.options)
             # aiohttp's own limit is 300 s for a whole body, whatever moves.
             client = {
                 "timeout": aiohttp.ClientTimeout(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .checksums import ByteRange
 from .errors import FormatError
 from .options import Verify
+from .ranges import ByteRange
 from .storage_read import STAGING_BYTES, Piece, StorageReader
 from .strided import Layout, bounded_boxes, row_major_boxes
 from .values import LazyTensor, StorageRef

@@ -13,9 +13,9 @@ from typing import Any
 from ..distributed.session import Session
 from .check import Checked
 from .checkpoint import Checkpoint
-from .checksums import ByteRange
 from .joint_checks import JointCheck, Reading, StorageId, decode_readings, encode_readings
 from .partial import after_first_change
+from .ranges import ByteRange
 from .stopwatch import Stopwatch
 from .values import StorageRef
 from .wanted_reads import WantedReads, wanted_reads
@@ -69,7 +69,7 @@ def deal_checks(
     record = {"node": session.topology.node_rank, "reads": encode_readings(readings)}
     dealt = session.channel.deal("checksums", record, deal)
     shares: dict[StorageRef, list[ByteRange]] = {
-        shared[file, key]: [(start, stop) for start, stop in ranges] for file, key, ranges in dealt
+        shared[file, key]: [ByteRange(*one) for one in ranges] for file, key, ranges in dealt
     }
     checked.reader.share({storage: shares.get(storage, []) for storage in shared.values()})
     return result

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checksums import ByteRange, union
 from .engine_plan import EnginePlan, Fill
 from .local_shard import is_dtensor, local_part
+from .ranges import ByteRange, union
 from .restore_foreign import ForeignPlan
 from .restore_module import ModulePlan, module_tensors
 from .restore_optimizer import OptimizerPlan
@@ -50,7 +50,7 @@ def wanted_reads(prepared: Prepared) -> dict[StorageRef, WantedReads]:
         if len(wanted.names) < 3 and name and name not in wanted.names:
             wanted.names = (*wanted.names, name)
     for wanted in found.values():
-        wanted.ranges = union(wanted.ranges)
+        wanted.ranges = list(union(wanted.ranges))
     return {one: found[one] for one in sorted(found, key=lambda storage: (storage.file, storage.offset))}
 
 
@@ -133,4 +133,4 @@ def _of_tensor(source: LazyTensor, name: str, start: int = 0, length: int | None
     else:
         first = source.storage_offset
         stop = first + Layout(source.shape, source.stride, 0).span
-    yield source.storage, (first * source.itemsize, stop * source.itemsize), name
+    yield source.storage, ByteRange(first * source.itemsize, stop * source.itemsize), name

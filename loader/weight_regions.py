@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .checksums import ByteRange, union
 from .joint_checks import CELL_BYTES, StorageId
+from .ranges import ByteRange, subtract, union
 
 MASTERS, FILE, APART = "masters", "file", "apart"
 """Where a region comes from; ``apart``: each rank reads it for itself."""
@@ -89,7 +89,7 @@ def split_evenly(nbytes: int, count: int) -> list[list[ByteRange]]:
     """Ranges of about the same length for each of `count` ranks, cut where cells are; [] where there are too few."""
     cells = -(-nbytes // CELL_BYTES)
     edges = [min(nbytes, index * cells // count * CELL_BYTES) for index in range(count)] + [nbytes]
-    return [[(start, stop)] if start < stop else [] for start, stop in pairwise(edges)]
+    return [[ByteRange(start, stop)] if start < stop else [] for start, stop in pairwise(edges)]
 
 
 def _provided(
@@ -98,30 +98,12 @@ def _provided(
     first = next(iter(holders.values()))
     if from_masters and first.weights and (first.crc32 is not None or not first.in_file):
         provided: dict[int, list[ByteRange]] = {rank: [] for rank in holders}
-        covered: list[ByteRange] = []
+        covered: tuple[ByteRange, ...] = ()
         for rank, offer in holders.items():
-            provided[rank] = without(offer.masters, covered)
-            covered = union([*covered, *offer.masters])
-        if covered == union(list(first.weights)):
+            provided[rank] = list(subtract(offer.masters, covered))
+            covered = union(covered, offer.masters)
+        if covered == union(first.weights):
             return MASTERS, provided
     if not first.in_file:
         return APART, {rank: [] for rank in holders}
     return FILE, dict(zip(holders, split_evenly(first.nbytes, len(holders)), strict=True))
-
-
-def without(ranges: Sequence[ByteRange], taken: Sequence[ByteRange]) -> list[ByteRange]:
-    """The bytes of `ranges` that are not in `taken`, which is disjoint and in order."""
-    left = []
-    for start, stop in union(list(ranges)):
-        position = start
-        for begin, end in taken:
-            if end <= position:
-                continue
-            if begin >= stop:
-                break
-            if begin > position:
-                left.append((position, begin))
-            position = max(position, end)
-        if position < stop:
-            left.append((position, stop))
-    return left

@@ -12,7 +12,7 @@ import torch
 from ..distributed.session import Session
 from .check import Checked
 from .checkpoint import Checkpoint
-from .checksums import crc32, crc32_joined
+from .checksums import crc32
 from .engine_apply import cast_masters
 from .engine_weights import Region, find_regions, leave_out, offer_of, provide, read_apart, take
 from .errors import AccessError, CorruptError
@@ -20,6 +20,8 @@ from .joint_checks import StorageId
 from .materialize import Reader
 from .node_image import SPARE, NodeImage, available_bytes
 from .partial import after_first_change
+from .range_sums import crc32_joined
+from .ranges import ByteRange
 from .stopwatch import Stopwatch
 from .weight_regions import APART, FILE, MASTERS, NodeShare, RegionOffer, RegionShare, deal_regions
 
@@ -240,7 +242,7 @@ def _tell(shared: SharedWeights) -> None:
 
 
 def _to_offer(record: dict[str, Any]) -> RegionOffer:
-    spans = {key: tuple((start, stop) for start, stop in record[key]) for key in ("weights", "masters")}
+    spans = {key: _ranges(record[key]) for key in ("weights", "masters")}
     return RegionOffer(
         record["nbytes"], record["crc32"], record["in_file"], spans["weights"], spans["masters"]
     )
@@ -260,7 +262,11 @@ def _from_record(record: Record) -> tuple[NodeShare, bool]:
         image_bytes,
         maker,
         {
-            (file, key): RegionShare(offset, source, tuple(map(tuple, provide)), tuple(map(tuple, sums)))
+            (file, key): RegionShare(offset, source, _ranges(provide), _ranges(sums))
             for file, key, offset, source, provide, sums in regions
         },
     ), some
+
+
+def _ranges(record: Record) -> tuple[ByteRange, ...]:
+    return tuple(ByteRange(*one) for one in record)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import CorruptError, joint_checks
-from rankload.loader.checksums import RangeSums, crc32, crc32_combine, crc32_joined, union
+from rankload.loader.checksums import crc32, crc32_combine
 from rankload.loader.joint_checks import JointCheck, Reading, decode_readings, encode_readings
+from rankload.loader.range_sums import RangeSums, crc32_joined
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -23,13 +24,6 @@ def test_combined_sums_are_the_whole_ones(first: bytes, second: bytes) -> None:
     assert crc32_joined([(len(first), crc32(first)), (len(second), crc32(second))]) == zlib.crc32(
         first + second
     )
-
-
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12))
-def test_union_has_the_same_bytes(ranges: list[tuple[int, int]]) -> None:
-    joined = union(ranges)
-    assert {at for a, b in joined for at in range(a, b)} == {at for a, b in ranges for at in range(a, b)}
-    assert all(before[1] < after[0] for before, after in pairwise(joined))
 
 
 def disjoint(edges: list[int]) -> list[tuple[int, int]]:

@@ -47,6 +47,7 @@ PURE = (
     "loader.pickle_scan",
     "loader.progress",
     "loader.ranges",
+    "loader.range_sums",
     "loader.receipt",
     "loader.safe_types",
     "loader.saved_parts",

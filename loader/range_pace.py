@@ -1,0 +1,98 @@
+"""How many connections to keep at work, from what they bring: no setting knows the link. Pure."""
+
+from __future__ import annotations
+
+START = 4
+MOST = 32
+WINDOW_S = 0.25
+"""How long a number of connections is tried before it is judged."""
+SETTLE_S = 0.1
+"""Left out of the judgement after a change, while new connections are made."""
+WORTH = 0.4
+"""The share of what more connections would bring, if each brought as much as those before, that keeps them."""
+HOLD_S = 3.0
+"""How long the best number is kept until more are tried again; doubled with each try that brought nothing."""
+
+SPARE_S = 1.0
+"""After a server said that it has too much to do, for so long it is not taken to say so again."""
+
+
+class Pace:
+    """Doubles the connections while that brings more, goes back where it does not, and tries again later."""
+
+    def __init__(self, start: int = START, most: int = MOST) -> None:
+        self.limit = max(1, min(start, most))
+        self.peak = self.limit
+        self.most = max(1, most)
+        self._kept: tuple[int, float] | None = None
+        """The number that proved best so far, and its bytes a second."""
+        self._begin: tuple[float, int] | None = None
+        self._settles_until = 0.0
+        self._holds_until = 0.0
+        self._hold_s = HOLD_S
+        self._second_chance = True
+        self._start = self.limit
+        self._spared_until = 0.0
+
+    def observe(self, now: float, arrived_bytes: int) -> int:
+        """The number of connections from `now` on; `arrived_bytes` is the sum since the beginning."""
+        if now < self._settles_until or arrived_bytes == 0:
+            return self.limit
+        if self._begin is None:
+            self._begin = (now, arrived_bytes)
+            return self.limit
+        since, before = self._begin
+        if now - since < WINDOW_S:
+            return self.limit
+        rate = (arrived_bytes - before) / (now - since)
+        self._begin = (now, arrived_bytes)
+        if self._kept is None:
+            self._keep(rate, now)
+        elif self.limit > self._kept[0]:
+            self._judge(rate, now)
+        else:
+            self._kept = (self.limit, rate)
+            if now >= self._holds_until:
+                self._try(now)
+        return self.limit
+
+    def throttled(self, now: float) -> None:
+        """The server has too much to do: half as many, but not below the start, for a while."""
+        if now < self._spared_until:
+            return
+        self._spared_until = now + SPARE_S
+        self._change(max(min(self._start, self.limit), self.limit // 2), now)
+        self._kept = (self.limit, 0.0)
+        self._hold(now)
+
+    def _judge(self, rate: float, now: float) -> None:
+        n_kept, kept_rate = self._kept or (1, 0.0)
+        hoped = self.limit / n_kept - 1
+        if rate >= kept_rate * (1 + WORTH * hoped):
+            self._hold_s = HOLD_S
+            self._keep(rate, now)
+        elif self._second_chance:
+            # Connections that were slow to start have a full window now.
+            self._second_chance = False
+        else:
+            self._change(n_kept, now)
+            self._hold(now)
+
+    def _keep(self, rate: float, now: float) -> None:
+        self._kept = (self.limit, rate)
+        self._try(now)
+
+    def _try(self, now: float) -> None:
+        if self.limit < self.most:
+            self._second_chance = True
+            self._change(min(self.most, self.limit * 2), now)
+
+    def _hold(self, now: float) -> None:
+        self._holds_until = now + self._hold_s
+        self._hold_s = min(self._hold_s * 2, 60.0)
+
+    def _change(self, limit: int, now: float) -> None:
+        self.limit = limit
+        self.peak = max(self.peak, limit)
+        self._begin = None
+        self._settles_until = now + SETTLE_S
