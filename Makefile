@@ -16,8 +16,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+# The long tests too, and every pair of ZeRO settings at 1 to 8 ranks (docs/reshard.md): an hour on 2 cores.
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed
