@@ -12,7 +12,6 @@ from pathlib import Path
 
 IO = ("rchar", "wchar", "read_bytes", "write_bytes")
 """What was asked of files (``char``), and what of it went to or came from the disk (``bytes``)."""
-EVERY_S = 0.01
 
 
 @dataclass
@@ -30,14 +29,17 @@ class Cost:
 
 
 @contextlib.contextmanager
-def gauged(folder: Path | None = None) -> Iterator[Cost]:
-    """Measures its block. Children are counted in `Cost.io` once they have been waited for."""
+def gauged(folder: Path | None = None, *, every_s: float = 0.01) -> Iterator[Cost]:
+    """Measures its block, memory `every_s` seconds. Children are counted in `Cost.io` once they were waited for.
+
+    With many processes, or a `folder` of many files, looking costs something itself: do it seldom.
+    """
     cost, ending = Cost(), threading.Event()
     begin_io, (anonymous, resident) = io_bytes(), memory()
 
     def watch() -> None:
         while True:
-            last = ending.wait(EVERY_S)
+            last = ending.wait(every_s)
             now = memory()
             cost.anonymous = max(cost.anonymous, now[0] - anonymous)
             cost.resident = max(cost.resident, now[1] - resident)
