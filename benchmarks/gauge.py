@@ -29,18 +29,20 @@ class Cost:
 
 
 @contextlib.contextmanager
-def gauged(folder: Path | None = None, *, every_s: float = 0.01) -> Iterator[Cost]:
-    """Measures its block, memory `every_s` seconds. Children are counted in `Cost.io` once they were waited for.
+def gauged(*, every_s: float = 0.01, family: bool = False, folder: Path | None = None) -> Iterator[Cost]:
+    """Measures its block; memory and the watched `folder` every `every_s` seconds.
 
-    With many processes, or a `folder` of many files, looking costs something itself: do it seldom.
+    With `family` the memory of descendants counts too. Looking at many processes, or at a folder of many files, costs
+    something itself: do it seldom. The bytes of children are counted once they have been waited for.
     """
+    look = family_memory if family else own_memory
     cost, ending = Cost(), threading.Event()
-    begin_io, (anonymous, resident) = io_bytes(), memory()
+    begin_io, (anonymous, resident) = io_bytes(), look()
 
     def watch() -> None:
         while True:
             last = ending.wait(every_s)
-            now = memory()
+            now = look()
             cost.anonymous = max(cost.anonymous, now[0] - anonymous)
             cost.resident = max(cost.resident, now[1] - resident)
             if folder is not None:
@@ -66,26 +68,28 @@ def io_bytes() -> dict[str, int]:
     return {name: int(counts[name]) for name in IO}
 
 
-def memory() -> tuple[int, int]:
-    """Anonymous and all resident memory of this process and its descendants, in bytes."""
-    processes = family(os.getpid())
-    if len(processes) == 1:
-        return _fields("/proc/self/status", "RssAnon", "VmRSS")
+def own_memory() -> tuple[int, int]:
+    """Anonymous and all resident memory of this process, in bytes."""
+    return _fields("/proc/self/status", "RssAnon", "VmRSS")
+
+
+def family_memory() -> tuple[int, int]:
+    """The same of this process and its descendants; a page that several of them have counts once."""
     found = []
-    for process in processes:
+    for process in descendants(os.getpid()):
         with contextlib.suppress(OSError, ValueError):  # it has ended
             found.append(_fields(f"/proc/{process}/smaps_rollup", "Pss_Anon", "Pss"))
     return sum(one for one, _ in found), sum(other for _, other in found)
 
 
-def family(process: int) -> list[int]:
-    """A process and its descendants."""
+def descendants(process: int) -> list[int]:
+    """A process and those that it and they started."""
     found = [process]
     with contextlib.suppress(OSError):
         for path in Path(f"/proc/{process}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 for child in path.read_text().split():
-                    found += family(int(child))
+                    found += descendants(int(child))
     return found
 
 

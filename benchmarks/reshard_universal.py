@@ -201,7 +201,7 @@ def convert(setting: str, native: str, universal: str) -> None:
     if SETTINGS[setting]["stage"] < 3:
         sys.argv.append("--inject_missing_state")
     arguments = ds_to_universal.parse_arguments()
-    with gauged(Path(universal), every_s=0.2) as cost:
+    with gauged(every_s=0.2, family=True, folder=Path(universal)) as cost:
         ds_to_universal.main(arguments)
     print(json.dumps(asdict(cost)))
 
