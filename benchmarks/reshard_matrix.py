@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -75,7 +76,7 @@ def main() -> None:
         ):
             if arguments.only not in (None, matrix.name):
                 continue
-            begin = time.monotonic()
+            begin, cpu = time.monotonic(), cpu_seconds()
             cases = covering(matrix, settings, sizes)
             results = run(matrix, cases, work)
             text = table(matrix, settings, cases, results)
@@ -87,6 +88,12 @@ def main() -> None:
                 publish(Path(arguments.write), matrix.name, text)
             failed = failed or any(results[case]["problems"] for case in cases)
     sys.exit(failed)
+
+
+def cpu_seconds() -> float:
+    """What the ranks that have ended took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def covering(matrix: Matrix, sources: Sequence[str], sizes: Sequence[int]) -> list[Case]:
