@@ -80,8 +80,9 @@ def main() -> None:
             cases = covering(matrix, settings, sizes)
             results = run(matrix, cases, work)
             text = table(matrix, settings, cases, results)
+            minutes, cpu_minutes = (time.monotonic() - begin) / 60, (cpu_seconds() - cpu) / 60
             print(
-                f"{text}\n\n{len(cases)} restores in {(time.monotonic() - begin) / 60:.0f} minutes\n",
+                f"{text}\n\n{len(cases)} restores: {minutes:.0f} minutes, {cpu_minutes:.0f} of CPU\n",
                 flush=True,
             )
             if arguments.write:
