@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+OLDER := .venv-older
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all test-older check bench clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
@@ -15,8 +16,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+# The long tests too, and every pair of ZeRO settings at 1 to 8 ranks (docs/reshard.md): an hour on 2 cores.
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
+
+# With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
+test-older: $(OLDER)/.installed
+	$(RUN) $(OLDER)/bin/python -m pytest -q tests/test_engine.py tests/test_reshard.py tests/test_reshard_modules.py
+	$(RUN) OLDER_PYTHON=$(abspath $(OLDER))/bin/python $(BIN)/python -m pytest -q tests/test_versions.py
 
 check: $(TOOLS)
 	$(BIN)/ruff check .
@@ -28,7 +36,7 @@ bench: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDER) .cache build dist *.egg-info
 
 # torch comes first: the build that the constraints name then satisfies everybody else's range.
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0), and where it cannot be installed the demo and the tests say so.
@@ -42,4 +50,15 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 
 $(TOOLS): $(STAMP)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[check]" --no-build-isolation
+	touch $@
+
+# All that .venv has, and before it the older DeepSpeed.
+$(OLDER)/.installed: $(STAMP) constraints-older.txt
+	rm -rf $(OLDER)
+	$(BIN)/python -m venv --without-pip $(OLDER)
+	site=$$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& DS_BUILD_OPS=0 $(PIP) install -q --disable-pip-version-check --no-build-isolation --no-deps \
+			--target $$site -r constraints-older.txt \
+		&& $(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+			> $$site/newer.pth
 	touch $@

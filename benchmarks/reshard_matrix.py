@@ -1,11 +1,12 @@
-"""Restores ZeRO checkpoints of every setting into engines of every setting, and prints the table.
+"""Restores ZeRO checkpoints of every setting into engines and modules of every kind, and prints the tables.
 
-    python -m benchmarks.reshard_matrix [--quick] [--work FOLDER] [--write docs/reshard.md]
+    python -m benchmarks.reshard_matrix [--quick] [--only engines|modules] [--work FOLDER] [--write docs/reshard.md]
 
-Every pair of settings is tried once, at world sizes chosen so that each setting meets each size on both sides, and
-each size each other. What a restore is held to is in tests/reshard_worker.py: every tensor bit for bit against what
-DeepSpeed reported when it saved, the numbers, the random states, and the losses of two further steps. Results are
-kept in the work folder, so an interrupted run goes on where it was.
+Every pair of a setting and a target is tried once, at world sizes chosen so that each setting meets each size on both
+sides, and each size each other. What a restore is held to is in tests/reshard_worker.py and
+tests/reshard_modules_worker.py: every tensor bit for bit against what DeepSpeed reported when it saved, the numbers,
+the random states, and the losses of two further steps. With ``--work`` results are kept in that folder, and a run
+that was interrupted goes on where it was, as if the code had not changed.
 """
 
 from __future__ import annotations
@@ -13,76 +14,108 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
+import resource
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .published import publish
+
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 from processes import run_ranks  # noqa: E402
+from reshard_modules_worker import TARGETS  # noqa: E402
 from reshard_worker import SETTINGS, kind_of  # noqa: E402
 
-WORKER = TESTS / "reshard_worker.py"
 SIZES = (1, 2, 3, 4, 8)
 QUICK_SIZES = (1, 2, 4)
 QUICK_SETTINGS = ("0 fp32", "1 bf16 round-robin", "2 fp32 round-robin", "2 bf16 elastic", "3 bf16 subgroups")
 JOB_CASES = 40
 """Restores in one job: starting the ranks costs most, and a failure costs the rest of the job."""
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Case = tuple[str, int, str, int]
-"""Setting that saved, its ranks, setting that restores, its ranks."""
+"""Setting that saved, its ranks, setting or kind that restores, its ranks."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is tried: each of `sources` into each of `targets` that `pairs` allows, by `worker`'s ``restore``."""
+
+    name: str
+    worker: Path
+    targets: tuple[str, ...]
+    kind_of: Callable[[str], str] | None = kind_of
+    """Settings can only be restored into those of the same kind; None: into all of the targets."""
+    saver: Path = TESTS / "reshard_worker.py"
+    """Whose ``save`` makes the checkpoints."""
+    letters: bool = True
+    """Whether columns go by the letters of the rows."""
+
+    def fits(self, source: str, target: str) -> bool:
+        return self.kind_of is None or self.kind_of(source) == self.kind_of(target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard_matrix", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few settings, up to 4 ranks")
-    parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "rankload-reshard-matrix"))
-    parser.add_argument("--write", help="a Markdown file whose table is replaced")
+    parser.add_argument("--only", choices=("engines", "modules"))
+    parser.add_argument("--work", help="a folder that is kept, with what was saved and what was found")
+    parser.add_argument("--write", help="a Markdown file whose tables are replaced")
     arguments = parser.parse_args()
     settings = QUICK_SETTINGS if arguments.quick else tuple(SETTINGS)
-    cases = covering(settings, QUICK_SIZES if arguments.quick else SIZES)
-    work = Path(arguments.work)
-    work.mkdir(parents=True, exist_ok=True)
-    results = run(cases, work)
-    text = table(settings, cases, results)
-    print(text)
-    if arguments.write:
-        write(text, Path(arguments.write), BEGIN, END)
-    if any(results[case]["problems"] for case in cases):
-        sys.exit(1)
+    sizes = QUICK_SIZES if arguments.quick else SIZES
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="rankload-reshard-") as scratch:
+        work = Path(arguments.work or scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        for matrix in (
+            Matrix("engines", TESTS / "reshard_worker.py", settings),
+            Matrix("modules", TESTS / "reshard_modules_worker.py", TARGETS, None, letters=False),
+        ):
+            if arguments.only not in (None, matrix.name):
+                continue
+            begin, cpu = time.monotonic(), cpu_seconds()
+            cases = covering(matrix, settings, sizes)
+            results = run(matrix, cases, work)
+            text = table(matrix, settings, cases, results)
+            minutes, cpu_minutes = (time.monotonic() - begin) / 60, (cpu_seconds() - cpu) / 60
+            print(
+                f"{text}\n\n{len(cases)} restores: {minutes:.0f} minutes, {cpu_minutes:.0f} of CPU\n",
+                flush=True,
+            )
+            if arguments.write:
+                publish(Path(arguments.write), matrix.name, text)
+            failed = failed or any(results[case]["problems"] for case in cases)
+    sys.exit(failed)
 
 
-def write(text: str, path: Path, begin: str, end: str) -> None:
-    """Puts `text` in place of what is between the marks `begin` and `end`."""
-    before, _, rest = path.read_text().partition(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+def cpu_seconds() -> float:
+    """What the ranks that have ended took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def covering(
-    settings: Sequence[str], sizes: Sequence[int], kind_of: Callable[[str], str] = kind_of
-) -> list[Case]:
-    """Every pair of settings that can follow each other, each at the sizes that cover most of what is left.
+def covering(matrix: Matrix, sources: Sequence[str], sizes: Sequence[int]) -> list[Case]:
+    """Every source and target that can follow each other, each at the sizes that cover most of what is left.
 
-    Those of one kind can.
-
-    Besides the pairs of settings, every (setting, size) on both sides of both, and every (size, size) is met.
+    Besides the pairs, every (setting, size) on both sides of both, and every (size, size) is met.
     """
-    left = {
+    left: set[Any] = {
         (side, setting, end, size)
-        for side in ("source", "target")
+        for side, settings in (("source", sources), ("target", matrix.targets))
         for setting in settings
         for end in ("n", "m")
         for size in sizes
     }
-    left |= {("sizes", n, "", m) for n in sizes for m in sizes}  # type: ignore[arg-type,misc]
+    left |= {("sizes", n, "", m) for n in sizes for m in sizes}
 
     def met(source: str, n: int, target: str, m: int) -> set[Any]:
         return {
@@ -93,22 +126,26 @@ def covering(
             ("sizes", n, "", m),
         }
 
+    pairs = [pair for pair in itertools.product(sources, matrix.targets) if matrix.fits(*pair)]
     cases: list[Case] = []
     turn = itertools.cycle(itertools.product(sizes, sizes))
-    for source, target in itertools.product(settings, settings):
-        if kind_of(source) != kind_of(target):
-            continue
-        start = next(turn)
-        options = [start, *itertools.product(sizes, sizes)]
-        n, m = max(options, key=lambda one: len(met(source, one[0], target, one[1]) & left))
+    for source, target in pairs:
+        options = [next(turn), *itertools.product(sizes, sizes)]
+        n, m = max(options, key=lambda one, s=source, t=target: len(met(s, one[0], t, one[1]) & left))
         left -= met(source, n, target, m)
         cases.append((source, n, target, m))
+    # Where a setting has few partners, some of them come twice.
+    more = [(source, n, target, m) for source, target in pairs for n in sizes for m in sizes]
+    while any(met(*case) & left for case in more):
+        best = max(more, key=lambda case: len(met(*case) & left))
+        left -= met(*best)
+        cases.append(best)
     return cases
 
 
-def run(cases: Iterable[Case], work: Path, worker: Path = WORKER) -> dict[Case, dict[str, Any]]:
+def run(matrix: Matrix, cases: Iterable[Case], work: Path) -> dict[Case, dict[str, Any]]:
     """Results by case; those in the work folder are not run again."""
-    log = work / "results.jsonl"
+    log = work / f"{matrix.name}.jsonl"
     results: dict[Case, dict[str, Any]] = {}
     if log.exists():
         for line in log.read_text().splitlines():
@@ -117,14 +154,14 @@ def run(cases: Iterable[Case], work: Path, worker: Path = WORKER) -> dict[Case, 
     todo = [case for case in cases if case not in results]
     for size in sorted({n for _, n, _, _ in todo}):
         wanted = list(dict.fromkeys(source for source, n, _, _ in todo if n == size))
-        job(size, "save", {"root": str(work), "settings": wanted}, worker)
+        job(matrix.saver, size, "save", {"root": str(work), "settings": wanted})
     with log.open("a") as out:
         for size in sorted({m for *_, m in todo}):
             waiting = [case for case in todo if case[3] == size]
             while waiting:
                 batch = waiting[:JOB_CASES]
                 request = {"root": str(work), "oracles": str(work), "cases": [case[:3] for case in batch]}
-                lines, error = job(size, "restore", request, worker, may_fail=True)
+                lines, error = job(matrix.worker, size, "restore", request, may_fail=True)
                 if error:
                     source, n, target, m = batch[len(lines)]
                     lines.append({"source": source, "n": n, "target": target, "m": m, "problems": [error]})
@@ -134,20 +171,19 @@ def run(cases: Iterable[Case], work: Path, worker: Path = WORKER) -> dict[Case, 
                     if found["problems"]:
                         print(found, file=sys.stderr)
                 waiting = waiting[len(lines) :]
-                print(f"{size} ranks: {len(waiting)} to go", file=sys.stderr)
+                print(f"{matrix.name}, {size} ranks: {len(waiting)} to go", file=sys.stderr)
     return results
 
 
 def job(
-    world_size: int, function: str, request: dict[str, Any], worker: Path, *, may_fail: bool = False
+    worker: Path, world_size: int, function: str, request: dict[str, Any], *, may_fail: bool = False
 ) -> tuple[list[dict[str, Any]], str]:
     finished = run_ranks(
         worker,
         world_size,
         args=(function, json.dumps(request)),
         deadline_s=1500,
-        # DeepSpeed puts groups of experts in the order of a set of names.
-        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS), "PYTHONHASHSEED": "0"},
+        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
     )
     failed = [rank for rank in finished if rank.returncode != 0]
     if failed and not may_fail:
@@ -156,24 +192,22 @@ def job(
     return lines, failed[0].stderr.strip().splitlines()[-1] if failed else ""
 
 
-def table(settings: Sequence[str], cases: Sequence[Case], results: dict[Case, dict[str, Any]]) -> str:
+def table(
+    matrix: Matrix, sources: Sequence[str], cases: Sequence[Case], results: dict[Case, dict[str, Any]]
+) -> str:
     """Markdown: a row for each setting that saved, a column for each that restored."""
-    letters = {setting: chr(ord("A") + index) for index, setting in enumerate(settings)}
+    letters = {setting: chr(ord("A") + index) for index, setting in enumerate(sources)}
     by_pair: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         by_pair.setdefault((case[0], case[2]), []).append(case)
-    lines = [
-        "| saved by | " + " | ".join(letters[target] for target in settings) + " |",
-        "|---|" + "---|" * len(settings),
-    ]
-    for source in settings:
-        cells = [
-            ", ".join(
-                f"{case[1]}→{case[3]}" + (" **✗**" if results[case]["problems"] else "")
-                for case in by_pair.get((source, target), ())
-            )
-            for target in settings
-        ]
+    columns = [letters[target] if matrix.letters else target for target in matrix.targets]
+    lines = [f"| saved by | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for source in sources:
+        cells = []
+        for target in matrix.targets:
+            met = by_pair.get((source, target), [])
+            shown = (f"{case[1]}→{case[3]}" + " **✗**" * bool(results[case]["problems"]) for case in met)
+            cells.append(", ".join(shown))
         lines.append(f"| {letters[source]}: stage {source} | " + " | ".join(cells) + " |")
     found = [results[case] for case in cases]
     good = [one for one in found if not one["problems"]]

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -18,11 +19,14 @@ sys.path.insert(0, str(TESTS))
 
 from moe_worker import SETTINGS  # noqa: E402
 
-from .reshard_matrix import Case, covering, run, table, write  # noqa: E402
+from .published import publish  # noqa: E402
+from .reshard_matrix import Case, Matrix, covering, run, table  # noqa: E402
 
-BEGIN, END = "<!-- table of experts: begin -->", "<!-- table of experts: end -->"
 SIZES = {1: (1, 2, 3, 4), 2: (2, 4, 8), 4: (4, 8)}
 """World sizes by the widest expert-parallel size, which divides them."""
+
+
+WORKER = TESTS / "moe_worker.py"
 
 
 def layers_of(setting: str) -> str:
@@ -37,8 +41,12 @@ def all_cases() -> list[Case]:
         widest = max(ep_size for _, ep_size in SETTINGS[settings[0]]["layers"])
         # A setting by itself is tried at every two sizes.
         alone = [(settings[0], n, settings[0], m) for n in SIZES[widest] for m in SIZES[widest]]
-        cases += covering(settings, SIZES[widest], layers_of) if len(settings) > 1 else alone
+        cases += covering(_matrix(settings), settings, SIZES[widest]) if len(settings) > 1 else alone
     return cases
+
+
+def _matrix(settings: Sequence[str]) -> Matrix:
+    return Matrix("experts", WORKER, tuple(settings), layers_of, WORKER)
 
 
 def main() -> None:
@@ -49,11 +57,13 @@ def main() -> None:
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
     cases = all_cases()
-    results = run(cases, work, TESTS / "moe_worker.py")
-    text = table(list(dict.fromkeys(case[0] for case in cases)), cases, results)
+    settings = list(dict.fromkeys(case[0] for case in cases))
+    matrix = _matrix(settings)
+    results = run(matrix, cases, work)
+    text = table(matrix, settings, cases, results)
     print(text)
     if arguments.write:
-        write(text, Path(arguments.write), BEGIN, END)
+        publish(Path(arguments.write), matrix.name, text)
     if any(results[case]["problems"] for case in cases):
         sys.exit(1)
 

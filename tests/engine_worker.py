@@ -20,7 +20,7 @@ from rankload.loader.zero_model_states import read_model_states
 from rankload.loader.zero_needs import all_files, own_files
 from rankload.loader.zero_optim_states import read_optim_states
 from safetensors.torch import load_file
-from zero_model import LATER_DATA_SEED, full_state, make_engine, module_state, train
+from zero_model import LATER_DATA_SEED, full_state, lacking, make_engine, module_state, train
 
 
 def main(*steps: str) -> None:
@@ -225,6 +225,9 @@ def other_layouts(root: str) -> None:
         oracle = load_file(folder / "oracle.safetensors")
         for target, options in OTHER_LAYOUTS[source]:
             what = f"stage {source} of 4 ranks -> {target} of {world_size} {options}"
+            if reason := lacking({"stage": target, **options}):
+                report(rank, f"{what}: left out, {reason}")
+                continue
             engine = make_engine(target, seed=5, **options)
             restore(folder / "step3", engine, rank, world_size)
             wrong = []
@@ -304,6 +307,9 @@ def round_trips(root: str) -> None:
         folder = Path(root, name.replace(" ", "-").replace(",", ""))
         settings = dict(ROUND_TRIPS[name])
         kind = settings.pop("kind", None)
+        if reason := lacking(settings, saves=True):
+            report(rank, f"{name}: left out, {reason}")
+            continue
         try:
             round_trip(folder, settings, rank, world_size, kind)
         except BaseException as error:

@@ -23,10 +23,10 @@ from reshard_worker import (
     WORLD_SIZE,
     differences,
     expected_state,
-    full_report,
     numbers,
     say,
     slug,
+    tensors_at,
     wrong_numbers,
     wrong_rng,
 )
@@ -85,7 +85,7 @@ def ep_rank_of(engine: Any) -> int:
 
 
 def report(engine: Any, setting: str) -> dict[str, torch.Tensor]:
-    return full_report(engine, SETTINGS[setting]["stage"], ADAM)
+    return dict(tensors_at(engine, SETTINGS[setting]["stage"], ADAM))
 
 
 def save(told: dict[str, Any]) -> None:

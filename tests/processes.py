@@ -57,6 +57,7 @@ def run_ranks(
     env: Mapping[str, str | None] | Callable[[int], Mapping[str, str | None]] | None = None,
     nodes: Sequence[int] | None = None,
     kill_once_others_end: Collection[int] = (),
+    python: str = sys.executable,
 ) -> list[Finished]:
     """Runs ``world_size`` processes and returns how each ended, by rank.
 
@@ -70,6 +71,7 @@ def run_ranks(
         nodes: sizes of the nodes; one node of all ranks by default.
         kill_once_others_end: ranks that are not expected to end (stopped ones): killed when all others have
             ended.
+        python: the interpreter, and with it the packages, that the ranks have.
     """
     sizes = tuple(nodes) if nodes is not None else (world_size,)
     if sum(sizes) != world_size:
@@ -94,7 +96,7 @@ def run_ranks(
                 ):
                     started.append(
                         subprocess.Popen(
-                            [*_command(target), *map(str, args)],
+                            [python, *_command(target), *map(str, args)],
                             stdin=subprocess.DEVNULL,
                             stdout=out,
                             stderr=err,
@@ -188,8 +190,8 @@ def _command(target: str | Path) -> list[str]:
     text = str(target)
     script, _, function = text.rpartition(":")
     if not function or not script:
-        return [sys.executable, str(_path(text))]
-    return [sys.executable, str(Path(__file__).resolve()), str(_path(script)), function]
+        return [str(_path(text))]
+    return [str(Path(__file__).resolve()), str(_path(script)), function]
 
 
 def _path(script: str) -> str:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from journey_worker import classifier_engine, forward_of_linspace, start_deepspeed
 from rankload.loader import LayoutError, State, capture_rng, engine_weights, load, verification
 from torch.nn import functional
-from zero_model import LATER_DATA_SEED, make_engine, module_state, train
+from zero_model import LATER_DATA_SEED, make_engine, module_tensors, train
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,11 +64,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def engine_of(setting: str, seed: int) -> Any:
+def engine_of(
+    setting: str,
+    seed: int,
+    *,
+    sizes: dict[str, int] | None = None,
+    zero: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Any:
     """A new engine. DeepSpeed's stage 3 leaves a linear function of its own in torch, which rounds otherwise: an
     engine after it would not compute what it computes in a process of its own."""
     functional.linear = _LINEAR
-    return make_engine(seed=seed, **SETTINGS[setting])
+    told = dict(SETTINGS[setting])
+    told["zero"] = {**(zero or {}), **told.get("zero", {})}
+    told["config"] = {**(config or {}), **told.get("config", {})}
+    return make_engine(seed=seed, sizes=sizes, **told)
 
 
 def kind_of(setting: str) -> str:
@@ -97,22 +108,29 @@ def main(*steps: str) -> None:
 
 def reported(engine: Any, setting: str) -> dict[str, torch.Tensor]:
     """Whole tensors by ``kind/name`` in float32, as they are in `engine`. Every rank must call."""
+    return dict(tensors_of(engine, setting))
+
+
+def tensors_of(engine: Any, setting: str, *, sound: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `reported` tells, one after the other. Every rank must take them all. `sound`: the engine must be so."""
     kinds = ("momentum_buffer",) if kind_of(setting) == "SGD" else ("exp_avg", "exp_avg_sq")
-    return full_report(engine, SETTINGS[setting]["stage"], kinds)
+    return tensors_at(engine, SETTINGS[setting]["stage"], kinds, sound=sound)
 
 
-def full_report(engine: Any, stage: int, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """`reported` for an engine of `stage` whose optimizer keeps `kinds`."""
+def tensors_at(
+    engine: Any, stage: int, kinds: tuple[str, ...], *, sound: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`tensors_of` for an engine of `stage` whose optimizer keeps `kinds`."""
     if stage == 0:
-        found = _of_stage_0(engine, kinds)
+        yield from _of_stage_0(engine, kinds)
     elif getattr(engine.optimizer, "round_robin_gradients", False):
-        found = _of_the_row(engine, kinds)
+        yield from _of_the_row(engine, kinds, sound)
     else:
-        found = _as_deepspeed_says(engine, kinds)
-    return {**found, **module_state(engine)}
+        yield from _as_deepspeed_says(engine, kinds)
+    yield from module_tensors(engine)
 
 
-def _as_deepspeed_says(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _as_deepspeed_says(engine: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer = engine.optimizer
@@ -120,16 +138,14 @@ def _as_deepspeed_says(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.T
         # DeepSpeed links parameters to their state after the first group's step, when others have none yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
-    found = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            found[f"fp32/{name}"] = _plain(safe_get_full_fp32_param(parameter))
+            yield f"fp32/{name}", _plain(safe_get_full_fp32_param(parameter))
             for kind in kinds:
-                found[f"{kind}/{name}"] = _plain(safe_get_full_optimizer_state(parameter, kind))
-    return found
+                yield f"{kind}/{name}", _plain(safe_get_full_optimizer_state(parameter, kind))
 
 
-def _of_stage_0(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _of_stage_0(engine: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """Each rank has everything, in the optimizer itself."""
     outer = engine.optimizer
     base = getattr(outer, "optimizer", outer)
@@ -139,20 +155,18 @@ def _of_stage_0(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
     else:
         low = masters = [p for group in base.param_groups for p in group["params"]]
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    found = {}
     for parameter, master in zip(low, masters, strict=True):
         name = names[id(parameter)]
-        found[f"fp32/{name}"] = _plain(master)
-        found.update({f"{kind}/{name}": _plain(base.state[master][kind]) for kind in kinds})
-    return found
+        yield f"fp32/{name}", _plain(master)
+        for kind in kinds:
+            yield f"{kind}/{name}", _plain(base.state[master][kind])
 
 
-def _of_the_row(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _of_the_row(engine: Any, kinds: tuple[str, ...], sound: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """With round_robin_gradients DeepSpeed's own report is wrong, so the partitions are put in a row here, and what
     they give must be what the module computes with."""
     outer = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    found = {}
     for index, members in enumerate(outer.round_robin_bit16_groups):
         flat = outer.single_partition_of_fp32_groups[index]
         rows = {"fp32": flat, **{kind: outer.optimizer.state[flat][kind] for kind in kinds}}
@@ -164,11 +178,10 @@ def _of_the_row(engine: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
             row, offset = torch.cat(parts), 0
             for parameter in members:
                 whole = row[offset : offset + parameter.numel()].view(parameter.shape)
-                if kind == "fp32":
+                if kind == "fp32" and sound:
                     assert torch.equal(whole.to(parameter.dtype), parameter), names[id(parameter)]
-                found[f"{kind}/{names[id(parameter)]}"] = _plain(whole)
+                yield f"{kind}/{names[id(parameter)]}", _plain(whole)
                 offset += parameter.numel()
-    return found
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

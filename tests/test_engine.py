@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from processes import run_ranks
 from rankload.loader.engine import is_deepspeed_engine
+from zero_model import is_older
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("safetensors") is None,
@@ -49,7 +50,9 @@ def test_every_stage_and_option_on_two_ranks(checkpoints: Path, tmp_path: Path) 
         *("other_layouts", checkpoints),
         deadline_s=400,
     )
-    assert said.count(": ok") == 12 + 6 + 7, said
+    left_out = said.count(": left out")
+    assert said.count(": ok") + left_out == 12 + 6 + 7, said
+    assert is_older() or not left_out, said
 
 
 def test_a_plain_module_is_no_engine() -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -26,11 +29,11 @@ LATER_DATA_SEED = 99
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 3 * WIDTH)
-        self.down = nn.Linear(3 * WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 3 * width)
+        self.down = nn.Linear(3 * width, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         wide = functional.gelu(self.up(self.norm(hidden)))
@@ -38,15 +41,17 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, *, vocabulary: int = VOCABULARY, width: int = WIDTH, blocks: int = 2
+    ) -> None:
         torch.manual_seed(seed)
         super().__init__()
-        self.wte = nn.Embedding(VOCABULARY, WIDTH)
-        self.frozen = nn.Linear(WIDTH, 11, bias=False).requires_grad_(False)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.wte = nn.Embedding(vocabulary, width)
+        self.frozen = nn.Linear(width, 11, bias=False).requires_grad_(False)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
         self.odd = nn.Parameter(0.01 * torch.randn(7))
         self.gain = nn.Parameter(torch.ones(1))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.wte.weight
         self.register_buffer("seen", torch.zeros(5))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
@@ -64,6 +69,28 @@ class TinyModel(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@cache
+def is_older() -> bool:
+    """Whether this is a DeepSpeed of the time when it could not yet do what `lacking` tells."""
+    try:
+        return tuple(map(int, version("deepspeed").split(".")[:2])) < (0, 19)
+    except PackageNotFoundError:
+        return False
+
+
+def lacking(settings: Mapping[str, Any], *, saves: bool = False) -> str:
+    """Why this DeepSpeed cannot make (and save, with `saves`) an engine of these `make_engine` settings; or nothing."""
+    if not is_older():
+        return ""
+    if settings.get("zero", {}).get("parameter_alignment"):
+        return "it knows no parameter_alignment"
+    if "data_types" in settings.get("config", {}):
+        return "it makes another optimizer where a BF16_Optimizer is asked for"
+    if saves and settings["stage"] == 0 and settings.get("dtype", "bf16") == "bf16":
+        return "it saves no optimizer state at stage 0 in bf16"
+    return ""
+
+
 def make_engine(
     stage: int,
     dtype: str = "bf16",
@@ -73,10 +100,12 @@ def make_engine(
     config: dict[str, Any] | None = None,
     optimizer: str = "AdamW",
     client: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     """A DeepSpeed engine around a new `TinyModel`; every rank must call it. `zero` and `config` add options.
 
-    With `client` DeepSpeed is handed an AdamW of torch's that was made before.
+    With `client` DeepSpeed is handed an AdamW of torch's that was made before. `sizes` make the model another one's
+    size.
     """
     import deepspeed
 
@@ -101,7 +130,7 @@ def make_engine(
         settings["optimizer"]["params"] = {"lr": 1e-3, "momentum": 0.9}
     if dtype == "bf16":
         settings["bf16"] = {"enabled": True, **settings.get("bf16", {})}
-    model = TinyModel(seed)
+    model = TinyModel(seed, **(sizes or {}))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
     vectors = [p for p in trained if p.dim() < 2]
@@ -151,15 +180,20 @@ def full_state(engine: Any) -> dict[str, torch.Tensor]:
 
 def module_state(engine: Any) -> dict[str, torch.Tensor]:
     """``module/`` and ``buffer/`` of `full_state`; every rank must call it."""
+    return dict(module_tensors(engine))
+
+
+def module_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `module_state` tells, one after the other; every rank must take them all."""
     import deepspeed
 
-    found = {}
     for name, parameter in engine.module.named_parameters():
         partitioned = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
-            found[f"module/{name}"] = _copy(parameter)
-    found.update({f"buffer/{name}": _copy(buffer) for name, buffer in engine.module.named_buffers()})
-    return found
+            whole = _copy(parameter)
+        yield f"module/{name}", whole
+    for name, buffer in engine.module.named_buffers():
+        yield f"buffer/{name}", _copy(buffer)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
