@@ -116,6 +116,10 @@ class Channel:
         except (StoreLostError, StalledError) as error:
             raise self._end(error, courier.stage) from error
 
+    def check(self) -> None:
+        """Raises the failure of another rank, as `progress` does, and does not say that this one moves: for waiting."""
+        self._raise_if_over()
+
     def counters(self) -> dict[int, dict[str, float]]:
         """The counters of `progress` by rank, as last heard of, about a second old. All ranks' on rank 0;
         elsewhere only the own and rank 0's."""

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from ..distributed.liveness import this_process
-from .cache_folder import default_cache_folder, locked, make_private_folder, remove_if_empty
+from .cache_folder import default_cache_folder, free_bytes_of, locked, make_private_folder, remove_if_empty
 from .cache_records import (
     WORK,
     claim,
@@ -109,8 +109,7 @@ class NodeCache:
         """What the folder's file system has left for this user."""
         with self._lock:
             self._prepare()
-        found = os.statvfs(self.folder)
-        return found.f_bavail * found.f_frsize
+        return free_bytes_of(self.folder)
 
     def _prepare(self) -> None:
         if self._ready:

@@ -61,6 +61,12 @@ def _check_private(path: str) -> None:
         )
 
 
+def free_bytes_of(folder: str) -> int:
+    """What the file system of `folder` has left for this user."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[float]:
     """Holds the folder's lock, across processes, threads and nodes that share it; makes the folder if needed.

@@ -18,11 +18,11 @@ from .locate import Located, locate
 from .monolithic import Contents, read_layout
 from .opening import Checkpoint, Opening, opened
 from .progress import JobProgress
+from .remote_files import RemoteFiles
 from .restore import optimizer_classes, scaler_class, scheduler_classes
 from .stopwatch import Stopwatch
 from .store import open_store
 from .template import expand_for_rank_zero
-from .torch_file import read_index
 from .zero_open import ZeroFiles, gather_files, zero_parts
 from .zero_sources import ZERO_FOLDER, ArchiveSource, FolderSource
 
@@ -51,7 +51,10 @@ def open_checkpoint(
     leaving.enter_context(
         JobProgress(channel.counters, rank=topology.rank, enabled=request.progress_bar and not store.is_local)
     )
-    opening = Opening(request, session, watch, store, cache, lambda path: open_store(path, *options)[1])
+    remote = leaving.enter_context(RemoteFiles())
+    opening = Opening(
+        request, session, watch, store, cache, lambda path: open_store(path, *options)[1], remote
+    )
     first = opening.fetch([located.first], "fetch first")
     file = first.files[located.first]
     if located.form == "folder":
@@ -66,7 +69,7 @@ def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
     request = opening.request
     with opening.watch.stage("read"):
         path = f"{file.path}/{_single_member(file)}" if file.kind == "archive" else file.path
-        index = read_index(path, name=file.source)
+        index = opening.index(path, file.source)
         contents = read_layout(
             index.tree,
             file=file.source,
@@ -100,7 +103,7 @@ def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
         contents, whole = zero_parts(opening, zero)
         indexes = list(zero.indexes)
         if COMPOSER_STATES in file.members and not opening.request.weights_only:
-            states = read_index(f"{file.path}/{COMPOSER_STATES}", name=f"{file.source}:{COMPOSER_STATES}")
+            states = opening.index(f"{file.path}/{COMPOSER_STATES}", f"{file.source}:{COMPOSER_STATES}")
             indexes.append(states)
             contents = _with_composers(contents, read_layout(states.tree, file=states.name))
     return opened(

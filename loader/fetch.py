@@ -23,6 +23,7 @@ from .workers import Stop, run_jobs
 if TYPE_CHECKING:
     from ..distributed.channel import Channel
     from ..distributed.topology import Topology
+    from .remote_files import RemoteFiles
 
 PARALLEL_FILES = 4
 
@@ -47,6 +48,8 @@ class FetchedFile:
     seconds: float
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
+    partial: bool = False
+    """Whether its index alone is there: the rest comes by `fetch_ranges`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,14 @@ def fetch_files(
     store: Store,
     needs: Sequence[str | FileNeed],
     cache: NodeCache,
+    remote: RemoteFiles | None = None,
     *,
     stage: str = "fetch",
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
+    Of torch files in stores that do ranges, only the index comes, and `remote` knows of them (by default they come
+    whole). What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
     object that was fetched by an earlier call with the same `cache` is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
@@ -89,7 +94,7 @@ def fetch_files(
     tally = Tally(channel.counters().get(channel.rank, {}))
     found: dict[str, Any] = {}
     if table.leads:
-        _find(store, table.node_needs, found, _Watch(channel, tally))
+        _find(store, table.node_needs, found, FetchWatch(channel, tally))
     report = {name: info is not None for name, info in found.items()}
     lacking = channel.decide(f"{stage}: find", report, lambda reports: find_lacking(table, reports))
     if lacking:
@@ -99,7 +104,7 @@ def fetch_files(
     done: dict[str, Any] = {}
     with channel.stage(stage):
         if table.leads:
-            done = _fetch(store, found, cache, table, tally, _Watch(channel, tally))
+            done = _fetch(store, found, cache, remote, table, tally, FetchWatch(channel, tally))
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
     mine = [need.name for need in table.own]
     files = {
@@ -107,10 +112,13 @@ def fetch_files(
         for name in mine
         if name in node
     }
+    for file in files.values():
+        if file.partial and remote is not None:
+            remote.note(file.path)
     return Fetched(files)
 
 
-def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: _Watch) -> None:
+def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: FetchWatch) -> None:
     def job(name: str) -> None:
         resolved = resolve(store, name)
         if resolved is not None and resolved.info.is_folder:
@@ -128,9 +136,10 @@ def _fetch(
     store: Store,
     found: Mapping[str, Any],
     cache: NodeCache,
+    remote: RemoteFiles | None,
     table: NeedTable,
     tally: Tally,
-    watch: _Watch,
+    watch: FetchWatch,
 ) -> dict[str, Any]:
     files: dict[str, FetchedFile] = {}
     wanted = {name: info for name, info in found.items() if info is not None}
@@ -142,12 +151,12 @@ def _fetch(
         started = time.monotonic()
         info = wanted[name]
         try:
-            one = obtain(store, info, cache, table.load_id, tally.of(name, stop))
+            one = obtain(store, info, cache, remote, table.load_id, tally.of(name, stop))
         except NotFoundError as error:
             raise NotFoundError(
                 f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
             ) from error
-        tally.settle(name, one.size_bytes, one.fetched_bytes)
+        tally.settle(name, one.fetched_bytes if one.partial else one.size_bytes, one.fetched_bytes)
         files[name] = FetchedFile(
             name=name,
             source=store.describe(one.object_name),
@@ -157,6 +166,7 @@ def _fetch(
             fetched_bytes=one.fetched_bytes,
             seconds=time.monotonic() - started,
             members=one.members,
+            partial=one.partial,
         )
 
     # The longest first, so that none of them is alone at the end.
@@ -166,7 +176,7 @@ def _fetch(
     return {name: asdict(file) for name, file in files.items()}
 
 
-class _Watch:
+class FetchWatch:
     """Tells the channel what moves, learns from it what failed elsewhere, and notices when nothing moves."""
 
     def __init__(self, channel: Channel, tally: Tally) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .archive import is_tar, unpack
 from .cache import NodeCache
@@ -17,6 +17,9 @@ from .store import ObjectInfo, OnBytes, Store
 from .store_errors import disk_full, is_disk_full
 from .symlinks import resolve_link
 from .workers import Stop
+
+if TYPE_CHECKING:
+    from .remote_files import RemoteFiles
 
 _COPY = 1 << 20
 
@@ -29,6 +32,8 @@ class Obtained:
     size_bytes: int
     fetched_bytes: int
     members: tuple[str, ...]
+    partial: bool = False
+    """Whether its index alone was fetched so far (`remote_files`)."""
 
 
 class Tally:
@@ -82,18 +87,23 @@ class Tally:
 
 
 def obtain(
-    store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, told: tuple[OnBytes, OnBytes]
+    store: Store,
+    info: ObjectInfo,
+    cache: NodeCache,
+    remote: RemoteFiles | None,
+    load_id: str,
+    told: tuple[OnBytes, OnBytes],
 ) -> Obtained:
-    """The object `info` on this node; see `fetch.fetch_files` for what is raised."""
+    """The object `info` on this node, or its index; see `fetch.fetch_files` for what is raised."""
     if store.is_local:
         return _obtain_local(store, info, cache, told)
     try:
-        return _obtain_remote(store, info, cache, load_id, told)
+        return _obtain_remote(store, info, cache, remote, load_id, told)
     except NotFoundError:
         link = None if info.certain else resolve_link(store, info.name)
         if link is None:
             raise
-        return _obtain_remote(store, link.info, cache, load_id, told)
+        return _obtain_remote(store, link.info, cache, remote, load_id, told)
 
 
 def _obtain_local(
@@ -117,9 +127,21 @@ def _obtain_local(
 
 
 def _obtain_remote(
-    store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, told: tuple[OnBytes, OnBytes]
+    store: Store,
+    info: ObjectInfo,
+    cache: NodeCache,
+    remote: RemoteFiles | None,
+    load_id: str,
+    told: tuple[OnBytes, OnBytes],
 ) -> Obtained:
     described = store.describe(info.name)
+    begun = None
+    if remote is not None:
+        with _disk_errors(cache):
+            begun = remote.begin(store, info, cache, load_id, told[0])
+    if begun is not None:
+        size = begun.source.size_bytes
+        return Obtained(info.name, begun.path, "file", size, begun.fetched_bytes, (), partial=True)
     # What has no version, or no size, can't be told from what it was yesterday.
     version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
     identity = (store.identity, info.name, str(info.size_bytes), version)
@@ -193,12 +215,18 @@ def _named(raw: str, described: str) -> Any:
 
 def _on_disk(produce: Any, cache: NodeCache) -> Any:
     def run(target: str) -> dict[str, Any]:
-        try:
+        with _disk_errors(cache):
             made: dict[str, Any] = produce(target)
             return made
-        except OSError as error:
-            if is_disk_full(error):
-                raise disk_full(cache.folder) from error
-            raise AccessError(f"{cache.folder}: {error.strerror or error}", path=cache.folder) from error
 
     return run
+
+
+@contextlib.contextmanager
+def _disk_errors(cache: NodeCache) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(cache.folder) from error
+        raise AccessError(f"{cache.folder}: {error.strerror or error}", path=cache.folder) from error

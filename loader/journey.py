@@ -22,6 +22,7 @@ from .check import Checked, check
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import finish_engine
 from .errors import OptionError
+from .fetch_ranges import bringer, fetch_now, fetching, restore_parts, small_parts
 from .ignore import Ignored, IgnoreKeys, ignore
 from .options import LoadOptions, resolve_options
 from .partial import after_first_change, partial_once_begun
@@ -148,16 +149,22 @@ def load(
         watch = Stopwatch(session.channel)
         _agree_on_arguments(request, problem, session, watch)
         checkpoint = open_checkpoint(request, session, watch, leaving)
+        fetch_now(checkpoint.opening, small_parts(checkpoint), "fetch small parts")
         ignored = _leave_out(request, checkpoint, watch)
         checked = check(request, checkpoint, ignored, watch)
         verify = request.options.verify or "during"
         weights = plan_weights(checkpoint, checked, session, watch, verify=verify)
         verification = deal_checks(checkpoint, checked, session, watch, verify=verify)
+        wanted = restore_parts(checkpoint, checked, verification, weights)
+        if verify == "before":
+            fetch_now(checkpoint.opening, wanted, "fetch parts")
         verify_before(verification, checkpoint, checked, session, watch)
         begun.append(checkpoint.name)
-        restored = _restore(request, checkpoint, checked, watch)
-        share_weights(weights, checkpoint, checked, session, watch, verify=verify)
-        verify_after(verification, checkpoint, checked, session, watch)
+        with fetching(checkpoint, checked.reader, wanted, "fetch parts"):
+            restored = _restore(request, checkpoint, checked, watch)
+            bring = bringer(checkpoint)
+            share_weights(weights, checkpoint, checked, session, watch, bring, verify=verify)
+            verify_after(verification, checkpoint, checked, session, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _rng(request, checkpoint, checked, session, watch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..distributed.session import Session
@@ -12,6 +12,7 @@ from .cache import NodeCache
 from .fetch import Fetched, FetchedFile, fetch_files
 from .monolithic import Contents
 from .receipt import FileRecord
+from .remote_files import RemoteFiles
 from .stopwatch import Stopwatch
 from .store import Store
 from .torch_file import FileIndex
@@ -22,8 +23,9 @@ from .zero_contents import ZeroContents
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are on this node and whose indexes were read; its tensors are lazy."""
+    """A checkpoint whose files, or their indexes, are on this node; its tensors are lazy."""
 
+    opening: Opening
     name: str
     """What messages and the receipt call it; without secrets."""
     kind: str
@@ -40,6 +42,8 @@ class Checkpoint:
     """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
     notes: tuple[str, ...] = ()
     """What the receipt is to say besides."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Names of `files` to where they are on this node."""
 
     def file_of(self, tree: Any) -> str:
         """What messages call the file that an unknown type in `tree` came from; `name` where it has none."""
@@ -67,16 +71,28 @@ class Opening:
     cache: NodeCache
     name_of: Callable[[str], str]
     """An expanded path to the object's name in the store."""
+    remote: RemoteFiles
+    """Files of which only the index is fetched at first."""
 
     def fetch(self, names: list[str], stage: str) -> Fetched:
         """Brings files to this node. Every rank must call."""
         with self.watch.lap(stage) as lap:
             fetched = fetch_files(
-                self.session.channel, self.session.topology, self.store, names, self.cache, stage=stage
+                self.session.channel,
+                self.session.topology,
+                self.store,
+                names,
+                self.cache,
+                self.remote,
+                stage=stage,
             )
             if self.session.topology.local_rank == 0:
                 lap.bytes += fetched.fetched_bytes
         return fetched
+
+    def index(self, path: str, name: str) -> FileIndex:
+        """The index of a file that was fetched, or of which the index was."""
+        return self.remote.index(path, name)
 
 
 def opened(
@@ -99,6 +115,7 @@ def opened(
         records.append(FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified))
     in_place = opening.store.is_local and all(file.kind == "file" for file in files)
     return Checkpoint(
+        opening,
         name,
         kind,
         contents,
@@ -109,6 +126,7 @@ def opened(
         zero,
         rng_per_rank,
         _notes(opening, zero),
+        {file.source: file.path for file in files},
     )
 
 

@@ -21,7 +21,45 @@ from .ranges import ByteRange, subtract, union
 
 RECORD = struct.Struct("<QQI")
 _CHECK = struct.Struct("<I")
+_RECORD_BYTES = RECORD.size + _CHECK.size
 _READ_BYTES = 1 << 20
+
+
+class Landed:
+    """What has landed of the file at `path`, as its record tells it to other processes; None of them changes it."""
+
+    def __init__(self, path: str) -> None:
+        self._record = landed_record(path)
+        self._read_to = 0
+        self._ranges: tuple[ByteRange, ...] = ()
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether all of these bytes are there by now."""
+        if subtract([ByteRange(start, stop)], self._ranges):
+            self._update()
+        return not subtract([ByteRange(start, stop)], self._ranges)
+
+    def _update(self) -> None:
+        with open(self._record, "rb") as file:
+            file.seek(self._read_to)
+            data = file.read()
+        whole = len(data) - len(data) % _RECORD_BYTES
+        found = [_unpack(data[at : at + _RECORD_BYTES]) for at in range(0, whole, _RECORD_BYTES)]
+        self._ranges = union(self._ranges, (ByteRange(one[0], one[1]) for one in found if one is not None))
+        self._read_to += whole
+
+
+def landed_record(path: str) -> str:
+    """Where the record of the file at `path` is, if it comes in parts."""
+    return f"{path}.landed"
+
+
+def _unpack(record: bytes) -> tuple[int, int, int] | None:
+    """Start, stop and CRC-32; None where the record is not whole."""
+    if _CHECK.unpack(record[RECORD.size :])[0] != crc32(record[: RECORD.size]):
+        return None
+    start, stop, crc = RECORD.unpack(record[: RECORD.size])
+    return (start, stop, crc) if start < stop else None
 
 
 class PartialFile:
@@ -38,13 +76,17 @@ class PartialFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._lock = threading.Lock()
         with contextlib.ExitStack() as opening:
-            self._records = os.open(f"{path}.landed", flags | os.O_APPEND, 0o600)
+            self._records = os.open(landed_record(path), flags | os.O_APPEND, 0o600)
             opening.callback(os.close, self._records)
             fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file = os.open(path, flags, 0o600)
             opening.callback(os.close, self._file)
             os.ftruncate(self._file, size_bytes)
             self._landed = union(self._still_right())
+            # Other processes go by the record, so it tells nothing that was found to be wrong.
+            os.ftruncate(self._records, 0)
+            for one in self._landed:
+                self._note(one.start, one.stop, self._crc_of(*one))
             self.resumed_bytes = sum(one.length for one in self._landed)
             """What an earlier process had landed, and was found to be right."""
             opening.pop_all()
@@ -67,11 +109,14 @@ class PartialFile:
 
     def land(self, start: int, stop: int, crc: int) -> None:
         """Notes that the bytes ``[start, stop)``, whose CRC-32 is `crc`, are in place."""
-        record = RECORD.pack(start, stop, crc)
         with self._lock:
-            os.write(self._records, record + _CHECK.pack(crc32(record)))
+            self._note(start, stop, crc)
             self._landed = union(self._landed, [ByteRange(start, stop)])
             self.landed_bytes += stop - start
+
+    def _note(self, start: int, stop: int, crc: int) -> None:
+        record = RECORD.pack(start, stop, crc)
+        os.write(self._records, record + _CHECK.pack(crc32(record)))
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Up to `nbytes` from `start` on, as they are on the disk."""
@@ -79,16 +124,15 @@ class PartialFile:
 
     def _still_right(self) -> Iterator[ByteRange]:
         """Ranges whose record and bytes are whole. A record that was cut short, or overwritten, ends the reading."""
-        size = RECORD.size + _CHECK.size
         position = 0
-        while len(record := os.pread(self._records, size, position)) == size:
-            if _CHECK.unpack(record[RECORD.size :])[0] != crc32(record[: RECORD.size]):
+        while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
+            told = _unpack(record)
+            if told is None:
                 break
-            start, stop, crc = RECORD.unpack(record[: RECORD.size])
-            if start < stop <= self.size_bytes and self._crc_of(start, stop) == crc:
+            start, stop, crc = told
+            if stop <= self.size_bytes and self._crc_of(start, stop) == crc:
                 yield ByteRange(start, stop)
-            position += size
-        os.ftruncate(self._records, position)
+            position += _RECORD_BYTES
 
     def _crc_of(self, start: int, stop: int) -> int:
         value = 0

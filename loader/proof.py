@@ -38,7 +38,8 @@ def make_receipt(
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
         "files": [
-            [file.name, file.size_bytes, file.fetched_bytes, file.verified] for file in checkpoint.files
+            [file.name, file.size_bytes, fetched_bytes(checkpoint, file), file.verified]
+            for file in checkpoint.files
         ],
     }
     everybody = session.channel.gather("receipt", own)
@@ -80,3 +81,9 @@ def make_receipt(
             for stage, seconds, count, begin_s in one["laps"]
         ),
     )
+
+
+def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> int:
+    """What this node fetched of `file` by now, on the rank that did."""
+    by_parts = checkpoint.opening.remote.fetched_bytes(checkpoint.paths.get(file.name, ""))
+    return file.fetched_bytes if by_parts is None else by_parts

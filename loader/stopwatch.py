@@ -30,7 +30,11 @@ class Stopwatch:
         self._current = Lap("start")
 
     def count(self, nbytes: int) -> None:
-        """Says that `nbytes` were just read in the current stage: this rank moves."""
+        """Says that `nbytes` were just read in the current stage: this rank moves. With 0 it waits, and learns of the
+        failure of others."""
+        if not nbytes:
+            self.channel.check()
+            return
         self._current.bytes += nbytes
         self.channel.progress()
 
@@ -42,6 +46,17 @@ class Stopwatch:
         """
         with self.channel.stage(name), self.lap(name) as lap:
             yield lap
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[Lap]:
+        """A timed block in another thread, beside the stage that is under way."""
+        lap = Lap(name, begin_s=time.time())
+        begin = time.monotonic()
+        try:
+            yield lap
+        finally:
+            lap.seconds = time.monotonic() - begin
+            self.laps.append(lap)
 
     @contextmanager
     def lap(self, name: str) -> Iterator[Lap]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .checksums import crc32
 from .errors import AccessError, CorruptError, NotFoundError
 from .options import Verify
+from .partial_file import Landed, landed_record
 from .range_sums import RangeSums
 from .ranges import ByteRange
 from .values import StorageRef
 
 STAGING_BYTES = 8 << 20
 """The size of the one buffer for what cannot be read straight into its place."""
+WAIT_S = 0.002
+"""How often it is looked whether bytes have landed."""
 _READ_BYTES = 8 << 20
 _SUMMED_BYTES = 1 << 20
 """Bytes read at a time; fewer where they are summed, which is done while they are in the processor's cache."""
@@ -50,6 +54,27 @@ class StorageReader:
         self.staging = bytearray(STAGING_BYTES)
         self._checked: set[StorageRef] = set()
         self._shares: dict[StorageRef, RangeSums] = {}
+        self._landed: dict[str, Landed | None] = {}
+        self.on_wait: Callable[[], None] | None = None
+        """Called again and again while bytes of a file that comes in parts have not landed; it may raise."""
+
+    def wait_for(self, path: str, start: int, stop: int) -> None:
+        """Returns once bytes ``[start, stop)`` of the file at `path` are there; at once for files that are whole.
+
+        Raises `CorruptError` where nobody is to bring them.
+        """
+        if path not in self._landed:
+            self._landed[path] = Landed(path) if os.path.exists(landed_record(path)) else None
+        landed = self._landed[path]
+        while landed is not None and not landed.has(start, stop):
+            if self.on_wait is None:
+                raise CorruptError(
+                    f"{path}: bytes {start:,} to {stop:,} are read, and were not fetched: this is a mistake in "
+                    "rankload's plan of the load; please report it",
+                    path=path,
+                )
+            self.on_wait()
+            time.sleep(WAIT_S)
 
     def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
         """From now on only these ranges of these storages are summed here; others sum the rest of them."""
@@ -162,6 +187,8 @@ class _Pass:
         done = 0
         while done < len(view):
             part = view[done : done + step]
+            first = self.storage.offset + start + done
+            self.reader.wait_for(self.storage.file, first, first + len(part))
             try:
                 count = os.preadv(self.file, [part], self.storage.offset + start + done)
             except OSError as error:

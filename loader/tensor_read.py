@@ -68,6 +68,16 @@ class Reader:
         for storage in _in_file_order(set(storages)):
             self._storages.check(storage)
 
+    def waiting(self, on_wait: Callable[[], None] | None) -> None:
+        """From now on bytes that have not landed are waited for, and `on_wait` called meanwhile; None: no more."""
+        self._storages.on_wait = on_wait
+
+    def unsummed(self) -> Reader:
+        """One that compares no checksums, and waits as this one does."""
+        other = Reader(verify="off", on_bytes=self._storages.on_bytes)
+        other.waiting(self._storages.on_wait)
+        return other
+
     def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
         """Of these storages only these ranges are to be summed here, while they are read: others sum the rest."""
         self._storages.share(shares)

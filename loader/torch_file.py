@@ -124,7 +124,7 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> Fil
                 path=name,
             )
     if archive.derived:
-        archive.check_header("data.pkl")
+        archive.check_header("data.pkl", archive.open_file)
     data = archive.read("data.pkl", limit=_LARGEST_PICKLE)
     memory_limit = _memory_limit(size, len(data))
     base = archive.records["data.pkl"].offset

@@ -35,6 +35,8 @@ class Verification:
     """What this rank reads and checks by itself."""
     shared: dict[StorageId, StorageRef]
     """What it checks together with others."""
+    shares: dict[StorageRef, list[ByteRange]] = field(default_factory=dict)
+    """Of those, what this rank is to sum."""
     judge: list[JointCheck] = field(default_factory=list)
     """On rank 0: who was dealt what."""
 
@@ -71,7 +73,8 @@ def deal_checks(
     shares: dict[StorageRef, list[ByteRange]] = {
         shared[file, key]: [ByteRange(*one) for one in ranges] for file, key, ranges in dealt
     }
-    checked.reader.share({storage: shares.get(storage, []) for storage in shared.values()})
+    result.shares = {storage: shares.get(storage, []) for storage in shared.values()}
+    checked.reader.share(result.shares)
     return result
 
 

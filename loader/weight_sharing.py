@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,12 +17,12 @@ from .engine_apply import cast_masters
 from .engine_weights import Region, find_regions, leave_out, offer_of, provide, read_apart, take
 from .errors import AccessError, CorruptError
 from .joint_checks import StorageId
-from .materialize import Reader
 from .node_image import SPARE, NodeImage, available_bytes
 from .partial import after_first_change
 from .range_sums import crc32_joined
 from .ranges import ByteRange
 from .stopwatch import Stopwatch
+from .values import StorageRef
 from .weight_regions import APART, FILE, MASTERS, NodeShare, RegionOffer, RegionShare, deal_regions
 
 Record = Any
@@ -82,6 +82,16 @@ class SharedWeights:
     notes: list[str] = field(default_factory=list)
     """What the receipt is to say; filled when the weights are there."""
 
+    @property
+    def reads(self) -> dict[StorageRef, tuple[ByteRange, ...]]:
+        """What this rank reads of module files for its node."""
+        found = {}
+        for name, region in self.regions.items():
+            share = self.share.regions[name]
+            if share.source == FILE and region.storage is not None:
+                found[region.storage] = share.provide
+        return found
+
 
 def plan_weights(
     checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch, *, verify: str
@@ -128,10 +138,13 @@ def share_weights(
     checked: Checked,
     session: Session,
     watch: Stopwatch,
+    bring: Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None],
     *,
     verify: str,
 ) -> None:
     """Brings the weights to each node and into each rank's engine, once the masters are restored. Every rank must call.
+
+    `bring`, which every rank calls too, makes sure that bytes of a remote file are on this node.
 
     Raises `PartialRestoreError` on all ranks where the module's file is damaged.
     """
@@ -140,6 +153,13 @@ def share_weights(
     with after_first_change(checkpoint.name, ["all parts"]), contextlib.ExitStack() as leaving:
         image = _common_image(shared, session, watch, leaving)
         if image is None:
+            bring(
+                {
+                    region.storage: [ByteRange(0, region.nbytes)]
+                    for region in shared.regions.values()
+                    if region.storage is not None
+                }
+            )
             with watch.stage("weights"):
                 if checked.prepared.engine is not None:
                     read_apart(checked.prepared.engine, shared.regions, checked.reader)
@@ -157,6 +177,7 @@ def share_weights(
             dealt = session.channel.deal("weights again", None, lambda _: shared.dealer[0].deal())
             shared.share, _ = _from_record(dealt)
             todo = failed & shared.regions.keys()
+            bring(shared.reads)
         with watch.stage("take weights"):
             if image.nbytes:
                 memory = torch.frombuffer(image.memory, dtype=torch.uint8)
@@ -193,7 +214,7 @@ def _fill(
         if plan is None or not todo:
             return
         # What is read is summed as a part of the image, by all of the node's ranks.
-        reader = Reader(verify="off", on_bytes=watch.count)
+        reader = checked.reader.unsummed()
         memory = torch.frombuffer(image.memory, dtype=torch.uint8)
         for name in todo:
             provide(plan, shared.regions[name], shared.share.regions[name], memory, reader)

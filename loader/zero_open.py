@@ -14,7 +14,7 @@ from .locate import MODEL_STATES
 from .monolithic import Contents, rng_list
 from .opening import Opening
 from .restore import optimizer_classes, scheduler_classes
-from .torch_file import FileIndex, read_index
+from .torch_file import FileIndex
 from .zero_contents import ZeroContents, zero_contents, zero_tree
 from .zero_experts import ExpertLayer, check_layers, optimizer_file, with_experts
 from .zero_files import Needed, model_file, optim_namings
@@ -44,7 +44,7 @@ class ZeroFiles:
         for candidate in MODEL_STATES:
             found = source.find(candidate)
             if found is not None:
-                index = read_index(found[0], name=found[1])
+                index = source.index(*found)
                 first = read_model_states(index.tree, file=found[1])
                 return cls(name, source, {0: first}, {}, [index])
         raise NotFoundError(f"{name} has no {' or '.join(MODEL_STATES)}", path=name)
@@ -100,7 +100,7 @@ class ZeroFiles:
         for name in names:
             found = self.source.find(name)
             if found is not None:
-                index = read_index(found[0], name=found[1])
+                index = self.source.index(*found)
                 self.indexes.append(index)
                 return reader(index.tree, file=found[1])
         files = self.source.files

@@ -8,6 +8,7 @@ from .errors import LayoutError, NotFoundError
 from .fetch import FetchedFile
 from .opening import Opening
 from .template import expand_path, template_variables
+from .torch_file import FileIndex
 from .zero_files import Needed, OptimNaming, optim_namings
 
 ZERO_FOLDER = "deepspeed"
@@ -23,6 +24,9 @@ class ZeroSource(Protocol):
 
     def find(self, name: str) -> tuple[str, str] | None:
         """A ZeRO file's name to (local path, what messages call it); None where it is not among the files at hand."""
+
+    def index(self, path: str, name: str) -> FileIndex:
+        """The index of what `find` found."""
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         """Finds out how the optimizer's files are called. Every rank must call, before it fetches any.
@@ -50,6 +54,9 @@ class FolderSource:
     def find(self, name: str) -> tuple[str, str] | None:
         file = self._found.get(name)
         return None if file is None else (file.path, file.source)
+
+    def index(self, path: str, name: str) -> FileIndex:
+        return self._opening.index(path, name)
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         namings = {naming.name(0): naming for naming in optim_namings(bf16=bf16)}
@@ -90,6 +97,9 @@ class ArchiveSource:
             if member in archive.members:
                 return f"{archive.path}/{member}", f"{archive.source}:{member}"
         return None
+
+    def index(self, path: str, name: str) -> FileIndex:
+        return self._opening.index(path, name)
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         """An archive tells what is in it."""

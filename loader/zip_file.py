@@ -64,13 +64,13 @@ class ZipRecords:
     derived: bool = False
     """Whether places of data were worked out from the directory, and headers are still to be compared."""
 
-    def check_header(self, record_name: str) -> None:
+    def check_header(self, record_name: str, open_file: OpenFile = open_local) -> None:
         """Compares a record's local header, which has to be there by now, with the directory and the derived place.
 
         Raises `CorruptError` where they contradict each other.
         """
         record = self.records[record_name]
-        with self.open_file(self.path) as file:
+        with open_file(self.path) as file:
             offset = _data_offset(file, record.entry, self.name)
         if offset != record.offset:
             raise CorruptError(

@@ -1,0 +1,151 @@
+"""The remote files of one load that come in parts: begun by the rank that fetches for its node, known to all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .cache_records import product_name
+from .errors import RankloadError
+from .http_connections import Connections
+from .range_engine import ReadReport, read_ranges
+from .range_open import open_range_source
+from .range_source import RangeSource, TryAgainError
+from .ranges import ByteRange
+from .remote_file import RemoteFile
+from .sniff import HEAD_BYTES, sniff
+from .store import ObjectInfo, OnBytes, Store
+from .torch_file import FileIndex, read_index
+from .workers import Stop
+
+if TYPE_CHECKING:
+    from .cache import NodeCache
+
+HEAD_AND_TAIL_BYTES = 256 << 10
+"""What is read of a file at first from each end: its pickle and its directory, mostly."""
+SLOT = "parts"
+
+
+class RemoteFiles:
+    """Context manager around a load. On ranks that do not fetch, it only knows which files come in parts."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, RemoteFile] = {}
+        self._indexes: dict[str, FileIndex] = {}
+        self._partial: set[str] = set()
+        self._lock = threading.Lock()
+        self._connections: Connections | None = None
+        self.stopping = Stop()
+        """Set where what is under way is not wanted any more."""
+
+    def __enter__(self) -> RemoteFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._connections is not None:
+            self._connections.close()
+
+    def begin(
+        self,
+        store: Store,
+        info: ObjectInfo,
+        cache: NodeCache,
+        load_id: str,
+        on_bytes: OnBytes,
+    ) -> RemoteFile | None:
+        """Opens a torch zip and brings its index here; None for anything else, and for stores without ranges.
+
+        Called from several threads. Raises as the store and `read_index` do.
+        """
+        described = store.describe(info.name)
+        source = self._source(store, info)
+        if source is None:
+            return None
+        file: RemoteFile | None = None
+        try:
+            if source.has_ranges and source.size_bytes > 2 * HEAD_AND_TAIL_BYTES:
+                file = _open_file(store, info, source, cache, load_id, described)
+                size = source.size_bytes
+                file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
+                if sniff(file.read(0, HEAD_BYTES)) == "torch-zip":
+                    file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
+                    index = read_index(
+                        file.path, name=described, open_file=file.opener(on_bytes), partial=True
+                    )
+                    with self._lock:
+                        self._files[file.path], self._indexes[file.path] = file, index
+                    file, source = None, None
+                    return self._files[index.path]
+        finally:
+            if file is not None:
+                file.close()
+            elif source is not None:
+                source.close()
+        return None
+
+    def stop(self) -> None:
+        """Ends what is under way."""
+        self.stopping.set()
+
+    def note(self, path: str) -> None:
+        """The node's file at `path` comes in parts: every rank of the node is to know."""
+        self._partial.add(path)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._partial
+
+    def index(self, path: str, name: str) -> FileIndex:
+        """The index of a local file, or of one that comes in parts, once it was begun."""
+        if path in self._indexes:
+            return self._indexes.pop(path)
+        return read_index(path, name=name, partial=path in self._partial)
+
+    def fetch(self, wanted: Mapping[str, Iterable[ByteRange]], on_bytes: OnBytes) -> ReadReport:
+        """Brings the `wanted` ranges here, by path; in parallel, over all files. Raises as `read_ranges` does."""
+        readings = [self._files[path].reading(ranges) for path, ranges in wanted.items()]
+        return read_ranges([one for one in readings if one is not None], on_bytes)
+
+    def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
+        """How many bytes `fetch` would bring."""
+        readings = (self._files[path].reading(ranges) for path, ranges in wanted.items())
+        return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
+
+    def fetched_bytes(self, path: str) -> int | None:
+        """What this rank brought of the file at `path`; None where it is none of its own."""
+        file = self._files.get(path)
+        return file.fetched_bytes if file is not None else None
+
+    def resumed_bytes(self) -> int:
+        """What earlier processes had brought, over all files."""
+        return sum(file.resumed_bytes for file in self._files.values())
+
+    def _source(self, store: Store, info: ObjectInfo) -> RangeSource | None:
+        with self._lock:
+            if self._connections is None:
+                self._connections = Connections()
+        try:
+            return open_range_source(store, info, self._connections)
+        except TryAgainError:
+            # The plain way has its own attempts, and tells what it met.
+            return None
+
+
+def _open_file(
+    store: Store, info: ObjectInfo, source: RangeSource, cache: NodeCache, load_id: str, described: str
+) -> RemoteFile:
+    # What has no version can't be told from what it was yesterday.
+    version = source.version or f"load {load_id}"
+    entry = cache.entry(described, store.identity, info.name, str(source.size_bytes), version)
+    for slot in (SLOT, f"{SLOT}-{uuid.uuid4().hex}"):
+        folder = os.path.join(entry.folder, slot)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # Where another job on this node is at it, this one has a file of its own.
+        with contextlib.suppress(BlockingIOError):
+            return RemoteFile(source, os.path.join(folder, product_name(described)))
+    raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)

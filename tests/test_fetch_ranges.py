@@ -1,0 +1,197 @@
+"""Remote torch files come in parts: what a node's ranks need, once, checked, pinned, and not again after a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bad_server import BadServer, Behaviour, Fault, bad_server
+from processes import run_ranks
+from rankload.loader import CorruptError, PartialRestoreError, State, gather_rng, load
+
+TESTS = Path(__file__).resolve().parent
+WIDE = 1024
+"""4 MiB of fp32 a layer."""
+
+
+def a_module(seed: int = 7) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(WIDE, WIDE), torch.nn.Linear(WIDE, WIDE, bias=False))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file with a model, an optimizer with twice as many bytes, and something that nobody claims."""
+    module = a_module()
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(2, WIDE)).sum().backward()
+    optimizer.step()
+    path = tmp_path_factory.mktemp("saved") / "model.pt"
+    state = State(module, optimizer)
+    torch.save({"state": state.state_dict(), "rng": gather_rng(), "mine": torch.arange(100_000)}, path)
+    return path.read_bytes()
+
+
+MODEL_BYTES = 2 * WIDE * WIDE * 4
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKLOAD_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def moved(server: BadServer) -> int:
+    return server.sent_bytes
+
+
+@pytest.mark.parametrize("verify", ["before", "during", "off"])
+def test_weights_only_leave_the_optimizer_in_the_store(saved: bytes, tmp_path: Path, verify: str) -> None:
+    module = a_module(seed=1)
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        result = load(
+            server.url("/model.pt"), State(module), load_weights_only=True, options={"verify": verify}
+        )
+        sent = moved(server)
+    assert (
+        all(torch.equal(a, b) for a, b in zip(module.parameters(), a_module().parameters(), strict=False))
+        is False
+    )
+    trained = load_local(saved, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), trained, strict=True))
+    assert MODEL_BYTES <= sent <= MODEL_BYTES + (1 << 20)
+    assert abs(result.receipt.fetched_bytes - sent) <= 2 * 65536
+    assert result.receipt.unverified == ((server.url("/model.pt"),) if verify == "off" else ())
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def load_local(saved: bytes, folder: Path) -> list[torch.Tensor]:
+    path = folder / "local.pt"
+    path.write_bytes(saved)
+    module = a_module(seed=2)
+    load(path, State(module), load_weights_only=True)
+    return list(module.parameters())
+
+
+def test_everything_with_what_nobody_claims(saved: bytes, tmp_path: Path) -> None:
+    module = a_module(seed=1)
+    optimizer = torch.optim.Adam(module.parameters())
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        result = load(server.url("/model.pt"), State(module, optimizer))
+    assert torch.equal(result.extra["mine"], torch.arange(100_000))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), load_local(saved, tmp_path), strict=True)
+    )
+    assert len(optimizer.state) == 3
+
+
+def test_a_server_without_ranges_is_streamed_once(saved: bytes, tmp_path: Path) -> None:
+    module = a_module(seed=1)
+    with bad_server({"/model.pt": Behaviour(saved, has_ranges=False)}) as server:
+        load(server.url("/model.pt"), State(module), load_weights_only=True)
+        assert len(saved) <= moved(server) < 1.5 * len(saved)
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), load_local(saved, tmp_path), strict=True)
+    )
+
+
+def test_damage_on_the_way_and_a_changed_object(saved: bytes) -> None:
+    wrong = bytearray(saved)
+    wrong[len(saved) // 4] ^= 1
+    with bad_server({"/wrong.pt": Behaviour(bytes(wrong))}) as server:
+        with pytest.raises(CorruptError, match="CRC-32"):
+            load(
+                server.url("/wrong.pt"),
+                State(a_module()),
+                load_weights_only=True,
+                options={"verify": "before"},
+            )
+        with pytest.raises(PartialRestoreError, match="CRC-32"):
+            load(server.url("/wrong.pt"), State(a_module()), load_weights_only=True)
+    ok = Fault()
+    faults = [ok, ok, Fault(new_etag='"v2"')]
+    with (
+        bad_server({"/model.pt": Behaviour(saved, faults=faults)}) as server,
+        pytest.raises((CorruptError, PartialRestoreError), match=r"changed|version"),
+    ):
+        load(server.url("/model.pt"), State(a_module()))
+
+
+# --- in real jobs ----------------------------------------------------------------------------------------------------
+
+
+def restore(url: str, kind: str) -> None:
+    """One rank of two: a plain module, or a sharded one; tells whether it is right, and what was fetched."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    module = a_module(seed=1)
+    if kind == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module)
+    receipt = load(url, State(module), load_weights_only=True).receipt
+    whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in module.parameters()]
+    told = {"sums": [float(tensor.detach().double().sum()) for tensor in whole], "fetched": receipt.fetched_bytes}
+    print(json.dumps(told), flush=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kind", "nodes", "times"), [("plain", (2,), 1.0), ("sharded", (1, 1), 1.0)])
+def test_bytes_leave_the_server_once_per_node(
+    saved: bytes, tmp_path: Path, kind: str, nodes: tuple[int, ...], times: float
+) -> None:
+    """On one node both ranks' bytes come once; on two, sharded, each node gets its own half."""
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        finished = run_ranks(
+            f"{__file__}:restore", 2, args=(server.url("/model.pt"), kind), deadline_s=120, nodes=nodes,
+            env=lambda rank: {"PYTHONPATH": str(TESTS), "RANKLOAD_CACHE_DIR": str(tmp_path / f"cache{rank}")},
+        )  # fmt: skip
+        sent = moved(server)
+    assert [rank.returncode for rank in finished] == [0, 0], finished
+    told = [json.loads(rank.stdout.splitlines()[-1]) for rank in finished]
+    wanted = [float(tensor.detach().double().sum()) for tensor in load_local(saved, tmp_path)]
+    assert [one["sums"] for one in told] == [wanted, wanted]
+    assert sent <= times * MODEL_BYTES + len(nodes) * (1 << 20), (sent, told)
+    assert abs(told[0]["fetched"] - sent) <= len(nodes) * 2 * 65536
+
+
+def alone(url: str) -> None:
+    """A process that loads, for the test that kills it."""
+    module = a_module(seed=1)
+    result = load(url, State(module, torch.optim.Adam(module.parameters())))
+    print(json.dumps({"fetched": result.receipt.fetched_bytes}), flush=True)
+
+
+def test_a_killed_load_goes_on_where_it_was(saved: bytes, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_fetch_ranges as t; t.alone(sys.argv[1])"
+    )
+    # The first answers come; one of them stalls, and the process is killed then.
+    ok = Fault()
+    faults = [ok] * 4 + [Fault(send_only=1 << 20, ending="stall")] * 40
+    behaviour = Behaviour(saved, faults=faults)
+    with bad_server({"/model.pt": behaviour}) as server:
+        command = [sys.executable, "-c", code, server.url("/model.pt")]
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and moved(server) < 6 << 20:
+            if first.poll() is not None:
+                raise AssertionError(first.communicate())
+            time.sleep(0.05)
+        time.sleep(1)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        before = moved(server)
+        behaviour.faults.clear()
+        second = subprocess.run(command, capture_output=True, timeout=120, check=False, text=True)
+        assert second.returncode == 0, second.stderr
+        again = moved(server) - before
+    landed = 3 * MODEL_BYTES + 800_000 - json.loads(second.stdout)["fetched"]
+    assert landed > 1 << 20, "nothing of the first load was used"
+    assert again <= 3 * MODEL_BYTES + 800_000 - landed + (1 << 20)
