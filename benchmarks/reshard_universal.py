@@ -142,8 +142,9 @@ def table(rows: dict[tuple[str, str], list[dict[str, Any]]], params: str, rounds
         megabytes = {key: f"{value / 1e6:,.0f}" for key, value in middle.items()}
         wrong = sorted({line for one in found for line in one["wrong"]})
         apart = max(one["apart"] for one in found)
+        convert = f"{middle['convert']:.1f}" if middle["convert"] else ""
         lines.append(
-            f"| stage {setting} | {way} | {middle['convert']:.1f} | {middle['load']:.1f} | {middle['total']:.1f} "
+            f"| stage {setting} | {way} | {convert} | {middle['load']:.1f} | {middle['total']:.1f} "
             f"| {megabytes['rchar']} ({megabytes['read_bytes']}) | {megabytes['wchar']} ({megabytes['write_bytes']}) "
             f"| {megabytes['left']} ({megabytes['disk']}) "
             f"| {middle['anonymous'] / 2**20:,.0f} ({middle['resident'] / 2**20:,.0f}) "
