@@ -44,7 +44,7 @@ OURS = ("rankload, memory", "rankload, file")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.range_engine", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--megabytes", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--url", help="an object that a server of yours has, in place of ours")
     arguments = parser.parse_args()
@@ -275,14 +275,14 @@ def serve_one(sock: socket.socket, folder: str) -> None:
             length = last + 1 - first
             sock.sendall(f'HTTP/1.1 {status}\r\nContent-Length: {length}\r\nETag: "1"\r\n\r\n'.encode())
             position = first
-            begin_s = time.monotonic()
+            is_capped = b"/capped/" in asked.partition(b"\r\n")[0]
             while position <= last and not asked.startswith(b"HEAD"):
-                position += os.sendfile(
-                    sock.fileno(), file.fileno(), position, min(1 << 20, last + 1 - position)
-                )
-                if b"/capped/" in asked.partition(b"\r\n")[0]:
-                    due = (position - first) / CAP_BYTES_S
-                    time.sleep(max(0.0, begin_s + due - time.monotonic()))
+                sent = os.sendfile(sock.fileno(), file.fileno(), position, min(PIECE, last + 1 - position))
+                position += sent
+                if is_capped:
+                    # The cap is the connection's: a new request does not begin with a burst.
+                    free_at = max(free_at, time.monotonic() - PIECE / CAP_BYTES_S) + sent / CAP_BYTES_S
+                    time.sleep(max(0.0, free_at - time.monotonic()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 START = 4
 MOST = 32
-WINDOWS_S = (0.12, 0.24, 0.48)
+WINDOWS_S = (0.08, 0.16, 0.32, 0.48)
 """How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
 longer ones, since distant servers are slow to start."""
 SETTLE_S = 0.03
