@@ -112,7 +112,6 @@ class _Engine:
         self._ready = threading.Condition()
         self._working = 0
         self._by_source: dict[int, int] = {}
-        self._throttled = False
         self._count_lock = threading.Lock()
         self._arrived = 0
         self._taken_back = 0
@@ -122,7 +121,7 @@ class _Engine:
     def run(self) -> ReadReport:
         most = min(self._pace.most, len(self._queue))
         try:
-            run_jobs([self._work] * most, self._tick, n_threads=most)
+            run_jobs([self._work] * most, self._tell, n_threads=most)
         finally:
             self.report.read_bytes = self._arrived
             self.report.retries = self._retries.used
@@ -131,17 +130,15 @@ class _Engine:
             reading.source.confirm()
         return self.report
 
-    def _tick(self) -> None:
-        """Called ten times a second by the calling thread."""
+    def _count(self, n_bytes: int) -> None:
         now = time.monotonic()
-        if self._throttled:
-            self._throttled = False
-            self._pace.throttled(now)
-        before = self._pace.limit
-        if self._pace.observe(now, self._arrived) > before:
+        with self._count_lock:
+            self._arrived += n_bytes
+            before = self._pace.limit
+            grew = self._pace.observe(now, self._arrived) > before
+        if grew:
             with self._ready:
                 self._ready.notify_all()
-        self._tell()
 
     def _tell(self) -> None:
         total = self._arrived - self._taken_back
@@ -216,8 +213,7 @@ class _Engine:
                 return
             attempt = 0
             position += n_bytes
-            with self._count_lock:
-                self._arrived += n_bytes
+            self._count(n_bytes)
             while pending and pending[0].span.stop <= position:
                 chunk = pending.popleft()
                 # One that landed before its stream began anew has been told of.
@@ -232,7 +228,9 @@ class _Engine:
             except TryAgainError as error:
                 attempt += 1
                 pause_s = self._retries.pause_s(error, attempt)
-                self._throttled = self._throttled or error.throttled
+                if error.throttled:
+                    with self._count_lock:
+                        self._pace.throttled(time.monotonic())
                 if not source.has_ranges:
                     with self._count_lock:
                         self._taken_back += position - run.start

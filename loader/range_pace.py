@@ -4,15 +4,16 @@ from __future__ import annotations
 
 START = 4
 MOST = 32
-WINDOW_S = 0.25
-"""How long a number of connections is tried before it is judged."""
-SETTLE_S = 0.1
-"""Left out of the judgement after a change, while new connections are made."""
+WINDOWS_S = (0.08, 0.16, 0.32, 0.48)
+"""How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
+longer ones, since distant servers are slow to start."""
+SETTLE_S = 0.03
+"""Left out of the judgement after a change."""
 WORTH = 0.4
 """The share of what more connections would bring, if each brought as much as those before, that keeps them."""
 HOLD_S = 3.0
 """How long the best number is kept until more are tried again; doubled with each try that brought nothing."""
-
+MAX_HOLD_S = 60.0
 SPARE_S = 1.0
 """After a server said that it has too much to do, for so long it is not taken to say so again."""
 
@@ -21,17 +22,16 @@ class Pace:
     """Doubles the connections while that brings more, goes back where it does not, and tries again later."""
 
     def __init__(self, start: int = START, most: int = MOST) -> None:
-        self.limit = max(1, min(start, most))
-        self.peak = self.limit
         self.most = max(1, most)
+        self.limit = max(1, min(start, most))
+        self._start = self.limit
         self._kept: tuple[int, float] | None = None
         """The number that proved best so far, and its bytes a second."""
         self._begin: tuple[float, int] | None = None
+        self._window = 0
         self._settles_until = 0.0
         self._holds_until = 0.0
         self._hold_s = HOLD_S
-        self._second_chance = True
-        self._start = self.limit
         self._spared_until = 0.0
 
     def observe(self, now: float, arrived_bytes: int) -> int:
@@ -42,18 +42,18 @@ class Pace:
             self._begin = (now, arrived_bytes)
             return self.limit
         since, before = self._begin
-        if now - since < WINDOW_S:
+        if now - since < WINDOWS_S[self._window]:
             return self.limit
         rate = (arrived_bytes - before) / (now - since)
         self._begin = (now, arrived_bytes)
         if self._kept is None:
             self._keep(rate, now)
         elif self.limit > self._kept[0]:
-            self._judge(rate, now)
+            self._judge(rate, self._kept, now)
         else:
             self._kept = (self.limit, rate)
             if now >= self._holds_until:
-                self._try(now)
+                self._try_more(now)
         return self.limit
 
     def throttled(self, now: float) -> None:
@@ -65,34 +65,33 @@ class Pace:
         self._kept = (self.limit, 0.0)
         self._hold(now)
 
-    def _judge(self, rate: float, now: float) -> None:
-        n_kept, kept_rate = self._kept or (1, 0.0)
-        hoped = self.limit / n_kept - 1
-        if rate >= kept_rate * (1 + WORTH * hoped):
+    def _judge(self, rate: float, kept: tuple[int, float], now: float) -> None:
+        n_kept, kept_rate = kept
+        if rate >= kept_rate * (1 + WORTH * (self.limit / n_kept - 1)):
             self._hold_s = HOLD_S
             self._keep(rate, now)
-        elif self._second_chance:
-            # Connections that were slow to start have a full window now.
-            self._second_chance = False
+        elif self._window + 1 < len(WINDOWS_S):
+            self._window += 1
         else:
             self._change(n_kept, now)
             self._hold(now)
 
     def _keep(self, rate: float, now: float) -> None:
         self._kept = (self.limit, rate)
-        self._try(now)
+        self._try_more(now)
 
-    def _try(self, now: float) -> None:
+    def _try_more(self, now: float) -> None:
         if self.limit < self.most:
-            self._second_chance = True
             self._change(min(self.most, self.limit * 2), now)
 
     def _hold(self, now: float) -> None:
+        # A longer window tells the held number's rate better.
+        self._window = len(WINDOWS_S) - 1
         self._holds_until = now + self._hold_s
-        self._hold_s = min(self._hold_s * 2, 60.0)
+        self._hold_s = min(self._hold_s * 2, MAX_HOLD_S)
 
     def _change(self, limit: int, now: float) -> None:
         self.limit = limit
-        self.peak = max(self.peak, limit)
         self._begin = None
+        self._window = 0
         self._settles_until = now + SETTLE_S

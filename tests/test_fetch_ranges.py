@@ -137,7 +137,10 @@ def restore(url: str, kind: str) -> None:
         fully_shard(module)
     receipt = load(url, State(module), load_weights_only=True).receipt
     whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in module.parameters()]
-    told = {"sums": [float(tensor.detach().double().sum()) for tensor in whole], "fetched": receipt.fetched_bytes}
+    told = {
+        "sums": [float(tensor.detach().double().sum()) for tensor in whole],
+        "fetched": receipt.fetched_bytes,
+    }
     print(json.dumps(told), flush=True)
     dist.destroy_process_group()
 
