@@ -53,7 +53,11 @@ def on_s3(name: str) -> Callable[[pytest.FixtureRequest], Place]:
         server = request.getfixturevalue(name)
         wrong = {**server.options, "secret": f"wrong-{server.secret_key}"}
         return Place(
-            "s3://checkpoints", server.options, ("s3://checkpoints", wrong), (server.secret_key,), "s3://no-such"
+            "s3://checkpoints",
+            server.options,
+            ("s3://checkpoints", wrong),
+            (server.secret_key,),
+            "s3://no-such",
         )
 
     return place
@@ -136,7 +140,10 @@ def test_deepspeeds_folder(place: Place, options: dict[str, Any], served_folder:
 
 
 def test_what_is_not_there(place: Place, options: dict[str, Any]) -> None:
-    bases = [f"{place.base}/s1-w4/no-such", place.base if place.no_such_bucket is None else place.no_such_bucket]
+    bases = [
+        f"{place.base}/s1-w4/no-such",
+        place.base if place.no_such_bucket is None else place.no_such_bucket,
+    ]
     for base in bases:
         with pytest.raises(NotFoundError) as caught:
             load(f"{base}/ep1-rank{{rank}}.pt", plain_job(), options=options)
