@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+SERVERS := $(VENV)/.servers
+CLIENTS := $(VENV)/.clients
+AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all servers check bench bench-fetch bench-restore clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
@@ -18,6 +21,9 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
+# Real servers, and the clients that reach them, for the tests that are skipped without.
+servers: $(SERVERS)
+
 check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,6 +32,12 @@ check: $(TOOLS)
 
 bench: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks
+
+bench-fetch: $(SERVERS) $(CLIENTS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch --write docs/fetch.md
+
+bench-restore: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --write docs/fetch.md
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
@@ -42,4 +54,14 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 
 $(TOOLS): $(STAMP)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[check]" --no-build-isolation
+	touch $@
+
+$(SERVERS): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[servers]" --no-build-isolation
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/servers $(AZURITE) \
+		|| echo "azurite could not be installed: the tests of Azure Blob are skipped"
+	touch $@
+
+$(CLIENTS): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[bench]" --no-build-isolation
 	touch $@
