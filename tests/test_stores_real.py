@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ pytest.importorskip("safetensors")
 
 TESTS = Path(__file__).parent
 WORKER = str(TESTS / "stores_worker.py")
+DEADLINE_S = 180
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,20 @@ PLACES = {
     "gcs": on_gcs,
     "sftp": on_sftp,
 }
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """A client that waits for ever fails its test."""
+
+    def late(signum: int, frame: object) -> None:
+        raise TimeoutError(f"the test took more than {DEADLINE_S} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(DEADLINE_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(params=PLACES)
