@@ -6,9 +6,12 @@ PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 OLDER := .venv-older
+SERVERS := $(VENV)/.servers
+CLIENTS := $(VENV)/.clients
+AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-older check bench clean
+.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
@@ -26,6 +29,9 @@ test-older: $(OLDER)/.installed
 	$(RUN) $(OLDER)/bin/python -m pytest -q tests/test_engine.py tests/test_reshard.py tests/test_reshard_modules.py
 	$(RUN) OLDER_PYTHON=$(abspath $(OLDER))/bin/python $(BIN)/python -m pytest -q tests/test_versions.py
 
+# Real servers, and the clients that reach them, for the tests that are skipped without.
+servers: $(SERVERS)
+
 check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +40,12 @@ check: $(TOOLS)
 
 bench: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks
+
+bench-fetch: $(SERVERS) $(CLIENTS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch --write docs/fetch.md
+
+bench-restore: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --write docs/fetch.md
 
 clean:
 	rm -rf $(VENV) $(OLDER) .cache build dist *.egg-info
@@ -50,6 +62,16 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 
 $(TOOLS): $(STAMP)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[check]" --no-build-isolation
+	touch $@
+
+$(SERVERS): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[servers]" --no-build-isolation
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/servers $(AZURITE) \
+		|| echo "azurite could not be installed: the tests of Azure Blob are skipped"
+	touch $@
+
+$(CLIENTS): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[bench]" --no-build-isolation
 	touch $@
 
 # All that .venv has, and before it the older DeepSpeed.

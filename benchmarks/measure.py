@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,3 +59,50 @@ def drop_from_page_cache(path: str) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass
+class Peak:
+    """The private memory (RssAnon) of some processes and their children, in bytes, as sampled."""
+
+    start: int = 0
+    highest: int = 0
+
+    @property
+    def above_start(self) -> int:
+        return max(0, self.highest - self.start)
+
+
+@contextlib.contextmanager
+def peak_private_bytes(pids: Sequence[int], every_s: float = 0.01) -> Iterator[Peak]:
+    """Watches other processes while its block runs, so that they need not watch themselves."""
+    peak = Peak()
+    peak.start = peak.highest = private_bytes_of(pids)
+    ending = threading.Event()
+
+    def watch() -> None:
+        while not ending.wait(every_s):
+            peak.highest = max(peak.highest, private_bytes_of(pids))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ending.set()
+        thread.join()
+
+
+def private_bytes_of(pids: Sequence[int]) -> int:
+    """The sum over the processes and all that they started; those that have ended count nothing."""
+    total, waiting = 0, list(pids)
+    while waiting:
+        pid = waiting.pop()
+        # A process may end between one look and the next.
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    total += int(line.split()[1]) << 10
+            for task in os.listdir(f"/proc/{pid}/task"):
+                waiting += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return total

@@ -82,6 +82,11 @@ def _mapped(error: BaseException, described: str) -> RankloadError:
         return FormatError(f"{described}: is a folder, expected a file", path=described)
     if is_disk_full(error):
         return disk_full(described)
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:
+    if (
+        isinstance(error, PermissionError)
+        or status in (401, 403)
+        or "Credentials" in kind
+        or "Authentication" in kind
+    ):
         return refused(described, f"{kind}: {message}" if status is None else f"HTTP {status}")
     return AccessError(f"{described}: could not be read: {kind}: {message}", path=described)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ _WITH_BUCKETS = frozenset(
         "b2",
     }
 )
+_ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+"""Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
 _VERSION_FIELDS = (
     "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum",
     "LastModified", "last_modified", "mtime", "modified", "created",
@@ -55,6 +58,8 @@ class FsspecStore:
         self._pid = os.getpid()
         protocol = filesystem.protocol
         self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
+        self._own = threading.local()
+        self._own.filesystem = self._pid, filesystem
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
@@ -145,10 +150,21 @@ class FsspecStore:
 
     def files(self) -> Any:
         """The file system, opened anew in a forked child, whose connections would be the parent's."""
+        if self.protocol in _ONE_CONNECTION:
+            return self._of_this_thread()
         if self._pid != os.getpid() and self._reopen is not None:
             self._filesystem = _open(*self._reopen)[0]
             self._pid = os.getpid()
         return self._filesystem
+
+    def _of_this_thread(self) -> Any:
+        pid, filesystem = getattr(self._own, "filesystem", (None, None))
+        if pid != os.getpid():
+            given = self._filesystem
+            options = {**given.storage_options, "skip_instance_cache": True}
+            filesystem = type(given)(*given.storage_args, **options)
+            self._own.filesystem = os.getpid(), filesystem
+        return filesystem
 
 
 def open_fsspec(uri: str, storage_options: Mapping[str, Any]) -> tuple[Store, str]:

@@ -2,8 +2,112 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import signal
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import real_servers
+from server_process import ServerMissing
+
+DATA = Path(__file__).parent / "data"
+T = TypeVar("T")
 
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def or_skip(server: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """The server, or a skipped test that says why there is none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(server)
+        except ServerMissing as missing:
+            pytest.skip(str(missing))
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of tests/data as servers offer them, in the folder (or bucket) ``checkpoints`` of this one."""
+    root = tmp_path_factory.mktemp("served")
+    target = root / "checkpoints"
+    for name in ("composer-monolithic-w2", "composer-zero1-w2", "composer-zero3-w2"):
+        shutil.copytree(DATA / name, target / name)
+    for stage in (1, 3):
+        with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
+            archive.extractall(target, filter="data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def servers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where real servers keep what is theirs."""
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def nginx_server(served_folder: Path, servers_folder: Path) -> Iterator[real_servers.Nginx]:
+    with or_skip(real_servers.nginx(served_folder, servers_folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_server(served_folder: Path, servers_folder: Path) -> Iterator[real_servers.S3Server]:
+    """With the bucket ``checkpoints``."""
+    pytest.importorskip("s3fs")
+    with or_skip(real_servers.seaweedfs(servers_folder)) as server:
+        fill("s3", server.options, served_folder)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hadro_server(served_folder: Path, servers_folder: Path) -> Iterator[real_servers.S3Server]:
+    """With the bucket ``checkpoints``, read only."""
+    pytest.importorskip("s3fs")
+    with or_skip(real_servers.hadro(served_folder, servers_folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azurite_server(served_folder: Path, servers_folder: Path) -> Iterator[real_servers.AzureServer]:
+    """With the container ``checkpoints``."""
+    pytest.importorskip("adlfs")
+    with or_skip(real_servers.azurite(servers_folder)) as server:
+        fill("az", server.options, served_folder)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(served_folder: Path, servers_folder: Path) -> Iterator[real_servers.GcsServer]:
+    """With the bucket ``checkpoints``."""
+    # Otherwise gcsfs asks what kind of bucket it is over gRPC and TLS, which the server does not speak, for a minute.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs")
+    with or_skip(real_servers.fake_gcs(served_folder, servers_folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sftp_server(servers_folder: Path) -> Iterator[real_servers.SftpServer]:
+    pytest.importorskip("paramiko")
+    with or_skip(real_servers.sftp(servers_folder)) as server:
+        yield server
+
+
+def fill(protocol: str, options: dict[str, Any], folder: Path) -> None:
+    """Copies the folders of `folder` into a store, as buckets."""
+    import fsspec
+
+    store = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+    for bucket in sorted(path for path in folder.iterdir() if path.is_dir()):
+        store.mkdir(bucket.name)
+        files = [str(path) for path in sorted(bucket.rglob("*")) if path.is_file()]
+        store.put(files, [f"{bucket.name}/{Path(name).relative_to(bucket)}" for name in files])

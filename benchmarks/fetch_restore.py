@@ -1,0 +1,296 @@
+"""From a server into DeepSpeed engines, end to end: rankload beside the usual ways.
+
+    python -m benchmarks.fetch_restore --params 143 --write docs/fetch.md
+
+A model is saved by DeepSpeed, in bf16 with AdamW, at stages 1 and 3 by 1, 2 and 4 ranks, and restored by as many from
+nginx and from SeaweedFS, with nginx before it that counts bytes. Ways take turns within each round; what is shown are
+medians. Every rank's fp32 weights are compared with those that were saved. Nothing is asserted about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Ranks are started as scripts of the tests' are.
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from benchmarks.measure import peak_private_bytes  # noqa: E402
+from benchmarks.tables import table, write_between_markers  # noqa: E402
+
+OURS: Mapping[str, Mapping[str, Any]] = {"**rankload**": {}}
+"""rankload's ways by name, each as options of its own. A new mode is a new line."""
+NAIVE = "each rank fetches its files, DeepSpeed loads"
+ONCE = "local rank 0 fetches, DeepSpeed loads"
+WAYS = (NAIVE, ONCE, *OURS)
+BUCKET = "bench"
+WIDTH = 1024
+DEADLINE_S = 900.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A server that counts the bytes that it sends."""
+
+    name: str
+    base: str
+    options: Mapping[str, Any]
+    sent: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    moved_bytes: int
+    peak_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fetch_restore", description=__doc__)
+    parser.add_argument("--params", type=int, default=20, help="of the model, in millions (143: 2 GB)")
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--stages", default="1,3")
+    parser.add_argument("--servers", default="http,s3")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", help="the page to write the table to")
+    arguments = parser.parse_args()
+    rows: list[list[object]] = []
+    header = (
+        "server",
+        "stage",
+        "ranks",
+        "way",
+        "seconds",
+        "x time of ours",
+        "off the server, MB",
+        "memory, MB",
+    )
+    saved_mb: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankload-bench-")))
+        targets = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="rankload-bench-", dir="/dev/shm"))
+        )
+        for n in map(int, arguments.ranks.split(",")):
+            for stage in arguments.stages.split(","):
+                served = work / f"stage{stage}-of-{n}"
+                folder = served / BUCKET
+                masters = [told["masters"] for told in job(n, "save", folder, stage, arguments.params)]
+                saved_mb.add(sum(path.stat().st_size for path in folder.rglob("*.pt")) // 1_000_000)
+                for name in arguments.servers.split(","):
+                    with SERVERS[name](served, work / "servers") as source:
+                        runs = compare(source, folder, stage, n, targets, arguments.rounds, masters)
+                    rows += summary(source.name, stage, n, runs)
+                    print(table(header, rows[-len(runs) :]), flush=True)
+                shutil.rmtree(served)
+    text = (
+        f"{os.cpu_count()} CPUs, Python {platform.python_version()}; {arguments.params} million parameters, "
+        f"{min(saved_mb):,} to {max(saved_mb):,} MB of files; medians of {arguments.rounds} rounds. Memory is the sum "
+        f"over the ranks of each one's peak of private memory above where it began.\n\n{table(header, rows)}"
+    )
+    print(f"\n{text}")
+    if arguments.write:
+        write_between_markers(arguments.write, "bench-restore", text)
+
+
+def compare(
+    source: Source, folder: Path, stage: str, n: int, targets: Path, rounds: int, masters: list[int]
+) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    for _ in range(rounds):
+        for way, found in runs.items():
+            target = targets / "fetched"
+            before = source.sent()
+            told = job(
+                n, "restore", way, source.base, json.dumps(source.options), stage, target, json.dumps(files),
+            )  # fmt: skip
+            if [rank["masters"] for rank in told] != masters:
+                raise SystemExit(f"{way}: stage {stage} of {n}: the weights are not those that were saved")
+            found.append(
+                Run(
+                    max(rank["seconds"] for rank in told),
+                    source.sent() - before,
+                    sum(rank["peak"] for rank in told),
+                )
+            )
+            shutil.rmtree(target, ignore_errors=True)
+    return runs
+
+
+def summary(server: str, stage: str, n: int, runs: Mapping[str, list[Run]]) -> list[list[object]]:
+    ours = runs[next(iter(OURS))]
+    return [
+        [
+            server,
+            stage,
+            n,
+            way,
+            f"{median(run.seconds for run in found):.1f}",
+            f"{median(run.seconds / other.seconds for run, other in zip(found, ours, strict=True)):.1f}",
+            f"{median(run.moved_bytes for run in found) / 1e6:,.0f}",
+            f"{median(run.peak_bytes for run in found) / 1e6:,.0f}",
+        ]
+        for way, found in runs.items()
+    ]
+
+
+def job(n: int, *arguments: object) -> list[dict[str, Any]]:
+    """Runs a function of this file on `n` ranks; what each printed last."""
+    from processes import run_ranks
+
+    finished = run_ranks(__file__, n, args=arguments, deadline_s=DEADLINE_S, env={"DS_ACCELERATOR": "cpu"})
+    if any(rank.returncode != 0 for rank in finished):
+        raise SystemExit(repr(finished))
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in finished]
+
+
+@contextlib.contextmanager
+def over_http(served: Path, work: Path) -> Iterator[Source]:
+    from real_servers import nginx
+
+    with nginx(served, work) as server:
+        yield Source("HTTP", f"{server.url}/{BUCKET}", {}, lambda: body_bytes(server))
+
+
+@contextlib.contextmanager
+def over_s3(served: Path, work: Path) -> Iterator[Source]:
+    import fsspec
+    from real_servers import counted, seaweedfs
+
+    with seaweedfs(work) as server, counted(server.endpoint, work) as front:
+        store = fsspec.filesystem("s3", **server.options)
+        store.mkdir(BUCKET)
+        for path in sorted(path for path in served.rglob("*") if path.is_file()):
+            store.put_file(str(path), str(path.relative_to(served)))
+        options = replace(server, endpoint=front.url).options
+        yield Source("S3", f"s3://{BUCKET}", options, lambda: body_bytes(front))
+
+
+SERVERS = {"http": over_http, "s3": over_s3}
+
+
+def body_bytes(server: Any) -> int:
+    """What the server has sent so far; a line is written when an answer has ended."""
+    time.sleep(0.3)
+    return sum(size for method, _, _, size in server.sent() if method == "GET")
+
+
+def make(stage: str, n_layers: int, seed: int) -> Any:
+    """Every rank: an engine of so many layers of a million parameters."""
+    import deepspeed
+    import torch
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(n_layers)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 100_000,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": int(stage), "sub_group_size": 50_000_000},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def layers(params: str) -> int:
+    return max(1, int(params) * 1_000_000 // (WIDTH * WIDTH + WIDTH))
+
+
+def masters_of(engine: Any) -> int:
+    """A checksum of this rank's fp32 weights."""
+    outer, found = engine.optimizer, 0
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for flat in getattr(outer, name, None) or []:
+            found = zlib.crc32(flat.detach().numpy(), found)
+    return found
+
+
+def save(folder: str, stage: str, params: str) -> None:
+    import torch
+
+    engine = make(stage, layers(params), seed=0)
+    engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).float().sum())
+    engine.step()
+    engine.save_checkpoint(folder, tag=f"step-{layers(params)}")
+    print(json.dumps({"masters": masters_of(engine)}))
+
+
+def restore(way: str, base: str, options: str, stage: str, target: str, files: str) -> None:
+    import torch
+
+    names: list[str] = json.loads(files)
+    n_layers = next(int(Path(name).parent.name.removeprefix("step-")) for name in names if "/" in name)
+    engine = make(stage, n_layers, seed=1)
+    before = masters_of(engine)
+    fetch_and_load = prepare(way, engine, base, json.loads(options), Path(target), names)
+    torch.distributed.barrier()
+    with peak_private_bytes([os.getpid()]) as peak:
+        begin = time.perf_counter()
+        fetch_and_load()
+        torch.distributed.barrier()
+        seconds = time.perf_counter() - begin
+    after = masters_of(engine)
+    if before == after:
+        raise SystemExit(f"{way} restored nothing")
+    print(json.dumps({"seconds": seconds, "peak": peak.above_start, "masters": after}))
+
+
+def prepare(
+    way: str, engine: Any, base: str, options: dict[str, Any], target: Path, names: list[str]
+) -> Callable[[], object]:
+    if way in OURS:
+        from rankload.loader import State, load
+
+        given = {"storage_options": options, "cache_dir": str(target), **OURS[way]}
+        return lambda: load(base, State(engine), progress_bar=False, options=given)
+    from fsspec.core import url_to_fs
+
+    rank = int(os.environ["RANK"])
+    filesystem, root = url_to_fs(base, **options)
+    own = [name for name in names if way == ONCE or is_of(rank, name)]
+
+    def fetch_and_load() -> None:
+        import torch
+
+        if way == NAIVE or int(os.environ["LOCAL_RANK"]) == 0:
+            for name in own:
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Ranks that fetch the same file each fetch it whole.
+                filesystem.get_file(f"{root}/{name}", f"{path}.{rank}")
+                os.replace(f"{path}.{rank}", path)
+        torch.distributed.barrier()
+        loaded, _ = engine.load_checkpoint(str(target))
+        if loaded is None:
+            raise SystemExit("DeepSpeed loaded nothing")
+
+    return fetch_and_load
+
+
+def is_of(rank: int, name: str) -> bool:
+    """Whether this rank reads the file: what is not another rank's is everybody's."""
+    return "zero_pp_rank_" not in name or f"zero_pp_rank_{rank}_" in name
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] in ("save", "restore"):
+        globals()[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()
