@@ -16,7 +16,7 @@ from .engine_apply import NoteChange, fill_tensors, relink, set_engine, set_numb
 from .engine_plan import EnginePlan, plan_model
 from .engine_plan_states import plan_states
 from .engine_target import EngineTarget, engine_target, is_deepspeed_engine
-from .errors import CorruptError
+from .errors import CorruptError, LayoutError
 from .materialize import Reader
 from .monolithic import Contents
 from .zero_contents import ZeroContents, wanted_of
@@ -85,6 +85,10 @@ def plan_engine(
     target = engine_target(engine)
     if zero is not None:
         zero = _named(zero, target)
+    elif target.layout.split:
+        raise LayoutError(
+            f"the engine has {target.layout}, and the checkpoint is a single file of a whole model: it takes none"
+        )
     plan = EnginePlan(target, zero, weights_only)
     whole = unfiltered.state.get("model")
     if not isinstance(whole, Mapping):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import FormatError, LayoutError
+from .model_parallel import UNSPLIT, ParallelLayout, saved_layout
 from .values import LazyTensor
 from .zero_fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
 
@@ -33,7 +34,9 @@ class ModelStates:
     world_size: int
     """Data-parallel ranks that saved."""
     module: dict[str, Any]
-    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty."""
+    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty.
+
+    Nothing for a pipeline's stage until its layers' files were read (`zero_layers`)."""
     buffer_names: frozenset[str]
     param_shapes: tuple[dict[str, Shape], ...] | None
     """Per (sub)group, in the order of the flat tensors; None at stage 0."""
@@ -56,13 +59,15 @@ class ModelStates:
     partitioned: bool
     """Stage 3: parameters are in the optimizer files alone."""
     client_state: dict[str, Any]
+    layout: ParallelLayout = UNSPLIT
+    """The model's, of which this file tells one part."""
 
 
 def read_model_states(tree: Any, *, file: str) -> ModelStates:
     """The file whose pickle is `tree`; `file` is what messages call it.
 
-    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for pipeline, tensor-parallel and
-    expert-parallel ones, which are not supported, and `CorruptError` where what it holds cannot be.
+    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for expert-parallel ones,
+    which are not supported, and `CorruptError` where what it holds cannot be.
     """
     if not isinstance(tree, Mapping) or "module" not in tree or "dp_world_size" not in tree:
         raise FormatError(
@@ -70,7 +75,9 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         )
     top = Field(file)
     _refuse_other_layouts(tree, top)
-    module = {a_name(k, top.at("module")): v for k, v in a_mapping(tree["module"], top.at("module")).items()}
+    layout = saved_layout(tree, top)
+    own = {} if layout.pipeline else a_mapping(tree["module"], top.at("module"))
+    module = {a_name(k, top.at("module")): v for k, v in own.items()}
     buffers = frozenset(
         a_name(name, top.at("buffer_names"))
         for name in a_sequence(tree.get("buffer_names") or [], top.at("buffer_names"))
@@ -97,24 +104,14 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         skipped_steps=a_count(tree.get("skipped_steps"), top.at("skipped_steps")),
         bf16=_bf16(config),
         configured_stage=_stage(config),
-        partitioned=_is_partitioned(module, shapes, top),
+        partitioned=not layout.pipeline and _is_partitioned(module, shapes, top),
         client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
+        layout=layout,
     )
 
 
 def _refuse_other_layouts(tree: Mapping[Any, Any], top: Field) -> None:
     file = top.file
-    if tree["module"] is None:
-        raise LayoutError(
-            f"{file} was saved by a pipeline-parallel job (its module is in layer files), which is not supported",
-            path=file,
-        )
-    tensor_parallel = a_count(tree.get("mp_world_size", 1), top.at("mp_world_size"), least=1)
-    if tensor_parallel > 1:
-        raise LayoutError(
-            f"{file} was saved with tensor parallelism (mp_world_size {tensor_parallel}), which is not supported",
-            path=file,
-        )
     if "num_experts" in tree:
         raise LayoutError(
             f"{file} was saved by a mixture of experts (MoE), whose experts are in files of their own; this is not "
