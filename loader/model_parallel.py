@@ -36,13 +36,11 @@ class ParallelLayout:
     def __str__(self) -> str:
         if not self.split:
             return "neither pipeline stages nor tensor parallelism"
-        told = []
-        if self.pipeline or (self.stages or 1) > 1:
-            count = "an unknown number of" if self.stages is None else str(self.stages)
-            told.append(f"{count} pipeline stage{'s' * (self.stages != 1)}")
-        if self.tensor is not None:
-            told.append(f"tensor-parallel size {self.tensor}")
-        return ", ".join([*told, f"{self.parts} model-parallel part{'s' * (self.parts != 1)}"])
+        if self.stages is None or self.tensor is None:
+            return f"{self.parts} model-parallel ranks{' of a pipeline' * self.pipeline}"
+        return (
+            f"{self.stages} pipeline stage{'s' * (self.stages != 1)} and tensor-parallel size {self.tensor}"
+        )
 
     def fits(self, other: ParallelLayout) -> bool:
         """Whether both are split alike, as far as both tell."""
@@ -52,6 +50,10 @@ class ParallelLayout:
             and (self.stages == other.stages or None in (self.stages, other.stages))
             and (self.tensor == other.tensor or None in (self.tensor, other.tensor))
         )
+
+    def has_layers_of(self, other: ParallelLayout) -> bool:
+        """Whether the layers' files of `other` are those of this one, however many stages share them out."""
+        return self.pipeline and other.pipeline and self.tensor == other.tensor == 1
 
 
 UNSPLIT = ParallelLayout()

@@ -60,8 +60,8 @@ def check_layers(model: ModelStates, trained: Iterable[str]) -> None:
     if saved != here:
         raise LayoutError(
             f"{model.file}: this stage of the pipeline trained the layers {_spoken(saved)} and trains {_spoken(here)} "
-            "in this job. Partition them as when it was saved (partition_method), or load the weights only, which come "
-            "from the layers' own files",
+            "in this job. Partition them as when it was saved (partition_method); with load_weights_only=True any "
+            "partition does",
             path=model.file,
         )
 

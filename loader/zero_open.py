@@ -147,6 +147,9 @@ def _position(opening: Opening, first: ModelStates) -> Position:
     model, topology = getattr(opening.request.state, "model", None), opening.session.topology
     live = is_deepspeed_engine(model)
     position = engine_position(model) if live else Position(topology.rank, topology.world_size)
+    if opening.request.weights_only and position.layout.has_layers_of(first.layout):
+        # All weights are in the layers' files, which do not depend on the stages.
+        return replace(position, part=0)
     check_layout(first.layout, first.file, position.layout, engine=live)
     return position
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 VOCABULARY = 23
 WIDTH = 12
+_LINEAR = functional.linear
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "pipeline 0 fp32": {"kind": "pipeline", "stage": 0, "dtype": "fp32"},
@@ -30,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pipeline 1 bf16 of 3": {"kind": "pipeline", "stage": 1, "stages": 3},
     "pipeline 1 bf16 of 4": {"kind": "pipeline", "stage": 1, "stages": 4},
     "pipeline 1 bf16 by parameters": {"kind": "pipeline", "stage": 1, "method": "parameters"},
+    "pipeline 1 bf16 wider": {"kind": "pipeline", "stage": 1, "width": 9},
     "pipeline and tensor 1 bf16": {"kind": "pipeline", "stage": 1, "tensor": 2},
     "tensor 0 fp32": {"kind": "tensor", "stage": 0, "dtype": "fp32"},
     "tensor 0 bf16": {"kind": "tensor", "stage": 0},
@@ -239,7 +241,7 @@ class Loss(nn.Module):
         return cross_entropy(logits, targets)
 
 
-def pipeline_module(seed: int, *, stages: int, tensor: int, method: str) -> Any:
+def pipeline_module(seed: int, *, stages: int, tensor: int, method: str, width: int = 7) -> Any:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -248,7 +250,7 @@ def pipeline_module(seed: int, *, stages: int, tensor: int, method: str) -> Any:
         LayerSpec(Block, 100 * seed + 1),
         lambda hidden: hidden * 1.0,
         LayerSpec(Block, 100 * seed + 2, 19),
-        LayerSpec(Block, 100 * seed + 3, 7),
+        LayerSpec(Block, 100 * seed + 3, width),
         nn.LayerNorm(WIDTH),
         TiedLayerSpec("embed", Embedding, seed, forward_fn=head, tied_weight_attr="weight"),
     ]
@@ -263,6 +265,8 @@ def engine_of(setting: str, seed: int) -> Any:
     """A new engine; every rank must call."""
     import deepspeed
 
+    # DeepSpeed's stage 3 leaves a linear function of its own in torch, which rounds otherwise.
+    functional.linear = _LINEAR
     told = SETTINGS[setting]
     kind = told["kind"]
     config: dict[str, Any] = {
@@ -280,7 +284,8 @@ def engine_of(setting: str, seed: int) -> Any:
     if kind == "pipeline":
         config["gradient_accumulation_steps"] = 2
         stages, tensor = told.get("stages", 2), told.get("tensor", 1)
-        model = pipeline_module(seed, stages=stages, tensor=tensor, method=told.get("method", "uniform"))
+        method, width = told.get("method", "uniform"), told.get("width", 7)
+        model = pipeline_module(seed, stages=stages, tensor=tensor, method=method, width=width)
     elif kind == "tensor":
         grid = Grid(told.get("tensor", 2))
         model = TensorModel(grid, seed)

@@ -158,45 +158,48 @@ def _of_all(own: list[str]) -> list[str]:
 
 
 def refuse(told: dict[str, Any]) -> None:
-    """`told`: ``root`` and ``cases``: [source, N, target, keyword arguments]. What each rank's load raises."""
-    for source, saved_world_size, target, options in told["cases"]:
-        if target == "module":
-            engine: Any = torch.nn.Linear(2, 2)
-        else:
-            engine = engine_of(target, seed=5)
-            before = module_state(engine)
+    """`told`: ``cases``: [path, target, keyword arguments]. What each rank's load raises; nothing may change."""
+    for path, target, options in told["cases"]:
+        split = target != "module"
+        model: Any = engine_of(target, seed=5) if split else torch.nn.Linear(2, 2)
+        before = module_state(model) if split else {}
         error = ""
         try:
-            load(f"{told['root']}/{slug(source, saved_world_size)}", State(engine), **options)
+            load(path, State(model), **options)
         except RankloadError as found:
             error = f"{type(found).__name__}: {found.message}"
-        if target != "module":
-            assert not differences(before, module_state(engine))
-        say({"source": source, "target": target, "errors": _of_all([error])})
-        del engine
+        changed = differences(before, module_state(model)) if split else []
+        say({"path": path, "target": target, "errors": _of_all([error]), "changed": _of_all(changed)})
+        del model
         gc.collect()
 
 
 def partly(told: dict[str, Any]) -> None:
-    """Weights alone, ignored keys, and a second load into the same engine. `told`: ``root``, ``source``, ``n``."""
-    path = f"{told['root']}/{slug(told['source'], told['n'])}"
-    for case in told["cases"]:
-        engine = engine_of(case["target"], seed=5)
-        part, _ = place(engine)
-        oracle = torch.load(f"{path}/oracle-{part}.pt", weights_only=True)["state"]
-        before = reported(engine, case["target"]) if engine.global_steps else module_state(engine)
-        result = load(path, State(engine), **case["options"])
+    """`told`: ``cases``: [path, target, keyword arguments, names that stay], restored without the optimizer."""
+    for path, target, options, kept in told["cases"]:
+        engine = engine_of(target, seed=5)
+        parts = [
+            torch.load(one, weights_only=True)["state"] for one in sorted(Path(path).glob("oracle-*.pt"))
+        ]
+        if SETTINGS[target]["kind"] == "pipeline":
+            # A stage may have other layers than the one that saved.
+            oracle = {name: value for part in parts for name, value in part.items()}
+        else:
+            oracle = parts[place(engine)[0]]
+        before = module_state(engine)
+        result = load(path, State(engine), **options)
         found = module_state(engine)
-        kept = [name for name in found if any(name.startswith(one) for one in case["kept"])]
-        expected = {name: before[name] if name in kept else oracle[name] for name in found}
-        problems = differences(expected, found)
+        stay = [name for name in found if name.startswith(tuple(kept))]
+        expected = {name: before[name] if name in stay else oracle[name] for name in found}
         say(
             {
-                "problems": _of_all([f"rank {RANK}: {problem}" for problem in problems]),
-                "kept": len(_of_all(kept)),
+                "path": path,
+                "target": target,
+                "problems": _of_all([f"rank {RANK}: {one}" for one in differences(expected, found)]),
+                "stay": len(_of_all(stay)),
+                "compared": len(_of_all(list(found))),
                 "steps": engine.global_steps,
                 "files": sorted(Path(file.name).name for file in result.receipt.files),
-                "restored": list(result.receipt.restored),
             }
         )
         del engine
