@@ -97,7 +97,7 @@ def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
     """Composer's archives of a ZeRO job: one a saved rank, the first with what all ranks need."""
     source = ArchiveSource(opening, file)
     with opening.watch.stage("read first"):
-        zero = ZeroFiles.open(source, name=file.source)
+        zero = ZeroFiles.open(source, name=file.source, opening=opening)
     gather_files(opening, zero)
     with opening.watch.stage("read states"):
         contents, whole = zero_parts(opening, zero)
@@ -107,7 +107,7 @@ def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
             indexes.append(states)
             contents = _with_composers(contents, read_layout(states.tree, file=states.name))
     return opened(
-        opening, file.source, "composer-zero", contents, zero.world_size, indexes, source.files, whole,
+        opening, file.source, "composer-zero", contents, zero.ranks, indexes, source.files, whole, zero.position,
     )  # fmt: skip
 
 
@@ -127,11 +127,11 @@ def _open_folder(opening: Opening, located: Located, file: FetchedFile) -> Check
     shown = opening.store.describe(located.name)
     source = FolderSource(opening, located.name, file)
     with opening.watch.stage("read first"):
-        zero = ZeroFiles.open(source, name=shown)
+        zero = ZeroFiles.open(source, name=shown, opening=opening)
     gather_files(opening, zero)
     with opening.watch.stage("read states"):
         contents, whole = zero_parts(opening, zero)
     return opened(
-        opening, shown, "deepspeed", contents, zero.world_size, zero.indexes, source.files, whole,
-        rng_per_rank=zero.stage == 3,
+        opening, shown, "deepspeed", contents, zero.ranks, zero.indexes, source.files, whole, zero.position,
+        rng_per_rank=zero.stage == 3 or zero.position.layout.split,
     )  # fmt: skip

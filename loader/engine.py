@@ -91,6 +91,10 @@ def plan_engine(
             f"the engine's experts are spread over ranks ({spoken_layers(target.experts)}), and a single file does "
             "not tell which rank's they are: restore it from the folder that DeepSpeed saved"
         )
+    elif target.layout.split:
+        raise LayoutError(
+            f"the engine has {target.layout}, and the checkpoint is a single file of a whole model: it takes none"
+        )
     plan = EnginePlan(target, zero, weights_only)
     whole = unfiltered.state.get("model")
     if not isinstance(whole, Mapping):

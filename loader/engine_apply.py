@@ -176,7 +176,7 @@ def set_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> lis
             restored.append("learning rates (from the scheduler: the optimizer's files do not hold them)")
     if plan.zero is not None and "global_steps" in saved:
         engine.loaded_checkpoint_dp_world_size = plan.zero.checkpoint.world_size
-        engine.loaded_checkpoint_mp_world_size = 1
+        engine.loaded_checkpoint_mp_world_size = plan.target.layout.parts
     return restored
 
 

@@ -20,10 +20,14 @@ def wanted_slots(
 ) -> dict[str, list[Piece]]:
     """The checkpoint's parameters to the slots of this rank that are filled from what ranks have apart.
 
-    `model` is rank 0's model file. Parameters that do not fit are left out: the plan reports them.
+    `model` is rank 0's model file; what only the optimizer's files have is wanted too. Parameters that do not fit are
+    left out: the plan reports them.
     """
     names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
-    match = match_names(model.module, names, rename)
+    in_no_layer = (
+        name for name, one in checkpoint.parameters.items() if name not in model.module and not one.frozen
+    )
+    match = match_names([*model.module, *in_no_layer], names, rename)
     wanted: dict[str, list[Piece]] = {}
     for saved_name, name in match.target_of.items():
         first = target.aliases.get(name, name)
@@ -32,7 +36,7 @@ def wanted_slots(
             continue
         slots = wanted.setdefault(parameter.name, [])
         slots += [slot for _, slot in target.slots_of.get(first, ())]
-        saved = model.module[saved_name]
+        saved = model.module.get(saved_name)
         # In another precision than saved, what the module computes with is cast from the fp32 masters.
         whole = isinstance(saved, LazyTensor) and saved.dtype == target.dtypes[first]
         if checkpoint.partitioned or not whole:

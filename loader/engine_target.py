@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 
 from .engine_experts import expert_layers
 from .engine_flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
+from .engine_parallel import engine_position, unsaved_prefixes
 from .errors import LayoutError
 from .intervals import Piece, Place
+from .model_parallel import UNSPLIT, ParallelLayout
 from .zero_experts import ExpertLayer
 from .zero_layout import share_pieces
 from .zero_model_states import Shape
@@ -65,6 +66,8 @@ class EngineTarget:
     """Parameter to (index of the flat, place in it); nothing where this rank updates none of its elements."""
     experts: tuple[ExpertLayer, ...] = ()
     """The module's MoE layers: experts' names are the same on every rank, and stand for other experts."""
+    layout: ParallelLayout = UNSPLIT
+    """Into what the model is split; the names and shapes here are those of this rank's part."""
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -88,7 +91,7 @@ def is_deepspeed_engine(model: Any) -> bool:
 def engine_target(engine: Any) -> EngineTarget:
     """What `engine` holds on this rank.
 
-    Raises `LayoutError` for engines with pipeline or tensor parallelism, AutoEP, or state on NVMe.
+    Raises `LayoutError` for engines with AutoEP, with experts beside pipeline or tensor parallelism, or state on NVMe.
     """
     _refuse_other_engines(engine)
     experts = expert_layers(engine)
@@ -97,7 +100,8 @@ def engine_target(engine: Any) -> EngineTarget:
     first, aliases = _names(engine.module)
     parameters = {name: parameter for parameter, name in first}
     name_of = {id(parameter): name for parameter, name in first}
-    rank, world_size = _place(optimizer)
+    position = engine_position(engine)
+    rank, world_size = position.rank, position.world_size
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     build = {
         "zero": zero_flats,
@@ -141,19 +145,11 @@ def engine_target(engine: Any) -> EngineTarget:
         shared_memory=shared,
         slots_of={name: tuple(slots) for name, slots in slots_of.items()},
         experts=experts,
+        layout=position.layout,
     )
 
 
 def _refuse_other_engines(engine: Any) -> None:
-    pipeline = sys.modules.get("deepspeed.runtime.pipe.engine")
-    if pipeline is not None and isinstance(engine, pipeline.PipelineEngine):
-        raise LayoutError(
-            "the engine is a PipelineEngine: restoring into pipeline parallelism is not supported"
-        )
-    if getattr(engine, "mp_world_size", 1) > 1:
-        raise LayoutError(
-            f"the engine is tensor-parallel over {engine.mp_world_size} ranks, which is not supported"
-        )
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise LayoutError(
@@ -178,14 +174,6 @@ def _kind(optimizer: Any) -> Kind:
     if isinstance(optimizer, torch.optim.Optimizer):
         return "plain"
     raise LayoutError(f"the engine's optimizer is a {name}, which rankload does not know how to restore")
-
-
-def _place(optimizer: Any) -> tuple[int, int]:
-    """This rank within the group that partitions, and its size."""
-    group = getattr(optimizer, "dp_process_group", None)
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
 def _names(module: torch.nn.Module) -> tuple[list[tuple[torch.Tensor, str]], dict[str, str]]:
@@ -251,8 +239,11 @@ def _module_rest(
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     buffers: dict[str, torch.Tensor] = {}
     extra = []
+    unsaved = unsaved_prefixes(module)
     for prefix, part in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
+        if dot.startswith(unsaved):
+            continue
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 buffers[dot + name] = buffer

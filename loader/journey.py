@@ -29,7 +29,7 @@ from .partial import after_first_change, partial_once_begun
 from .proof import make_receipt
 from .receipt import Receipt, log_receipt
 from .restore_target import apply_restore
-from .rng import RngState, complete_states, decode, encode
+from .rng import RngState, accepted, complete_states, offered
 from .stopwatch import Stopwatch
 from .timestamps import agree_on_timestamp
 from .trace import trace_events, write_trace
@@ -241,12 +241,10 @@ def _rng(
     saved = checked.rng
     with watch.lap("rng"):
         if checkpoint.rng_per_rank and not request.weights_only:
-            # Each saved rank's file has its own (or, gathered by the job that saved, all of them), which the same
-            # rank here has read; ranks beyond those have none. A rank without one keeps all from having them.
-            own = saved[min(session.topology.rank, len(saved) - 1)] if saved else None
-            each = session.channel.gather_bytes("rng", encode(own) if own else b"")
-            each = each[: checkpoint.saved_world_size]
-            saved = [decode(state) for state in each] if all(each) else None
+            # Each saved rank's file has its own (or, gathered by the job that saved, all of them), which this rank has
+            # read where it stands as the saved one did; the others have none.
+            own = offered(saved, session.topology.rank, single=checkpoint.own_rng)
+            saved = accepted(session.channel.gather_bytes("rng", own))
     if not saved:
         return None, ()
     states, derived = complete_states(saved, session.topology.world_size, checked.contents.rank_zero_seed)

@@ -10,6 +10,7 @@ from ..distributed.session import Session
 from .arguments import LoadRequest
 from .cache import NodeCache
 from .fetch import Fetched, FetchedFile, fetch_files
+from .model_parallel import Position
 from .monolithic import Contents
 from .receipt import FileRecord
 from .remote_files import RemoteFiles
@@ -40,6 +41,8 @@ class Checkpoint:
     zero: ZeroContents | None = None
     rng_per_rank: bool = False
     """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
+    own_rng: bool = True
+    """Where they are so: whether there is one of this rank's."""
     notes: tuple[str, ...] = ()
     """What the receipt is to say besides."""
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +107,7 @@ def opened(
     indexes: list[FileIndex],
     files: list[FetchedFile],
     zero: ZeroContents | None = None,
+    position: Position | None = None,
     *,
     rng_per_rank: bool = False,
 ) -> Checkpoint:
@@ -125,15 +129,27 @@ def opened(
         None if in_place else opening.cache.folder,
         zero,
         rng_per_rank,
-        _notes(opening, zero),
+        _own_rng(zero, position),
+        _notes(opening, zero, position),
         {file.source: file.path for file in files},
     )
 
 
-def _notes(opening: Opening, zero: ZeroContents | None) -> tuple[str, ...]:
-    world_size = opening.session.topology.world_size
-    if zero is None or not zero.optims or zero.checkpoint.world_size == world_size:
+def _own_rng(zero: ZeroContents | None, position: Position | None) -> bool:
+    """Below stage 3 only the first data-parallel rank's was kept, of each part of the model."""
+    if zero is None or position is None:
+        return True
+    return position.rank < (zero.checkpoint.world_size if zero.checkpoint.partitioned else 1)
+
+
+def _notes(opening: Opening, zero: ZeroContents | None, position: Position | None) -> tuple[str, ...]:
+    if zero is None or position is None:
         return ()
-    if not zero.checkpoint.stage:
+    split = (f"each rank restores its own part of the model: {position.layout}",) * position.layout.split
+    return (*split, *_resharded(opening, zero, position.world_size))
+
+
+def _resharded(opening: Opening, zero: ZeroContents, world_size: int) -> tuple[str, ...]:
+    if not zero.optims or zero.checkpoint.world_size == world_size or not zero.checkpoint.stage:
         return ()
     return (f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks",)

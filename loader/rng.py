@@ -192,3 +192,23 @@ def decode(payload: bytes) -> RngState:
     except (TypeError, ValueError, IndexError) as error:
         raise CorruptError(f"a rank sent an RNG state that cannot be read: {error}") from error
     return state
+
+
+_LACKING = b"-"
+
+
+def offered(saved: Sequence[RngState | None] | None, rank: int, *, single: bool) -> bytes:
+    """What `rank` tells the others of the states in the files that it read, for `accepted`.
+
+    A list of several is of all ranks; one of one entry is this rank's own where `single` says so.
+    """
+    alone = saved is None or len(saved) < 2
+    if not (single if alone else rank < len(saved or ())):
+        return b""
+    own = saved[0 if alone else rank] if saved else None
+    return encode(own) if own else _LACKING
+
+
+def accepted(each: Sequence[bytes]) -> list[RngState | None] | None:
+    """The states by rank, None at ranks that are to have none. A rank that lacks its own keeps all from theirs."""
+    return None if _LACKING in each else [decode(state) if state else None for state in each]

@@ -151,7 +151,7 @@ def zero_tree(
 def _model(contents: ZeroContents, model: ModelStates) -> dict[str, Any]:
     checkpoint = contents.checkpoint
     if not checkpoint.partitioned:
-        return dict(model.module)
+        return {**_in_no_layer(contents, model), **model.module}
     found: dict[str, Any] = {}
     for name, value in model.module.items():
         parameter = checkpoint.find(name)
@@ -166,6 +166,18 @@ def _model(contents: ZeroContents, model: ModelStates) -> dict[str, Any]:
             found[name] = value
         # What remains are the empty stand-ins of frozen parameters that were left out when saving.
     return found
+
+
+def _in_no_layer(contents: ZeroContents, model: ModelStates) -> dict[str, ShardedTensor]:
+    """Parameters of a pipeline that no layer file has, from their masters."""
+    checkpoint = contents.checkpoint
+    if not contents.optims or not checkpoint.stage:
+        return {}
+    return {
+        name: ShardedTensor(name, MASTER, "float32", parameter.shape, tuple(checkpoint.pieces(name)))
+        for name, parameter in checkpoint.parameters.items()
+        if not parameter.frozen and name not in model.module
+    }
 
 
 def _optimizer(contents: ZeroContents, optim: OptimStates) -> dict[str, Any]:

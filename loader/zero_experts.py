@@ -68,7 +68,7 @@ def optimizer_file(layers: Sequence[ExpertLayer]) -> str:
     return expert_optim_file(max(layers, key=lambda layer: layer.ep_size).ep_rank)
 
 
-def check_layers(model: ModelStates, layers: Sequence[ExpertLayer], *, weights_only: bool = False) -> None:
+def check_experts(model: ModelStates, layers: Sequence[ExpertLayer], *, weights_only: bool = False) -> None:
     """Raises `LayoutError` where the checkpoint's MoE layers have other experts than this job's `layers`.
 
     The expert-parallel size that saved is told by the optimizer's files alone, and compared in `group_ranks`;

@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"
-"""The model file of stages 0 to 2: one for all ranks."""
+"""The model file of stages 0 to 2: one for all ranks (of a model that is not split)."""
 
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
 """Files, relative to the tag folder, that tell a universal checkpoint: it has native-looking model files too."""
 
 
-def model_file(rank: int, *, partitioned: bool) -> str:
-    """The model file that saved rank `rank` needs; `partitioned` tells stage 3, where each rank has its own."""
-    return f"zero_pp_rank_{rank}_{WHOLE_MODEL_FILE}" if partitioned else WHOLE_MODEL_FILE
+def model_file(rank: int, *, partitioned: bool, part: int = 0) -> str:
+    """The model file that saved rank `rank` needs; `partitioned` tells stage 3, where each rank has its own.
+
+    `part` is that of a model which is split over pipeline stages or tensor-parallel ranks (``mp_rank``).
+    """
+    name = f"mp_rank_{part:02d}_model_states.pt"
+    return f"zero_pp_rank_{rank}_{name}" if partitioned else name
 
 
 def expert_file(layer: int, expert: int) -> str:
@@ -39,10 +43,10 @@ class OptimNaming:
     legacy: bool = False
     """Without the underscore before ``optim_states``."""
 
-    def name(self, rank: int) -> str:
+    def name(self, rank: int, part: int = 0) -> str:
         """The optimizer file of saved rank `rank`."""
         joint = "" if self.legacy else "_"
-        return f"{self.prefix}zero_pp_rank_{rank}_mp_rank_00{joint}optim_states.pt"
+        return f"{self.prefix}zero_pp_rank_{rank}_mp_rank_{part:02d}{joint}optim_states.pt"
 
 
 def optim_namings(*, bf16: bool | None = None) -> Iterator[OptimNaming]:
@@ -75,9 +79,9 @@ class Needed:
     def __bool__(self) -> bool:
         return bool(self.models or self.optims or self.experts)
 
-    def files(self, *, partitioned: bool, naming: OptimNaming | None) -> tuple[str, ...]:
+    def files(self, *, partitioned: bool, naming: OptimNaming | None, part: int = 0) -> tuple[str, ...]:
         """Names, relative to the tag folder; models first, in the order of ranks."""
-        names = [model_file(rank, partitioned=partitioned) for rank in sorted(self.models)]
+        names = [model_file(rank, partitioned=partitioned, part=part) for rank in sorted(self.models)]
         if naming is not None:
-            names += [naming.name(rank) for rank in sorted(self.optims)]
+            names += [naming.name(rank, part) for rank in sorted(self.optims)]
         return tuple(dict.fromkeys([*names, *sorted(self.experts)]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import FormatError, LayoutError
+from .model_parallel import UNSPLIT, ParallelLayout, saved_layout
 from .values import LazyTensor
 from .zero_fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
 
@@ -39,7 +40,9 @@ class ModelStates:
     world_size: int
     """Data-parallel ranks that saved."""
     module: dict[str, Any]
-    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty."""
+    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty.
+
+    Nothing for a pipeline's stage until its layers' files were read (`zero_layers`)."""
     buffer_names: frozenset[str]
     param_shapes: tuple[dict[str, Shape], ...] | None
     """Per (sub)group, in the order of the flat tensors; None at stage 0."""
@@ -70,22 +73,25 @@ class ModelStates:
     """Names of MoE layers to what this rank takes of them, once `module` has its experts (`with_experts`)."""
     optimizer_file: str = ""
     """Where `optimizer` came from, if not from this file."""
+    layout: ParallelLayout = UNSPLIT
+    """The model's, of which this file tells one part."""
 
 
 def read_model_states(tree: Any, *, file: str) -> ModelStates:
     """The file whose pickle is `tree`; `file` is what messages call it.
 
-    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for pipeline and tensor-parallel ones,
-    which are not supported, and `CorruptError` where what it holds cannot be. The experts of a mixture of experts
-    are in files of their own (`zero_experts`).
+    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for experts of kinds that are not known, and
+    `CorruptError` where what it holds cannot be. The experts of a mixture of experts are in files of their own
+    (`zero_experts`), and so are the layers of a pipeline (`zero_layers`).
     """
     if not isinstance(tree, Mapping) or "module" not in tree or "dp_world_size" not in tree:
         raise FormatError(
             f"{file}: expected a DeepSpeed model_states file with 'module' and 'dp_world_size'", path=file
         )
     top = Field(file)
-    _refuse_other_layouts(tree, top)
-    module = {a_name(k, top.at("module")): v for k, v in a_mapping(tree["module"], top.at("module")).items()}
+    layout = saved_layout(tree, top)
+    own = {} if layout.pipeline else a_mapping(tree["module"], top.at("module"))
+    module = {a_name(k, top.at("module")): v for k, v in own.items()}
     buffers = frozenset(
         a_name(name, top.at("buffer_names"))
         for name in a_sequence(tree.get("buffer_names") or [], top.at("buffer_names"))
@@ -112,26 +118,12 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         skipped_steps=a_count(tree.get("skipped_steps"), top.at("skipped_steps")),
         bf16=_bf16(config),
         configured_stage=_stage(config),
-        partitioned=_is_partitioned(module, shapes, top),
+        partitioned=not layout.pipeline and _is_partitioned(module, shapes, top),
         client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
         num_experts=_num_experts(tree, top),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
+        layout=layout,
     )
-
-
-def _refuse_other_layouts(tree: Mapping[Any, Any], top: Field) -> None:
-    file = top.file
-    if tree["module"] is None:
-        raise LayoutError(
-            f"{file} was saved by a pipeline-parallel job (its module is in layer files), which is not supported",
-            path=file,
-        )
-    tensor_parallel = a_count(tree.get("mp_world_size", 1), top.at("mp_world_size"), least=1)
-    if tensor_parallel > 1:
-        raise LayoutError(
-            f"{file} was saved with tensor parallelism (mp_world_size {tensor_parallel}), which is not supported",
-            path=file,
-        )
 
 
 def _num_experts(tree: Mapping[Any, Any], top: Field) -> tuple[int, ...]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .engine import engine_classes, engine_target, is_deepspeed_engine, name_parameters
 from .engine_experts import expert_layers
 from .engine_needs import wanted_slots
+from .engine_parallel import engine_position, layer_files
 from .errors import NotFoundError
 from .locate import MODEL_STATES
+from .model_parallel import Position, check_layout, check_part
 from .monolithic import Contents, rng_list
 from .opening import Opening
 from .restore import optimizer_classes, scheduler_classes
 from .torch_file import FileIndex
 from .zero_contents import ZeroContents, zero_contents, zero_tree
-from .zero_experts import ExpertLayer, check_layers, optimizer_file, with_experts
+from .zero_experts import ExpertLayer, check_experts, optimizer_file, with_experts
 from .zero_files import Needed, model_file, optim_namings
+from .zero_layers import LayerFile, check_layers, read_layer, with_layers
 from .zero_layout import zero_checkpoint
 from .zero_model_states import ModelStates, read_model_states
 from .zero_needs import all_files, files_of_slots, own_files
@@ -27,35 +30,57 @@ from .zero_sources import ZeroSource
 
 @dataclass
 class ZeroFiles:
-    """Those files of a checkpoint that were read, by saved rank; the first told of all the others."""
+    """Those files of a checkpoint that were read, by saved rank; the first told of all the others.
+
+    Of a model that is split, those of this rank's part: its first model file takes the place of the one that was
+    read first.
+    """
 
     name: str
     source: ZeroSource
+    position: Position
+    """Of this rank in the job."""
+    head: ModelStates
+    """The file that was read first, which tells how the model is split."""
     models: dict[int, ModelStates] = field(default_factory=dict)
     optims: dict[int, OptimStates] = field(default_factory=dict)
     indexes: list[FileIndex] = field(default_factory=list)
-    layers: tuple[ExpertLayer, ...] = ()
+    expert_layers: tuple[ExpertLayer, ...] = ()
     """This job's MoE layers; once their files are read, the first model file has this rank's experts."""
     experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    layers: tuple[LayerFile, ...] = ()
+    """Of this rank's stage of a pipeline."""
 
     @classmethod
-    def open(cls, source: ZeroSource, *, name: str) -> ZeroFiles:
-        """Reads the first rank's model file. Raises `NotFoundError` where there is none."""
+    def open(cls, source: ZeroSource, *, name: str, opening: Opening) -> ZeroFiles:
+        """Reads the first rank's model file.
+
+        Raises `NotFoundError` where there is none, `LayoutError` where the model was split otherwise than this job's.
+        """
         for candidate in MODEL_STATES:
             found = source.find(candidate)
             if found is not None:
                 index = source.index(*found)
                 first = read_model_states(index.tree, file=found[1])
-                return cls(name, source, {0: first}, {}, [index])
+                position = _position(opening, first)
+                if position.part:
+                    return cls(name, source, position, first, {}, {}, [replace(index, storages=())])
+                return cls(name, source, position, first, {0: first}, {}, [index])
         raise NotFoundError(f"{name} has no {' or '.join(MODEL_STATES)}", path=name)
 
     @property
     def first(self) -> ModelStates:
-        return self.models[0]
+        return self.models.get(0, self.head)
 
     @property
     def world_size(self) -> int:
+        """Data-parallel ranks that saved."""
         return self.first.world_size
+
+    @property
+    def ranks(self) -> int:
+        """All ranks that saved."""
+        return self.world_size * self.first.layout.parts
 
     @property
     def stage(self) -> int:
@@ -69,9 +94,14 @@ class ZeroFiles:
         return self.stage == 3 or (self.stage > 0 and not weights_only)
 
     def fetch(self, needed: Needed, stage: str) -> None:
-        """Fetches what is `needed` and was not read. Every rank must call."""
+        """Fetches what is `needed` and was not read, and the stage's layers. Every rank must call."""
         self.source.fetch(
-            needed - self.held, stage, saved_world_size=self.world_size, partitioned=self.first.partitioned
+            needed - self.held,
+            stage,
+            saved_world_size=self.world_size,
+            partitioned=self.first.partitioned,
+            part=self.position.part,
+            layers=[layer.name for layer in self.layers],
         )
 
     def read(self, needed: Needed) -> None:
@@ -81,15 +111,20 @@ class ZeroFiles:
         """
         missing = needed - self.held
         for rank in sorted(missing.models):
-            names = [model_file(rank, partitioned=self.first.partitioned)]
+            names = [model_file(rank, partitioned=self.head.partitioned, part=self.position.part)]
             self.models[rank] = self._read(names, read_model_states)
         for rank in sorted(missing.optims):
-            names = [naming.name(rank) for naming in optim_namings(bf16=self.first.bf16)]
+            names = [naming.name(rank, self.position.part) for naming in optim_namings(bf16=self.first.bf16)]
             self.optims[rank] = self._read(names, read_optim_states)
+        if missing.models:
+            check_part(self.head, self.first)
         for name in sorted(missing.experts):
             self.experts[name] = self._read([name], lambda tree, file: (tree, file))
         if missing.experts:
-            self.models[0] = with_experts(self.first, self.layers, self.experts)
+            self.models[0] = with_experts(self.first, self.expert_layers, self.experts)
+        if self.layers and not self.first.module:
+            layers = [(layer, *self._read([layer.name], _layer)) for layer in self.layers]
+            self.models[0] = with_layers(self.first, layers)
 
     @property
     def held(self) -> Needed:
@@ -112,23 +147,41 @@ class ZeroFiles:
         )
 
 
+def _layer(tree: Any, *, file: str) -> tuple[dict[str, Any], str]:
+    return read_layer(tree, file=file), file
+
+
+def _position(opening: Opening, first: ModelStates) -> Position:
+    """Where this rank stands among those that read the same files."""
+    model, topology = getattr(opening.request.state, "model", None), opening.session.topology
+    live = is_deepspeed_engine(model)
+    position = engine_position(model) if live else Position(topology.rank, topology.world_size)
+    if opening.request.weights_only and position.layout.has_layers_of(first.layout):
+        # All weights are in the layers' files, which do not depend on the stages.
+        return replace(position, part=0)
+    check_layout(first.layout, first.file, position.layout, engine=live)
+    return position
+
+
 def gather_files(opening: Opening, zero: ZeroFiles) -> None:
     """Fetches and reads all files that this rank restores from. Every rank must call.
 
     A DeepSpeed engine tells which elements it holds on this rank, so it gets the files of those saved ranks that
     have them: in two steps, see `zero_needs`. Any other target gets those of all saved ranks.
     """
-    request, topology, watch = opening.request, opening.session.topology, opening.watch
+    request, position, watch = opening.request, zero.position, opening.watch
     with_optimizer = zero.has_optimizer_files(weights_only=request.weights_only)
     partitioned, saved = zero.first.partitioned, zero.world_size
     if with_optimizer:
         zero.source.locate_optimizer(bf16=zero.first.bf16)
     engine = getattr(request.state, "model", None)
     experts = _expert_files(opening, zero)
+    if position.layout.pipeline:
+        zero.layers = layer_files(request.state.model.module)
     if is_deepspeed_engine(engine):
         needed = own_files(
-            topology.rank,
-            topology.world_size,
+            position.rank,
+            position.world_size,
             saved,
             partitioned=partitioned,
             with_optimizer=with_optimizer,
@@ -142,7 +195,10 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
         zero.read(needed)
         if with_optimizer and is_deepspeed_engine(engine):
             layout = zero_checkpoint(zero.first, zero.optims[min(zero.optims)])
-            slots = wanted_slots(engine_target(engine), layout, zero.first, request.options.rename)
+            target = engine_target(engine)
+            if position.layout.pipeline and not request.options.rename:
+                check_layers(zero.first, target.owned)
+            slots = wanted_slots(target, layout, zero.first, request.options.rename)
             rest = files_of_slots(layout, slots) - zero.held
     if opening.session.channel.decide("further files", bool(rest), any):
         zero.fetch(rest, "fetch others")
@@ -157,17 +213,17 @@ def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
     if not zero.first.num_experts and not (live and getattr(engine, "has_moe_layers", False)):
         return Needed(frozenset())
     with opening.watch.stage("experts"):
-        zero.layers = expert_layers(engine) if live else ()
-        check_layers(zero.first, zero.layers, weights_only=opening.request.weights_only)
-    names = {name for layer in zero.layers for name in layer.files}
+        zero.expert_layers = expert_layers(engine) if live else ()
+        check_experts(zero.first, zero.expert_layers, weights_only=opening.request.weights_only)
+    names = {name for layer in zero.expert_layers for name in layer.files}
     if not zero.stage and not opening.request.weights_only:
-        names.add(optimizer_file(zero.layers))
+        names.add(optimizer_file(zero.expert_layers))
     return Needed(frozenset(), frozenset(), frozenset(names))
 
 
 def zero_parts(opening: Opening, zero: ZeroFiles) -> tuple[Contents, ZeroContents]:
     """Contents and layout of the files that were read."""
-    request, rank = opening.request, opening.session.topology.rank
+    request, rank = opening.request, zero.position.rank
     whole = zero_contents(zero.models, zero.optims, weights_only=request.weights_only)
     model = getattr(request.state, "model", None)
     if is_deepspeed_engine(model):

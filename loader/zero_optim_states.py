@@ -147,6 +147,12 @@ def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
     """
     top = Field(file).at("optimizer")
     outer = a_mapping(tree, top)
+    if "single_partition_of_fp32_groups" in outer:
+        raise LayoutError(
+            f"{file}: stage 0 with BF16_Optimizer (a bf16 pipeline), whose files do not tell its parameters, is not "
+            "supported: load the weights only, and save at stage 1 from then on",
+            path=file,
+        )
     masters: list[LazyTensor] | None = None
     inner, place = outer, top
     if "optimizer_state_dict" in outer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .errors import LayoutError, NotFoundError
@@ -34,8 +35,20 @@ class ZeroSource(Protocol):
         Raises `NotFoundError` where rank 0 has none.
         """
 
-    def fetch(self, needed: Needed, stage: str, *, saved_world_size: int, partitioned: bool) -> None:
-        """Fetches the files of the saved ranks `needed`. Every rank must call, whatever it needs."""
+    def fetch(
+        self,
+        needed: Needed,
+        stage: str,
+        *,
+        saved_world_size: int,
+        partitioned: bool,
+        part: int = 0,
+        layers: Sequence[str] = (),
+    ) -> None:
+        """Fetches the files of the saved ranks `needed`, of the model's `part`, and those of a pipeline's `layers`.
+
+        Every rank must call, whatever it needs.
+        """
 
 
 class FolderSource:
@@ -72,9 +85,18 @@ class FolderSource:
         with self._opening.watch.lap("locate"):
             self._naming = namings[self._opening.session.channel.decide("optimizer files", None, probe)]
 
-    def fetch(self, needed: Needed, stage: str, *, saved_world_size: int, partitioned: bool) -> None:
+    def fetch(
+        self,
+        needed: Needed,
+        stage: str,
+        *,
+        saved_world_size: int,
+        partitioned: bool,
+        part: int = 0,
+        layers: Sequence[str] = (),
+    ) -> None:
         store = self._opening.store
-        names = needed.files(partitioned=partitioned, naming=self._naming)
+        names = [*needed.files(partitioned=partitioned, naming=self._naming, part=part), *layers]
         objects = {name: store.join(self._folder, name) for name in names if name not in self._found}
         fetched = self._opening.fetch(list(objects.values()), stage)
         self._found.update({name: fetched.files[path] for name, path in objects.items()})
@@ -104,7 +126,16 @@ class ArchiveSource:
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         """An archive tells what is in it."""
 
-    def fetch(self, needed: Needed, stage: str, *, saved_world_size: int, partitioned: bool) -> None:
+    def fetch(
+        self,
+        needed: Needed,
+        stage: str,
+        *,
+        saved_world_size: int,
+        partitioned: bool,
+        part: int = 0,
+        layers: Sequence[str] = (),
+    ) -> None:
         ranks = sorted((needed.models | needed.optims) - self._found.keys())
         names: dict[int, str] = {}
         with self._opening.watch.stage(f"{stage}: names"):
@@ -112,6 +143,11 @@ class ArchiveSource:
                 raise LayoutError(
                     f"{self._found[0].source}: experts (MoE) in Composer's archives are not supported; restore them "
                     "from the folder that DeepSpeed saved"
+                )
+            if part or layers:
+                raise LayoutError(
+                    f"{self._found[0].source}: pipeline stages and tensor parallelism in Composer's archives are not "
+                    "supported; restore them from the folder that DeepSpeed saved"
                 )
             names = {rank: self._name(rank, saved_world_size) for rank in ranks}
         fetched = self._opening.fetch(list(names.values()), stage)

@@ -12,7 +12,7 @@ from rankload.loader.errors import CorruptError, LayoutError
 from rankload.loader.values import InertObject
 from rankload.loader.zero_experts import (
     ExpertLayer,
-    check_layers,
+    check_experts,
     expert_ranks,
     optimizer_file,
     with_experts,
@@ -135,7 +135,7 @@ def test_stage_0_takes_the_optimizer_of_the_widest_group() -> None:
     assert optimizer_file(layers) == "expp_rank_3_mp_rank_00_optim_states.pt"
     layers = here([(4, 2)], [1])
     model = model_of(4, [(4, 2)], stage_0=optimizer)
-    check_layers(model, layers)
+    check_experts(model, layers)
     own = {"state": {}, "param_groups": groups[:1]}
     files = {**files_of(layers), optimizer_file(layers): ({"optimizer": own}, "expp.pt")}
     changed = with_experts(model, layers, files)
@@ -145,8 +145,8 @@ def test_stage_0_takes_the_optimizer_of_the_widest_group() -> None:
         with pytest.raises(
             LayoutError, match=r"groups of ep_size_2, and this job has ep_size_4 \(moe0: 4 experts"
         ):
-            check_layers(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]))
-        check_layers(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]), weights_only=True)
+            check_experts(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]))
+        check_experts(model_of(4, [(4, 2)], stage_0=wrapped), here([(4, 4)], [1]), weights_only=True)
 
 
 def test_other_experts_than_saved_are_told_with_both_layouts() -> None:
@@ -157,10 +157,10 @@ def test_other_experts_than_saved_are_told_with_both_layouts() -> None:
         ([], "this job has a module without MoE layers"),
     ):
         with pytest.raises(LayoutError, match=message):
-            check_layers(model, here(layers, [0] * len(layers)))
+            check_experts(model, here(layers, [0] * len(layers)))
     dense = read_model_states(model_tree([{"dense": (7, 3)}], 4), file="model.pt")
     with pytest.raises(LayoutError, match="was saved by a module without MoE layers, and this job has 1 MoE"):
-        check_layers(dense, here([(4, 2)], [0]))
+        check_experts(dense, here([(4, 2)], [0]))
 
 
 def test_another_expert_parallel_size_is_told_with_both() -> None:

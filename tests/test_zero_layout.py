@@ -306,10 +306,11 @@ def _set(*path: Any, to: Any) -> Callable[[Any], None]:
         (_set("shared_params", to=["a"]), CorruptError, "shared_params"),
         (_set("global_steps", to=-1), CorruptError, "global_steps"),
         (_set("global_steps", to="3"), CorruptError, "global_steps"),
-        (_set("module", to=None), LayoutError, "pipeline"),
-        (_set("mp_world_size", to=2), LayoutError, "tensor parallelism"),
         (_set("num_experts", to=4), LayoutError, "older DeepSpeed"),
         (_set("num_experts", to=[0]), CorruptError, "num_experts holds 0"),
+        (_set("module", to=[]), CorruptError, "module holds a list"),
+        (_set("mp_world_size", to=0), CorruptError, "mp_world_size holds 0"),
+        (_set("checkpoint_parallel_dimensions", to={"pp_degree": 0}), CorruptError, "pp_degree holds 0"),
     ],
 )
 def test_model_files_that_cannot_be_are_refused(
