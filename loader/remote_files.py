@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 HEAD_AND_TAIL_BYTES = 256 << 10
 """What is read of a file at first from each end: its pickle and its directory, mostly."""
 SLOT = "parts"
+_NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
+"""Names of what comes whole, so that the store need not be asked what it can do."""
 
 
 class RemoteFiles:
@@ -64,6 +66,8 @@ class RemoteFiles:
         Called from several threads. Raises as the store and `read_index` do.
         """
         described = store.describe(info.name)
+        if info.name.endswith(_NO_TORCH_ZIP) or 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
+            return None
         source = self._source(store, info)
         if source is None:
             return None
