@@ -75,12 +75,12 @@ $(CLIENTS): $(STAMP)
 	touch $@
 
 # All that .venv has, and before it the older DeepSpeed.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(OLDER)/.installed: $(STAMP) constraints-older.txt
 	rm -rf $(OLDER)
 	$(BIN)/python -m venv --without-pip $(OLDER)
-	site=$$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-		&& DS_BUILD_OPS=0 $(PIP) install -q --disable-pip-version-check --no-build-isolation --no-deps \
-			--target $$site -r constraints-older.txt \
-		&& $(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
-			> $$site/newer.pth
+	DS_BUILD_OPS=0 $(PIP) install -q --disable-pip-version-check --no-build-isolation --no-deps \
+		--target "$$($(OLDER)/bin/python $(PURELIB))" -r constraints-older.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(OLDER)/bin/python $(PURELIB))/newer.pth"
 	touch $@
