@@ -4,6 +4,7 @@ from __future__ import annotations
 
 START = 4
 MOST = 32
+GROWTH = 3
 WINDOWS_S = (0.08, 0.16, 0.32, 0.48)
 """How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
 longer ones, since distant servers are slow to start."""
@@ -11,15 +12,17 @@ SETTLE_S = 0.03
 """Left out of the judgement after a change."""
 WORTH = 0.4
 """The share of what more connections would bring, if each brought as much as those before, that keeps them."""
-HOLD_S = 3.0
-"""How long the best number is kept until more are tried again; doubled with each try that brought nothing."""
+AS_GOOD = 0.95
+"""The share of the rate that fewer connections must bring to be kept."""
+HOLD_S = 2.0
+"""How long the best number is kept until another is tried; doubled with each try that brought nothing."""
 MAX_HOLD_S = 60.0
 SPARE_S = 1.0
 """After a server said that it has too much to do, for so long it is not taken to say so again."""
 
 
 class Pace:
-    """Doubles the connections while that brings more, goes back where it does not, and tries again later."""
+    """Multiplies the connections while that brings more, goes back where it does not, and looks again later."""
 
     def __init__(self, start: int = START, most: int = MOST) -> None:
         self.most = max(1, most)
@@ -33,6 +36,7 @@ class Pace:
         self._holds_until = 0.0
         self._hold_s = HOLD_S
         self._spared_until = 0.0
+        self._tries_fewer = False
 
     def observe(self, now: float, arrived_bytes: int) -> int:
         """The number of connections from `now` on; `arrived_bytes` is the sum since the beginning."""
@@ -49,11 +53,13 @@ class Pace:
         if self._kept is None:
             self._keep(rate, now)
         elif self.limit > self._kept[0]:
-            self._judge(rate, self._kept, now)
+            self._judge_more(rate, self._kept, now)
+        elif self.limit < self._kept[0]:
+            self._judge_fewer(rate, self._kept, now)
         else:
             self._kept = (self.limit, rate)
             if now >= self._holds_until:
-                self._try_more(now)
+                self._try_another(now)
         return self.limit
 
     def throttled(self, now: float) -> None:
@@ -65,7 +71,7 @@ class Pace:
         self._kept = (self.limit, 0.0)
         self._hold(now)
 
-    def _judge(self, rate: float, kept: tuple[int, float], now: float) -> None:
+    def _judge_more(self, rate: float, kept: tuple[int, float], now: float) -> None:
         n_kept, kept_rate = kept
         if rate >= kept_rate * (1 + WORTH * (self.limit / n_kept - 1)):
             self._hold_s = HOLD_S
@@ -76,13 +82,31 @@ class Pace:
             self._change(n_kept, now)
             self._hold(now)
 
+    def _judge_fewer(self, rate: float, kept: tuple[int, float], now: float) -> None:
+        n_kept, kept_rate = kept
+        if rate < kept_rate * AS_GOOD:
+            self._change(n_kept, now)
+            self._hold(now)
+        elif self._window + 1 < len(WINDOWS_S):
+            self._window += 1
+        else:
+            self._kept = (self.limit, rate)
+            self._hold(now)
+
     def _keep(self, rate: float, now: float) -> None:
         self._kept = (self.limit, rate)
-        self._try_more(now)
-
-    def _try_more(self, now: float) -> None:
         if self.limit < self.most:
-            self._change(min(self.most, self.limit * 2), now)
+            self._change(min(self.most, self.limit * GROWTH), now)
+        else:
+            self._hold(now)
+
+    def _try_another(self, now: float) -> None:
+        """Fewer and more by turns: what was judged in haste, or has changed, comes right."""
+        self._tries_fewer = not self._tries_fewer
+        if self.limit > self._start and (self._tries_fewer or self.limit == self.most):
+            self._change(max(self._start, self.limit // GROWTH), now)
+        elif self.limit < self.most:
+            self._change(min(self.most, self.limit * GROWTH), now)
 
     def _hold(self, now: float) -> None:
         # A longer window tells the held number's rate better.
