@@ -44,7 +44,21 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in (1, 3):
         with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
             archive.extractall(target, filter="data")
+    save_larger(target / "larger.pt")
     return root
+
+
+def save_larger(path: Path) -> None:
+    """A file of which a load of weights takes a third: large enough to be fetched in parts."""
+    import torch
+    from rankload.loader import State
+
+    torch.manual_seed(3)
+    module = torch.nn.Linear(512, 1024)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(2, 512)).sum().backward()
+    optimizer.step()
+    torch.save({"state": State(module, optimizer).state_dict()}, path)
 
 
 @pytest.fixture(scope="session")

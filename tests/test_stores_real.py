@@ -134,6 +134,21 @@ def test_composers_single_file(place: Place, options: dict[str, Any], served_fol
         assert secret not in json.dumps(result.receipt.as_dict())
 
 
+def test_parts_of_a_larger_file(place: Place, options: dict[str, Any], served_folder: Path) -> None:
+    whole = torch.load(served_folder / "checkpoints" / "larger.pt", weights_only=False)
+    model = torch.nn.Linear(512, 1024)
+    result = load(f"{place.base}/larger.pt", State(model), load_weights_only=True, options=options)
+    for key, value in whole["state"]["model"].items():
+        assert torch.equal(model.state_dict()[key], value), key
+    (file,) = result.receipt.files
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    assert weights <= file.fetched_bytes <= weights + (600 << 10) < file.size_bytes // 2
+    optimizer = torch.optim.Adam(model.parameters())
+    load(f"{place.base}/larger.pt", State(model, optimizer), options=options)
+    saved = whole["state"]["optimizers"]["Adam"]["state"]
+    assert torch.equal(optimizer.state[model.weight]["exp_avg_sq"], next(iter(saved.values()))["exp_avg_sq"])
+
+
 def test_composers_archives_of_each_rank(place: Place, options: dict[str, Any], served_folder: Path) -> None:
     folder = "composer-zero1-w2"
     told = json.loads((served_folder / "checkpoints" / folder / "expected.json").read_text())
