@@ -68,8 +68,12 @@ _IN_FRONT = """
       proxy_http_version 1.1;
       proxy_set_header Connection "";
       proxy_set_header Host $http_host;
-      proxy_buffering off;
+      proxy_buffer_size 64k;
+      proxy_buffers 16 256k;
+      proxy_busy_buffers_size 1m;
+      proxy_max_temp_file_size 0;
       proxy_request_buffering off;
+      limit_rate {limit};
     }}
 """
 _SSHD = """
@@ -189,10 +193,13 @@ def nginx(folder: Path, work: Path, *, limit_rate: int = 90_000_000) -> Iterator
 
 
 @contextlib.contextmanager
-def counted(endpoint: str, work: Path) -> Iterator[Nginx]:
-    """nginx in front of the server at `endpoint`, counting. Signatures stay good: the Host is passed on."""
+def counted(endpoint: str, work: Path, *, limit_rate: int = 0) -> Iterator[Nginx]:
+    """nginx in front of the server at `endpoint`, counting. Signatures are good where they are made for its URL.
+
+    Each answer gets at most `limit_rate` bytes a second; 0: as many as there are.
+    """
     work = _folder(work, "front")
-    with _nginx(work, _IN_FRONT.format(behind=endpoint)) as port:
+    with _nginx(work, _IN_FRONT.format(behind=endpoint, limit=limit_rate)) as port:
         yield Nginx(f"http://127.0.0.1:{port}", work / "access.log")
 
 
