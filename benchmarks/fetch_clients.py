@@ -20,6 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from rankload.loader.range_engine import Reading, read_ranges
+from rankload.loader.range_open import open_range_source
+from rankload.loader.range_targets import FileTarget, MemoryTarget, Target
+from rankload.loader.ranges import ByteRange
+from rankload.loader.store import open_store
+
 CHUNK = 8 << 20
 DISCARD = "/dev/null"
 Fetch = Callable[[], object]
@@ -42,19 +48,45 @@ class Place:
 
 
 def fetch_ours(place: Place, target: str) -> Fetch:
-    """rankload's own way from a store into a file. THE place to change when that way changes."""
-    from rankload.loader.store import open_store
+    """rankload's own way from a store into a node's file."""
+    return _ours(place, lambda: FileTarget(target, place.size))
 
+
+def ours_into_buffer(place: Place, target: str) -> Fetch:
+    """The same into memory that is there already."""
+    buffer = touched(place.size)
+    return _ours(place, lambda: MemoryTarget([(0, memoryview(buffer))]))
+
+
+def _ours(place: Place, make_target: Callable[[], Target]) -> Fetch:
     store, name = open_store(place.url, storage_options=place.options)
-    return lambda: store.download(name, target, lambda n_bytes: None, store.stat(name))
+    info = store.stat(name)
+    if info is None:
+        raise SystemExit(f"{place.url} is not there")
+
+    def fetch() -> None:
+        source = open_range_source(store, info)
+        if source is None:
+            raise SystemExit(f"{place.url} does no ranges")
+        target = make_target()
+        read_ranges([Reading(source, [ByteRange(0, place.size)], target)], lambda n_bytes: None)
+        source.close()
+
+    return fetch
+
+
+def touched(size: int) -> mmap.mmap:
+    """Memory whose pages the kernel has made."""
+    buffer = mmap.mmap(-1, size)
+    for offset in range(0, size, mmap.PAGESIZE):
+        buffer[offset] = 1
+    return buffer
 
 
 def raw_into_buffer(place: Place, target: str) -> Fetch:
     """The limit: threads that read ranges into memory that is there already, and do nothing else."""
-    buffer = mmap.mmap(-1, place.size)
-    for offset in range(0, place.size, mmap.PAGESIZE):
-        buffer[offset] = 1
-    return lambda: read_ranges(place, memoryview(buffer))
+    buffer = touched(place.size)
+    return lambda: raw_ranges(place, memoryview(buffer))
 
 
 def raw_into_file(place: Place, target: str) -> Fetch:
@@ -63,12 +95,12 @@ def raw_into_file(place: Place, target: str) -> Fetch:
     def fetch() -> None:
         with open(target, "w+b") as file:
             file.truncate(place.size)
-            read_ranges(place, memoryview(mmap.mmap(file.fileno(), place.size)))
+            raw_ranges(place, memoryview(mmap.mmap(file.fileno(), place.size)))
 
     return fetch
 
 
-def read_ranges(place: Place, buffer: memoryview) -> None:
+def raw_ranges(place: Place, buffer: memoryview) -> None:
     parts = urlsplit(place.plain_url)
     path = f"{parts.path}?{parts.query}" if parts.query else parts.path
     starts = itertools.count(0, CHUNK)
@@ -210,7 +242,8 @@ def _program(command: list[str], variables: dict[str, str] | None = None) -> Fet
 CLIENTS: dict[str, tuple[Callable[[Place, str], Fetch], str, str, str | None]] = {
     "raw limit": (raw_into_buffer, "memory, made before", "http s3", None),
     "raw limit, new file": (raw_into_file, "/dev/shm", "http s3", None),
-    "**rankload**": (fetch_ours, "/dev/shm", "http s3", None),
+    "**rankload**": (ours_into_buffer, "memory, made before", "http s3", None),
+    "**rankload**, new file": (fetch_ours, "/dev/shm", "http s3", None),
     "fsspec `get_file`": (fsspec_get_file, "/dev/shm", "http", None),
     "s3fs `get_file`": (fsspec_get_file, "/dev/shm", "s3", "s3fs"),
     "boto3 transfer manager": (boto3_transfer, "/dev/shm", "s3", "boto3"),

@@ -157,7 +157,8 @@ def _obtain_remote(
                 path=described,
             )
         raw = f"{target}.download"
-        store.download(info.name, raw, told[0], info)
+        if remote is None or not remote.download(store, info, raw, told[0]):
+            store.download(info.name, raw, told[0], info)
         fetched = os.path.getsize(raw)
         details = _prepare(raw, target, described, cache, told[1])
         if not details:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from .cache_records import product_name
 from .errors import RankloadError
 from .http_connections import Connections
-from .range_engine import ReadReport, read_ranges
+from .range_engine import Reading, ReadReport, read_ranges
 from .range_open import open_range_source
 from .range_source import RangeSource, TryAgainError
+from .range_targets import FileTarget
 from .ranges import ByteRange
 from .remote_file import RemoteFile
 from .sniff import HEAD_BYTES, sniff
@@ -92,6 +93,28 @@ class RemoteFiles:
             elif source is not None:
                 source.close()
         return None
+
+    def download(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> bool:
+        """Brings a whole object into a new file at `path`; False where that is not done in ranges.
+
+        Raises as `read_ranges` does; what is at `path` then is not all of it.
+        """
+        if 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
+            return False
+        source = self._source(store, info)
+        if source is None:
+            return False
+        try:
+            if not source.has_ranges:
+                return False
+            target = FileTarget(path, source.size_bytes)
+            try:
+                read_ranges([Reading(source, [ByteRange(0, source.size_bytes)], target)], on_bytes)
+            finally:
+                target.close()
+            return True
+        finally:
+            source.close()
 
     def stop(self) -> None:
         """Ends what is under way."""
