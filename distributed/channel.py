@@ -110,15 +110,15 @@ class Channel:
         if counters:
             courier.counters = {**courier.counters, **counters}
         courier.move()
-        self._raise_if_over()
-        try:
-            courier.check_answering()
-        except (StoreLostError, StalledError) as error:
-            raise self._end(error, courier.stage) from error
+        self.check()
 
     def check(self) -> None:
         """Raises the failure of another rank, as `progress` does, and does not say that this one moves: for waiting."""
         self._raise_if_over()
+        try:
+            self._courier.check_answering()
+        except (StoreLostError, StalledError) as error:
+            raise self._end(error, self._courier.stage) from error
 
     def counters(self) -> dict[int, dict[str, float]]:
         """The counters of `progress` by rank, as last heard of, about a second old. All ranks' on rank 0;

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 from bad_server import BadServer, Behaviour, Fault, bad_server
 from processes import run_ranks
-from rankload.loader import CorruptError, PartialRestoreError, State, gather_rng, load
+from rankload.loader import CorruptError, PartialRestoreError, RankloadError, State, gather_rng, load
 
 TESTS = Path(__file__).resolve().parent
 WIDE = 1024
@@ -162,6 +165,53 @@ def test_bytes_leave_the_server_once_per_node(
     assert [one["sums"] for one in told] == [wanted, wanted]
     assert sent <= times * MODEL_BYTES + len(nodes) * (1 << 20), (sent, told)
     assert abs(told[0]["fetched"] - sent) <= len(nodes) * 2 * 65536
+
+
+def fail(url: str, victim: str) -> None:
+    """One rank of two: tells how a load that cannot end did end, how soon, and what threads it left."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if victim == os.environ["RANK"]:
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    begin = time.monotonic()
+    try:
+        load(url, State(a_module(seed=1)), load_weights_only=True, options={"stall_timeout_s": 6})
+        told: dict[str, object] = {}
+    except RankloadError as error:
+        told = {"error": type(error).__name__, "message": str(error)}
+    left = [one.name for one in threading.enumerate() if one.name.startswith("rankload")]
+    print(json.dumps({**told, "seconds": time.monotonic() - begin, "left": left}), flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "victim", "cause"),
+    [
+        (Fault(send_only=1 << 20, ending="stall"), "", "nothing has arrived for"),
+        (Fault(status=404), "", "not there"),
+        (Fault(send_only=1 << 20, ending="stall"), "0", "was killed|ended"),
+    ],
+)
+def test_what_keeps_bytes_from_coming_ends_the_load_everywhere(
+    saved: bytes, tmp_path: Path, fault: Fault, victim: str, cause: str
+) -> None:
+    """Both ranks read while the first one fetches: a server that falls silent or loses the file, a rank that dies."""
+    behaviour = Behaviour(saved, faults=[Fault()] * 3 + [fault] * 200)
+    with bad_server({"/model.pt": behaviour}) as server:
+        finished = run_ranks(
+            f"{__file__}:fail", 2, args=(server.url("/model.pt"), victim), deadline_s=90,
+            env={"PYTHONPATH": str(TESTS), "RANKLOAD_CACHE_DIR": str(tmp_path / "cache")},
+        )  # fmt: skip
+    assert [rank.returncode for rank in finished] == [-signal.SIGKILL if victim == "0" else 0, 0], finished
+    told = [json.loads(rank.stdout.splitlines()[-1]) for rank in finished if rank.returncode == 0]
+    assert len({one["error"] for one in told}) == 1, told
+    for one in told:
+        # Lost before anything was changed, or after.
+        assert one["error"] in ("PartialRestoreError", "NotFoundError"), told
+        assert re.search(cause, one["message"]), told
+        assert one["seconds"] < 30, told
+        assert one["left"] == [], told
 
 
 def alone(url: str) -> None:
