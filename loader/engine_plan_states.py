@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .engine_plan import EnginePlan, fills_of
+from .engine_target import EngineTarget
+from .intervals import Piece, Place
 from .materialize import read_tensor
 from .values import LazyTensor
 from .zero_contents import ShardedTensor, Wanted
@@ -34,7 +36,7 @@ def plan_states(plan: EnginePlan, found: Mapping[str, str], wanted: Wanted, opti
         elif parameter is not None and not parameter.frozen and parameter.shape == target.shapes[name]:
             saved_of[name] = parameter.name
     for index, flat in enumerate(target.flats):
-        for name, slot in flat.slots:
+        for name, slot in flat.slots or _padding(target, index, saved_of):
             if name not in saved_of:
                 continue
             parameter = checkpoint.parameters[saved_of[name]]
@@ -66,6 +68,17 @@ def plan_states(plan: EnginePlan, found: Mapping[str, str], wanted: Wanted, opti
                 if _is_wanted(wanted, parameter.name, parameter.group, key):
                     plan.scalars.setdefault(index, {})[key] = value
     _plan_groups(plan, saved_of, wanted, optimizer_class)
+
+
+def _padding(target: EngineTarget, index: int, saved_of: Mapping[str, str]) -> Iterator[tuple[str, Piece]]:
+    """Nothing of one of its group's parameters, for a partition that is padding alone.
+
+    DeepSpeed's optimizer keeps state there too, and counts its steps.
+    """
+    for name in target.groups[target.flats[index].param_group]:
+        if name in saved_of:
+            yield name, Piece(Place(target.rank, index), 0, 0, 0)
+            return
 
 
 def _number(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """A small mixture of experts in a DeepSpeed engine on the CPU: MoE layers whose experts have a frozen bias and a
-buffer, beside a tied head, a frozen weight, sizes that no rank count divides, a buffer, and two parameter groups, each
-of which DeepSpeed splits once more for experts.
+buffer, beside a tied head, a frozen weight, sizes that no rank count divides, a buffer, and three parameter groups, one
+of a single element; of the others DeepSpeed makes groups of experts besides.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class MoeModel(nn.Module):
             )
             for index, (count, ep_size) in enumerate(layers)
         )  # fmt: skip
+        self.gain = nn.Parameter(torch.ones(1))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.wte.weight
         self.register_buffer("seen", torch.zeros(5))
@@ -78,7 +79,7 @@ class MoeModel(nn.Module):
             balance = balance + loss.float()
         if self.training:
             self.seen += 1
-        logits = self.head(hidden).float()
+        logits = self.head(hidden * self.gain).float()
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) + 0.01 * balance
 
 
@@ -125,6 +126,12 @@ def make_moe_engine(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1, "name": "matrices"},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "name": "vectors"},
+        {
+            "params": [p for p in trained if p.dim() < 2 and p.numel() > 1],
+            "weight_decay": 0.0,
+            "name": "vectors",
+        },
+        # On all ranks but the first, its partition is padding alone.
+        {"params": [model.gain], "weight_decay": 0.0, "name": "gain"},
     ]
     return deepspeed.initialize(model=model, model_parameters=split(own), config=settings)[0]

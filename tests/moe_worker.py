@@ -123,7 +123,7 @@ def restore(told: dict[str, Any]) -> None:
         result = load(f"{told['root']}/{name}", State(engine))
         seconds = time.perf_counter() - begin
         problems = differences(expected, report(engine, target)) + wrong_numbers(engine, oracle["numbers"])
-        problems += wrong_rng(result, 0, saved_world_size)
+        problems += wrong_rng(result, 0, saved_world_size) + without_state(engine)
         losses = train(engine, 2, rank=0, seed=LATER_DATA_SEED)
         same = (source, saved_world_size) == (target, WORLD_SIZE)
         allowed = 0.0 if same else 1e-3 if dtype_of(source) == dtype_of(target) else 2e-2
@@ -147,6 +147,17 @@ def restore(told: dict[str, Any]) -> None:
         )
         del engine, result
         gc.collect()
+
+
+def without_state(engine: Any) -> list[str]:
+    """Flat tensors of this rank, those of padding alone too, for which the optimizer was given no state."""
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    flats = [flat for group in base.param_groups for flat in group["params"]]
+    return [
+        f"no state for flat tensor {index}"
+        for index, flat in enumerate(flats)
+        if not {"step", *ADAM} <= base.state.get(flat, {}).keys()
+    ]
 
 
 def parts(told: dict[str, Any]) -> None:
