@@ -15,12 +15,12 @@ from http_server import Served, counting_server
 from processes import run_ranks
 from rankload.loader.errors import CorruptError, LayoutError
 from rankload.loader.model_parallel import UNSPLIT, ParallelLayout, check_layout, check_part, saved_layout
-from rankload.loader.values import LazyTensor, StorageRef
 from rankload.loader.zero_fields import Field
 from rankload.loader.zero_files import Needed, OptimNaming, model_file
 from rankload.loader.zero_layers import LayerFile, check_layers, read_layer, with_layers
 from rankload.loader.zero_model_states import ModelStates, read_model_states
 from test_journey import DATA, ENVIRONMENT, TESTS, needs_deepspeed
+from test_zero_layout import tensor
 
 WORKER = TESTS / "parallel_worker.py"
 ALL = pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
@@ -40,14 +40,6 @@ OTHER_SETTINGS = (
 )
 
 # --- what files tell -------------------------------------------------------------------------------------------------
-
-
-def tensor(*shape: int) -> LazyTensor:
-    numel = 1
-    for size in shape:
-        numel *= size
-    stride = tuple(1 for _ in shape) if len(shape) < 2 else (shape[1], 1)
-    return LazyTensor(StorageRef("f", 0, 4 * numel, None, "cpu", "little"), "float32", shape, stride, 0)
 
 
 def stage_states(part: int, shapes: dict[str, tuple[int, ...]], **changes: Any) -> ModelStates:
