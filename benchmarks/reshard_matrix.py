@@ -64,26 +64,41 @@ class Matrix:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard_matrix", description=__doc__)
+    parser = command_line("reshard_matrix", __doc__)
     parser.add_argument("--quick", action="store_true", help="a few settings, up to 4 ranks")
     parser.add_argument("--only", choices=("engines", "modules"))
-    parser.add_argument("--work", help="a folder that is kept, with what was saved and what was found")
-    parser.add_argument("--write", help="a Markdown file whose tables are replaced")
     arguments = parser.parse_args()
     settings = QUICK_SETTINGS if arguments.quick else tuple(SETTINGS)
     sizes = QUICK_SIZES if arguments.quick else SIZES
+    matrices = (
+        Matrix("engines", TESTS / "reshard_worker.py", settings),
+        Matrix("modules", TESTS / "reshard_modules_worker.py", TARGETS, None, letters=False),
+    )
+    wanted = [matrix for matrix in matrices if arguments.only in (None, matrix.name)]
+    tell([(matrix, settings, covering(matrix, settings, sizes)) for matrix in wanted], arguments)
+
+
+def command_line(name: str, description: str | None) -> argparse.ArgumentParser:
+    """What all of these tables' commands take."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--work", help="a folder that is kept, with what was saved and what was found")
+    parser.add_argument("--write", help="a Markdown file whose tables are replaced")
+    return parser
+
+
+def tell(
+    matrices: Iterable[tuple[Matrix, Sequence[str], Sequence[Case]]], arguments: argparse.Namespace
+) -> None:
+    """Runs the cases of each matrix, prints its table, and keeps it in the document that `arguments` names.
+
+    The sequences are settings that saved, and cases. Exits with 1 where something was not restored as it was saved.
+    """
     failed = False
     with tempfile.TemporaryDirectory(prefix="rankload-reshard-") as scratch:
         work = Path(arguments.work or scratch)
         work.mkdir(parents=True, exist_ok=True)
-        for matrix in (
-            Matrix("engines", TESTS / "reshard_worker.py", settings),
-            Matrix("modules", TESTS / "reshard_modules_worker.py", TARGETS, None, letters=False),
-        ):
-            if arguments.only not in (None, matrix.name):
-                continue
+        for matrix, settings, cases in matrices:
             begin, cpu = time.monotonic(), cpu_seconds()
-            cases = covering(matrix, settings, sizes)
             results = run(matrix, cases, work)
             text = table(matrix, settings, cases, results)
             minutes, cpu_minutes = (time.monotonic() - begin) / 60, (cpu_seconds() - cpu) / 60

@@ -7,10 +7,7 @@ As `benchmarks.reshard_matrix`; what a restore is held to is in tests/moe_worker
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +16,7 @@ sys.path.insert(0, str(TESTS))
 
 from moe_worker import SETTINGS  # noqa: E402
 
-from .published import publish  # noqa: E402
-from .reshard_matrix import Case, Matrix, covering, run, table  # noqa: E402
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 SIZES = {1: (1, 2, 3, 4), 2: (2, 4, 8), 4: (4, 8)}
 """World sizes by the widest expert-parallel size, which divides them."""
@@ -50,22 +46,10 @@ def _matrix(settings: Sequence[str]) -> Matrix:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard_moe", description=__doc__)
-    parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "rankload-reshard-moe"))
-    parser.add_argument("--write", help="a Markdown file whose table is replaced")
-    arguments = parser.parse_args()
-    work = Path(arguments.work)
-    work.mkdir(parents=True, exist_ok=True)
+    arguments = command_line("reshard_moe", __doc__).parse_args()
     cases = all_cases()
     settings = list(dict.fromkeys(case[0] for case in cases))
-    matrix = _matrix(settings)
-    results = run(matrix, cases, work)
-    text = table(matrix, settings, cases, results)
-    print(text)
-    if arguments.write:
-        publish(Path(arguments.write), matrix.name, text)
-    if any(results[case]["problems"] for case in cases):
-        sys.exit(1)
+    tell([(_matrix(settings), settings, cases)], arguments)
 
 
 if __name__ == "__main__":

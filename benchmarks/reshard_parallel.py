@@ -7,16 +7,13 @@ As `benchmarks.reshard_matrix`; what a restore is held to is in tests/parallel_w
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from .published import publish  # noqa: E402
-from .reshard_matrix import Case, Matrix, covering, run, table  # noqa: E402
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 WORKER = TESTS / "parallel_worker.py"
 SETTINGS = (
@@ -32,26 +29,21 @@ def split_of(setting: str) -> str:
     return setting.rsplit(" ", 2)[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard_parallel", description=__doc__)
-    parser.add_argument("--work", help="a folder that is kept, with what was saved and what was found")
-    parser.add_argument("--write", help="a Markdown file whose table is replaced")
-    arguments = parser.parse_args()
-    matrix = Matrix("parallel", WORKER, SETTINGS, split_of, WORKER)
+def _matrix(settings: tuple[str, ...]) -> Matrix:
+    return Matrix("parallel", WORKER, settings, split_of, WORKER)
+
+
+def all_cases() -> list[Case]:
     cases: list[Case] = []
     for split, sizes in SIZES.items():
         settings = tuple(setting for setting in SETTINGS if split_of(setting) == split)
-        cases += covering(Matrix("parallel", WORKER, settings, split_of, WORKER), settings, sizes)
-    with tempfile.TemporaryDirectory(prefix="rankload-reshard-") as scratch:
-        work = Path(arguments.work or scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        results = run(matrix, cases, work)
-    text = table(matrix, SETTINGS, cases, results)
-    print(text)
-    if arguments.write:
-        publish(Path(arguments.write), matrix.name, text)
-    if any(results[case]["problems"] for case in cases):
-        sys.exit(1)
+        cases += covering(_matrix(settings), settings, sizes)
+    return cases
+
+
+def main() -> None:
+    arguments = command_line("reshard_parallel", __doc__).parse_args()
+    tell([(_matrix(SETTINGS), SETTINGS, all_cases())], arguments)
 
 
 if __name__ == "__main__":

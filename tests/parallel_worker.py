@@ -20,7 +20,7 @@ import torch.distributed as dist
 from journey_worker import start_deepspeed
 from parallel_model import SETTINGS, engine_of, train
 from rankload.loader import RankloadError, State, capture_rng, load
-from reshard_worker import _as_deepspeed_says, _of_stage_0, differences, say, slug, wrong_numbers
+from reshard_worker import differences, expected_state, say, slug, tensors_at, wrong_numbers
 from reshard_worker import numbers as numbers_of
 from zero_model import DATA_SEED, LATER_DATA_SEED, module_state
 
@@ -41,26 +41,11 @@ def main(*steps: str) -> None:
 
 def reported(engine: Any, setting: str) -> dict[str, torch.Tensor]:
     """Whole tensors of this rank's part, as they are in `engine`. Every rank must call."""
-    stage = SETTINGS[setting]["stage"]
-    found = _of_stage_0(engine, KINDS) if stage == 0 else _as_deepspeed_says(engine, KINDS)
-    return {**found, **module_state(engine)}
+    return dict(tensors_at(engine, SETTINGS[setting]["stage"], KINDS))
 
 
 def dtype_of(setting: str) -> str:
     return str(SETTINGS[setting].get("dtype", "bf16"))
-
-
-def expected_state(oracle: dict[str, torch.Tensor], source: str, target: str) -> dict[str, torch.Tensor]:
-    """What `target` must hold: in another precision, the module is cast from the masters."""
-    if dtype_of(source) == dtype_of(target):
-        return oracle
-    found = dict(oracle)
-    for name, value in oracle.items():
-        kind, _, parameter = name.partition("/")
-        if kind == "module":
-            whole = oracle.get(f"fp32/{parameter}", value)
-            found[name] = whole if dtype_of(target) == "fp32" else whole.bfloat16().float()
-    return found
 
 
 def place(engine: Any) -> tuple[int, int]:
@@ -101,7 +86,7 @@ def restore(told: dict[str, Any]) -> None:
         begin = time.perf_counter()
         result = load(f"{told['root']}/{name}", State(engine), options=told.get("options"))
         seconds = time.perf_counter() - begin
-        expected = expected_state(oracle["state"], source, target)
+        expected = expected_state(oracle["state"], dtype_of(source), dtype_of(target))
         problems = differences(expected, reported(engine, target))
         problems += wrong_numbers(engine, oracle["numbers"])
         problems += wrong_rng(engine, result, SETTINGS[source]["stage"], oracle["places"])
