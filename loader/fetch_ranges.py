@@ -24,7 +24,6 @@ from .torch_file import FileIndex
 from .tree_walk import tensors
 from .values import StorageRef
 from .verification import Verification
-from .wanted_reads import wanted_reads
 from .weight_sharing import SharedWeights
 
 Wanted = dict[str, list[ByteRange]]
@@ -61,9 +60,11 @@ def small_parts(checkpoint: Checkpoint) -> Wanted:
 def restore_parts(
     checkpoint: Checkpoint, checked: Checked, verification: Verification, weights: SharedWeights | None
 ) -> Wanted:
-    """What the restore and its checksums read on this rank, at most."""
+    """What the restore and its checksums read of remote files on this rank, at most."""
     wanted: Wanted = {}
-    for storage, reads in wanted_reads(checked.prepared).items():
+    if checkpoint.opening.store.is_local:
+        return wanted
+    for storage, reads in verification.wanted.items():
         add_storage(wanted, storage, reads.ranges)
     for storage, cells in verification.shares.items():
         add_storage(wanted, storage, cells)

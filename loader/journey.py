@@ -1,6 +1,7 @@
 """A load from end to end. `load` tells the journey; each stage takes a value and returns a value.
 
-    arguments → locate → fetch → read → (fetch → read)* → ignore → check → deal → restore → agree → RNG → receipt
+    arguments → locate → fetch → read → (fetch → read)* → ignore → check → plan → restore → agree → RNG → receipt
+                                                                               └── fetch parts ──┘
 
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns
 is changed before ``restore``.
@@ -162,8 +163,7 @@ def load(
         begun.append(checkpoint.name)
         with fetching(checkpoint, checked.reader, wanted, "fetch parts"):
             restored = _restore(request, checkpoint, checked, watch)
-            bring = bringer(checkpoint)
-            share_weights(weights, checkpoint, checked, session, watch, bring, verify=verify)
+            share_weights(weights, checkpoint, checked, session, watch, bringer(checkpoint), verify=verify)
             verify_after(verification, checkpoint, checked, session, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)

@@ -31,9 +31,11 @@ class Verification:
     """How this load's checksums are compared."""
 
     verify: str
-    alone: tuple[StorageRef, ...]
+    wanted: dict[StorageRef, WantedReads]
+    """What the restore reads on this rank."""
+    alone: tuple[StorageRef, ...] = ()
     """What this rank reads and checks by itself."""
-    shared: dict[StorageId, StorageRef]
+    shared: dict[StorageId, StorageRef] = field(default_factory=dict)
     """What it checks together with others."""
     shares: dict[StorageRef, list[ByteRange]] = field(default_factory=dict)
     """Of those, what this rank is to sum."""
@@ -48,20 +50,21 @@ def deal_checks(
 
     Raises `CorruptError` on all of them where their files of one name differ.
     """
-    if verify == "off":
-        return Verification(verify, (), {})
     with watch.stage("plan"):
         wanted = wanted_reads(checked.prepared)
-        wanted = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
+    if verify == "off":
+        return Verification(verify, wanted)
+    summed = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
     together = {
         storage: one
-        for storage, one in wanted.items()
+        for storage, one in summed.items()
         if session.topology.world_size > 1 and _worth_sharing(storage, one)
     }
     name_of = {index.path: index.name for index in checkpoint.indexes}
     shared = {(name_of[storage.file], storage.key): storage for storage in together}
     readings = {name: _reading(storage, together[storage]) for name, storage in shared.items()}
-    result = Verification(verify, tuple(storage for storage in wanted if storage not in together), shared)
+    alone = tuple(storage for storage in summed if storage not in together)
+    result = Verification(verify, wanted, alone, shared)
 
     def deal(told: Sequence[Any]) -> list[Any]:
         judge = JointCheck([decode_readings(one["reads"]) for one in told], [one["node"] for one in told])
