@@ -129,6 +129,7 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
         paddings = optim.alignment_paddings if optim else None
         if optim is not None:
             ranks = group_ranks(model, optim)
+            _check_paddings(optim, model.param_shapes)
         parameters, numels = _rows(model, paddings, ranks)
         configured = model.configured_stage
         stage = optim.stage if optim else configured if configured in (1, 2) else 1
@@ -237,6 +238,9 @@ def _check_agreement(model: ModelStates, optim: OptimStates | None) -> None:
             "hierarchical layout), which is not supported",
             path=optim.file,
         )
+
+
+def _check_paddings(optim: OptimStates, groups: Sequence[Mapping[str, Shape]]) -> None:
     for index, paddings in enumerate(optim.alignment_paddings or ()):
         if len(paddings) != len(groups[index]):
             raise CorruptError(
