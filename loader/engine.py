@@ -2,8 +2,8 @@
 
 The engine's own tensors are filled in place, straight from the files, so a restore takes no second copy of a
 partition and none of DeepSpeed's collectives: below stage 3 the ranks of a node bring the module's weights there once
-(`weight_sharing`), at stage 3 each casts its shares from its own masters. One collective is left for
-`finish_engine`, at stage 3 with persistent parameters.
+(`weight_sharing`), at stage 3 each casts its shares from its own masters. Collectives are left for `finish_engine`
+alone, at stage 3 with persistent parameters.
 """
 
 from __future__ import annotations
@@ -182,10 +182,11 @@ def apply_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> l
 def finish_engine(plan: EnginePlan) -> None:
     """Every rank, once all of them have applied: stage 3 gathers the parameters that it keeps whole.
 
-    The one collective of a restore, and DeepSpeed's own; so the ranks should have agreed that they are all well.
+    These are the only collectives of a restore, and DeepSpeed's own; so the ranks should have agreed that all are well.
     """
     optimizer = plan.target.engine.optimizer
+    # One by one: of several at once, DeepSpeed before 0.19 waits for the last alone, and gloo may end others later.
+    for parameter in getattr(optimizer, "persistent_parameters", ()):
+        parameter.all_gather([parameter])
     if plan.target.kind == "zero3":
         optimizer.checkpoint_event_epilogue()
-    elif hasattr(optimizer, "partition_all_parameters") and optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
