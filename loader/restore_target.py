@@ -56,12 +56,16 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """What else the receipt is to say of this restore."""
+        notes = []
         names = self._module.from_masters if self._module is not None else []
-        return (
-            [f"{len(names)} weights come from the saved fp32 masters, not from the module's file"]
-            if names
-            else []
-        )
+        if names:
+            notes.append(f"{len(names)} weights come from the saved fp32 masters, not from the module's file")
+        optim = self.zero.any_optim if self.zero is not None else None
+        if self._optimizers and optim is not None and not any("lr" in group for group in optim.groups or ()):
+            notes.append(
+                "the files hold no hyperparameters (elastic_checkpoint): the optimizer keeps its own"
+            )
+        return notes
 
     @property
     def not_restored(self) -> list[str]:

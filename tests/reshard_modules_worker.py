@@ -48,16 +48,26 @@ def restore(request: str) -> None:
         kind, dtype = target.split()
         state = KINDS[kind](dtype=DTYPES[dtype], kind=kind_of(source))
         inner = State(state.model.module if kind == "DDP" else state.model, state.optimizers)
+        own_rate = state.optimizers[0].param_groups[0]["lr"]
         begin = time.perf_counter()
         result = load(f"{told['root']}/{name}", state)
         seconds = time.perf_counter() - begin
         low = dtype == dtype_of(source)
         problems = wrong_rng(result, 3 if source.startswith("3") else 0, saved_world_size)
+        groups = state.optimizers[0].param_groups
+        if "elastic" in source:
+            # Such files hold no hyperparameters: the job's own must have stayed, and the receipt says so.
+            if any(group["lr"] != own_rate for group in groups):
+                problems.append("hyperparameters that no file holds")
+            if not any("no hyperparameters" in note for note in result.receipt.notes):
+                problems.append(f"notes: {result.receipt.notes}")
+            for group, (rate, decay) in zip(groups, numbers["rates"], strict=True):
+                group.update(lr=rate, weight_decay=decay)
         try:
             check_against_oracle(inner, oracle, low=low, weights_only=False)
         except AssertionError as error:
             problems.append(f"not what was saved: {error}")
-        rates = [[group["lr"], group["weight_decay"]] for group in state.optimizers[0].param_groups]
+        rates = [[group["lr"], group["weight_decay"]] for group in groups]
         if rates != numbers["rates"]:
             problems.append(f"rates {rates}, expected {numbers['rates']}")
         reference = train(by_hand(oracle, inner, low=low), clip=CLIP)
@@ -83,7 +93,7 @@ def restore(request: str) -> None:
                 "tensors": len(oracle),
             }
         )
-        del state, inner, result
+        del state, inner, result, groups
         gc.collect()
 
 
