@@ -189,6 +189,10 @@ def module_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     for name, parameter in engine.module.named_parameters():
         partitioned = hasattr(parameter, "ds_id")
+        if partitioned and is_older():
+            # Its first gather may be read before it has ended, after its own load too.
+            with deepspeed.zero.GatheredParameters([parameter]):
+                pass
         with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
             whole = _copy(parameter)
         yield f"module/{name}", whole
