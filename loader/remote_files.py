@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 HEAD_AND_TAIL_BYTES = 256 << 10
 """What is read of a file at first from each end: its pickle and its directory, mostly."""
+PARALLEL_FROM_BYTES = 32 << 20
+"""From this size on several connections bring a whole object sooner than one."""
 SLOT = "parts"
 _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Names of what comes whole, so that the store need not be asked what it can do."""
@@ -99,7 +101,7 @@ class RemoteFiles:
 
         Raises as `read_ranges` does; what is at `path` then is not all of it.
         """
-        if 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
+        if 0 <= (info.size_bytes or -1) < PARALLEL_FROM_BYTES:
             return False
         source = self._source(store, info)
         if source is None:

@@ -223,7 +223,8 @@ def test_other_stages_and_tensor_parallel_sizes_are_refused_alike_on_all_ranks(s
         tensors, "LayoutError", "with 1 pipeline stage and tensor-parallel size 2", "tensor-parallel size 4"
     )
     assert weights["problems"] == []
-    assert weights["compared"] > 40
+    # Every tensor of the four stages, the tied one in two of them.
+    assert weights["compared"] == 37
     assert weights["steps"] == 0
     assert not [name for name in weights["files"] if "optim" in name]
 
