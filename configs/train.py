@@ -77,6 +77,8 @@ def main():
             engine.save_checkpoint(args.save, client_state={"rng": capture_rng()})
     if args.save and args.save_at is None:
         engine.save_checkpoint(args.save, client_state={"rng": capture_rng()})
+    # Ranks end together: gloo may abort one whose peer is gone while it takes its connections down.
+    deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ two nodes of two ranks each on this machine.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -231,6 +232,8 @@ def leave_group() -> None:
     """Gloo's threads must have ended before the interpreter does: it may crash under them."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Modules that were sharded over a mesh, or engines, hold groups of their own.
+        gc.collect()
         distributed.destroy_process_group()
 
 
