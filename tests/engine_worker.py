@@ -473,4 +473,7 @@ def offloaded(
 
 
 if __name__ == "__main__":
+    from processes import end_together
+
     main(*sys.argv[1:])
+    end_together()

@@ -480,6 +480,7 @@ def saves_and_restores(folder: str, stages: str) -> None:
 if __name__ == "__main__":
     # deepspeed's launcher puts --local_rank=N before the script's own arguments.
     name, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    from processes import end_together
+
     globals()[name](*arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_together()

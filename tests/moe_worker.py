@@ -243,4 +243,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
+    from processes import end_together
+
     main(*sys.argv[1:])
+    end_together()

@@ -192,4 +192,7 @@ def partly(told: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from processes import end_together
+
     main(*sys.argv[1:])
+    end_together()

@@ -9,6 +9,7 @@ two nodes of two ranks each on this machine.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -19,9 +20,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -225,16 +228,29 @@ def main(argv: Sequence[str]) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]
     target: Any = getattr(_load(script), function)
     target(*arguments)
-    leave_group()
+    end_together()
 
 
-def leave_group() -> None:
-    """Gloo's threads must have ended before the interpreter does: it may crash under them."""
+def end_together() -> None:
+    """Ends this process well, once all ranks have come as far, or have ended.
+
+    Gloo's threads may crash a rank while its interpreter is taken down, or its peers are gone: DeepSpeed's and FSDP's
+    groups outlive every ``destroy_process_group``. So exit handlers run, and then the process ends at once.
+    """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Modules that were sharded over a mesh, or engines, hold groups of their own.
+    if distributed is None or not distributed.is_available():
+        return
+    if distributed.is_initialized():
+        # Without the others it ends all the same: it is for them to say why they did not come.
+        with contextlib.suppress(Exception):
+            distributed.monitored_barrier(timeout=timedelta(seconds=10))
         gc.collect()
         distributed.destroy_process_group()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -102,4 +102,7 @@ def difference(losses: list[float], others: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    from processes import end_together
+
     main(*sys.argv[1:])
+    end_together()

@@ -356,4 +356,7 @@ def say(line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from processes import end_together
+
     main(*sys.argv[1:])
+    end_together()
