@@ -32,8 +32,12 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from benchmarks.measure import peak_private_bytes  # noqa: E402
 from benchmarks.tables import table, write_between_markers  # noqa: E402
 
-OURS: Mapping[str, Mapping[str, Any]] = {"**rankload**": {}}
-"""rankload's ways by name, each as options of its own. A new mode is a new line."""
+OURS: Mapping[str, Mapping[str, Any]] = {
+    "**rankload**": {},
+    "**rankload**, direct": {"mode": "direct"},
+    "**rankload**, auto": {"mode": "auto"},
+}
+"""rankload's ways by name, each as options of its own; ``job`` is ``node`` where there is one node."""
 NAIVE = "each rank fetches its files, DeepSpeed loads"
 ONCE = "local rank 0 fetches, DeepSpeed loads"
 WAYS = (NAIVE, ONCE, *OURS)

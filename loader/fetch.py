@@ -16,6 +16,7 @@ from .cache import NodeCache
 from .errors import FormatError, NotFoundError, StalledError
 from .fetch_needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
 from .fetch_one import Tally, obtain
+from .origin import Origin
 from .store import Store
 from .symlinks import resolve
 from .workers import Stop, run_jobs
@@ -48,8 +49,8 @@ class FetchedFile:
     seconds: float
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
-    partial: bool = False
-    """Whether its index alone is there: the rest comes by `fetch_ranges`."""
+    origin: Origin | None = None
+    """Where it comes from, if its index alone is there: the rest comes by `fetch_ranges`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +107,18 @@ def fetch_files(
         if table.leads:
             done = _fetch(store, found, cache, remote, table, tally, FetchWatch(channel, tally))
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
+    everything = {name: _from_record(record) for name, record in node.items()}
+    for file in everything.values():
+        # Whoever fetches for the node brings parts of all its files.
+        if file.origin is not None and remote is not None:
+            remote.note(file.path, file.source, file.origin)
     mine = [need.name for need in table.own]
-    files = {
-        name: FetchedFile(**{**node[name], "members": tuple(node[name]["members"])})
-        for name in mine
-        if name in node
-    }
-    for file in files.values():
-        if file.partial and remote is not None:
-            remote.note(file.path)
-    return Fetched(files)
+    return Fetched({name: everything[name] for name in mine if name in everything})
+
+
+def _from_record(record: Mapping[str, Any]) -> FetchedFile:
+    origin = record["origin"] and Origin(**record["origin"])
+    return FetchedFile(**{**record, "members": tuple(record["members"]), "origin": origin})
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: FetchWatch) -> None:
@@ -156,7 +159,7 @@ def _fetch(
             raise NotFoundError(
                 f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
             ) from error
-        tally.settle(name, one.fetched_bytes if one.partial else one.size_bytes, one.fetched_bytes)
+        tally.settle(name, one.size_bytes if one.origin is None else one.fetched_bytes, one.fetched_bytes)
         files[name] = FetchedFile(
             name=name,
             source=store.describe(one.object_name),
@@ -166,7 +169,7 @@ def _fetch(
             fetched_bytes=one.fetched_bytes,
             seconds=time.monotonic() - started,
             members=one.members,
-            partial=one.partial,
+            origin=one.origin,
         )
 
     # The longest first, so that none of them is alone at the end.

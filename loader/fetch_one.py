@@ -12,6 +12,7 @@ from .archive import is_tar, unpack
 from .cache import NodeCache
 from .decompress import COMPRESSED, Expanded
 from .errors import AccessError, CorruptError, NotFoundError
+from .origin import Origin
 from .sniff import sniff
 from .store import ObjectInfo, OnBytes, Store
 from .store_errors import disk_full, is_disk_full
@@ -32,8 +33,8 @@ class Obtained:
     size_bytes: int
     fetched_bytes: int
     members: tuple[str, ...]
-    partial: bool = False
-    """Whether its index alone was fetched so far (`remote_files`)."""
+    origin: Origin | None = None
+    """Where it comes from, if its index alone was fetched so far (`remote_files`)."""
 
 
 class Tally:
@@ -139,9 +140,11 @@ def _obtain_remote(
     if remote is not None:
         with _disk_errors(cache):
             begun = remote.begin(store, info, cache, load_id, told[0])
-    if begun is not None:
+    if begun is not None and remote is not None:
         size = begun.source.size_bytes
-        return Obtained(info.name, begun.path, "file", size, begun.fetched_bytes, (), partial=True)
+        return Obtained(
+            info.name, begun.path, "file", size, begun.fetched_bytes, (), remote.origin(begun, info)
+        )
     # What has no version, or no size, can't be told from what it was yesterday.
     version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
     identity = (store.identity, info.name, str(info.size_bytes), version)

@@ -2,7 +2,8 @@
 
 The wanted ranges are known once everything else is: `wanted_reads` tells what a restore reads, `joint_checks` what is
 summed beside it, and the files' own directories where that lies. Ranks read a part as soon as it has landed
-(`storage_read`), so the restore goes on while the rest is under way.
+(`storage_read`), so the restore goes on while the rest is under way. `fetch_plan` tells whose errand what is,
+`fetch_bring` runs it.
 """
 
 from __future__ import annotations
@@ -10,24 +11,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
-from .cache_folder import free_bytes_of
 from .check import Checked
-from .errors import AccessError
-from .fetch import FetchWatch
-from .fetch_one import Tally
+from .direct_reads import DirectReads
+from .fetch_bring import Parts, Wanted, plan_bringing
 from .materialize import Reader
 from .opening import Checkpoint, Opening
-from .ranges import ByteRange, union
+from .partial_file import Landed
+from .ranges import ByteRange, subtract
 from .torch_file import FileIndex
 from .tree_walk import tensors
 from .values import StorageRef
 from .verification import Verification
 from .weight_sharing import SharedWeights
-
-Wanted = dict[str, list[ByteRange]]
-"""Path on this node to the ranges of its file."""
 
 SMALL_BYTES = 64 << 10
 """Storages up to this size come with the index: counters, states of random generators, biases."""
@@ -59,39 +55,59 @@ def small_parts(checkpoint: Checkpoint) -> Wanted:
 
 def restore_parts(
     checkpoint: Checkpoint, checked: Checked, verification: Verification, weights: SharedWeights | None
-) -> Wanted:
+) -> Parts:
     """What the restore and its checksums read of remote files on this rank, at most."""
-    wanted: Wanted = {}
+    parts = Parts()
     if checkpoint.opening.store.is_local:
-        return wanted
+        return parts
+    wanted = parts.wanted
     for storage, reads in verification.wanted.items():
         add_storage(wanted, storage, reads.ranges)
     for storage, cells in verification.shares.items():
         add_storage(wanted, storage, cells)
     add_whole(wanted, verification.alone)
-    if checked.prepared.algorithms:
-        # What is read of the model will be known once they have changed it.
-        add_whole(wanted, checkpoint.storages({"state": checked.contents.state}))
     if weights is not None:
         for storage, provided in weights.reads.items():
             add_storage(wanted, storage, provided)
-    return wanted
+    if checked.prepared.algorithms:
+        # What is read of the model will be known once they have changed it.
+        add_whole(wanted, checkpoint.storages({"state": checked.contents.state}))
+    elif checkpoint.opening.straight:
+        _add_straight(parts.straight, verification, weights)
+        for path, ranges in parts.straight.items():
+            if path in checkpoint.opening.remote:
+                # What came with the index, or was there before this load, is not fetched again.
+                parts.straight[path] = list(Landed(path).missing(ranges))
+    return parts
+
+
+def _add_straight(straight: Wanted, verification: Verification, weights: SharedWeights | None) -> None:
+    alone = set(verification.alone)
+    for storage, reads in verification.wanted.items():
+        if storage in alone or storage.nbytes <= SMALL_BYTES:
+            continue
+        # What is only summed has no memory of its own to go to.
+        summed = subtract(verification.shares.get(storage, ()), reads.ranges)
+        spans = subtract(reads.straight, summed)
+        if spans:
+            add_storage(straight, storage, spans)
+    if weights is not None:
+        for storage, provided in weights.reads.items():
+            add_storage(straight, storage, provided)
 
 
 def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> None:
     """Brings what is wanted to each node, and waits for it. Every rank must call, whatever it wants."""
     if opening.store.is_local:
         return
-    mine = _for_this_node(opening, wanted, stage)
+    bringing = plan_bringing(opening, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
     with opening.watch.stage(stage) as lap:
-        if mine:
-            lap.bytes += _run(opening, mine)
+        if bringing:
+            lap.bytes += bringing.run()
 
 
 @contextlib.contextmanager
-def fetching(
-    checkpoint: Checkpoint, reader: Reader, wanted: Mapping[str, Sequence[ByteRange]], stage: str
-) -> Iterator[None]:
+def fetching(checkpoint: Checkpoint, reader: Reader, parts: Parts, stage: str) -> Iterator[None]:
     """Around a block that reads what is wanted while it comes; its readers wait for what has not landed.
 
     Every rank must enter, whatever it wants. What fails to come is raised in the block of the rank that fetches, and
@@ -101,14 +117,14 @@ def fetching(
     if opening.store.is_local:
         yield
         return
-    mine = _for_this_node(opening, wanted, stage)
+    bringing = plan_bringing(opening, parts, stage)
     failure: list[BaseException] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
             with opening.watch.beside(stage) as lap:
-                lap.bytes += _run(opening, mine)
+                lap.bytes += bringing.run()
         except BaseException as error:
             failure.append(error)
         finally:
@@ -120,8 +136,9 @@ def fetching(
         opening.watch.count(0)
 
     thread = threading.Thread(target=work, name="rankload-fetch", daemon=True)
-    reader.waiting(wait)
-    if mine:
+    reader.waiting(wait, parts.wanted)
+    reader.reading_direct(bringing.direct)
+    if bringing:
         thread.start()
     else:
         ended.set()
@@ -132,18 +149,28 @@ def fetching(
                 wait()
             wait()
             for index in checkpoint.indexes:
-                index.check_headers(_fetched(index, wanted))
+                _check_headers(index, parts.wanted, bringing.direct)
     finally:
-        reader.waiting(None)
+        reader.waiting(None, {})
+        reader.reading_direct(None)
+        opening.remote.add_fetched(bringing.direct.fetched_bytes)
         if not ended.is_set():
             opening.remote.stop()
             thread.join(10)
 
 
-def _fetched(index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]]) -> list[StorageRef]:
-    """The storages of a file that something was fetched of, and so their headers."""
+def _check_headers(index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], direct: DirectReads) -> None:
+    """Compares the headers of the storages that something was fetched of, wherever it went."""
     starts = {one.start for one in wanted.get(index.path, ())}
-    return [storage for storage in index.storages if storage.header in starts]
+    for storage in index.storages:
+        if storage.header not in starts:
+            continue
+        if direct.of(index.path, storage.header, storage.offset):
+            kept = direct.header(index.path, storage.header)
+            if kept is not None:
+                index.check_headers([storage], kept)
+        else:
+            index.check_headers([storage])
 
 
 def bringer(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None]:
@@ -156,62 +183,3 @@ def bringer(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[By
         fetch_now(checkpoint.opening, wanted, "fetch weights")
 
     return bring
-
-
-def _for_this_node(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> Wanted:
-    """What this rank is to bring: on the rank that fetches for its node, all that the node's ranks want."""
-    session = opening.session
-    record = {
-        "node": session.topology.node_rank,
-        "wanted": {
-            path: [edge for one in union(ranges) for edge in one]
-            for path, ranges in wanted.items()
-            if path in opening.remote
-        },
-    }
-
-    def deal(told: Sequence[Any]) -> list[Any]:
-        nodes = [one["node"] for one in told]
-        leaders = {node: nodes.index(node) for node in nodes}
-        shares: list[dict[str, list[int]]] = [{} for _ in told]
-        for one in told:
-            share = shares[leaders[one["node"]]]
-            for path, edges in one["wanted"].items():
-                share.setdefault(path, []).extend(edges)
-        return [
-            {path: [edge for one in _paired(edges) for edge in one] for path, edges in share.items()}
-            for share in shares
-        ]
-
-    dealt = session.channel.deal(f"{stage}: ranges", record, deal)
-    return {path: list(_paired(edges)) for path, edges in dealt.items()}
-
-
-def _paired(edges: Sequence[int]) -> tuple[ByteRange, ...]:
-    return union(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _run(opening: Opening, wanted: Wanted) -> int:
-    """Brings `wanted`; the bytes that it took."""
-    channel = opening.session.channel
-    nbytes = opening.remote.missing_bytes(wanted)
-    free = free_bytes_of(opening.cache.folder)
-    if nbytes > free:
-        raise AccessError(
-            f"{opening.cache.folder}: {nbytes:,} bytes are to be fetched, and it has {free:,} left; set cache_dir to a "
-            "folder with more",
-            path=opening.cache.folder,
-        )
-    tally = Tally(channel.counters().get(channel.rank, {}))
-    tally.expect("parts", nbytes)
-    arrived, _ = tally.of("parts", opening.remote.stopping)
-    watch = FetchWatch(channel, tally)
-
-    def on_bytes(count: int) -> None:
-        arrived(count)
-        watch.tick()
-
-    report = opening.remote.fetch(wanted, on_bytes)
-    tally.settle("parts", report.read_bytes, report.read_bytes)
-    watch.tick()
-    return report.read_bytes

@@ -156,12 +156,12 @@ def load(
         verify = request.options.verify or "during"
         weights = plan_weights(checkpoint, checked, session, watch, verify=verify)
         verification = deal_checks(checkpoint, checked, session, watch, verify=verify)
-        wanted = restore_parts(checkpoint, checked, verification, weights)
+        parts = restore_parts(checkpoint, checked, verification, weights)
         if verify == "before":
-            fetch_now(checkpoint.opening, wanted, "fetch parts")
+            fetch_now(checkpoint.opening, parts.wanted, "fetch parts")
         verify_before(verification, checkpoint, checked, session, watch)
         begun.append(checkpoint.name)
-        with fetching(checkpoint, checked.reader, wanted, "fetch parts"):
+        with fetching(checkpoint, checked.reader, parts, "fetch parts"):
             restored = _restore(request, checkpoint, checked, watch)
             share_weights(weights, checkpoint, checked, session, watch, bringer(checkpoint), verify=verify)
             verify_after(verification, checkpoint, checked, session, watch)

@@ -77,6 +77,12 @@ class Opening:
     remote: RemoteFiles
     """Files of which only the index is fetched at first."""
 
+    @property
+    def straight(self) -> bool:
+        """Whether bytes may come straight from the store into a rank's tensors."""
+        options = self.request.options
+        return not self.store.is_local and options.mode in ("direct", "auto") and options.verify != "before"
+
     def fetch(self, names: list[str], stage: str) -> Fetched:
         """Brings files to this node. Every rank must call."""
         with self.watch.lap(stage) as lap:

@@ -66,7 +66,7 @@ def check_entry(value: Any, key: str, parameter: torch.Tensor, at: str, mismatch
 
 def cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
     """``source -> target`` where the entry will have another dtype than saved."""
-    if not isinstance(value, SavedTensor) or not _lies_along(value, key, parameter):
+    if not isinstance(value, SavedTensor) or not lies_along(value, key, parameter):
         return None
     target = str(_dtype_along(value, parameter)).removeprefix("torch.")
     return None if target == value.dtype else f"{value.dtype} -> {target}"
@@ -89,7 +89,7 @@ def real_entries(
     requests: list[CopyRequest] = []
     for position, entries in state.items():
         parameter = parameters[position]
-        along = {key for key, value in entries.items() if _lies_along(value, key, parameter)}
+        along = {key for key, value in entries.items() if lies_along(value, key, parameter)}
         # Each parameter's own values, so that none shares a step that is counted up in place.
         real = realise({key: entries[key] for key in entries if key not in along}, reader=reader, **realising)
         for key in along:
@@ -105,7 +105,8 @@ def real_entries(
     return found
 
 
-def _lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
+def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
+    """Whether the entry is read into memory that is as the parameter's is, rather than made as it was saved."""
     if isinstance(value, AssembledTensor):
         return True
     if isinstance(value, LazyTensor) and not is_dtensor(parameter):

@@ -12,6 +12,8 @@ from .errors import OptionError
 
 Verify = Literal["before", "during", "off"]
 VERIFY_CHOICES: tuple[str, ...] = ("before", "during", "off")
+Mode = Literal["node", "direct", "auto", "job"]
+MODE_CHOICES: tuple[str, ...] = ("node", "direct", "auto", "job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class LoadOptions:
     """Options of one load; the same on every rank, apart from ``cache_dir``.
 
     A field left at None takes ``RANKLOAD_<FIELD>`` from the environment (``RANKLOAD_CACHE_DIR``,
-    ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``), then its default. A ``RANKLOAD_*`` variable that is no
+    ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``), then its default. A ``RANKLOAD_*`` variable
+    that is no
     option raises `OptionError`, and so does a value that does not fit.
     """
 
@@ -43,6 +46,11 @@ class LoadOptions:
     """When stored checksums are compared: ``before`` the first change, ``during`` the restore, or ``off``.
     Default ``during``."""
 
+    mode: Mode | None = None
+    """Which way bytes of remote torch files take. ``node`` (default): into the node's cache, once per node, for all
+    of its ranks. ``direct``: what one rank of its node needs comes straight into its tensors, everything else as with
+    ``node``; not with ``verify="before"``. ``auto``: the same for long ranges, where it can be done. ``job``: what
+    several nodes need leaves the store once, and travels between them."""
     trace: str | None = None
     """A file that rank 0 writes the load's stages to, of all ranks, for Perfetto or ``chrome://tracing``. An
     ``os.PathLike`` becomes its text."""
@@ -54,6 +62,8 @@ class LoadOptions:
                 object.__setattr__(self, name, _path(name, getattr(self, name), what))
         if self.verify is not None and self.verify not in VERIFY_CHOICES:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
+        if self.mode is not None and self.mode not in MODE_CHOICES:
+            raise OptionError(f"mode={self.mode!r}: expected one of {', '.join(MODE_CHOICES)}")
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
             raise OptionError(f"stall_timeout_s={self.stall_timeout_s!r}: expected seconds above 0")
         _check_safe_types(self.safe_types)
@@ -70,7 +80,7 @@ class LoadOptions:
 LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 """What `LoadOptions.layout` can map."""
 
-_FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify")
+_FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify", "mode")
 
 
 def _path(name: str, value: Any, what: str) -> str:
@@ -145,6 +155,13 @@ def resolve_options(
         values["stall_timeout_s"] = 120.0
     if values["verify"] is None:
         values["verify"] = "during"
+    if values["mode"] is None:
+        values["mode"] = "node"
+    if values["mode"] == "direct" and values["verify"] == "before":
+        raise OptionError(
+            'mode="direct" puts bytes into tensors as they come, and cannot compare them before: use mode="auto", '
+            'or verify="during"'
+        )
     return LoadOptions(**values)
 
 

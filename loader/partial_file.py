@@ -14,6 +14,7 @@ import fcntl
 import os
 import struct
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from .checksums import crc32
@@ -38,6 +39,21 @@ class Landed:
         if subtract([ByteRange(start, stop)], self._ranges):
             self._update()
         return not subtract([ByteRange(start, stop)], self._ranges)
+
+    def reach(self, start: int, stop: int) -> int:
+        """Up to where, from `start` on and to `stop` at most, all bytes are there by now."""
+        for known in (True, False):
+            if not known:
+                self._update()
+            at = bisect_right(self._ranges, (start, 1 << 63)) - 1
+            if at >= 0 and self._ranges[at].start <= start < self._ranges[at].stop:
+                return min(stop, self._ranges[at].stop)
+        return start
+
+    def missing(self, ranges: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
+        """The bytes of `ranges` that are not there by now."""
+        self._update()
+        return subtract(ranges, self._ranges)
 
     def _update(self) -> None:
         with open(self._record, "rb") as file:

@@ -38,23 +38,25 @@ def make_receipt(
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
         "files": [
-            [file.name, file.size_bytes, fetched_bytes(checkpoint, file), file.verified]
+            [file.name, file.size_bytes, *fetched_bytes(checkpoint, file), file.verified]
             for file in checkpoint.files
         ],
     }
     everybody = session.channel.gather("receipt", own)
     # Every rank of a node tells what the node fetched for it.
     cost: dict[str, dict[int, int]] = {}
+    straight: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
     for one in everybody:
-        for name, size, fetched, verified in one["files"]:
+        for name, size, fetched, own_bytes, verified in one["files"]:
+            straight[name] = straight.get(name, 0) + own_bytes
             by_node = cost.setdefault(name, {})
             by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
             known = files.get(name)
             files[name] = FileRecord(
                 name,
                 size,
-                sum(by_node.values()),
+                sum(by_node.values()) + straight[name],
                 verified and (not known or known.verified),
             )
     verify = request.options.verify or "during"
@@ -83,7 +85,8 @@ def make_receipt(
     )
 
 
-def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> int:
-    """What this node fetched of `file` by now, on the rank that did."""
-    by_parts = checkpoint.opening.remote.fetched_bytes(checkpoint.paths.get(file.name, ""))
-    return file.fetched_bytes if by_parts is None else by_parts
+def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> tuple[int, int]:
+    """What this node fetched of `file` by now, on the rank that did, and what this rank read for itself alone."""
+    remote, path = checkpoint.opening.remote, checkpoint.paths.get(file.name, "")
+    by_parts = remote.fetched_bytes(path)
+    return file.fetched_bytes if by_parts is None else by_parts, remote.own_bytes(path)

@@ -39,6 +39,8 @@ class Reading:
     landed: Landed | None = None
     """Called as ``landed(start, stop)`` when those bytes are in place, every wanted byte once, in a reading thread,
     several at a time; what it raises stops everything."""
+    reads_along: bool = True
+    """Whether small gaps may be read along; not where the source has nothing there."""
 
 
 @dataclass
@@ -243,7 +245,9 @@ def _chunks(readings: Iterable[Reading], chunk_bytes: int) -> Iterator[_Chunk]:
     for reading in readings:
         wanted = union(reading.ranges)
         # A server without ranges is read from the beginning, whatever is wanted.
-        joined = coalesce(wanted) if reading.source.has_ranges else (ByteRange(0, wanted[-1].stop),)
+        joined = coalesce(wanted) if reading.reads_along else wanted
+        if not reading.source.has_ranges:
+            joined = (ByteRange(0, wanted[-1].stop),)
         starts = [one.start for one in wanted]
         for span in split(joined, chunk_bytes=chunk_bytes):
             first = max(bisect_right(starts, span.start) - 1, 0)

@@ -69,6 +69,22 @@ def intersect(one: Iterable[ByteRange], other: Iterable[ByteRange]) -> tuple[Byt
     return subtract(kept, subtract(kept, other))
 
 
+def once(ranges: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
+    """The bytes that are in exactly one of `ranges`."""
+    steps: dict[int, int] = {}
+    for start, stop in ranges:
+        if start < stop:
+            steps[start] = steps.get(start, 0) + 1
+            steps[stop] = steps.get(stop, 0) - 1
+    depth = 0
+    alone = []
+    for position, after in pairwise(sorted(steps)):
+        depth += steps[position]
+        if depth == 1:
+            alone.append(ByteRange(position, after))
+    return union(alone)
+
+
 def total_bytes(ranges: Iterable[ByteRange]) -> int:
     """How many bytes are in `ranges`, each counted once."""
     return sum(one.length for one in union(ranges))

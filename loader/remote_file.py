@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import BinaryIO, cast
 
@@ -35,24 +36,30 @@ class RemoteFile:
             opening.callback(self._partial.close)
             self._target = FileTarget(path, source.size_bytes)
             opening.pop_all()
+        self._taken_bytes = 0
+        self._count_lock = threading.Lock()
 
     @property
     def fetched_bytes(self) -> int:
-        """What has landed since it was opened."""
-        return self._partial.landed_bytes
+        """What has landed from the store since it was opened."""
+        return self._partial.landed_bytes - self._taken_bytes
 
     @property
     def resumed_bytes(self) -> int:
         """What an earlier process had landed."""
         return self._partial.resumed_bytes
 
-    def reading(self, ranges: Iterable[ByteRange]) -> Reading | None:
-        """What is to be read so that `ranges` are here; None where all of them are."""
+    def reading(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> Reading | None:
+        """What is to be read, of the store or of `peer`, so that `ranges` are here; None where all of them are."""
         whole = ByteRange(0, self.source.size_bytes)
         missing = self._partial.missing(
             ByteRange(max(start, whole.start), min(stop, whole.stop)) for start, stop in ranges
         )
-        return Reading(self.source, missing, self._target, self._landed) if missing else None
+        if not missing:
+            return None
+        if peer is not None:
+            return Reading(peer, missing, self._target, self._taken, reads_along=False)
+        return Reading(self.source, missing, self._target, self._landed)
 
     def ensure(self, ranges: Iterable[ByteRange], on_bytes: OnBytes) -> None:
         """Brings `ranges` here now. Raises as `read_ranges` does."""
@@ -76,6 +83,11 @@ class RemoteFile:
         self.source.close()
         self._target.close()
         self._partial.close()
+
+    def _taken(self, start: int, stop: int) -> None:
+        self._landed(start, stop)
+        with self._count_lock:
+            self._taken_bytes += stop - start
 
     def _landed(self, start: int, stop: int) -> None:
         value = 0

@@ -6,12 +6,15 @@ import contextlib
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..distributed.range_server import PeerAddress, RangeServer, Served
 from .cache_records import product_name
-from .errors import RankloadError
+from .errors import CorruptError, RankloadError
 from .http_connections import Connections
+from .origin import Origin
+from .partial_file import Landed
 from .range_engine import Reading, ReadReport, read_ranges
 from .range_open import open_range_source
 from .range_source import RangeSource, TryAgainError
@@ -41,7 +44,11 @@ class RemoteFiles:
     def __init__(self) -> None:
         self._files: dict[str, RemoteFile] = {}
         self._indexes: dict[str, FileIndex] = {}
-        self._partial: set[str] = set()
+        self._partial: dict[str, tuple[str, Origin]] = {}
+        self._path_of: dict[str, str] = {}
+        self._direct_sources: dict[str, RangeSource] = {}
+        self._own_bytes: dict[str, int] = {}
+        self._server: RangeServer | None = None
         self._lock = threading.Lock()
         self._connections: Connections | None = None
         self.stopping = Stop()
@@ -51,6 +58,10 @@ class RemoteFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.close()
+        for source in self._direct_sources.values():
+            source.close()
         for file in self._files.values():
             file.close()
         if self._connections is not None:
@@ -122,9 +133,54 @@ class RemoteFiles:
         """Ends what is under way."""
         self.stopping.set()
 
-    def note(self, path: str) -> None:
-        """The node's file at `path` comes in parts: every rank of the node is to know."""
-        self._partial.add(path)
+    def note(self, path: str, name: str, origin: Origin) -> None:
+        """The node's file at `path` comes in parts: every rank of the node is to know. `name` is what the whole job
+        calls it."""
+        self._partial[path] = (name, origin)
+        self._path_of[name] = path
+
+    def name_of(self, path: str) -> str:
+        """What the whole job calls the file at `path`."""
+        return self._partial[path][0]
+
+    def path_of(self, name: str) -> str:
+        """Where the file is on this node."""
+        return self._path_of[name]
+
+    def open_source(self, store: Store, path: str) -> RangeSource:
+        """The object behind the node's file at `path`, for this rank to read itself. Raises as `open_range_source`
+        does, and `CorruptError` where it is another version by now."""
+        if path in self._files:
+            return self._files[path].source
+        if path not in self._direct_sources:
+            name, origin = self._partial[path]
+            info = ObjectInfo(origin.object_name, origin.size_bytes, origin.told_version)
+            try:
+                source = open_range_source(store, info, self._shared_connections())
+            except TryAgainError as error:
+                raise error.error from error
+            if source is None or (source.version, source.size_bytes) != (origin.version, origin.size_bytes):
+                got = "nothing" if source is None else f"{source.size_bytes} bytes, version {source.version}"
+                raise CorruptError(
+                    f"{name}: changed while it was loaded: expected {origin.size_bytes} bytes, version "
+                    f"{origin.version}, got {got}",
+                    path=name,
+                )
+            self._direct_sources[path] = source
+        return self._direct_sources[path]
+
+    def serve(self, host: str) -> PeerAddress:
+        """Hands out what has landed here to the ranks that fetch for other nodes, until the load ends."""
+        if self._server is None:
+            self._server = RangeServer(self._served, host)
+        return self._server.address
+
+    def _served(self, name: str) -> Served | None:
+        path = self._path_of.get(name)
+        if path is None or path not in self._files:
+            return None
+        landed = Landed(path)
+        return Served(path, landed.reach, lambda: sum(file.fetched_bytes for file in self._files.values()))
 
     def __contains__(self, path: str) -> bool:
         return path in self._partial
@@ -135,9 +191,26 @@ class RemoteFiles:
             return self._indexes.pop(path)
         return read_index(path, name=name, partial=path in self._partial)
 
-    def fetch(self, wanted: Mapping[str, Iterable[ByteRange]], on_bytes: OnBytes) -> ReadReport:
-        """Brings the `wanted` ranges here, by path; in parallel, over all files. Raises as `read_ranges` does."""
-        readings = [self._files[path].reading(ranges) for path, ranges in wanted.items()]
+    def origin(self, file: RemoteFile, info: ObjectInfo) -> Origin:
+        """What other ranks have to know to open the object of `file` themselves."""
+        source = file.source
+        return Origin(info.name, source.size_bytes, info.version, source.version)
+
+    def fetch(
+        self,
+        wanted: Mapping[str, Iterable[ByteRange]],
+        on_bytes: OnBytes,
+        peer: Callable[[str, int], RangeSource] | None = None,
+    ) -> ReadReport:
+        """Brings the `wanted` ranges here, by path; in parallel, over all files. Raises as `read_ranges` does.
+
+        They come from the store, or from what `peer` opens by the file's name and size.
+        """
+        readings = []
+        for path, ranges in wanted.items():
+            file = self._files[path]
+            source = peer(self.name_of(path), file.source.size_bytes) if peer is not None else None
+            readings.append(file.reading(ranges, source))
         return read_ranges([one for one in readings if one is not None], on_bytes)
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
@@ -146,23 +219,35 @@ class RemoteFiles:
         return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
 
     def fetched_bytes(self, path: str) -> int | None:
-        """What this rank brought of the file at `path`; None where it is none of its own."""
+        """What this rank brought of the file at `path` for its node; None where it is none of its own."""
         file = self._files.get(path)
         return file.fetched_bytes if file is not None else None
+
+    def add_fetched(self, by_path: Mapping[str, int]) -> None:
+        """Notes what this rank read of files past the node's."""
+        for path, n_bytes in by_path.items():
+            self._own_bytes[path] = self._own_bytes.get(path, 0) + n_bytes
+
+    def own_bytes(self, path: str) -> int:
+        """What this rank read of the file for itself alone."""
+        return self._own_bytes.get(path, 0)
 
     def resumed_bytes(self) -> int:
         """What earlier processes had brought, over all files."""
         return sum(file.resumed_bytes for file in self._files.values())
 
     def _source(self, store: Store, info: ObjectInfo) -> RangeSource | None:
-        with self._lock:
-            if self._connections is None:
-                self._connections = Connections()
         try:
-            return open_range_source(store, info, self._connections)
+            return open_range_source(store, info, self._shared_connections())
         except TryAgainError:
             # The plain way has its own attempts, and tells what it met.
             return None
+
+    def _shared_connections(self) -> Connections:
+        with self._lock:
+            if self._connections is None:
+                self._connections = Connections()
+            return self._connections
 
 
 def _open_file(

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .checksums import crc32
+from .direct_places import divide
+from .direct_reads import DirectReads
 from .errors import AccessError, CorruptError, NotFoundError
 from .options import Verify
 from .partial_file import Landed, landed_record
 from .range_sums import RangeSums
-from .ranges import ByteRange
+from .ranges import ByteRange, subtract
 from .values import StorageRef
 
 STAGING_BYTES = 8 << 20
@@ -57,6 +59,10 @@ class StorageReader:
         self._landed: dict[str, Landed | None] = {}
         self.on_wait: Callable[[], None] | None = None
         """Called again and again while bytes of a file that comes in parts have not landed; it may raise."""
+        self.coming: dict[str, tuple[ByteRange, ...]] = {}
+        """What of such files somebody brings while this is read."""
+        self.direct: DirectReads | None = None
+        """Bytes that never come to the node's files, and are read from the store when they are wanted."""
 
     def wait_for(self, path: str, start: int, stop: int) -> None:
         """Returns once bytes ``[start, stop)`` of the file at `path` are there; at once for files that are whole.
@@ -66,8 +72,11 @@ class StorageReader:
         if path not in self._landed:
             self._landed[path] = Landed(path) if os.path.exists(landed_record(path)) else None
         landed = self._landed[path]
-        while landed is not None and not landed.has(start, stop):
-            if self.on_wait is None:
+        if landed is None or landed.has(start, stop):
+            return
+        unplanned = subtract([ByteRange(start, stop)], self.coming.get(path, ()))
+        while not landed.has(start, stop):
+            if self.on_wait is None or unplanned:
                 raise CorruptError(
                     f"{path}: bytes {start:,} to {stop:,} are read, and were not fetched: this is a mistake in "
                     "rankload's plan of the load; please report it",
@@ -113,6 +122,19 @@ class StorageReader:
         alone = storage not in self._checked and storage not in self._shares
         summed = self.verify != "off" and storage.crc32 is not None and alone
         _Pass(self, storage, names, summed=summed).run(sorted(pieces, key=lambda piece: piece.start))
+
+    def place(
+        self, planned: Sequence[tuple[StorageRef, list[Piece]]]
+    ) -> list[tuple[StorageRef, list[Piece]]]:
+        """Reads those pieces, of all storages at once, that come straight from the store; returns those that are left.
+
+        Raises as `read_ranges` does: some pieces have been written by then.
+        """
+        if not self.direct:
+            return list(planned)
+        left, placements = divide(self.direct, planned, self._shares, self.on_bytes)
+        self.direct.place(placements)
+        return left
 
     def passed(self, storage: StorageRef) -> None:
         """Notes that `storage` matched its checksum."""
@@ -188,11 +210,15 @@ class _Pass:
         while done < len(view):
             part = view[done : done + step]
             first = self.storage.offset + start + done
-            self.reader.wait_for(self.storage.file, first, first + len(part))
-            try:
-                count = os.preadv(self.file, [part], self.storage.offset + start + done)
-            except OSError as error:
-                raise self._corrupt(f"cannot be read at byte {start + done:,} ({error.strerror})") from error
+            part, count = self._straight(first, part)
+            if count == 0:
+                self.reader.wait_for(self.storage.file, first, first + len(part))
+                try:
+                    count = os.preadv(self.file, [part], first)
+                except OSError as error:
+                    raise self._corrupt(
+                        f"cannot be read at byte {start + done:,} ({error.strerror})"
+                    ) from error
             if count == 0:
                 raise self._corrupt(
                     f"ends after {start + done:,} of {self.storage.nbytes:,} bytes: the file was truncated "
@@ -202,6 +228,21 @@ class _Pass:
             done += count
             if self.reader.on_bytes is not None:
                 self.reader.on_bytes(count)
+
+    def _straight(self, first: int, view: memoryview) -> tuple[memoryview, int]:
+        """Reads from the store what of `view`, with the file's bytes from `first` on, never comes to the file.
+
+        What of it is to be done now, and how many bytes of that were read so.
+        """
+        direct = self.reader.direct
+        spans = direct.of(self.storage.file, first, first + len(view)) if direct else ()
+        if not direct or not spans:
+            return view, 0
+        if spans[0].start > first:
+            return view[: spans[0].start - first], 0
+        view = view[: spans[0].stop - first]
+        direct.read(self.storage.file, first, view)
+        return view, len(view)
 
     def _sum(self, start: int, view: memoryview) -> None:
         if self.shared is not None:

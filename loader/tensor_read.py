@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .direct_reads import DirectReads
 from .errors import FormatError
 from .options import Verify
-from .ranges import ByteRange
+from .ranges import ByteRange, union
 from .storage_read import STAGING_BYTES, Piece, StorageReader
 from .strided import Layout, bounded_boxes, row_major_boxes
 from .values import LazyTensor, StorageRef
@@ -68,15 +69,22 @@ class Reader:
         for storage in _in_file_order(set(storages)):
             self._storages.check(storage)
 
-    def waiting(self, on_wait: Callable[[], None] | None) -> None:
-        """From now on bytes that have not landed are waited for, and `on_wait` called meanwhile; None: no more."""
+    def waiting(self, on_wait: Callable[[], None] | None, coming: Mapping[str, Sequence[ByteRange]]) -> None:
+        """From now on bytes of `coming` (by path) that have not landed are waited for, and `on_wait` called meanwhile;
+        None: no more."""
         self._storages.on_wait = on_wait
+        self._storages.coming = {path: union(ranges) for path, ranges in coming.items()}
 
     def unsummed(self) -> Reader:
         """One that compares no checksums, and waits as this one does."""
         other = Reader(verify="off", on_bytes=self._storages.on_bytes)
-        other.waiting(self._storages.on_wait)
+        other.waiting(self._storages.on_wait, self._storages.coming)
+        other.reading_direct(self._storages.direct)
         return other
+
+    def reading_direct(self, direct: DirectReads | None) -> None:
+        """From now on what `direct` has is read from the store, not from the node's files; None: no more."""
+        self._storages.direct = direct
 
     def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
         """Of these storages only these ranges are to be summed here, while they are read: others sum the rest."""
@@ -93,7 +101,8 @@ class Reader:
         """Carries out `requests`, storage by storage in the order of the files.
 
         Where dtypes agree and the memory is the CPU's and contiguous, bytes are read straight into it; the
-        rest goes through the buffer and is cast and moved by ``Tensor.copy_``. A strided tensor copied in
+        rest goes through the buffer and is cast and moved by ``Tensor.copy_``. What comes straight from a store is
+        read first, over all requests at once. A strided tensor copied in
         part into a non-contiguous destination takes a temporary of its size.
 
         Raises `CorruptError` where a file is too short or a checksum differs: destinations may have been
@@ -105,13 +114,16 @@ class Reader:
                 by_storage.setdefault(request.source.storage, []).append(request)
         staging = torch.frombuffer(self._storages.staging, dtype=torch.uint8)
         with torch.no_grad():
+            planned: list[tuple[StorageRef, list[Piece]]] = []
+            finishers: dict[StorageRef, list[Callable[[], None]]] = {}
             for storage in _in_file_order(by_storage):
-                pieces: list[Piece] = []
-                finishers: list[Callable[[], None]] = []
-                for request in by_storage[storage]:
-                    pieces.extend(_pieces(request, staging, finishers))
+                last = finishers.setdefault(storage, [])
+                planned.append(
+                    (storage, [piece for one in by_storage[storage] for piece in _pieces(one, staging, last)])
+                )
+            for storage, pieces in self._storages.place(planned):
                 self._storages.read(storage, pieces, [request.name for request in by_storage[storage]])
-                for finish in finishers:
+                for finish in finishers[storage]:
                     finish()
 
 
@@ -164,7 +176,7 @@ def _pieces(
     dtype = torch_dtype(source.dtype)
     if source.is_contiguous:
         start = (source.storage_offset + request.source_start) * source.itemsize
-        if _is_plain(destination) and destination.dtype == dtype:
+        if is_plain(destination) and destination.dtype == dtype:
             # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
             flat = destination.as_strided((destination.numel(),), (1,))
             memory = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -181,7 +193,8 @@ def _pieces(
     finishers.append(lambda: _copy(destination, temporary))
 
 
-def _is_plain(destination: torch.Tensor) -> bool:
+def is_plain(destination: torch.Tensor) -> bool:
+    """Whether bytes can be put into its memory as they are: the CPU's, and contiguous."""
     return (
         destination.device.type == "cpu"
         and destination.is_contiguous()

@@ -46,14 +46,14 @@ class FileIndex:
     archive: ZipRecords | None = None
     """The zip's directory; None for the older format."""
 
-    def check_headers(self, storages: Iterable[StorageRef]) -> None:
+    def check_headers(self, storages: Iterable[StorageRef], open_file: OpenFile = open_local) -> None:
         """Of a file that was fetched in parts, compares these storages' local headers with the directory.
 
         Raises `CorruptError` where they contradict it.
         """
         if self.archive is not None and self.archive.derived:
             for storage in storages:
-                self.archive.check_header(storage.key)
+                self.archive.check_header(storage.key, open_file)
 
 
 def read_index(

@@ -54,11 +54,11 @@ def deal_checks(
         wanted = wanted_reads(checked.prepared)
     if verify == "off":
         return Verification(verify, wanted)
+    # A rank that is alone reads and sums a storage in one pass, but not where parts of it come in any order.
+    together_pays = session.topology.world_size > 1 or checkpoint.opening.straight
     summed = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
     together = {
-        storage: one
-        for storage, one in summed.items()
-        if session.topology.world_size > 1 and _worth_sharing(storage, one)
+        storage: one for storage, one in summed.items() if together_pays and _worth_sharing(storage, one)
     }
     name_of = {index.path: index.name for index in checkpoint.indexes}
     shared = {(name_of[storage.file], storage.key): storage for storage in together}

@@ -6,25 +6,30 @@ Imports torch.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine_plan import EnginePlan, Fill
+import torch
+
+from .engine_plan import EnginePlan
+from .engine_target import flat_view
 from .local_shard import is_dtensor, local_part
-from .ranges import ByteRange, union
+from .materialize import torch_dtype
+from .optimizer_entries import lies_along
+from .ranges import ByteRange, intersect, once, union
 from .restore_foreign import ForeignPlan
 from .restore_module import ModulePlan, module_tensors
 from .restore_optimizer import OptimizerPlan
 from .restore_target import Prepared
 from .saved_parts import AssembledTensor, SavedTensor, parts_of, whole_box
 from .strided import Layout
+from .tensor_read import is_plain
 from .tree_walk import tensors
 from .values import LazyTensor, StorageRef
 
-Read = tuple[StorageRef, ByteRange, str]
-"""Bytes of a storage, and the name of what they are for."""
+Read = tuple[StorageRef, ByteRange, str, bool]
+"""Bytes of a storage, the name of what they are for, and whether they can come straight into its memory."""
 
 
 @dataclass
@@ -35,6 +40,8 @@ class WantedReads:
     """Disjoint and in order."""
     names: tuple[str, ...] = ()
     """A few of the tensors that they are for."""
+    straight: list[ByteRange] = field(default_factory=list)
+    """Of `ranges`, those that are read once, all together, as they are, into memory of their own."""
 
     @property
     def nbytes(self) -> int:
@@ -44,12 +51,15 @@ class WantedReads:
 def wanted_reads(prepared: Prepared) -> dict[StorageRef, WantedReads]:
     """By storage, in the order of the files."""
     found: dict[StorageRef, WantedReads] = {}
-    for storage, span, name in _reads(prepared):
+    for storage, span, name, straight in _reads(prepared):
         wanted = found.setdefault(storage, WantedReads())
         wanted.ranges.append(span)
+        if straight:
+            wanted.straight.append(span)
         if len(wanted.names) < 3 and name and name not in wanted.names:
             wanted.names = (*wanted.names, name)
     for wanted in found.values():
+        wanted.straight = list(intersect(once(wanted.ranges), union(wanted.straight)))
         wanted.ranges = list(union(wanted.ranges))
     return {one: found[one] for one in sorted(found, key=lambda storage: (storage.file, storage.offset))}
 
@@ -69,15 +79,32 @@ def _reads(prepared: Prepared) -> Iterator[Read]:
 
 
 def _of_engine(plan: EnginePlan) -> Iterator[Read]:
-    fills: Iterable[Fill] = itertools.chain(
-        (fill for _, fill in plan.low), (fill for _, fill in plan.masters), (fill for *_, fill in plan.states)
-    )
-    for fill in fills:
-        yield from _of_tensor(fill.source, fill.name, fill.source_start, fill.length)
+    flats = plan.target.flats
+    for destination, fill in plan.low:
+        yield from _of_tensor(fill.source, fill.name, fill.source_start, fill.length, into=destination)
+    for index, fill in plan.masters:
+        master = flat_view(flats[index].master)
+        yield from _of_tensor(fill.source, fill.name, fill.source_start, fill.length, into=master)
+    for index, key, fill in plan.states:
+        state = _state_of(plan, index, key)
+        yield from _of_tensor(fill.source, fill.name, fill.source_start, fill.length, into=state)
     for name, buffer in plan.buffers.items():
         yield from _of_tensor(buffer, f"model/{name}")
     rest = (plan.extra_state, plan.all_scalars, plan.groups, plan.scheduler, plan.counters)
     yield from _of_tree(list(rest))
+
+
+def _state_of(plan: EnginePlan, index: int, key: str) -> torch.Tensor | None:
+    """The optimizer's tensor that will be filled, or one like what will be made for it; None where that is not known
+    to lie as its master does."""
+    master = plan.target.flats[index].master
+    held = plan.target.optimizer.state.get(master, {}).get(key)
+    if isinstance(held, torch.Tensor):
+        return flat_view(held)
+    saved = plan.fresh_keys.get(index, {}).get(key)
+    if saved is None or not torch_dtype(saved).is_floating_point:
+        return None
+    return flat_view(master)
 
 
 def _of_foreign(plan: ForeignPlan) -> Iterator[Read]:
@@ -91,7 +118,7 @@ def _of_foreign(plan: ForeignPlan) -> Iterator[Read]:
 def _of_module(plan: ModulePlan) -> Iterator[Read]:
     targets = module_tensors(plan.module)
     for name, value in plan.tensors.items():
-        yield from _of_saved(value, targets.get(name), f"model/{name}")
+        yield from _of_saved(value, targets.get(name), f"model/{name}", straight=not plan.through_hooks)
     yield from _of_tree([value for value in plan.sources.values() if not isinstance(value, SavedTensor)])
 
 
@@ -101,21 +128,24 @@ def _of_optimizer(plan: OptimizerPlan) -> Iterator[Read]:
         for key, value in entries.items():
             name = f"optimizers/{plan.name}/state/{position}/{key}"
             if isinstance(value, SavedTensor):
-                yield from _of_saved(value, parameters[position], name)
+                # Those of ordinary parameters are read one after the other.
+                along = lies_along(value, key, parameters[position])
+                yield from _of_saved(value, parameters[position], name, straight=along)
             else:
                 yield from _of_tree(value)
     yield from _of_tree(plan.param_groups)
 
 
-def _of_saved(value: SavedTensor, target: Any, name: str) -> Iterator[Read]:
-    """All of `value`, or this rank's part of it where `target` is spread over the ranks."""
+def _of_saved(value: SavedTensor, target: Any, name: str, *, straight: bool) -> Iterator[Read]:
+    """All of `value`, or this rank's part of it where `target` is spread over the ranks. With `straight` it is read
+    together with others into memory that is as `target`'s is."""
     shared = target is not None and is_dtensor(target) and tuple(target.shape) == value.shape
     if isinstance(value, AssembledTensor) or shared:
-        box = local_part(target, name)[0] if shared else whole_box(value.shape)
+        box, local = local_part(target, name) if shared else (whole_box(value.shape), target)
         for part, _ in parts_of(value, box):
-            yield from _of_tensor(part, name)
+            yield from _of_tensor(part, name, into=local if straight else None)
     else:
-        yield from _of_tensor(value, name)
+        yield from _of_tensor(value, name, into=target if straight else None)
 
 
 def _of_tree(tree: Any) -> Iterator[Read]:
@@ -123,7 +153,14 @@ def _of_tree(tree: Any) -> Iterator[Read]:
         yield from _of_tensor(tensor, path)
 
 
-def _of_tensor(source: LazyTensor, name: str, start: int = 0, length: int | None = None) -> Iterator[Read]:
+def _of_tensor(
+    source: LazyTensor,
+    name: str,
+    start: int = 0,
+    length: int | None = None,
+    *,
+    into: torch.Tensor | None = None,
+) -> Iterator[Read]:
     """The bytes that some elements of a lazy tensor lie in; of a strided one, all that it reaches over."""
     if not source.numel or length == 0:
         return
@@ -133,4 +170,10 @@ def _of_tensor(source: LazyTensor, name: str, start: int = 0, length: int | None
     else:
         first = source.storage_offset
         stop = first + Layout(source.shape, source.stride, 0).span
-    yield source.storage, ByteRange(first * source.itemsize, stop * source.itemsize), name
+    straight = (
+        into is not None
+        and source.is_contiguous
+        and is_plain(into)
+        and into.dtype == torch_dtype(source.dtype)
+    )
+    yield source.storage, ByteRange(first * source.itemsize, stop * source.itemsize), name, straight

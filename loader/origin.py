@@ -1,0 +1,17 @@
+"""Where a file that comes in parts comes from, told between ranks. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """An object at one version, for other ranks to open, too."""
+
+    object_name: str
+    size_bytes: int
+    told_version: str | None
+    """As the store tells it (`store.ObjectInfo`)."""
+    version: str | None
+    """As its range source does."""
