@@ -9,38 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .range_pace import Pace
 from .range_retries import Retries
-from .range_source import RangeSource, TryAgainError
-from .range_targets import Target
-from .ranges import CHUNK_BYTES, ByteRange, coalesce, intersect, split, union
+from .range_runs import Filling, Reading, Run, chunks
+from .range_source import TryAgainError
+from .ranges import CHUNK_BYTES, union
 from .store import OnBytes
 from .workers import Stop, run_jobs
 
+__all__ = ["ReadReport", "Reading", "read_ranges"]
+
 MAX_RUN_BYTES = 64 << 20
-_TRASH_BYTES = 64 << 10
 _WAIT_S = 0.05
-
-Landed = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is wanted of one object, and where it goes."""
-
-    source: RangeSource
-    ranges: Sequence[ByteRange]
-    target: Target
-    landed: Landed | None = None
-    """Called as ``landed(start, stop)`` when those bytes are in place, every wanted byte once, in a reading thread,
-    several at a time; what it raises stops everything."""
-    reads_along: bool = True
-    """Whether small gaps may be read along; not where the source has nothing there."""
 
 
 @dataclass
@@ -54,35 +38,6 @@ class ReadReport:
     retries: int = 0
     connections: int = 0
     """The most that were at work at once."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Bytes of one object that land together."""
-
-    reading: Reading
-    span: ByteRange
-    wanted: tuple[ByteRange, ...]
-    """The parts of `span` that are; the rest is read along."""
-
-
-@dataclass
-class _Run:
-    """Adjacent chunks of one object, read by one request."""
-
-    reading: Reading
-    chunks: list[_Chunk] = field(default_factory=list)
-
-    @property
-    def start(self) -> int:
-        return self.chunks[0].span.start
-
-    @property
-    def stop(self) -> int:
-        return self.chunks[-1].span.stop
-
-    def follows(self, chunk: _Chunk) -> bool:
-        return not self.chunks or (chunk.reading is self.reading and chunk.span.start == self.stop)
 
 
 def read_ranges(
@@ -108,7 +63,7 @@ class _Engine:
         self._chunk_bytes = chunk_bytes
         self._pace = pace
         self._readings = [one for one in readings if union(one.ranges)]
-        self._queue = deque(_chunks(self._readings, chunk_bytes))
+        self._queue = deque(chunks(self._readings, chunk_bytes))
         self._left_bytes = sum(chunk.span.length for chunk in self._queue)
         self._retries = Retries(len(self._queue))
         self._ready = threading.Condition()
@@ -157,7 +112,7 @@ class _Engine:
                     self._by_source[id(run.reading.source)] -= 1
                     self._ready.notify()
 
-    def _take(self, stop: Stop) -> _Run | None:
+    def _take(self, stop: Stop) -> Run | None:
         """The next run, once there is a connection for it; None where nothing is left."""
         while True:
             stop.check()
@@ -174,7 +129,7 @@ class _Engine:
                     return run
                 self._ready.wait(_WAIT_S)
 
-    def _next_run(self) -> _Run | None:
+    def _next_run(self) -> Run | None:
         """Adjacent chunks of the first object that may have one more connection."""
         free = (
             index
@@ -185,7 +140,7 @@ class _Engine:
         if index is None:
             return None
         self._queue.rotate(-index)
-        run = _Run(self._queue[0].reading)
+        run = Run(self._queue[0].reading)
         source = run.reading.source
         length = 0
         most = (
@@ -201,12 +156,14 @@ class _Engine:
         self._left_bytes -= length
         return run
 
-    def _read(self, run: _Run, stop: Stop) -> None:
+    def _read(self, run: Run, stop: Stop) -> None:
         source = run.reading.source
         position = run.start
         attempt = 0
         pending = deque(run.chunks)
         n_landed = 0
+
+        filling = Filling(run, position)
 
         def arrived(n_bytes: int) -> None:
             nonlocal position, attempt, n_landed
@@ -214,6 +171,7 @@ class _Engine:
             if not n_bytes:
                 return
             attempt = 0
+            filling.arrived(n_bytes)
             position += n_bytes
             self._count(n_bytes)
             while pending and pending[0].span.stop <= position:
@@ -225,9 +183,11 @@ class _Engine:
                         run.reading.landed(part.start, part.stop)  # type: ignore[misc]
 
         while pending:
+            filling = Filling(run, position)
             try:
-                source.read_into(position, run.stop, _views(run, position), arrived)
+                source.read_into(position, run.stop, filling.views(), arrived)
             except TryAgainError as error:
+                filling.end()
                 attempt += 1
                 pause_s = self._retries.pause_s(error, attempt)
                 if error.throttled:
@@ -239,39 +199,6 @@ class _Engine:
                     position = run.start
                     pending = deque(run.chunks)
                 _sleep(pause_s, stop)
-
-
-def _chunks(readings: Iterable[Reading], chunk_bytes: int) -> Iterator[_Chunk]:
-    for reading in readings:
-        wanted = union(reading.ranges)
-        # A server without ranges is read from the beginning, whatever is wanted.
-        joined = coalesce(wanted) if reading.reads_along else wanted
-        if not reading.source.has_ranges:
-            joined = (ByteRange(0, wanted[-1].stop),)
-        starts = [one.start for one in wanted]
-        for span in split(joined, chunk_bytes=chunk_bytes):
-            first = max(bisect_right(starts, span.start) - 1, 0)
-            last = bisect_left(starts, span.stop)
-            yield _Chunk(reading, span, intersect(wanted[first:last], [span]))
-
-
-def _views(run: _Run, position: int) -> Iterator[memoryview]:
-    """Where the bytes of `run` go from `position` on; those that nobody wants go nowhere."""
-    trash = memoryview(bytearray(_TRASH_BYTES))
-    for chunk in run.chunks:
-        for part in chunk.wanted:
-            if part.stop > position:
-                yield from _nowhere(trash, part.start - position)
-                position = max(position, part.start)
-                yield from run.reading.target.views(position, part.stop)
-                position = part.stop
-        yield from _nowhere(trash, chunk.span.stop - position)
-        position = max(position, chunk.span.stop)
-
-
-def _nowhere(trash: memoryview, n_bytes: int) -> Iterator[memoryview]:
-    for start in range(0, n_bytes, len(trash)):
-        yield trash[: min(len(trash), n_bytes - start)]
 
 
 def _sleep(seconds: float, stop: Stop) -> None:

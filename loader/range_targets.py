@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import mmap
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -14,16 +12,18 @@ from typing import Protocol
 from .errors import CorruptError
 from .store_errors import disk_full
 
-_POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE of Linux 5.14: fills the page table at once, and fails where there is no space left."""
-_AT_ONCE = 8 << 20
+BUFFER_BYTES = 512 << 10
+"""What is received before it is written: small enough to be in the processor's cache still."""
 
 
 class Target(Protocol):
     """Takes bytes of one object; called from several threads, never twice for the same bytes at once."""
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Writable memory for bytes ``[start, stop)``, in order."""
+        """Writable memory for bytes ``[start, stop)``, in order; the next one is asked for when one was taken."""
+
+    def take(self, start: int, view: memoryview) -> None:
+        """The bytes from `start` on have come into `view`: one that `views` gave, or the beginning of one."""
 
 
 class MemoryTarget:
@@ -54,58 +54,66 @@ class MemoryTarget:
             position = end
             index += 1
 
+    def take(self, start: int, view: memoryview) -> None:
+        """The bytes are where they belong."""
+
 
 class FileTarget:
-    """A file of `size_bytes`, sparse where nothing has landed, mapped while it is written.
+    """A file of `size_bytes`, sparse where nothing has landed. `close` it.
 
-    The file is made where it is missing (0600) and kept as it is where it has that size. Space is taken before
-    bytes arrive: a disk that is full is an `AccessError`, not a signal. `close` it.
+    Bytes are received into a small buffer and written from there: new pages of a file that is mapped are zeroed first,
+    and cost several times as much. The file is made where it is missing (0600) and kept as it is where it has that
+    size. A disk that is full is an `AccessError`.
     """
 
     def __init__(self, path: str, size_bytes: int) -> None:
-        self._path = path
+        self.path = path
+        self._idle = threading.Condition()
+        self._writing = 0
+        self._closed = False
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             held = os.fstat(self._fd).st_size
             if held not in (0, size_bytes):
                 raise CorruptError(f"{path}: holds {held} bytes, expected {size_bytes}", path=path)
             os.ftruncate(self._fd, size_bytes)
-            self._map = mmap.mmap(self._fd, size_bytes) if size_bytes else mmap.mmap(-1, 1)
         except BaseException:
             os.close(self._fd)
             raise
-        self._view = memoryview(self._map)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
-        for begin in range(start, stop, _AT_ONCE):
-            end = min(stop, begin + _AT_ONCE)
-            self._take_space(begin, end)
-            yield self._view[begin:end]
+        buffer = memoryview(bytearray(min(BUFFER_BYTES, stop - start)))
+        # Writes begin where pages do, but for the first.
+        first = start - start % BUFFER_BYTES
+        for begin in range(first, stop, BUFFER_BYTES):
+            yield buffer[: min(begin + BUFFER_BYTES, stop) - max(begin, start)]
+
+    def take(self, start: int, view: memoryview) -> None:
+        with self._idle:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed")
+            self._writing += 1
+        try:
+            self._write(start, view)
+        finally:
+            with self._idle:
+                self._writing -= 1
+                self._idle.notify_all()
 
     def close(self) -> None:
-        """Unmaps the file, unless a view of it is still in use, and closes it."""
-        self._view.release()
-        # A read that was given up may still hold it; it ends with that.
-        with contextlib.suppress(BufferError):
-            self._map.close()
-        os.close(self._fd)
+        """Waits for writes under way. A read that was given up and goes on must not write: its descriptor may be
+        another file's by then."""
+        with self._idle:
+            self._closed = True
+            self._idle.wait_for(lambda: not self._writing)
+            os.close(self._fd)
 
-    def _take_space(self, start: int, stop: int) -> None:
-        begin = start - start % mmap.PAGESIZE
-        # Through ctypes, which lets other threads go on meanwhile; mmap's own madvise does not.
-        length = ctypes.c_size_t(stop - begin)
-        if _libc.madvise(ctypes.c_void_p(self._address + begin), length, _POPULATE_WRITE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code in (errno.EFAULT, errno.ENOSPC, errno.ENOMEM):
-            raise disk_full(self._path)
-        try:
-            os.posix_fallocate(self._fd, start, stop - start)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise disk_full(self._path) from error
-            # The file system has no such call.
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
+    def _write(self, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._fd, view[done:], start + done)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise disk_full(self.path) from error
+                raise

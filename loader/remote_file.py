@@ -19,7 +19,6 @@ from .store import OnBytes
 
 BLOCK_BYTES = 64 << 10
 """What an index is read in."""
-_SUMMED_BYTES = 1 << 20
 
 
 class RemoteFile:
@@ -34,7 +33,7 @@ class RemoteFile:
         with contextlib.ExitStack() as opening:
             self._partial = PartialFile(path, source.size_bytes)
             opening.callback(self._partial.close)
-            self._target = FileTarget(path, source.size_bytes)
+            self._target = _SummedTarget(path, source.size_bytes)
             opening.pop_all()
         self._taken_bytes = 0
         self._count_lock = threading.Lock()
@@ -90,11 +89,36 @@ class RemoteFile:
             self._taken_bytes += stop - start
 
     def _landed(self, start: int, stop: int) -> None:
+        self._partial.land(start, stop, self._target.sum_of(start, stop))
+
+
+class _SummedTarget(FileTarget):
+    """Sums what is written while it is in the processor's cache."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        super().__init__(path, size_bytes)
+        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
+        """Thread, and where its run of bytes ends so far, to where it begins and its CRC-32."""
+
+    def take(self, start: int, view: memoryview) -> None:
+        super().take(start, view)
+        thread = threading.get_ident()
+        begin, value = self._sums.pop((thread, start), (start, 0))
+        self._sums[thread, start + len(view)] = (begin, crc32(view, value))
+
+    def sum_of(self, start: int, stop: int) -> int:
+        """The CRC-32 of bytes that this thread has written, of which those up to `stop` were the last."""
+        begin, value = self._sums.pop((threading.get_ident(), stop), (-1, 0))
+        return value if begin == start else self._read_again(start, stop)
+
+    def _read_again(self, start: int, stop: int) -> int:
+        """For what was not written in one go: a stream that began anew."""
         value = 0
-        for view in self._target.views(start, stop):
-            for begin in range(0, len(view), _SUMMED_BYTES):
-                value = crc32(view[begin : begin + _SUMMED_BYTES], value)
-        self._partial.land(start, stop, value)
+        with open(self.path, "rb") as file:
+            for position in range(start, stop, BLOCK_BYTES):
+                file.seek(position)
+                value = crc32(file.read(min(BLOCK_BYTES, stop - position)), value)
+        return value
 
 
 class _Fetching(io.RawIOBase):
