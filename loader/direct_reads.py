@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 from .range_engine import Reading, ReadReport, read_ranges
+from .range_pace import MOST, START, Pace
 from .range_source import RangeSource
 from .range_targets import MemoryTarget
 from .ranges import ByteRange, total_bytes, union
@@ -34,7 +35,7 @@ class DirectReads:
     """The `ranges` that this rank reads so, by path on this node. Used by one thread.
 
     `open_source` opens the object that is behind a path, at the version that the node's file has. `on_bytes` is told
-    of bytes as they arrive (and may raise).
+    of bytes as they arrive (and may raise). `n_neighbours` ranks of this node, itself among them, do the same.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class DirectReads:
         ranges: Mapping[str, Sequence[ByteRange]],
         open_source: Callable[[str], RangeSource],
         on_bytes: OnBytes,
+        *,
+        n_neighbours: int = 1,
     ) -> None:
         self._ranges = {path: union(pieces) for path, pieces in ranges.items() if pieces}
         self._starts = {path: [one.start for one in pieces] for path, pieces in self._ranges.items()}
         self._open_source = open_source
         self._on_bytes = on_bytes
+        self._n_neighbours = n_neighbours
         self._headers: dict[tuple[str, int], bytearray] = {}
         self.fetched_bytes: dict[str, int] = {}
         """What was read so far, by path, with what was read along or twice."""
@@ -85,7 +89,7 @@ class DirectReads:
             readings.append(Reading(self._open_source(path), spans, MemoryTarget(pieces), placement.landed))
             self._add(path, total_bytes(spans))
         if readings:
-            self._settle(next(iter(wanted)), read_ranges(readings, self._on_bytes))
+            self._settle(next(iter(wanted)), read_ranges(readings, self._on_bytes, pace=self._pace()))
 
     def read(self, path: str, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, which are among `of`'s, now."""
@@ -100,6 +104,10 @@ class DirectReads:
         if kept is None:
             return None
         return lambda _: cast(BinaryIO, _At(bytes(kept), start))
+
+    def _pace(self) -> Pace:
+        """A node's ranks together begin with about as many connections as one that fetches for all."""
+        return Pace(max(1, START // self._n_neighbours), max(4, MOST // self._n_neighbours))
 
     def _add(self, path: str, n_bytes: int) -> None:
         self.fetched_bytes[path] = self.fetched_bytes.get(path, 0) + n_bytes

@@ -127,6 +127,7 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
             _placed(opening, errand.straight),
             lambda path: remote.open_source(opening.store, path),
             _telling(opening),
+            n_neighbours=session.topology.local_world_size,
         ),
     )
 

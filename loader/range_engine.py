@@ -78,7 +78,7 @@ class _Engine:
     def run(self) -> ReadReport:
         most = min(self._pace.most, len(self._queue))
         try:
-            run_jobs([self._work] * most, self._tell, n_threads=most)
+            run_jobs([self._work] * most, self._tell, n_threads=most, wanted=lambda: self._pace.limit)
         finally:
             self.report.read_bytes = self._arrived
             self.report.retries = self._retries.used

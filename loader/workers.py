@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from .transfer import POLL_S, Stopped
 
+GROW_S = 0.02
+"""How often it is looked whether more threads are wanted."""
 STOP_TIMEOUT_S = 5.0
 """How long threads are given to end once they are told to; one stuck in a backend is left to itself."""
 
@@ -20,16 +23,27 @@ class Stop:
     def set(self) -> None:
         self._event.set()
 
+    def is_set(self) -> bool:
+        """Whether the work is given up."""
+        return self._event.is_set()
+
     def check(self) -> None:
         """Raises where the work is given up; only workers call it."""
         if self._event.is_set():
             raise Stopped
 
 
-def run_jobs(jobs: Sequence[Callable[[Stop], None]], tick: Callable[[], None], *, n_threads: int = 4) -> None:
+def run_jobs(
+    jobs: Sequence[Callable[[Stop], None]],
+    tick: Callable[[], None],
+    *,
+    n_threads: int = 4,
+    wanted: Callable[[], int] | None = None,
+) -> None:
     """Runs `jobs` in up to `n_threads` threads, the first ones first, calling `tick` here ten times a second.
 
-    The first job that raises, or `tick`, stops all the others; what it raised is raised once they have ended.
+    With `wanted`, a thread is only started once that says that so many are. The first job that raises, or `tick`,
+    stops all the others; what it raised is raised once they have ended.
     """
     stop = Stop()
     pending = list(reversed(jobs))
@@ -54,20 +68,29 @@ def run_jobs(jobs: Sequence[Callable[[Stop], None]], tick: Callable[[], None], *
             ended.set()
 
     # Waited for by events: a join that Ctrl-C interrupts takes its thread for ended in some versions of Python.
-    endings = [threading.Event() for _ in range(min(n_threads, len(jobs)))]
-    threads = [
-        threading.Thread(target=work, args=(ended,), name=f"rankload-worker-{index}", daemon=True)
-        for index, ended in enumerate(endings)
-    ]
-    started = []
-    try:
-        for thread, ended in zip(threads, endings, strict=True):
+    most = min(n_threads, len(jobs))
+    started: list[tuple[threading.Thread, threading.Event]] = []
+
+    def start() -> None:
+        while len(started) < (most if wanted is None else min(most, max(1, wanted()))):
+            ended = threading.Event()
+            name = f"rankload-worker-{len(started)}"
+            thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
             thread.start()
             started.append((thread, ended))
-        for ended in endings:
-            while not ended.is_set():
+
+    try:
+        start()
+        looked = time.monotonic()
+        while any(not ended.is_set() for _, ended in started):
+            if time.monotonic() - looked >= POLL_S:
+                looked = time.monotonic()
                 tick()
-                ended.wait(POLL_S)
+            waiting_for = next((ended for _, ended in started if not ended.is_set()), None)
+            if waiting_for is not None:
+                waiting_for.wait(POLL_S if len(started) == most else GROW_S)
+            if not stop.is_set():
+                start()
     finally:
         stop.set()
         for thread, ended in started:

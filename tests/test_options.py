@@ -10,7 +10,7 @@ from rankload.loader.options import LoadOptions, resolve_options
 
 def test_argument_comes_before_environment_before_default() -> None:
     environ = {"RANKLOAD_STALL_TIMEOUT_S": "7.5", "RANKLOAD_CACHE_DIR": "/fast", "RANKLOAD_VERIFY": "before"}
-    assert resolve_options(None, {}) == LoadOptions(stall_timeout_s=120.0, verify="during")
+    assert resolve_options(None, {}) == LoadOptions(stall_timeout_s=120.0, verify="during", mode="node")
     found = resolve_options(LoadOptions(stall_timeout_s=3), environ)
     assert (found.stall_timeout_s, found.cache_dir, found.verify) == (3, "/fast", "before")
 
@@ -40,6 +40,8 @@ def test_argument_comes_before_environment_before_default() -> None:
         ({"cache_dir": 3}, {}, "cache_dir=3: expected the path of a folder"),
         ({"cache_dir": b"x"}, {}, "expected the path of a folder"),
         ({"verify": ["off"]}, {}, "expected one of before, during, off"),
+        ({"mode": "fast"}, {}, "mode='fast': expected one of node, direct, auto, job"),
+        ({"mode": "direct"}, {"RANKLOAD_VERIFY": "before"}, "cannot compare them before"),
         (None, {"RANKLOAD_DEBUG": "1"}, "unknown environment variable RANKLOAD_DEBUG;"),
     ],
 )
