@@ -43,6 +43,8 @@ class RemoteFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, RemoteFile] = {}
+        self._begun: dict[tuple[str, str], RemoteFile] = {}
+        """By store and object."""
         self._indexes: dict[str, FileIndex] = {}
         self._partial: dict[str, tuple[str, Origin]] = {}
         self._path_of: dict[str, str] = {}
@@ -77,9 +79,15 @@ class RemoteFiles:
     ) -> RemoteFile | None:
         """Opens a torch zip and brings its index here; None for anything else, and for stores without ranges.
 
+        One that was begun before, for another rank, is returned as it is.
+
         Called from several threads. Raises as the store and `read_index` do.
         """
         described = store.describe(info.name)
+        with self._lock:
+            begun = self._begun.get((store.identity, info.name))
+        if begun is not None:
+            return begun
         if info.name.endswith(_NO_TORCH_ZIP) or 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
             return None
         source = self._source(store, info)
@@ -98,6 +106,7 @@ class RemoteFiles:
                     )
                     with self._lock:
                         self._files[file.path], self._indexes[file.path] = file, index
+                        self._begun[store.identity, info.name] = file
                     file, source = None, None
                     return self._files[index.path]
         finally:

@@ -103,6 +103,7 @@ PURE = (
     "distributed.failures",
     "distributed.launchers",
     "distributed.liveness",
+    "distributed.range_server",
     "distributed.topology",
     "launch.children",
     "launch.cli",
