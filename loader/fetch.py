@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .remote_files import RemoteFiles
 
 PARALLEL_FILES = 4
+_TUPLES = ("members", "compared_by", "left_out")
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
@@ -50,6 +51,10 @@ class FetchedFile:
     """An archive's regular files, relative to `path`."""
     partial: bool = False
     """Whether its index alone is there: the rest comes by `fetch_ranges`."""
+    compared_by: tuple[str, ...] = ()
+    """What all its bytes, as stored, were compared with (`whole_checks`)."""
+    left_out: tuple[str, ...] = ()
+    """What they could not be compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ def fetch_files(
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
     mine = [need.name for need in table.own]
     files = {
-        name: FetchedFile(**{**node[name], "members": tuple(node[name]["members"])})
+        name: FetchedFile(**{**node[name], **{each: tuple(node[name][each]) for each in _TUPLES}})
         for name in mine
         if name in node
     }
@@ -167,6 +172,8 @@ def _fetch(
             seconds=time.monotonic() - started,
             members=one.members,
             partial=one.partial,
+            compared_by=one.compared.by,
+            left_out=one.compared.left_out,
         )
 
     # The longest first, so that none of them is alone at the end.

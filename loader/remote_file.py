@@ -46,6 +46,11 @@ class RemoteFile:
         """What an earlier process had landed."""
         return self._partial.resumed_bytes
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here."""
+        return not self._partial.missing([ByteRange(0, self.source.size_bytes)])
+
     def reading(self, ranges: Iterable[ByteRange]) -> Reading | None:
         """What is to be read so that `ranges` are here; None where all of them are."""
         whole = ByteRange(0, self.source.size_bytes)

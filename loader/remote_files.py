@@ -21,6 +21,7 @@ from .remote_file import RemoteFile
 from .sniff import HEAD_BYTES, sniff
 from .store import ObjectInfo, OnBytes, Store
 from .torch_file import FileIndex, read_index
+from .whole_checks import Compared, WholeChecks
 from .workers import Stop
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 class RemoteFiles:
     """Context manager around a load. On ranks that do not fetch, it only knows which files come in parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, checks: WholeChecks | None = None) -> None:
+        self.checks = checks or WholeChecks("off")
+        self._compared: dict[str, Compared] = {}
         self._files: dict[str, RemoteFile] = {}
         self._indexes: dict[str, FileIndex] = {}
+        self._objects: dict[str, tuple[Store, ObjectInfo]] = {}
         self._partial: set[str] = set()
         self._lock = threading.Lock()
         self._connections: Connections | None = None
@@ -87,6 +91,7 @@ class RemoteFiles:
                     )
                     with self._lock:
                         self._files[file.path], self._indexes[file.path] = file, index
+                        self._objects[file.path] = store, info
                     file, source = None, None
                     return self._files[index.path]
         finally:
@@ -138,7 +143,17 @@ class RemoteFiles:
     def fetch(self, wanted: Mapping[str, Iterable[ByteRange]], on_bytes: OnBytes) -> ReadReport:
         """Brings the `wanted` ranges here, by path; in parallel, over all files. Raises as `read_ranges` does."""
         readings = [self._files[path].reading(ranges) for path, ranges in wanted.items()]
-        return read_ranges([one for one in readings if one is not None], on_bytes)
+        report = read_ranges([one for one in readings if one is not None], on_bytes)
+        for path in wanted:
+            if self._files[path].is_whole and path not in self._compared:
+                self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
+        return report
+
+    def compared(self, path: str) -> Compared | None:
+        """What this rank compared all of the file at `path` with; None where it is none of its own."""
+        if path not in self._files:
+            return None
+        return self._compared.get(path) or Compared((), self.checks.left_out_of_parts(*self._objects[path]))
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
         """How many bytes `fetch` would bring."""

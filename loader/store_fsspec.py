@@ -13,6 +13,7 @@ from .errors import NotFoundError, OptionError, UnsafeError
 from .store import ObjectInfo, OnBytes, Store, path_scheme
 from .store_errors import redact_text, redact_uri, store_error
 from .store_local import LocalStore, within_limit
+from .stored_sums import StoredSum, in_info
 from .transfer import Meter, bytes_on_disk, receive, run_watched
 
 _EXTRAS = {
@@ -60,6 +61,7 @@ class FsspecStore:
         self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
         self._own = threading.local()
         self._own.filesystem = self._pid, filesystem
+        self._sums: dict[ObjectInfo, tuple[StoredSum, ...]] = {}
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
@@ -95,12 +97,14 @@ class FsspecStore:
         size = info.get("size")
         is_folder = info.get("type") == "directory"
         version = next((str(info[key]) for key in _VERSION_FIELDS if info.get(key)), None)
-        return ObjectInfo(
+        found = ObjectInfo(
             name=name,
             size_bytes=size if isinstance(size, int) and not is_folder else None,
             version=version,
             is_folder=is_folder,
         )
+        self._sums[found] = in_info(self.protocols(), info)
+        return found
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
@@ -140,6 +144,13 @@ class FsspecStore:
 
     def local_path(self, name: str) -> str:
         raise NotImplementedError("not a local store")
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        if {"s3", "s3a"} & set(self.protocols()):
+            from .s3_sums import ask_s3
+
+            return ask_s3(self.files(), info.name, info.version)
+        return self._sums.get(info, ())
 
     def close(self) -> None:
         """fsspec closes its sessions when the file system is collected."""

@@ -54,6 +54,8 @@ class Behaviour:
     """Whether headers and query let one in; 403 otherwise."""
     checks_if_match: bool = True
     faults: list[Fault] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Told with every answer, to HEAD too."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         served = self.owner.objects.get(self.path.partition("?")[0])
-        self._head(404 if served is None else 200, {"Content-Length": str(len(served.body) if served else 0)})
+        if served is None:
+            return self._head(404, {"Content-Length": "0"})
+        return self._head(200, {"Content-Length": str(len(served.body)), **served.headers})
 
     def do_GET(self) -> None:
         # As a proxy is asked, or as a server.
@@ -135,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, served: Behaviour, fault: Fault, match: re.Match[str] | None) -> None:
         status, start, stop = 200, 0, len(served.body)
-        headers = {"ETag": served.etag, "Last-Modified": served.modified}
+        headers = {"ETag": served.etag, "Last-Modified": served.modified, **served.headers}
         if match is not None and served.has_ranges and not fault.whole:
             status, start, stop = 206, int(match[1]), min(int(match[2]) + 1, stop)
             if start >= len(served.body):
