@@ -47,9 +47,9 @@ class RemoteFile:
         return self._partial.resumed_bytes
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all of it is here."""
-        return not self._partial.missing([ByteRange(0, self.source.size_bytes)])
+    def missing_bytes(self) -> int:
+        """How much of it is not here."""
+        return sum(one.length for one in self._partial.missing([ByteRange(0, self.source.size_bytes)]))
 
     def reading(self, ranges: Iterable[ByteRange]) -> Reading | None:
         """What is to be read so that `ranges` are here; None where all of them are."""

@@ -31,6 +31,8 @@ HEAD_AND_TAIL_BYTES = 256 << 10
 """What is read of a file at first from each end: its pickle and its directory, mostly."""
 PARALLEL_FROM_BYTES = 32 << 20
 """From this size on several connections bring a whole object sooner than one."""
+GAPS_BYTES = 64 << 10
+"""With so little missing a file may as well be whole: what a full restore leaves is between the records."""
 SLOT = "parts"
 _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Names of what comes whole, so that the store need not be asked what it can do."""
@@ -145,9 +147,15 @@ class RemoteFiles:
         readings = [self._files[path].reading(ranges) for path, ranges in wanted.items()]
         report = read_ranges([one for one in readings if one is not None], on_bytes)
         for path in wanted:
-            if self._files[path].is_whole and path not in self._compared:
-                self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
+            self._compare_if_whole(path, on_bytes)
         return report
+
+    def _compare_if_whole(self, path: str, on_bytes: OnBytes) -> None:
+        file = self._files[path]
+        if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
+            file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)
+        if not file.missing_bytes and path not in self._compared:
+            self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
 
     def compared(self, path: str) -> Compared | None:
         """What this rank compared all of the file at `path` with; None where it is none of its own."""

@@ -8,10 +8,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from ssl import SSLContext
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from .errors import AccessError, CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
+from .http_connections import trusted
 from .store import ObjectInfo, OnBytes
 from .store_errors import redact_url, refused
 from .store_http_errors import SILENCE_TIMEOUT_S, client_error, is_cut_short, is_transient
@@ -48,6 +50,7 @@ class HttpStore:
         self.options = dict(storage_options or {})
         self._filesystem: Any = None
         self._pid = 0
+        self._trusted: SSLContext | None = None
         self._sums: dict[str, tuple[StoredSum, ...]] = {}
         digest = hashlib.sha256(repr(sorted(self.options.items(), key=str)).encode()).hexdigest()
         self.identity = f"http-{digest[:16]}" if self.options else "http"
@@ -156,9 +159,14 @@ class HttpStore:
             _sleep(random.uniform(0, BACKOFF_S * 2**attempt), idle)  # noqa: S311
         raise AssertionError("unreachable")
 
-    def _request(self) -> dict[str, Any]:
+    def _request(self, name: str) -> dict[str, Any]:
         """What every request carries beside its method and URL."""
         request = dict(self._files().kwargs)
+        if name.startswith("https:") and "connector" not in self.options.get("client_kwargs", {}):
+            # aiohttp itself knows one of the environment's variables, and looks at it when it is imported.
+            if self._trusted is None:
+                self._trusted = trusted()
+            request.setdefault("ssl", self._trusted)
         request["headers"] = {**request.get("headers", {}), "Accept-Encoding": "identity"}
         return request
 
@@ -166,7 +174,9 @@ class HttpStore:
         files = self._files()
         session = await files.set_session()
         described = self.describe(name)
-        async with session.head(files.encode_url(name), allow_redirects=True, **self._request()) as response:
+        async with session.head(
+            files.encode_url(name), allow_redirects=True, **self._request(name)
+        ) as response:
             if response.status in _HEAD_REFUSED:
                 return ObjectInfo(name=name, size_bytes=None, certain=False)
             if response.status in (404, 410):
@@ -179,7 +189,7 @@ class HttpStore:
         files = self._files()
         session = await files.set_session()
         described = self.describe(name)
-        async with session.get(files.encode_url(name), **self._request()) as response:
+        async with session.get(files.encode_url(name), **self._request(name)) as response:
             _check_status(response.status, described)
             size = _length(response)
             _check_unchanged(response, size, expected, described)
@@ -209,7 +219,7 @@ class HttpStore:
     async def _text(self, name: str, limit: int) -> bytes:
         files = self._files()
         session = await files.set_session()
-        async with session.get(files.encode_url(name), **self._request()) as response:
+        async with session.get(files.encode_url(name), **self._request(name)) as response:
             _check_status(response.status, self.describe(name))
             data = bytearray()
             async for chunk in response.content.iter_chunked(limit + 1):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Asked:
 
 
 class BadServer:
-    def __init__(self, objects: dict[str, Behaviour]) -> None:
+    def __init__(self, objects: dict[str, Behaviour], context: ssl.SSLContext | None = None) -> None:
         self.objects = objects
         self.asked: list[Asked] = []
         self.sent_bytes = 0
@@ -77,12 +78,18 @@ class BadServer:
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = _Quiet(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
+        self.scheme = "http"
+        if context is not None:
+            self.scheme = "https"
+            self._http.socket = context.wrap_socket(
+                self._http.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self.scheme}://127.0.0.1:{self.port}{path}"
 
     def close(self) -> None:
         self.ending.set()
@@ -188,8 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def bad_server(objects: dict[str, Behaviour]) -> Iterator[BadServer]:
-    server = BadServer(objects)
+def bad_server(objects: dict[str, Behaviour], context: ssl.SSLContext | None = None) -> Iterator[BadServer]:
+    """With a `context`, over TLS."""
+    server = BadServer(objects, context)
     try:
         yield server
     finally:

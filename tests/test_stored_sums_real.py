@@ -17,7 +17,9 @@ PART_BYTES = 5 << 20
 ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
 
 
-def fetched_and_compared(url: str, options: Mapping[str, Any], folder: Path, *, spoil: bool = False) -> Compared:
+def fetched_and_compared(
+    url: str, options: Mapping[str, Any], folder: Path, *, spoil: bool = False
+) -> Compared:
     store, name = open_store(url, None, options)
     info = store.stat(name)
     assert info is not None
@@ -62,7 +64,7 @@ def test_s3(seaweedfs_server: Any, tmp_path: Path, algorithm: str) -> None:
     url = put_s3(seaweedfs_server, f"whole-{algorithm}", algorithm)
     compared = fetched_and_compared(url, seaweedfs_server.options, tmp_path)
     assert compared == Compared((f"{algorithm.lower()} of the store",))
-    with pytest.raises(CorruptError, match=f"whole-{algorithm}: .*{algorithm.lower()} of the store"):
+    with pytest.raises(CorruptError, match=rf"whole-{algorithm}: .*{algorithm.lower()} of the store"):
         fetched_and_compared(url, seaweedfs_server.options, tmp_path, spoil=True)
 
 
@@ -101,7 +103,7 @@ def test_azure(azurite_server: Any, tmp_path: Path) -> None:
     files.pipe_file("checkpoints/summed", DATA)
     url, options = "az://checkpoints/summed", azurite_server.options
     assert fetched_and_compared(url, options, tmp_path) == Compared(("md5 of the store",))
-    with pytest.raises(CorruptError, match="summed: .*md5 of the store"):
+    with pytest.raises(CorruptError, match=r"summed: .*md5 of the store"):
         fetched_and_compared(url, options, tmp_path, spoil=True)
 
 
@@ -109,7 +111,7 @@ def test_gcs(gcs_server: Any, tmp_path: Path) -> None:
     url = "gs://checkpoints/larger.pt"
     algorithm = "crc32c" if new_digest("crc32c") is not None else "md5"
     assert fetched_and_compared(url, gcs_server.options, tmp_path) == Compared((f"{algorithm} of the store",))
-    with pytest.raises(CorruptError, match=f"larger.pt: .*{algorithm} of the store"):
+    with pytest.raises(CorruptError, match=rf"larger.pt: .*{algorithm} of the store"):
         fetched_and_compared(url, gcs_server.options, tmp_path, spoil=True)
 
 
