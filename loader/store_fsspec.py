@@ -19,6 +19,7 @@ from .transfer import Meter, bytes_on_disk, receive, run_watched
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
     "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
+    "hf": "hf",
 }  # fmt: skip
 _WITH_BUCKETS = frozenset(
     {
@@ -43,7 +44,7 @@ _WITH_BUCKETS = frozenset(
 _ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
 _VERSION_FIELDS = (
-    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum",
+    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
     "LastModified", "last_modified", "mtime", "modified", "created",
 )  # fmt: skip
 

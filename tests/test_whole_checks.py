@@ -16,7 +16,10 @@ from bad_server import Behaviour, bad_server
 from rankload.loader import CorruptError, FormatError, State, load
 from rankload.loader import digests as digest_module
 from rankload.loader.digests import new_digest
-from rankload.loader.receipt import Receipt
+from rankload.loader.locate import locate
+from rankload.loader.manifest_find import find_manifests, key_of, known_sums
+from rankload.loader.receipt import FileRecord, Receipt
+from rankload.loader.store_local import LocalStore
 
 NAME = "/folder/model file.pt.gz"
 URL = NAME.replace(" ", "%20")
@@ -179,3 +182,56 @@ def test_torchs_older_format_is_verified_by_what_the_store_tells(
         server.objects["/old.pt"].headers = {}
         receipt = restore(server.url("/old.pt"))
         assert (receipt.files[0].verified_by, len(receipt.unverified)) == ((), 1)
+
+
+def test_a_file_that_comes_in_parts(tmp_path: Path) -> None:
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3)))
+
+    module = make()
+    torch.save({"model": module.state_dict()}, tmp_path / "saved.pt")
+    data = (tmp_path / "saved.pt").read_bytes()
+    manifest = Behaviour(f"{hashlib.sha256(data).hexdigest()}  saved.pt\n".encode())
+
+    def run(url: str, verify: str) -> FileRecord:
+        target = make()
+        options = {"cache_dir": str(tmp_path / "cache"), "verify": verify}
+        result = load(url, State(target), load_weights_only=True, progress_bar=False, options=options)
+        assert all(map(torch.equal, target.parameters(), module.parameters()))
+        return result.receipt.files[0]
+
+    with bad_server({"/saved.pt": Behaviour(data), "/SHA256SUMS": manifest}) as server:
+        url = server.url("/saved.pt")
+        file = run(url, "during")
+        assert file.verified_by == ("zip CRC-32",)
+        assert file.not_compared == ("sha256 of SHA256SUMS (only parts of the file came)",)
+        file = run(url, "before")
+        assert file.verified_by == ("zip CRC-32", "sha256 of SHA256SUMS")
+        assert file.not_compared == ()
+        assert len(data) <= file.fetched_bytes <= len(data) + 10_000
+        manifest.body = f"{'0' * 64}  saved.pt\n".encode()
+        with pytest.raises(CorruptError, match="sha256 of SHA256SUMS"):
+            run(url, "before")
+
+
+def test_manifests_of_a_deepspeed_folder(tmp_path: Path) -> None:
+    tag = tmp_path / "global_step3"
+    tag.mkdir()
+    model = tag / "mp_rank_00_model_states.pt"
+    model.write_bytes(b"model")
+    (tmp_path / "latest").write_text("global_step3")
+    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("inner", "outer")}
+    (tmp_path / "SHA256SUMS").write_text(
+        f"{sums['outer']}  global_step3/{model.name}\n{sums['outer']}  global_step3/other.pt\n"
+    )
+    (tag / "MANIFEST").write_text(f"{sums['inner']}  {model.name}\n")
+    store = LocalStore()
+    found = known_sums(find_manifests(store, locate(store, str(tmp_path))))
+    told = {name: found[key_of(store, str(tag / name))] for name in (model.name, "other.pt")}
+    assert {name: (one.sha256.hex(), one.told_by) for name, one in told.items()} == {
+        model.name: (sums["inner"], "MANIFEST"),
+        "other.pt": (sums["outer"], "SHA256SUMS"),
+    }
+    # Named itself, its folder is the checkpoint.
+    found = known_sums(find_manifests(store, locate(store, str(tag))))
+    assert set(found) == {key_of(store, str(model))}
