@@ -100,6 +100,10 @@ class HttpStore:
         data = self._attempt(name, lambda: self._await(self._text(name, limit), Meter(lambda n: None)))
         return within_limit(data, limit, self.describe(name))
 
+    def hear(self, name: str, sums: tuple[StoredSum, ...]) -> None:
+        """Takes in what another answer told; what HEAD told comes before it."""
+        self._sums[name] = self._sums.get(name) or sums
+
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return self._sums.get(info.name, ())
 

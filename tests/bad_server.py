@@ -57,6 +57,8 @@ class Behaviour:
     faults: list[Fault] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     """Told with every answer, to HEAD too."""
+    head_status: int = 200
+    """What HEAD is answered with."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         served = self.owner.objects.get(self.path.partition("?")[0])
         if served is None:
             return self._head(404, {"Content-Length": "0"})
-        return self._head(200, {"Content-Length": str(len(served.body)), **served.headers})
+        headers = served.headers if served.head_status == 200 else {}
+        return self._head(served.head_status, {"Content-Length": str(len(served.body)), **headers})
 
     def do_GET(self) -> None:
         # As a proxy is asked, or as a server.

@@ -110,6 +110,21 @@ def test_a_large_object_that_comes_by_ranges(
         restore(server.url(URL), spoiled="md5 of the store")
 
 
+@pytest.mark.parametrize("from_bytes", [1, 1 << 30])
+def test_a_server_that_answers_no_head(
+    data: bytes, restore: Restore, from_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As URLs that are signed for GET alone."""
+    from rankload.loader import remote_files
+
+    monkeypatch.setattr(remote_files, "PARALLEL_FROM_BYTES", from_bytes)
+    headers = {"x-goog-hash": f"md5={value_of('md5', data)}"}
+    with bad_server({URL: Behaviour(data, headers=headers, head_status=403)}) as server:
+        assert restore(server.url(URL)).files[0].verified_by[-1] == "md5 of the store"
+        server.objects[URL].headers = {"x-goog-hash": f"md5={value_of('md5', data + b'x')}"}
+        restore(server.url(URL), spoiled="md5 of the store")
+
+
 def test_a_checksum_that_no_package_computes(
     data: bytes, restore: Restore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
