@@ -14,6 +14,7 @@ from .errors import FormatError, RankloadError
 from .locate import Located
 from .manifest import LIMIT_BYTES, NAMES, Manifest, is_manifest, parse_manifest
 from .store import ObjectInfo, Store
+from .store_fsspec import ONE_CONNECTION
 
 _ANY_KIND = "MANIFEST"
 """A name that files of other kinds have too."""
@@ -39,9 +40,7 @@ def find_manifests(store: Store, located: Located) -> dict[str, Any]:
     sums: dict[str, tuple[str, str]] = {}
     notes: list[str] = []
     candidates = _candidates(store, located)
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        infos = list(threads.map(lambda name: _stat(store, name), candidates))
-    for info in infos:
+    for info in _stat_all(store, candidates):
         if info is None:
             continue
         manifest = _read(store, info, notes)
@@ -73,6 +72,14 @@ def _candidates(store: Store, located: Located) -> list[str]:
     beside = [store.join(located.name, name) for name in NAMES]
     above = [_in_folder(store, located.name, name) for name in NAMES] if located.by_latest else []
     return [*beside, *above]
+
+
+def _stat_all(store: Store, names: list[str]) -> list[ObjectInfo | None]:
+    """Side by side, but where each thread would have to log in."""
+    if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
+        return [_stat(store, name) for name in names]
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(lambda name: _stat(store, name), names))
 
 
 def _stat(store: Store, name: str) -> ObjectInfo | None:

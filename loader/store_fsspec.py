@@ -41,7 +41,7 @@ _WITH_BUCKETS = frozenset(
         "b2",
     }
 )
-_ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
 _VERSION_FIELDS = (
     "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
@@ -162,7 +162,7 @@ class FsspecStore:
 
     def files(self) -> Any:
         """The file system, opened anew in a forked child, whose connections would be the parent's."""
-        if self.protocol in _ONE_CONNECTION:
+        if self.protocol in ONE_CONNECTION:
             return self._of_this_thread()
         if self._pid != os.getpid() and self._reopen is not None:
             self._filesystem = _open(*self._reopen)[0]
