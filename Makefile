@@ -11,7 +11,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore clean
+.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
@@ -46,6 +46,9 @@ bench-fetch: $(SERVERS) $(CLIENTS)
 
 bench-restore: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --write docs/fetch.md
+
+bench-checksums: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/fetch.md
 
 clean:
 	rm -rf $(VENV) $(OLDER) .cache build dist *.egg-info

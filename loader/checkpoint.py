@@ -15,14 +15,16 @@ from .cache import NodeCache
 from .errors import FormatError
 from .fetch import FetchedFile
 from .locate import Located, locate
+from .manifest_find import find_manifests, known_sums
 from .monolithic import Contents, read_layout
 from .opening import Checkpoint, Opening, opened
 from .progress import JobProgress
 from .remote_files import RemoteFiles
 from .restore import optimizer_classes, scaler_class, scheduler_classes
 from .stopwatch import Stopwatch
-from .store import open_store
+from .store import Store, open_store
 from .template import expand_for_rank_zero
+from .whole_checks import WholeChecks
 from .zero_open import ZeroFiles, gather_files, zero_parts
 from .zero_sources import ZERO_FOLDER, ArchiveSource, FolderSource
 
@@ -51,7 +53,8 @@ def open_checkpoint(
     leaving.enter_context(
         JobProgress(channel.counters, rank=topology.rank, enabled=request.progress_bar and not store.is_local)
     )
-    remote = leaving.enter_context(RemoteFiles())
+    checks = _whole_checks(request, session, watch, store, located)
+    remote = leaving.enter_context(RemoteFiles(checks))
     opening = Opening(
         request, session, watch, store, cache, lambda path: open_store(path, *options)[1], remote
     )
@@ -62,6 +65,18 @@ def open_checkpoint(
     if file.kind == "archive" and any(name.startswith(f"{ZERO_FOLDER}/") for name in file.members):
         return _open_archives(opening, file)
     return _open_single(opening, file)
+
+
+def _whole_checks(
+    request: LoadRequest, session: Session, watch: Stopwatch, store: Store, located: Located
+) -> WholeChecks:
+    """How whole objects are compared: with what lies beside the checkpoint too. Every rank must call."""
+    verify = request.options.verify or "during"
+    if verify == "off":
+        return WholeChecks(verify)
+    with watch.lap("manifest"):
+        found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
+    return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
 
 
 def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:

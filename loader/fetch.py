@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .remote_files import RemoteFiles
 
 PARALLEL_FILES = 4
+_TUPLES = ("members", "compared_by", "left_out")
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
@@ -51,6 +52,10 @@ class FetchedFile:
     """An archive's regular files, relative to `path`."""
     origin: Origin | None = None
     """Where it comes from, if its index alone is there: the rest comes by `fetch_ranges`."""
+    compared_by: tuple[str, ...] = ()
+    """What all its bytes, as stored, were compared with (`whole_checks`)."""
+    left_out: tuple[str, ...] = ()
+    """What they could not be compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def fetch_files(
 
 def _from_record(record: Mapping[str, Any]) -> FetchedFile:
     origin = record["origin"] and Origin(**record["origin"])
-    return FetchedFile(**{**record, "members": tuple(record["members"]), "origin": origin})
+    return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "origin": origin})
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: FetchWatch) -> None:
@@ -170,6 +175,8 @@ def _fetch(
             seconds=time.monotonic() - started,
             members=one.members,
             origin=one.origin,
+            compared_by=one.compared.by,
+            left_out=one.compared.left_out,
         )
 
     # The longest first, so that none of them is alone at the end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .archive import is_tar, unpack
@@ -17,6 +17,7 @@ from .sniff import sniff
 from .store import ObjectInfo, OnBytes, Store
 from .store_errors import disk_full, is_disk_full
 from .symlinks import resolve_link
+from .whole_checks import NOTHING, Compared, WholeChecks, from_details
 from .workers import Stop
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Obtained:
     members: tuple[str, ...]
     origin: Origin | None = None
     """Where it comes from, if its index alone was fetched so far (`remote_files`)."""
+    compared: Compared = NOTHING
 
 
 class Tally:
@@ -96,8 +98,9 @@ def obtain(
     told: tuple[OnBytes, OnBytes],
 ) -> Obtained:
     """The object `info` on this node, or its index; see `fetch.fetch_files` for what is raised."""
+    checks = WholeChecks("off") if remote is None else remote.checks
     if store.is_local:
-        return _obtain_local(store, info, cache, told)
+        return _obtain_local(store, info, cache, checks, told)
     try:
         return _obtain_remote(store, info, cache, remote, load_id, told)
     except NotFoundError:
@@ -108,7 +111,7 @@ def obtain(
 
 
 def _obtain_local(
-    store: Store, info: ObjectInfo, cache: NodeCache, told: tuple[OnBytes, OnBytes]
+    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, told: tuple[OnBytes, OnBytes]
 ) -> Obtained:
     path = store.local_path(info.name)
     size = info.size_bytes or 0
@@ -118,10 +121,12 @@ def _obtain_local(
     except OSError as error:
         raise AccessError(f"{path}: can't be read: {error.strerror}", path=path) from error
     if kind != "tar" and kind not in COMPRESSED:
-        return Obtained(info.name, path, "file", size, 0, ())
+        compared = checks.compare_in_place(store, info, path, told[1])
+        return Obtained(info.name, path, "file", size, 0, (), compared=compared)
 
     def produce(target: str) -> dict[str, Any]:
-        return _prepare(path, target, path, cache, told[1])
+        compared = checks.compare(store, info, path, told[1])
+        return {**_prepare(path, target, path, cache, told[1]), "compared": compared.as_details()}
 
     filled = cache.entry(path, *identity).fill("object", path, _on_disk(produce, cache), told[1])
     return _obtained(info.name, filled.path, filled.details, size, 0)
@@ -141,10 +146,8 @@ def _obtain_remote(
         with _disk_errors(cache):
             begun = remote.begin(store, info, cache, load_id, told[0])
     if begun is not None and remote is not None:
-        size = begun.source.size_bytes
-        return Obtained(
-            info.name, begun.path, "file", size, begun.fetched_bytes, (), remote.origin(begun, info)
-        )
+        size, fetched = begun.source.size_bytes, begun.fetched_bytes
+        return Obtained(info.name, begun.path, "file", size, fetched, (), remote.origin(begun, info))
     # What has no version, or no size, can't be told from what it was yesterday.
     version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
     identity = (store.identity, info.name, str(info.size_bytes), version)
@@ -163,16 +166,23 @@ def _obtain_remote(
         if remote is None or not remote.download(store, info, raw, told[0]):
             store.download(info.name, raw, told[0], info)
         fetched = os.path.getsize(raw)
+        compared = remote.checks.compare(store, info, raw, told[1]) if remote is not None else NOTHING
         details = _prepare(raw, target, described, cache, told[1])
         if not details:
             os.replace(raw, target)
         else:
             os.unlink(raw)
-        return {**details, "size": fetched}
+        return {**details, "size": fetched, "compared": compared.as_details()}
 
     filled = cache.entry(described, *identity).fill("object", described, _on_disk(produce, cache), told[0])
     size = int(filled.details.get("size", -1))
-    return _obtained(info.name, filled.path, filled.details, size, fetched)
+    obtained = _obtained(info.name, filled.path, filled.details, size, fetched)
+    as_stored = obtained.kind == "file" and "decompressed" not in filled.details
+    if remote is not None and as_stored and not remote.checks.is_done(store, info, obtained.compared):
+        # An earlier load brought it here, and had less to compare it with.
+        compared = remote.checks.compare(store, info, obtained.path, told[1])
+        return replace(obtained, compared=compared)
+    return obtained
 
 
 def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetched: int) -> Obtained:
@@ -184,6 +194,7 @@ def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetch
         size_bytes=size,
         fetched_bytes=fetched,
         members=tuple(members or ()),
+        compared=from_details(details.get("compared")),
     )
 
 

@@ -45,6 +45,8 @@ class Located:
     first: str
     """Object name of the file to read first: the file itself, or the first rank's model file."""
     tag: str | None = None
+    by_latest: bool = False
+    """Whether the folder was named by the ``latest`` of the one above."""
 
 
 def locate(store: Store, name: str) -> Located:
@@ -88,7 +90,7 @@ def _as_folder(store: Store, name: str) -> Located | None:
                 f"{' or '.join(MODEL_STATES)}",
                 path=store.describe(folder),
             )
-        return Located("folder", folder, found, tag)
+        return Located("folder", folder, found, tag, by_latest=True)
     found = _model_file(store, name)
     if found is not None:
         return Located("folder", name.rstrip("/"), found, name.rstrip("/").rsplit("/", 1)[-1])

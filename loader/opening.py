@@ -121,8 +121,12 @@ def opened(
     records = []
     for file in files:
         read = [index.verifiable for index in indexes if index.name.startswith(file.source)]
-        verified = bool(read) and all(read)
-        records.append(FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified))
+        by_records = bool(read) and all(read)
+        by = ("zip CRC-32",) * by_records + file.compared_by
+        verified = by_records or bool(file.compared_by)
+        records.append(
+            FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified, by, file.left_out)
+        )
     in_place = opening.store.is_local and all(file.kind == "file" for file in files)
     return Checkpoint(
         opening,
@@ -149,10 +153,11 @@ def _own_rng(zero: ZeroContents | None, position: Position | None) -> bool:
 
 
 def _notes(opening: Opening, zero: ZeroContents | None, position: Position | None) -> tuple[str, ...]:
+    of_files = opening.remote.checks.notes
     if zero is None or position is None:
-        return ()
+        return of_files
     split = (f"each rank restores its own part of the model: {position.layout}",) * position.layout.split
-    return (*split, *_resharded(opening, zero, position.world_size))
+    return (*of_files, *split, *_resharded(opening, zero, position.world_size))
 
 
 def _resharded(opening: Opening, zero: ZeroContents, world_size: int) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from .checkpoint import Checkpoint
 from .ignore import Ignored
 from .receipt import FileRecord, Receipt, StageRecord, combine
 from .stopwatch import Stopwatch
+from .whole_checks import NOTHING
 
 
 def make_receipt(
@@ -38,17 +39,24 @@ def make_receipt(
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
         "files": [
-            [file.name, file.size_bytes, *fetched_bytes(checkpoint, file), file.verified]
+            [
+                file.name,
+                file.size_bytes,
+                *fetched_bytes(checkpoint, file),
+                file.verified,
+                *compared(checkpoint, file),
+            ]
             for file in checkpoint.files
         ],
     }
+    verify = request.options.verify or "during"
     everybody = session.channel.gather("receipt", own)
     # Every rank of a node tells what the node fetched for it.
     cost: dict[str, dict[int, int]] = {}
     straight: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
     for one in everybody:
-        for name, size, fetched, own_bytes, verified in one["files"]:
+        for name, size, fetched, own_bytes, verified, by, left_out in one["files"]:
             straight[name] = straight.get(name, 0) + own_bytes
             by_node = cost.setdefault(name, {})
             by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
@@ -58,8 +66,9 @@ def make_receipt(
                 size,
                 sum(by_node.values()) + straight[name],
                 verified and (not known or known.verified),
+                tuple(dict.fromkeys((*(known.verified_by if known else ()), *by))) if verify != "off" else (),
+                tuple(dict.fromkeys((*(known.not_compared if known else ()), *left_out))),
             )
-    verify = request.options.verify or "during"
     return Receipt(
         path=checkpoint.name,
         kind=checkpoint.kind,
@@ -83,6 +92,12 @@ def make_receipt(
             for stage, seconds, count, begin_s in one["laps"]
         ),
     )
+
+
+def compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[str]]:
+    """What `file` was compared with by now on this rank, and what it was not."""
+    whole = checkpoint.opening.remote.compared(checkpoint.paths.get(file.name, "")) or NOTHING
+    return [*file.verified_by, *whole.by], [*file.not_compared, *whole.left_out]
 
 
 def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> tuple[int, int]:

@@ -15,7 +15,7 @@ READ_BYTES = 8 << 20
 """One request's, and so how much memory beside the target one read takes."""
 _WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
 """Where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
-_THREADS = frozenset({"memory", "sftp", "ssh", "smb"})
+_THREADS = frozenset({"memory", "sftp", "ssh", "smb", "hf"})
 """File systems without an event loop of their own that several threads may read from."""
 
 

@@ -25,6 +25,7 @@ from .http_exchange import Answer, exchange, network_error
 from .range_source import Arrived, pieces
 from .store import ObjectInfo
 from .store_errors import redact_url
+from .stored_sums import StoredSum, in_headers
 
 MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -71,6 +72,8 @@ class HttpSource:
         self._described = described or redact_url(self._address.url)
         self._sends_if_match = True
         self._pin = Pin()
+        self.stored_sums: tuple[StoredSum, ...] = ()
+        """What the first answer told of the whole object."""
         self.has_ranges = True
         self._open(expected)
 
@@ -131,6 +134,7 @@ class HttpSource:
         if total is None or (status == 416 and total != 0):
             raise AccessError(f"{self._described}: the server does not tell its size", path=self._described)
         self._pin = pin_of(headers, total)
+        self.stored_sums = in_headers(headers, whole=status == 200)
         if expected is None:
             return
         check_whole({"Content-Length": str(total)}, Pin(expected.size_bytes), self._described)

@@ -51,9 +51,11 @@ def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | No
     owns = connections is None or verify is not None
     if connections is None or verify is not None:
         connections = Connections(trusted(verify) if verify is not None else None)
-    return HttpSource(
+    source = HttpSource(
         lambda: address_of(info.name, headers), connections, owns_connections=owns, expected=info
     )
+    store.hear(info.name, source.stored_sums)
+    return source
 
 
 def _settings(options: Mapping[str, Any]) -> tuple[dict[str, str], Any] | None:

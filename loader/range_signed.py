@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .errors import AccessError
@@ -33,7 +34,7 @@ def open_signed(
         if _needs_headers(files):
             return None
         files = _signing_with_v4(files)
-        verify = files.client_kwargs.get("verify")
+        verify = files.client_kwargs.get("verify", os.environ.get("AWS_CA_BUNDLE") or None)
     credentials = f"a URL signed with the credentials of the {store.protocol} backend{_method(files)}"
 
     def make_address() -> Address:

@@ -21,6 +21,11 @@ class FileRecord:
     """What this file cost the store, over all nodes; 0 where it was used in place."""
     verified: bool
     """Whether every byte that was restored was compared with a checksum."""
+    verified_by: tuple[str, ...] = ()
+    """With which: ``zip CRC-32`` (of what was restored), or, of the whole file, such as ``crc32c of the store`` and
+    ``sha256 of SHA256SUMS``."""
+    not_compared: tuple[str, ...] = ()
+    """Checksums that are known of it and were not compared, each with the reason."""
 
 
 @dataclass(frozen=True)

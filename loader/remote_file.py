@@ -48,6 +48,11 @@ class RemoteFile:
         """What an earlier process had landed."""
         return self._partial.resumed_bytes
 
+    @property
+    def missing_bytes(self) -> int:
+        """How much of it is not here."""
+        return sum(one.length for one in self._partial.missing([ByteRange(0, self.source.size_bytes)]))
+
     def reading(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> Reading | None:
         """What is to be read, of the store or of `peer`, so that `ranges` are here; None where all of them are."""
         whole = ByteRange(0, self.source.size_bytes)

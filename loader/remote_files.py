@@ -24,6 +24,7 @@ from .remote_file import RemoteFile
 from .sniff import HEAD_BYTES, sniff
 from .store import ObjectInfo, OnBytes, Store
 from .torch_file import FileIndex, read_index
+from .whole_checks import Compared, WholeChecks
 from .workers import Stop
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ HEAD_AND_TAIL_BYTES = 256 << 10
 """What is read of a file at first from each end: its pickle and its directory, mostly."""
 PARALLEL_FROM_BYTES = 32 << 20
 """From this size on several connections bring a whole object sooner than one."""
+GAPS_BYTES = 64 << 10
+"""With so little missing a file may as well be whole: what a full restore leaves is between the records."""
 SLOT = "parts"
 _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Names of what comes whole, so that the store need not be asked what it can do."""
@@ -41,7 +44,9 @@ _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 class RemoteFiles:
     """Context manager around a load. On ranks that do not fetch, it only knows which files come in parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, checks: WholeChecks | None = None) -> None:
+        self.checks = checks or WholeChecks("off")
+        self._compared: dict[str, Compared] = {}
         self._files: dict[str, RemoteFile] = {}
         self._begun: dict[tuple[str, str], RemoteFile] = {}
         """By store and object."""
@@ -51,6 +56,7 @@ class RemoteFiles:
         self._direct_sources: dict[str, RangeSource] = {}
         self._own_bytes: dict[str, int] = {}
         self._server: RangeServer | None = None
+        self._objects: dict[str, tuple[Store, ObjectInfo]] = {}
         self._lock = threading.Lock()
         self._connections: Connections | None = None
         self.stopping = Stop()
@@ -107,6 +113,7 @@ class RemoteFiles:
                     with self._lock:
                         self._files[file.path], self._indexes[file.path] = file, index
                         self._begun[store.identity, info.name] = file
+                        self._objects[file.path] = store, info
                     file, source = None, None
                     return self._files[index.path]
         finally:
@@ -220,7 +227,23 @@ class RemoteFiles:
             file = self._files[path]
             source = peer(self.name_of(path), file.source.size_bytes) if peer is not None else None
             readings.append(file.reading(ranges, source))
-        return read_ranges([one for one in readings if one is not None], on_bytes)
+        report = read_ranges([one for one in readings if one is not None], on_bytes)
+        for path in wanted:
+            self._compare_if_whole(path, on_bytes)
+        return report
+
+    def _compare_if_whole(self, path: str, on_bytes: OnBytes) -> None:
+        file = self._files[path]
+        if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
+            file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)
+        if not file.missing_bytes and path not in self._compared:
+            self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
+
+    def compared(self, path: str) -> Compared | None:
+        """What this rank compared all of the file at `path` with; None where it is none of its own."""
+        if path not in self._files:
+            return None
+        return self._compared.get(path) or Compared((), self.checks.left_out_of_parts(*self._objects[path]))
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
         """How many bytes `fetch` would bring."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .errors import OptionError
+from .stored_sums import StoredSum
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so
@@ -76,6 +77,9 @@ class Store(Protocol):
 
         Raises `UnsafeError` where it names another store.
         """
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        """Checksums that the store tells of the whole object; may ask for them. What fails tells none."""
 
     def close(self) -> None:
         """Gives back connections; the store can be used again afterwards."""

@@ -13,11 +13,13 @@ from .errors import NotFoundError, OptionError, UnsafeError
 from .store import ObjectInfo, OnBytes, Store, path_scheme
 from .store_errors import redact_text, redact_uri, store_error
 from .store_local import LocalStore, within_limit
+from .stored_sums import StoredSum, in_info
 from .transfer import Meter, bytes_on_disk, receive, run_watched
 
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
     "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
+    "hf": "hf",
 }  # fmt: skip
 _WITH_BUCKETS = frozenset(
     {
@@ -39,10 +41,10 @@ _WITH_BUCKETS = frozenset(
         "b2",
     }
 )
-_ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
 _VERSION_FIELDS = (
-    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum",
+    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
     "LastModified", "last_modified", "mtime", "modified", "created",
 )  # fmt: skip
 
@@ -60,6 +62,7 @@ class FsspecStore:
         self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
         self._own = threading.local()
         self._own.filesystem = self._pid, filesystem
+        self._sums: dict[ObjectInfo, tuple[StoredSum, ...]] = {}
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
@@ -95,12 +98,14 @@ class FsspecStore:
         size = info.get("size")
         is_folder = info.get("type") == "directory"
         version = next((str(info[key]) for key in _VERSION_FIELDS if info.get(key)), None)
-        return ObjectInfo(
+        found = ObjectInfo(
             name=name,
             size_bytes=size if isinstance(size, int) and not is_folder else None,
             version=version,
             is_folder=is_folder,
         )
+        self._sums[found] = in_info(self.protocols(), info)
+        return found
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
@@ -141,6 +146,13 @@ class FsspecStore:
     def local_path(self, name: str) -> str:
         raise NotImplementedError("not a local store")
 
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        if {"s3", "s3a"} & set(self.protocols()):
+            from .s3_sums import ask_s3
+
+            return ask_s3(self.files(), info.name, info.version)
+        return self._sums.get(info, ())
+
     def close(self) -> None:
         """fsspec closes its sessions when the file system is collected."""
 
@@ -150,7 +162,7 @@ class FsspecStore:
 
     def files(self) -> Any:
         """The file system, opened anew in a forked child, whose connections would be the parent's."""
-        if self.protocol in _ONE_CONNECTION:
+        if self.protocol in ONE_CONNECTION:
             return self._of_this_thread()
         if self._pid != os.getpid() and self._reopen is not None:
             self._filesystem = _open(*self._reopen)[0]

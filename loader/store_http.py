@@ -8,20 +8,22 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from ssl import SSLContext
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from .errors import AccessError, CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
+from .http_connections import trusted
 from .store import ObjectInfo, OnBytes
-from .store_errors import is_disk_full, redact_url, refused, store_error
+from .store_errors import redact_url, refused
+from .store_http_errors import SILENCE_TIMEOUT_S, client_error, is_cut_short, is_transient
 from .store_local import within_limit
+from .stored_sums import StoredSum, in_headers, in_linked
 from .transfer import Meter, await_watched, receive
 
 ATTEMPTS = 3
 BACKOFF_S = 0.25
 CONNECT_TIMEOUT_S = 20
-SILENCE_TIMEOUT_S = 60
-"""Without a byte for so long, a connection is given up and the transfer tried again. A slow one never is."""
 
 _CHUNK = 1 << 20
 _WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
@@ -48,6 +50,8 @@ class HttpStore:
         self.options = dict(storage_options or {})
         self._filesystem: Any = None
         self._pid = 0
+        self._trusted: SSLContext | None = None
+        self._sums: dict[str, tuple[StoredSum, ...]] = {}
         digest = hashlib.sha256(repr(sorted(self.options.items(), key=str)).encode()).hexdigest()
         self.identity = f"http-{digest[:16]}" if self.options else "http"
 
@@ -95,6 +99,13 @@ class HttpStore:
     def read_small(self, name: str, limit: int) -> bytes:
         data = self._attempt(name, lambda: self._await(self._text(name, limit), Meter(lambda n: None)))
         return within_limit(data, limit, self.describe(name))
+
+    def hear(self, name: str, sums: tuple[StoredSum, ...]) -> None:
+        """Takes in what another answer told; what HEAD told comes before it."""
+        self._sums[name] = self._sums.get(name) or sums
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        return self._sums.get(info.name, ())
 
     def close(self) -> None:
         filesystem, self._filesystem = self._filesystem, None
@@ -145,16 +156,21 @@ class HttpStore:
             except RankloadError:
                 raise
             except Exception as error:
-                mapped = _network_error(error, described)
-                if attempt == ATTEMPTS - 1 or not _is_transient(error):
+                mapped = client_error(error, described, ATTEMPTS)
+                if attempt == ATTEMPTS - 1 or not is_transient(error):
                     # The cause is set, or left out, by the mapping.
                     raise mapped  # noqa: B904
             _sleep(random.uniform(0, BACKOFF_S * 2**attempt), idle)  # noqa: S311
         raise AssertionError("unreachable")
 
-    def _request(self) -> dict[str, Any]:
+    def _request(self, name: str) -> dict[str, Any]:
         """What every request carries beside its method and URL."""
         request = dict(self._files().kwargs)
+        if name.startswith("https:") and "connector" not in self.options.get("client_kwargs", {}):
+            # aiohttp itself knows one of the environment's variables, and looks at it when it is imported.
+            if self._trusted is None:
+                self._trusted = trusted()
+            request.setdefault("ssl", self._trusted)
         request["headers"] = {**request.get("headers", {}), "Accept-Encoding": "identity"}
         return request
 
@@ -162,22 +178,26 @@ class HttpStore:
         files = self._files()
         session = await files.set_session()
         described = self.describe(name)
-        async with session.head(files.encode_url(name), allow_redirects=True, **self._request()) as response:
+        async with session.head(
+            files.encode_url(name), allow_redirects=True, **self._request(name)
+        ) as response:
             if response.status in _HEAD_REFUSED:
                 return ObjectInfo(name=name, size_bytes=None, certain=False)
             if response.status in (404, 410):
                 return None
             _check_status(response.status, described)
+            self._sums[name] = _sums(response)
             return ObjectInfo(name=name, size_bytes=_length(response), version=_version(response))
 
     async def _body(self, name: str, part: str, meter: Meter, expected: ObjectInfo | None) -> None:
         files = self._files()
         session = await files.set_session()
         described = self.describe(name)
-        async with session.get(files.encode_url(name), **self._request()) as response:
+        async with session.get(files.encode_url(name), **self._request(name)) as response:
             _check_status(response.status, described)
             size = _length(response)
             _check_unchanged(response, size, expected, described)
+            self._sums[name] = _sums(response) or self._sums.get(name, ())
             if size is None and expected is not None:
                 size = expected.size_bytes
             arrived = 0
@@ -189,7 +209,7 @@ class HttpStore:
                         arrived += len(chunk)
                         meter.add(len(chunk))
                 except Exception as error:
-                    if not _is_cut_short(error):
+                    if not is_cut_short(error):
                         raise
             if (size is not None and arrived != size) or (size is None and not response.content.at_eof()):
                 raise _TryAgainError(
@@ -203,7 +223,7 @@ class HttpStore:
     async def _text(self, name: str, limit: int) -> bytes:
         files = self._files()
         session = await files.set_session()
-        async with session.get(files.encode_url(name), **self._request()) as response:
+        async with session.get(files.encode_url(name), **self._request(name)) as response:
             _check_status(response.status, self.describe(name))
             data = bytearray()
             async for chunk in response.content.iter_chunked(limit + 1):
@@ -248,6 +268,11 @@ def _length(response: Any) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+def _sums(response: Any) -> tuple[StoredSum, ...]:
+    linked = (one for each in response.history for one in in_linked(each.headers))
+    return (*linked, *in_headers(response.headers))
+
+
 def _version(response: Any) -> str | None:
     tag: str | None = response.headers.get("ETag")
     if tag is None:
@@ -255,38 +280,6 @@ def _version(response: Any) -> str | None:
         return modified
     # Servers mark the same tag as weak in one answer and strong in another.
     return tag.removeprefix("W/")
-
-
-def _is_cut_short(error: Exception) -> bool:
-    import aiohttp
-
-    return isinstance(error, aiohttp.ClientPayloadError)
-
-
-def _is_transient(error: Exception) -> bool:
-    import aiohttp
-
-    if is_disk_full(error):
-        return False
-    # A name that does not resolve, or a certificate that does not verify, stays so.
-    if isinstance(error, aiohttp.ClientSSLError | aiohttp.InvalidURL):
-        return False
-    return isinstance(
-        error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | TimeoutError | OSError
-    )
-
-
-def _network_error(error: Exception, described: str) -> RankloadError:
-    import aiohttp
-
-    if isinstance(error, aiohttp.InvalidURL):
-        return AccessError(f"{described}: not a valid URL", path=described)
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return AccessError(
-            f"{described}: the server sent nothing for {SILENCE_TIMEOUT_S} s ({ATTEMPTS} attempts)",
-            path=described,
-        )
-    return store_error(error, described)
 
 
 def _sleep(seconds: float, idle: Callable[[], None] | None) -> None:

@@ -11,6 +11,7 @@ from .errors import CorruptError, NotFoundError, OptionError
 from .store import ObjectInfo, OnBytes, Store
 from .store_errors import redact_url, store_error
 from .store_local import within_limit
+from .stored_sums import StoredSum
 from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
 
 ATTEMPTS = 3
@@ -102,6 +103,9 @@ class GivenStore:
 
     def local_path(self, name: str) -> str:
         raise NotImplementedError("not a local store")
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        return ()
 
     def close(self) -> None:
         """The user's to close."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -54,6 +55,10 @@ class Behaviour:
     """Whether headers and query let one in; 403 otherwise."""
     checks_if_match: bool = True
     faults: list[Fault] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Told with every answer, to HEAD too."""
+    head_status: int = 200
+    """What HEAD is answered with."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Asked:
 
 
 class BadServer:
-    def __init__(self, objects: dict[str, Behaviour]) -> None:
+    def __init__(self, objects: dict[str, Behaviour], context: ssl.SSLContext | None = None) -> None:
         self.objects = objects
         self.asked: list[Asked] = []
         self.sent_bytes = 0
@@ -75,12 +80,18 @@ class BadServer:
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = _Quiet(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
+        self.scheme = "http"
+        if context is not None:
+            self.scheme = "https"
+            self._http.socket = context.wrap_socket(
+                self._http.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self.scheme}://127.0.0.1:{self.port}{path}"
 
     def close(self) -> None:
         self.ending.set()
@@ -103,7 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         served = self.owner.objects.get(self.path.partition("?")[0])
-        self._head(404 if served is None else 200, {"Content-Length": str(len(served.body) if served else 0)})
+        if served is None:
+            return self._head(404, {"Content-Length": "0"})
+        headers = served.headers if served.head_status == 200 else {}
+        return self._head(served.head_status, {"Content-Length": str(len(served.body)), **headers})
 
     def do_GET(self) -> None:
         # As a proxy is asked, or as a server.
@@ -135,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, served: Behaviour, fault: Fault, match: re.Match[str] | None) -> None:
         status, start, stop = 200, 0, len(served.body)
-        headers = {"ETag": served.etag, "Last-Modified": served.modified}
+        headers = {"ETag": served.etag, "Last-Modified": served.modified, **served.headers}
         if match is not None and served.has_ranges and not fault.whole:
             status, start, stop = 206, int(match[1]), min(int(match[2]) + 1, stop)
             if start >= len(served.body):
@@ -184,8 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def bad_server(objects: dict[str, Behaviour]) -> Iterator[BadServer]:
-    server = BadServer(objects)
+def bad_server(objects: dict[str, Behaviour], context: ssl.SSLContext | None = None) -> Iterator[BadServer]:
+    """With a `context`, over TLS."""
+    server = BadServer(objects, context)
     try:
         yield server
     finally:

@@ -1,0 +1,151 @@
+"""Checksums that stores keep of whole objects, as their answers tell them. Pure.
+
+    S3             x-amz-checksum-*, of the whole object or of its parts' checksums (COMPOSITE, ``...-N``)
+    Google Cloud   x-goog-hash, crc32c and md5Hash: of the bytes as stored
+    Azure Blob     x-ms-blob-content-md5, Content-MD5
+    any server     Repr-Digest (RFC 9530), Digest (RFC 3230), Content-MD5
+    Hub            X-Linked-ETag, ``lfs.sha256``: the SHA-256 of a large file
+
+An ETag is not taken for an MD5: of encrypted objects and of those that came in parts it is none.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .digests import ALGORITHMS, digest_bytes
+
+STORE = "the store"
+_AMZ = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")
+_DIGESTS = {"sha-256": "sha256", "sha-512": "sha512", "sha": "sha1", "md5": "md5"}
+_SHA256 = re.compile(r'"?([0-9a-fA-F]{64})"?')
+_GCS = frozenset({"gs", "gcs"})
+_AZURE = frozenset({"az", "abfs", "abfss", "adl", "wasb", "wasbs"})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSum:
+    """A checksum that somebody tells of a whole object."""
+
+    algorithm: str
+    value: bytes
+    told_by: str = STORE
+    n_parts: int = 0
+    """Above 0: of the checksums of so many parts, one after the other."""
+    part_sizes: tuple[int, ...] = ()
+    """Of those parts, where they are known."""
+
+    @property
+    def label(self) -> str:
+        parts = f" of {self.n_parts} parts" if self.n_parts else ""
+        return f"{self.algorithm}{parts} of {self.told_by}"
+
+
+def in_headers(headers: Any, *, whole: bool = True) -> tuple[StoredSum, ...]:
+    """What the headers of an answer tell (aiohttp's, http.client's or a mapping's).
+
+    `whole` is False for an answer with a part of the object: then only what is told of the whole one counts. What is
+    sent otherwise than it is stored (``Content-Encoding``) has none.
+    """
+    for name in ("Content-Encoding", "x-goog-stored-content-encoding"):
+        if headers.get(name, "identity").strip().lower() not in ("identity", "", "aws-chunked"):
+            return ()
+    found = [*_google(headers), *_azure(headers), *_digest_fields(headers)]
+    if whole:
+        found += _amazon(headers)
+        found += _from_base64("md5", headers.get("Content-MD5"))
+    return tuple(dict.fromkeys(found))
+
+
+def in_linked(headers: Any) -> tuple[StoredSum, ...]:
+    """What the Hub's own answer tells of the file that it redirects to."""
+    match = _SHA256.fullmatch(headers.get("X-Linked-ETag", "").strip())
+    return () if match is None else (StoredSum("sha256", bytes.fromhex(match[1])),)
+
+
+def in_info(protocols: Iterable[str], info: Mapping[str, Any]) -> tuple[StoredSum, ...]:
+    """What fsspec's file systems say of one object."""
+    names = set(protocols)
+    if names & _GCS and (info.get("contentEncoding") or "identity") == "identity":
+        return (*_from_base64("crc32c", info.get("crc32c")), *_from_base64("md5", info.get("md5Hash")))
+    if names & _AZURE:
+        settings = info.get("content_settings") or {}
+        value = settings.get("content_md5") if isinstance(settings, Mapping) else settings.content_md5
+        return _exactly("md5", bytes(value)) if isinstance(value, bytes | bytearray) else ()
+    if "hf" in names and isinstance(info.get("lfs"), Mapping):
+        match = _SHA256.fullmatch(str(info["lfs"].get("sha256")))
+        return () if match is None else (StoredSum("sha256", bytes.fromhex(match[1])),)
+    return ()
+
+
+def in_s3(told: Mapping[str, Any]) -> tuple[StoredSum, ...]:
+    """What ``HeadObject`` with ``ChecksumMode`` tells, as an SDK names it."""
+    headers = {f"x-amz-checksum-{name}": told.get(f"Checksum{name.upper()}") or "" for name in _AMZ}
+    return tuple(_amazon({**headers, "x-amz-checksum-type": told.get("ChecksumType") or ""}))
+
+
+def fastest_first(sums: Iterable[StoredSum]) -> list[StoredSum]:
+    return sorted(
+        sums, key=lambda one: (one.n_parts > 0 and not one.part_sizes, ALGORITHMS.index(one.algorithm))
+    )
+
+
+def _amazon(headers: Any) -> Iterator[StoredSum]:
+    composite = headers.get("x-amz-checksum-type", "").upper() == "COMPOSITE"
+    for algorithm in _AMZ:
+        text, dash, count = headers.get(f"x-amz-checksum-{algorithm}", "").strip().partition("-")
+        for one in _from_base64(algorithm, text):
+            if not dash and not composite:
+                yield one
+            elif count.isascii() and count.isdigit() and int(count) > 0:
+                yield StoredSum(algorithm, one.value, n_parts=int(count))
+
+
+def _google(headers: Any) -> Iterator[StoredSum]:
+    for item in _items(headers, "x-goog-hash"):
+        name, _, value = item.partition("=")
+        if name.strip() in ("crc32c", "md5"):
+            yield from _from_base64(name.strip(), value)
+
+
+def _azure(headers: Any) -> Iterator[StoredSum]:
+    # Of blobs that can be added to it may be what it was before.
+    if headers.get("x-ms-blob-type", "") == "BlockBlob":
+        yield from _from_base64("md5", headers.get("x-ms-blob-content-md5"))
+
+
+def _digest_fields(headers: Any) -> Iterator[StoredSum]:
+    for field in ("Repr-Digest", "Digest"):
+        for item in _items(headers, field):
+            name, _, value = item.partition("=")
+            value = value.strip()
+            if field == "Repr-Digest":
+                value = value[1:-1] if value.startswith(":") and value.endswith(":") else ""
+            algorithm = _DIGESTS.get(name.strip().lower())
+            if algorithm is not None:
+                yield from _from_base64(algorithm, value)
+
+
+def _items(headers: Any, name: str) -> Iterator[str]:
+    """The items of a list that may stand in several fields of one name."""
+    many = getattr(headers, "getall", None) or getattr(headers, "get_all", None)
+    fields = many(name, []) if many is not None else [headers.get(name, "")]
+    for one in fields:
+        yield from (item.strip() for item in str(one).split(",") if item.strip())
+
+
+def _from_base64(algorithm: str, text: str | None) -> tuple[StoredSum, ...]:
+    try:
+        value = base64.b64decode(text or "", validate=True)
+    except (binascii.Error, ValueError):
+        return ()
+    return _exactly(algorithm, value)
+
+
+def _exactly(algorithm: str, value: bytes) -> tuple[StoredSum, ...]:
+    return (StoredSum(algorithm, value),) if len(value) == digest_bytes(algorithm) else ()

@@ -1,0 +1,83 @@
+"""Checkpoints on the Hugging Face Hub: its client against as much of its API as it asks for."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import Hub, hub_server
+from rankload.loader import AccessError, CorruptError, NotFoundError, State, load
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+PARTS, WHOLE, SMALL = "folder/model.pt", "folder/model.pt.gz", "small.pt"
+REPO = "somebody/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def module() -> torch.nn.Linear:
+    torch.manual_seed(1)
+    return torch.nn.Linear(512, 512)
+
+
+@pytest.fixture
+def hub(module: torch.nn.Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 512)).sum().backward()
+    optimizer.step()
+    torch.save({"state": State(module, optimizer).state_dict()}, tmp_path / "saved.pt")
+    data = (tmp_path / "saved.pt").read_bytes()
+    torch.save({"model": module.state_dict()}, tmp_path / "small.pt")
+    with hub_server(REPO, {PARTS: data, WHOLE: gzip.compress(data, 1), SMALL: data}) as running:
+        yield running
+
+
+def restored(hub: Hub, name: str, module: torch.nn.Linear, folder: Path, **options: Any) -> Any:
+    target = torch.nn.Linear(512, 512)
+    options = {"cache_dir": str(folder / "cache"), **options}
+    options["storage_options"] = {
+        "endpoint": hub.url,
+        "token": hub.token or False,
+        "skip_instance_cache": True,
+    }
+    result = load(
+        f"hf://{REPO}/{name}", State(target), load_weights_only=True, progress_bar=False, options=options
+    )
+    assert torch.equal(target.weight, module.weight)
+    return result.receipt.files[0]
+
+
+def test_only_what_is_needed_comes(hub: Hub, module: torch.nn.Linear, tmp_path: Path) -> None:
+    file = restored(hub, PARTS, module, tmp_path)
+    assert file.verified_by == ("zip CRC-32",)
+    assert file.fetched_bytes < file.size_bytes * 0.6
+    ranges = [asked for method, path, asked in hub.asked if "/resolve/" in path and method == "GET"]
+    assert ranges
+    assert all(ranges)
+
+
+def test_what_comes_whole_is_compared(hub: Hub, module: torch.nn.Linear, tmp_path: Path) -> None:
+    assert restored(hub, WHOLE, module, tmp_path).verified_by == ("zip CRC-32", "sha256 of the store")
+    hub.sha256[WHOLE] = "0" * 64
+    got = hashlib.sha256(hub.files[WHOLE]).hexdigest()
+    with pytest.raises(CorruptError, match=f"sha256 of the store: expected {'0' * 64}, got {got}"):
+        restored(hub, WHOLE, module, tmp_path)
+
+
+def test_what_is_not_there_and_who_is_not_let_in(hub: Hub, module: torch.nn.Linear, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no-such\.pt"):
+        restored(hub, "no-such.pt", module, tmp_path)
+    hub.token = "hf_right"
+    restored(hub, PARTS, module, tmp_path)
+    options = {"storage_options": {"endpoint": hub.url, "token": "hf_wrong", "skip_instance_cache": True}}
+    with pytest.raises((AccessError, NotFoundError)) as caught:
+        load(
+            f"hf://{REPO}/{PARTS}", State(torch.nn.Linear(512, 512)), load_weights_only=True, options=options
+        )
+    assert "hf_wrong" not in str(caught.value)

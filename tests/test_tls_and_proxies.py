@@ -1,0 +1,151 @@
+"""What the environment says of certificates and proxies holds for every request of a load."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import ssl
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from bad_server import BadServer, Behaviour, bad_server
+from forward_proxy import forward_proxy
+from rankload.loader import AccessError, State, load
+
+_CONFIG = """
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = rankload's tests
+[extensions]
+subjectAltName = IP:127.0.0.1
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
+subjectKeyIdentifier = hash
+"""
+BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+NAMES = ("/parts.pt", "/whole.pt.gz")
+"""One that comes by ranges, and one that comes whole."""
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name in BUNDLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@dataclass(frozen=True)
+class Saved:
+    module: torch.nn.Linear
+    objects: dict[str, Behaviour]
+
+    def check(self, server: BadServer, name: str, folder: Path) -> None:
+        target = torch.nn.Linear(512, 512)
+        options = {"cache_dir": str(folder / "cache")}
+        load(server.url(name), State(target), load_weights_only=True, progress_bar=False, options=options)
+        assert torch.equal(target.weight, self.module.weight)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    path = tmp_path_factory.mktemp("saved") / "a.pt"
+    module = torch.nn.Linear(512, 512)
+    torch.save({"model": module.state_dict()}, path)
+    data = path.read_bytes()
+    bodies = (data, gzip.compress(data, 1))
+    return Saved(module, {name: Behaviour(body) for name, body in zip(NAMES, bodies, strict=True)})
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate that signed itself, with its key beside it in ``key.pem``."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "config").write_text(_CONFIG)
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    files = ("-keyout", str(folder / "key.pem"), "-out", str(folder / "bundle.pem"))
+    command = ["openssl", "req", "-x509", *curve, "-days", "2", "-config", str(folder / "config"), *files]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return folder / "bundle.pem"
+
+
+@pytest.fixture(scope="module")
+def context(bundle: Path) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(bundle, bundle.parent / "key.pem")
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("variable", BUNDLES)
+def test_the_environments_certificates(
+    saved: Saved,
+    context: ssl.SSLContext,
+    bundle: Path,
+    name: str,
+    variable: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bad_server(saved.objects, context) as server:
+        monkeypatch.setenv(variable, str(bundle))
+        saved.check(server, name, tmp_path)
+        assert any(one.range for one in server.asked) == (name == "/parts.pt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_certificate_that_nobody_vouches_for(
+    saved: Saved, context: ssl.SSLContext, name: str, tmp_path: Path
+) -> None:
+    with bad_server(saved.objects, context) as server:
+        with pytest.raises(AccessError, match="certificate verify failed"):
+            saved.check(server, name, tmp_path)
+        assert server.asked == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proxy_for_http(saved: Saved, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bad_server(saved.objects) as server, forward_proxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        saved.check(server, name, tmp_path)
+        assert {target for _, target in proxy.asked} >= {server.url(name)}
+        # All that the server was asked for came by the proxy.
+        n_gets = sum(method == "GET" for method, _ in proxy.asked)
+        assert n_gets == len(server.asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proxy_for_https(
+    saved: Saved,
+    context: ssl.SSLContext,
+    bundle: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bad_server(saved.objects, context) as server, forward_proxy() as proxy:
+        monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+        monkeypatch.setenv("https_proxy", proxy.url)
+        saved.check(server, name, tmp_path)
+        assert set(proxy.asked) == {("CONNECT", f"127.0.0.1:{server.port}")}
+        assert len(proxy.asked) >= len({one.client_port for one in server.asked})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_for_the_proxy(
+    saved: Saved, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bad_server(saved.objects) as server, forward_proxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
+        saved.check(server, name, tmp_path)
+        assert (proxy.asked, bool(server.asked)) == ([], True)
