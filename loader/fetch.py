@@ -50,6 +50,15 @@ class FetchedFile:
     """An archive's regular files, relative to `path`."""
     partial: bool = False
     """Whether its index alone is there: the rest comes by `fetch_ranges`."""
+    parts: tuple[str, ...] = ()
+    """Of an archive that is partial: the members of which the index alone is there."""
+
+    @property
+    def partial_paths(self) -> tuple[str, ...]:
+        """Where what comes in parts lies."""
+        if self.kind == "archive":
+            return tuple(f"{self.path}/{name}" for name in self.parts)
+        return (self.path,) if self.partial else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +90,8 @@ def fetch_files(
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    Of torch files in stores that do ranges, only the index comes, and `remote` knows of them (by default they come
-    whole). What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
+    Of torch files in stores that do ranges, and of those in tars there, only the index comes, and `remote` knows of
+    them (by default they come whole). What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
     object that was fetched by an earlier call with the same `cache` is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
@@ -108,13 +117,14 @@ def fetch_files(
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
     mine = [need.name for need in table.own]
     files = {
-        name: FetchedFile(**{**node[name], "members": tuple(node[name]["members"])})
+        name: FetchedFile(**{key: _value(told) for key, told in node[name].items()})
         for name in mine
         if name in node
     }
-    for file in files.values():
-        if file.partial and remote is not None:
-            remote.note(file.path)
+    if remote is not None:
+        for file in files.values():
+            for path in file.partial_paths:
+                remote.note(path)
     return Fetched(files)
 
 
@@ -167,6 +177,7 @@ def _fetch(
             seconds=time.monotonic() - started,
             members=one.members,
             partial=one.partial,
+            parts=one.parts,
         )
 
     # The longest first, so that none of them is alone at the end.
@@ -199,6 +210,11 @@ class FetchWatch:
         # A stall is told above, so this may be called whether or not something moved: it is how a failure of
         # another rank gets here.
         self._channel.progress(**self.tally.counters())
+
+
+def _value(told: Any) -> Any:
+    """A field as it was before it was JSON."""
+    return tuple(told) if isinstance(told, list) else told
 
 
 def _job(work: Any, name: str) -> Any:

@@ -34,6 +34,8 @@ class Obtained:
     members: tuple[str, ...]
     partial: bool = False
     """Whether its index alone was fetched so far (`remote_files`)."""
+    parts: tuple[str, ...] = ()
+    """Of an archive that is partial: the members that come in parts."""
 
 
 class Tally:
@@ -140,8 +142,8 @@ def _obtain_remote(
         with _disk_errors(cache):
             begun = remote.begin(store, info, cache, load_id, told[0])
     if begun is not None:
-        size = begun.source.size_bytes
-        return Obtained(info.name, begun.path, "file", size, begun.fetched_bytes, (), partial=True)
+        size, fetched = begun.size_bytes, begun.fetched_bytes
+        return Obtained(info.name, begun.path, begun.kind, size, fetched, begun.members, True, begun.parts)
     # What has no version, or no size, can't be told from what it was yesterday.
     version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
     identity = (store.identity, info.name, str(info.size_bytes), version)

@@ -34,6 +34,7 @@ def make_receipt(
         "not_restored": [] if request.weights_only else list(prepared.not_restored),
         "restored": restored,
         "notes": notes,
+        "streamed": checkpoint.opening.remote.streamed,
         "node": session.topology.node_rank,
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
@@ -57,6 +58,7 @@ def make_receipt(
                 sum(by_node.values()),
                 verified and (not known or known.verified),
             )
+    streamed = dict.fromkeys(name for one in everybody for name in one["streamed"])
     verify = request.options.verify or "during"
     return Receipt(
         path=checkpoint.name,
@@ -71,7 +73,12 @@ def make_receipt(
         restored=tuple(everybody[0]["restored"]),
         **combine(everybody),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        notes=(*checkpoint.notes, *prepared.notes, *everybody[0]["notes"]),
+        notes=(
+            *checkpoint.notes,
+            *prepared.notes,
+            *everybody[0]["notes"],
+            *(f"server without ranges: {name} was read as one stream" for name in streamed),
+        ),
         files=tuple(files.values()),
         hosts=tuple(one["host"] for one in everybody),
         nodes=tuple(one["node"] for one in everybody),

@@ -54,6 +54,13 @@ class RemoteFile:
         )
         return Reading(self.source, missing, self._target, self._landed) if missing else None
 
+    def adopt(self, other: RemoteFile, base: int) -> None:
+        """Takes over what has landed of `other`, in which this object begins at byte `base`."""
+        for start, stop in self._partial.missing([ByteRange(0, self.source.size_bytes)]):
+            for here in other._partial.landed(ByteRange(base + start, base + stop)):
+                for at in range(here.start, here.stop, _SUMMED_BYTES):
+                    self._partial.adopt(at - base, other.read(at, min(_SUMMED_BYTES, here.stop - at)))
+
     def ensure(self, ranges: Iterable[ByteRange], on_bytes: OnBytes) -> None:
         """Brings `ranges` here now. Raises as `read_ranges` does."""
         reading = self.reading(ranges)

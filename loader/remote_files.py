@@ -7,16 +7,19 @@ import os
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from .cache_records import product_name
 from .errors import RankloadError
 from .http_connections import Connections
 from .range_engine import Reading, ReadReport, read_ranges
 from .range_open import open_range_source
+from .range_servers import RangeServers
 from .range_source import RangeSource, TryAgainError
 from .range_targets import FileTarget
 from .ranges import ByteRange
+from .remote_archive import RemoteArchive, open_archive
 from .remote_file import RemoteFile
 from .sniff import HEAD_BYTES, sniff
 from .store import ObjectInfo, OnBytes, Store
@@ -31,8 +34,26 @@ HEAD_AND_TAIL_BYTES = 256 << 10
 PARALLEL_FROM_BYTES = 32 << 20
 """From this size on several connections bring a whole object sooner than one."""
 SLOT = "parts"
-_NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
+SMALL_ARCHIVE_BYTES = 1 << 20
+"""Archives up to this size come whole."""
+_COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Names of what comes whole, so that the store need not be asked what it can do."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An object that comes in parts."""
+
+    path: str
+    """On this node: its file, or an archive's folder."""
+    kind: Literal["file", "archive"]
+    size_bytes: int
+    fetched_bytes: int
+    """So far, by this load."""
+    members: tuple[str, ...] = ()
+    """An archive's regular files, relative to `path`."""
+    parts: tuple[str, ...] = ()
+    """Those of them that come in parts."""
 
 
 class RemoteFiles:
@@ -40,10 +61,12 @@ class RemoteFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, RemoteFile] = {}
+        self._archives: dict[str, RemoteArchive] = {}
         self._indexes: dict[str, FileIndex] = {}
         self._partial: set[str] = set()
         self._lock = threading.Lock()
         self._connections: Connections | None = None
+        self._servers = RangeServers()
         self.stopping = Stop()
         """Set where what is under way is not wanted any more."""
 
@@ -63,38 +86,49 @@ class RemoteFiles:
         cache: NodeCache,
         load_id: str,
         on_bytes: OnBytes,
-    ) -> RemoteFile | None:
-        """Opens a torch zip and brings its index here; None for anything else, and for stores without ranges.
+    ) -> Begun | None:
+        """Opens a torch zip, or a tar that may hold some, and brings its index here; None for anything else.
 
-        Called from several threads. Raises as the store and `read_index` do.
+        Called from several threads. None for stores without ranges, too. Raises as the store, `read_index` and
+        `archive.unpack` do.
         """
         described = store.describe(info.name)
-        if info.name.endswith(_NO_TORCH_ZIP) or 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
+        smallest = SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
+        if info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= smallest:
             return None
         source = self._source(store, info)
         if source is None:
             return None
-        file: RemoteFile | None = None
-        try:
-            if source.has_ranges and source.size_bytes > 2 * HEAD_AND_TAIL_BYTES:
-                file = _open_file(store, info, source, cache, load_id, described)
-                size = source.size_bytes
-                file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
-                if sniff(file.read(0, HEAD_BYTES)) == "torch-zip":
-                    file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
-                    index = read_index(
-                        file.path, name=described, open_file=file.opener(on_bytes), partial=True
-                    )
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(source.close)
+            size = source.size_bytes
+            if size <= smallest:
+                return None
+            file = _open_file(store, info, source, cache, load_id, described)
+            undoing.pop_all()
+            undoing.callback(file.close)
+            file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
+            kind = sniff(file.read(0, HEAD_BYTES))
+            begun = None
+            if kind == "torch-zip":
+                file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
+                index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
+                with self._lock:
+                    self._files[file.path], self._indexes[file.path] = file, index
+                begun = Begun(file.path, "file", size, file.fetched_bytes)
+            elif kind == "tar" and size > SMALL_ARCHIVE_BYTES:
+                archive = open_archive(file, info.name, described, HEAD_AND_TAIL_BYTES, on_bytes)
+                if archive is not None:
                     with self._lock:
-                        self._files[file.path], self._indexes[file.path] = file, index
-                    file, source = None, None
-                    return self._files[index.path]
-        finally:
-            if file is not None:
-                file.close()
-            elif source is not None:
-                source.close()
-        return None
+                        self._files |= {file.path: file, **archive.files}
+                        self._indexes |= archive.indexes
+                        self._archives[archive.path] = archive
+                    begun = Begun(
+                        archive.path, "archive", size, archive.fetched_bytes, archive.members, archive.parts
+                    )
+            if begun is not None:
+                undoing.pop_all()
+            return begun
 
     def download(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> bool:
         """Brings a whole object into a new file at `path`; False where that is not done in ranges.
@@ -107,8 +141,6 @@ class RemoteFiles:
         if source is None:
             return False
         try:
-            if not source.has_ranges:
-                return False
             target = FileTarget(path, source.size_bytes)
             try:
                 read_ranges([Reading(source, [ByteRange(0, source.size_bytes)], target)], on_bytes)
@@ -146,20 +178,27 @@ class RemoteFiles:
         return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
 
     def fetched_bytes(self, path: str) -> int | None:
-        """What this rank brought of the file at `path`; None where it is none of its own."""
-        file = self._files.get(path)
+        """What this rank brought of the file, or the archive, at `path`; None where it is none of its own."""
+        file = self._archives.get(path) or self._files.get(path)
         return file.fetched_bytes if file is not None else None
+
+    @property
+    def streamed(self) -> list[str]:
+        """What this rank fetched whole because its server does no ranges, without secrets."""
+        return list(self._servers.streamed)
 
     def resumed_bytes(self) -> int:
         """What earlier processes had brought, over all files."""
         return sum(file.resumed_bytes for file in self._files.values())
 
     def _source(self, store: Store, info: ObjectInfo) -> RangeSource | None:
+        """None where ranges cannot be had."""
         with self._lock:
             if self._connections is None:
                 self._connections = Connections()
+        connections = self._connections
         try:
-            return open_range_source(store, info, self._connections)
+            return self._servers.open(store, info, lambda: open_range_source(store, info, connections))
         except TryAgainError:
             # The plain way has its own attempts, and tells what it met.
             return None

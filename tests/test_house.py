@@ -58,6 +58,7 @@ PURE = (
     "loader.range_retries",
     "loader.range_source",
     "loader.range_targets",
+    "loader.range_window",
     "loader.ranges",
     "loader.range_sums",
     "loader.receipt",
