@@ -91,8 +91,8 @@ def fetch_files(
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
     Of torch files in stores that do ranges, and of those in tars there, only the index comes, and `remote` knows of
-    them (by default they come whole). What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
-    object that was fetched by an earlier call with the same `cache` is not fetched again.
+    them (by default they come whole). What was put into `cache` lasts until its context ends; end it on all ranks only
+    when all have read. An object that was fetched by an earlier call with the same `cache` is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
     need it, and for local paths which node has it; `AccessError`, `CorruptError`, `UnsafeError`,

@@ -34,22 +34,31 @@ def make_receipt(
         "not_restored": [] if request.weights_only else list(prepared.not_restored),
         "restored": restored,
         "notes": notes,
+        "parts": checkpoint.opening.remote.fetched_by_path(),
         "streamed": checkpoint.opening.remote.streamed,
         "node": session.topology.node_rank,
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
         "files": [
-            [file.name, file.size_bytes, fetched_bytes(checkpoint, file), file.verified]
+            [
+                file.name,
+                file.size_bytes,
+                file.fetched_bytes,
+                file.verified,
+                checkpoint.paths.get(file.name, ""),
+            ]
             for file in checkpoint.files
         ],
     }
     everybody = session.channel.gather("receipt", own)
-    # Every rank of a node tells what the node fetched for it.
+    # Every rank of a node tells what the node fetched for it; of what came in parts, the rank that fetched knows best.
+    parts = {(one["node"], path): count for one in everybody for path, count in one["parts"].items()}
     cost: dict[str, dict[int, int]] = {}
     files: dict[str, FileRecord] = {}
     for one in everybody:
-        for name, size, fetched, verified in one["files"]:
+        for name, size, told, verified, path in one["files"]:
             by_node = cost.setdefault(name, {})
+            fetched = parts.get((one["node"], path), told)
             by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
             known = files.get(name)
             files[name] = FileRecord(
@@ -88,9 +97,3 @@ def make_receipt(
             for stage, seconds, count, begin_s in one["laps"]
         ),
     )
-
-
-def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> int:
-    """What this node fetched of `file` by now, on the rank that did."""
-    by_parts = checkpoint.opening.remote.fetched_bytes(checkpoint.paths.get(file.name, ""))
-    return file.fetched_bytes if by_parts is None else by_parts

@@ -44,9 +44,7 @@ class RangeServers:
             return None
         return self._with_ranges(store, info, open_source())
 
-    def _with_ranges(
-        self, store: Store, info: ObjectInfo, source: RangeSource | None
-    ) -> RangeSource | None:
+    def _with_ranges(self, store: Store, info: ObjectInfo, source: RangeSource | None) -> RangeSource | None:
         if source is None or source.has_ranges:
             return source
         source.close()

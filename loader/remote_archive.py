@@ -1,7 +1,7 @@
 """A remote tar's members as a folder on this node: large torch files come in parts, all else whole.
 
-    <name>                 the tar, with holes: what its headers were read in, and its small members
-    <name>.members/        a file for each member; beside those that come in parts, what of them has landed
+<name>                 the tar, with holes: what its headers were read in, and its small members
+<name>.members/        a file for each member; beside those that come in parts, what of them has landed
 """
 
 from __future__ import annotations

@@ -177,10 +177,10 @@ class RemoteFiles:
         readings = (self._files[path].reading(ranges) for path, ranges in wanted.items())
         return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
 
-    def fetched_bytes(self, path: str) -> int | None:
-        """What this rank brought of the file, or the archive, at `path`; None where it is none of its own."""
-        file = self._archives.get(path) or self._files.get(path)
-        return file.fetched_bytes if file is not None else None
+    def fetched_by_path(self) -> dict[str, int]:
+        """What this rank brought so far of each file and archive that it began, by its path on this node."""
+        files = {path: file.fetched_bytes for path, file in self._files.items()}
+        return files | {path: archive.fetched_bytes for path, archive in self._archives.items()}
 
     @property
     def streamed(self) -> list[str]:
