@@ -214,7 +214,9 @@ def show_traffic(served: Sequence[Served], metrics: dict[str, float]) -> bool:
     size, sent = sum(file.size_bytes for file in served), sum(file.sent_bytes for file in served)
     fetched = int(metrics.get("rankload/fetched_bytes", 0))
     once = size == sent == fetched or size * 0.99 <= fetched <= sent <= size * 1.01
-    again = f" ({sent - size:,} twice)" if sent != size else ""
+    again = (
+        f" ({sent - size:,} twice)" if sent > size else f" ({size - sent:,} not read)" if sent < size else ""
+    )
     verdict = f"each byte crossed once, for {RANKS} ranks{again}" if once else "NOT each byte once"
     print(f"     fetched by this node: {fetched:,} bytes; served: {sent:,} of {size:,}: {verdict}")
     return once

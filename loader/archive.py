@@ -115,6 +115,40 @@ def unpack(
 
 
 @contextlib.contextmanager
+def checked_members(
+    read: Callable[[int], bytes],
+    shown: str,
+    *,
+    size: int | None,
+    limit: int,
+    skip: Callable[[int], object] | None = None,
+) -> Iterator[tuple[_Source, Iterator[tuple[tarfile.TarInfo, str]]]]:
+    """The members of a plain tar of `size` bytes that `read` hands out from its beginning on, and their safe names.
+
+    In order; the root's name is empty. Raises as `unpack` does, but for files that are folders too.
+    """
+    source = _Source(read, shown, skip)
+    try:
+        yield source, _checked(source, shown, size, limit)
+    except RankloadError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError) as error:
+        raise CorruptError(f"{shown}: damaged tar archive: {error}", path=shown) from error
+
+
+def write_member(read: Callable[[int], bytes], folder: str, name: str, size: int, shown: str) -> None:
+    """Writes the member `name` into `folder`, from `read`. Raises as `unpack` does."""
+    target = os.path.join(folder, *name.split("/"))
+    _make_folder(os.path.dirname(target), name, shown)
+    _write(_Source(read, shown), target, size, name, shown, None)
+
+
+def file_and_folder(name: str, shown: str) -> UnsafeError:
+    """For the caller to raise."""
+    return UnsafeError(f"{shown}: {name!r} is a file and a folder at once", path=shown)
+
+
+@contextlib.contextmanager
 def _opened(
     path: str, shown: str, limit: int
 ) -> Iterator[tuple[_Source, Iterator[tuple[tarfile.TarInfo, str]]]]:
@@ -131,13 +165,7 @@ def _opened(
             skip = lambda ahead: file.seek(ahead, os.SEEK_CUR)  # noqa: E731
         else:
             raise FormatError(f"{shown}: expected a tar archive, got a file of another kind", path=shown)
-        source = _Source(read, shown, skip)
-        try:
-            yield source, _checked(source, shown, size, limit)
-        except RankloadError:
-            raise
-        except (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError) as error:
-            raise CorruptError(f"{shown}: damaged tar archive: {error}", path=shown) from error
+        yield stack.enter_context(checked_members(read, shown, size=size, limit=limit, skip=skip))
 
 
 def _checked(
@@ -226,7 +254,7 @@ def _make_folder(path: str, name: str, shown: str) -> None:
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UnsafeError(f"{shown}: {name!r} is a file and a folder at once", path=shown) from error
+        raise file_and_folder(name, shown) from error
 
 
 def _write(source: _Source, target: str, size: int, name: str, shown: str, on_bytes: OnBytes | None) -> None:
@@ -234,7 +262,7 @@ def _write(source: _Source, target: str, size: int, name: str, shown: str, on_by
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         if os.path.isdir(target):
-            raise UnsafeError(f"{shown}: {name!r} is a file and a folder at once", path=shown) from error
+            raise file_and_folder(name, shown) from error
         _compare(source, target, size, name, shown)
         return
     with os.fdopen(fd, "wb", buffering=0) as file:

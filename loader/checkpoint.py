@@ -83,8 +83,11 @@ def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
     """One file for all ranks, alone or in an archive."""
     request = opening.request
     with opening.watch.stage("read"):
-        path = f"{file.path}/{_single_member(file)}" if file.kind == "archive" else file.path
-        index = opening.index(path, file.source)
+        if file.kind == "archive":
+            member = _single_member(file)
+            index = opening.index(f"{file.path}/{member}", f"{file.source}:{member}")
+        else:
+            index = opening.index(file.path, file.source)
         contents = read_layout(
             index.tree,
             file=file.source,

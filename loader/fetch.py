@@ -50,8 +50,9 @@ class FetchedFile:
     seconds: float
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
-    origin: Origin | None = None
-    """Where it comes from, if its index alone is there: the rest comes by `fetch_ranges`."""
+    parts: Mapping[str, Origin] = field(default_factory=dict)
+    """Where it comes from, if its index alone is there (under ``""``); of an archive, its members of which that is so.
+    The rest comes by `fetch_ranges`."""
     compared_by: tuple[str, ...] = ()
     """What all its bytes, as stored, were compared with (`whole_checks`)."""
     left_out: tuple[str, ...] = ()
@@ -87,9 +88,9 @@ def fetch_files(
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    Of torch files in stores that do ranges, only the index comes, and `remote` knows of them (by default they come
-    whole). What was put into `cache` lasts until its context ends; end it on all ranks only when all have read. An
-    object that was fetched by an earlier call with the same `cache` is not fetched again.
+    Of torch files in stores that do ranges, and of those in tars there, only the index comes, and `remote` knows of
+    them (by default they come whole). What was put into `cache` lasts until its context ends; end it on all ranks only
+    when all have read. An object that was fetched by an earlier call with the same `cache` is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
     need it, and for local paths which node has it; `AccessError`, `CorruptError`, `UnsafeError`,
@@ -115,15 +116,17 @@ def fetch_files(
     everything = {name: _from_record(record) for name, record in node.items()}
     for file in everything.values():
         # Whoever fetches for the node brings parts of all its files.
-        if file.origin is not None and remote is not None:
-            remote.note(file.path, file.source, file.origin)
+        for member, origin in file.parts.items():
+            inside = (f"{file.path}/{member}", f"{file.source}:{member}")
+            if remote is not None:
+                remote.known.note(*(inside if member else (file.path, file.source)), origin)
     mine = [need.name for need in table.own]
     return Fetched({name: everything[name] for name in mine if name in everything})
 
 
 def _from_record(record: Mapping[str, Any]) -> FetchedFile:
-    origin = record["origin"] and Origin(**record["origin"])
-    return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "origin": origin})
+    parts = {member: Origin(**origin) for member, origin in record["parts"].items()}
+    return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "parts": parts})
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: FetchWatch) -> None:
@@ -164,7 +167,7 @@ def _fetch(
             raise NotFoundError(
                 f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
             ) from error
-        tally.settle(name, one.size_bytes if one.origin is None else one.fetched_bytes, one.fetched_bytes)
+        tally.settle(name, one.fetched_bytes if one.partial else one.size_bytes, one.fetched_bytes)
         files[name] = FetchedFile(
             name=name,
             source=store.describe(one.object_name),
@@ -174,7 +177,7 @@ def _fetch(
             fetched_bytes=one.fetched_bytes,
             seconds=time.monotonic() - started,
             members=one.members,
-            origin=one.origin,
+            parts=one.parts,
             compared_by=one.compared.by,
             left_out=one.compared.left_out,
         )
@@ -209,6 +212,11 @@ class FetchWatch:
         # A stall is told above, so this may be called whether or not something moved: it is how a failure of
         # another rank gets here.
         self._channel.progress(**self.tally.counters())
+
+
+def _value(told: Any) -> Any:
+    """A field as it was before it was JSON."""
+    return tuple(told) if isinstance(told, list) else told
 
 
 def _job(work: Any, name: str) -> Any:

@@ -125,7 +125,7 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
         [(rank, peers[rank], _placed(opening, wanted)) for rank, wanted in errand.take.items()],
         DirectReads(
             _placed(opening, errand.straight),
-            lambda path: remote.open_source(opening.store, path),
+            lambda path: remote.known.open_source(opening.store, path),
             _telling(opening),
             n_neighbours=session.topology.local_world_size,
         ),
@@ -134,11 +134,15 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
 
 def _named(opening: Opening, wanted: Wanted) -> Wanted:
     """By what the whole job calls the files, those that come in parts."""
-    return {opening.remote.name_of(path): ranges for path, ranges in wanted.items() if path in opening.remote}
+    return {
+        opening.remote.known.name_of(path): ranges
+        for path, ranges in wanted.items()
+        if path in opening.remote.known
+    }
 
 
 def _placed(opening: Opening, ranges: Wanted) -> Wanted:
-    return {opening.remote.path_of(name): pieces for name, pieces in ranges.items()}
+    return {opening.remote.known.path_of(name): pieces for name, pieces in ranges.items()}
 
 
 def _telling(opening: Opening) -> Callable[[int], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .archive import is_tar, unpack
@@ -34,8 +34,10 @@ class Obtained:
     size_bytes: int
     fetched_bytes: int
     members: tuple[str, ...]
-    origin: Origin | None = None
-    """Where it comes from, if its index alone was fetched so far (`remote_files`)."""
+    partial: bool = False
+    """Whether it was not fetched whole (`remote_files`)."""
+    parts: Mapping[str, Origin] = field(default_factory=dict)
+    """Where those files come from of which the index alone was fetched so far; see `fetch.FetchedFile`."""
     compared: Compared = NOTHING
 
 
@@ -145,9 +147,9 @@ def _obtain_remote(
     if remote is not None:
         with _disk_errors(cache):
             begun = remote.begin(store, info, cache, load_id, told[0])
-    if begun is not None and remote is not None:
-        size, fetched = begun.source.size_bytes, begun.fetched_bytes
-        return Obtained(info.name, begun.path, "file", size, fetched, (), remote.origin(begun, info))
+    if begun is not None:
+        size, fetched = begun.size_bytes, begun.fetched_bytes
+        return Obtained(info.name, begun.path, begun.kind, size, fetched, begun.members, True, begun.parts)
     # What has no version, or no size, can't be told from what it was yesterday.
     version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
     identity = (store.identity, info.name, str(info.size_bytes), version)

@@ -75,7 +75,7 @@ def restore_parts(
     elif checkpoint.opening.straight:
         _add_straight(parts.straight, verification, weights)
         for path, ranges in parts.straight.items():
-            if path in checkpoint.opening.remote:
+            if path in checkpoint.opening.remote.known:
                 # What came with the index, or was there before this load, is not fetched again.
                 parts.straight[path] = list(Landed(path).missing(ranges))
     return parts
@@ -149,17 +149,19 @@ def fetching(checkpoint: Checkpoint, reader: Reader, parts: Parts, stage: str) -
                 wait()
             wait()
             for index in checkpoint.indexes:
-                _check_headers(index, parts.wanted, bringing.direct)
+                _check_headers(index, parts.wanted, bringing.direct, reader)
     finally:
         reader.waiting(None, {})
         reader.reading_direct(None)
-        opening.remote.add_fetched(bringing.direct.fetched_bytes)
+        opening.remote.known.add_fetched(bringing.direct.fetched_bytes)
         if not ended.is_set():
             opening.remote.stop()
             thread.join(10)
 
 
-def _check_headers(index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], direct: DirectReads) -> None:
+def _check_headers(
+    index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], direct: DirectReads, reader: Reader
+) -> None:
     """Compares the headers of the storages that something was fetched of, wherever it went."""
     starts = {one.start for one in wanted.get(index.path, ())}
     for storage in index.storages:
@@ -170,6 +172,8 @@ def _check_headers(index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], 
             if kept is not None:
                 index.check_headers([storage], kept)
         else:
+            # Another process may still be bringing it.
+            reader.wait_for(index.path, storage.header, storage.offset)
             index.check_headers([storage])
 
 

@@ -117,6 +117,10 @@ class PartialFile:
         with self._lock:
             return subtract(ranges, self._landed)
 
+    def landed(self, span: ByteRange) -> tuple[ByteRange, ...]:
+        """The bytes of `span` that have."""
+        return subtract([span], self.missing([span]))
+
     def write(self, start: int, data: memoryview) -> None:
         """Puts bytes into their place; they have landed once `land` says so."""
         done = 0
@@ -129,6 +133,13 @@ class PartialFile:
             self._note(start, stop, crc)
             self._landed = union(self._landed, [ByteRange(start, stop)])
             self.landed_bytes += stop - start
+
+    def adopt(self, start: int, data: bytes) -> None:
+        """Puts bytes into their place that were on this node already, and notes that they are."""
+        self.write(start, memoryview(data))
+        with self._lock:
+            self._note(start, start + len(data), crc32(data))
+            self._landed = union(self._landed, [ByteRange(start, start + len(data))])
 
     def _note(self, start: int, stop: int, crc: int) -> None:
         record = RECORD.pack(start, stop, crc)

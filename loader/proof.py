@@ -24,7 +24,7 @@ def make_receipt(
     watch: Stopwatch,
 ) -> Receipt:
     """The same receipt on every rank, from what each rank did."""
-    prepared = checked.prepared
+    prepared, remote = checked.prepared, checkpoint.opening.remote
     own = {
         "ignored": list(ignored.paths),
         "missing": prepared.mismatch.missing,
@@ -35,6 +35,8 @@ def make_receipt(
         "not_restored": [] if request.weights_only else list(prepared.not_restored),
         "restored": restored,
         "notes": notes,
+        "parts": remote.fetched_by_path(),
+        "streamed": remote.streamed,
         "node": session.topology.node_rank,
         "host": session.channel.host,
         "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
@@ -42,8 +44,10 @@ def make_receipt(
             [
                 file.name,
                 file.size_bytes,
-                *fetched_bytes(checkpoint, file),
+                file.fetched_bytes,
+                remote.known.own_bytes(checkpoint.paths.get(file.name, "")),
                 file.verified,
+                checkpoint.paths.get(file.name, ""),
                 *compared(checkpoint, file),
             ]
             for file in checkpoint.files
@@ -51,14 +55,16 @@ def make_receipt(
     }
     verify = request.options.verify or "during"
     everybody = session.channel.gather("receipt", own)
-    # Every rank of a node tells what the node fetched for it.
+    # Every rank of a node tells what the node fetched for it; of what came in parts, the rank that fetched knows best.
+    parts = {(one["node"], path): count for one in everybody for path, count in one["parts"].items()}
     cost: dict[str, dict[int, int]] = {}
     straight: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
     for one in everybody:
-        for name, size, fetched, own_bytes, verified, by, left_out in one["files"]:
+        for name, size, told, own_bytes, verified, path, by, left_out in one["files"]:
             straight[name] = straight.get(name, 0) + own_bytes
             by_node = cost.setdefault(name, {})
+            fetched = parts.get((one["node"], path), told)
             by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
             known = files.get(name)
             files[name] = FileRecord(
@@ -69,6 +75,7 @@ def make_receipt(
                 tuple(dict.fromkeys((*(known.verified_by if known else ()), *by))) if verify != "off" else (),
                 tuple(dict.fromkeys((*(known.not_compared if known else ()), *left_out))),
             )
+    streamed = dict.fromkeys(name for one in everybody for name in one["streamed"])
     return Receipt(
         path=checkpoint.name,
         kind=checkpoint.kind,
@@ -82,7 +89,12 @@ def make_receipt(
         restored=tuple(everybody[0]["restored"]),
         **combine(everybody),
         unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        notes=(*checkpoint.notes, *prepared.notes, *everybody[0]["notes"]),
+        notes=(
+            *checkpoint.notes,
+            *prepared.notes,
+            *everybody[0]["notes"],
+            *(f"server without ranges: {name} was read as one stream" for name in streamed),
+        ),
         files=tuple(files.values()),
         hosts=tuple(one["host"] for one in everybody),
         nodes=tuple(one["node"] for one in everybody),
@@ -98,10 +110,3 @@ def compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[
     """What `file` was compared with by now on this rank, and what it was not."""
     whole = checkpoint.opening.remote.compared(checkpoint.paths.get(file.name, "")) or NOTHING
     return [*file.verified_by, *whole.by], [*file.not_compared, *whole.left_out]
-
-
-def fetched_bytes(checkpoint: Checkpoint, file: FileRecord) -> tuple[int, int]:
-    """What this node fetched of `file` by now, on the rank that did, and what this rank read for itself alone."""
-    remote, path = checkpoint.opening.remote, checkpoint.paths.get(file.name, "")
-    by_parts = remote.fetched_bytes(path)
-    return file.fetched_bytes if by_parts is None else by_parts, remote.own_bytes(path)

@@ -17,6 +17,7 @@ from .range_pace import Pace
 from .range_retries import Retries
 from .range_runs import Filling, Reading, Run, chunks
 from .range_source import TryAgainError
+from .range_window import shared_source
 from .ranges import CHUNK_BYTES, union
 from .store import OnBytes
 from .workers import Stop, run_jobs
@@ -109,7 +110,7 @@ class _Engine:
             finally:
                 with self._ready:
                     self._working -= 1
-                    self._by_source[id(run.reading.source)] -= 1
+                    self._by_source[id(shared_source(run.reading.source))] -= 1
                     self._ready.notify()
 
     def _take(self, stop: Stop) -> Run | None:
@@ -122,7 +123,7 @@ class _Engine:
                     return None
                 if self._working < self._pace.limit and (run := self._next_run()) is not None:
                     self._working += 1
-                    key = id(run.reading.source)
+                    key = id(shared_source(run.reading.source))
                     self._by_source[key] = self._by_source.get(key, 0) + 1
                     self.report.requests += 1
                     self.report.connections = max(self.report.connections, self._working)
@@ -134,7 +135,8 @@ class _Engine:
         free = (
             index
             for index, chunk in enumerate(self._queue)
-            if self._by_source.get(id(chunk.reading.source), 0) < chunk.reading.source.max_connections
+            if self._by_source.get(id(shared_source(chunk.reading.source)), 0)
+            < chunk.reading.source.max_connections
         )
         index = next(free, None)
         if index is None:

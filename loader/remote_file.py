@@ -65,6 +65,13 @@ class RemoteFile:
             return Reading(peer, missing, self._target, self._taken, reads_along=False)
         return Reading(self.source, missing, self._target, self._landed)
 
+    def adopt(self, other: RemoteFile, base: int) -> None:
+        """Takes over what has landed of `other`, in which this object begins at byte `base`."""
+        for start, stop in self._partial.missing([ByteRange(0, self.source.size_bytes)]):
+            for here in other._partial.landed(ByteRange(base + start, base + stop)):
+                for at in range(here.start, here.stop, BLOCK_BYTES):
+                    self._partial.adopt(at - base, other.read(at, min(BLOCK_BYTES, here.stop - at)))
+
     def ensure(self, ranges: Iterable[ByteRange], on_bytes: OnBytes) -> None:
         """Brings `ranges` here now. Raises as `read_ranges` does."""
         reading = self.reading(ranges)

@@ -75,6 +75,10 @@ class Reader:
         self._storages.on_wait = on_wait
         self._storages.coming = {path: union(ranges) for path, ranges in coming.items()}
 
+    def wait_for(self, path: str, start: int, stop: int) -> None:
+        """Returns once bytes ``[start, stop)`` of the file at `path` are there."""
+        self._storages.wait_for(path, start, stop)
+
     def unsummed(self) -> Reader:
         """One that compares no checksums, and waits as this one does."""
         other = Reader(verify="off", on_bytes=self._storages.on_bytes)

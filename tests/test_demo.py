@@ -48,10 +48,13 @@ def check(done: subprocess.CompletedProcess[str], extension: str, files: int) ->
     assert all(uninterrupted == resumed for uninterrupted, resumed in losses)
     requests = re.findall(rf"^ +ep1-rank\d\.{extension} +([\d,]+) +([\d,]+) +(\d+) GET", said, re.MULTILINE)
     assert len(requests) == files
-    if extension == "tar":
-        assert all(size == sent and gets == "1" for size, sent, gets in requests)
-    else:
-        assert all(_number(size) <= _number(sent) <= 1.01 * _number(size) for size, sent, _ in requests)
+    for size, sent, gets in requests:
+        if extension == "tar" and _number(size) <= 1 << 20:
+            assert (sent, gets) == (size, "1")
+        else:
+            # Of an archive in parts, what is between its members is not read.
+            least = 0.99 if extension == "tar" else 1
+            assert least * _number(size) <= _number(sent) <= 1.01 * _number(size)
     assert "restored http://127.0.0.1:" in said
 
 

@@ -68,6 +68,7 @@ PURE = (
     "loader.range_source",
     "loader.range_sums",
     "loader.range_targets",
+    "loader.range_window",
     "loader.ranges",
     "loader.receipt",
     "loader.s3_sums",

@@ -29,7 +29,14 @@ def receipt(**changes: Any) -> Receipt:
 
 def test_as_dict_is_json_and_complete() -> None:
     found = json.loads(json.dumps(receipt().as_dict()))
-    assert found["files"][0] == {"name": "a", "size_bytes": 1000, "fetched_bytes": 1000, "verified": True}
+    assert found["files"][0] == {
+        "name": "a",
+        "size_bytes": 1000,
+        "fetched_bytes": 1000,
+        "verified": True,
+        "verified_by": [],
+        "not_compared": [],
+    }
     assert found["renamed"] == {"module.w": "w"}
     assert set(found) == set(Receipt.__dataclass_fields__)
 
