@@ -12,13 +12,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .cache_folder import free_bytes_of
 from .check import Checked
-from .errors import AccessError
 from .fetch import FetchWatch
 from .fetch_one import Tally
 from .materialize import Reader
 from .opening import Checkpoint, Opening
+from .preflight import agree_on_room
 from .ranges import ByteRange, union
 from .torch_file import FileIndex
 from .tree_walk import tensors
@@ -159,7 +158,10 @@ def bringer(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[By
 
 
 def _for_this_node(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> Wanted:
-    """What this rank is to bring: on the rank that fetches for its node, all that the node's ranks want."""
+    """What this rank is to bring: on the rank that fetches for its node, all that the node's ranks want.
+
+    Raises, on all ranks alike, `AccessError` where a node has no room for it.
+    """
     session = opening.session
     record = {
         "node": session.topology.node_rank,
@@ -184,7 +186,13 @@ def _for_this_node(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], 
         ]
 
     dealt = session.channel.deal(f"{stage}: ranges", record, deal)
-    return {path: list(_paired(edges)) for path, edges in dealt.items()}
+    mine = {path: list(_paired(edges)) for path, edges in dealt.items()}
+    needed = opening.remote.missing_by_folder(mine)
+    planned = agree_on_room(session.channel, session.topology.node_rank, opening.cache, needed, stage)
+    if session.topology.rank == 0:
+        # Known here at once, while what the others count comes with their beats.
+        session.channel.progress(bytes_planned=planned)
+    return mine
 
 
 def _paired(edges: Sequence[int]) -> tuple[ByteRange, ...]:
@@ -195,16 +203,9 @@ def _run(opening: Opening, wanted: Wanted) -> int:
     """Brings `wanted`; the bytes that it took."""
     channel = opening.session.channel
     nbytes = opening.remote.missing_bytes(wanted)
-    free = free_bytes_of(opening.cache.folder)
-    if nbytes > free:
-        raise AccessError(
-            f"{opening.cache.folder}: {nbytes:,} bytes are to be fetched, and it has {free:,} left; set cache_dir to a "
-            "folder with more",
-            path=opening.cache.folder,
-        )
     tally = Tally(channel.counters().get(channel.rank, {}))
     tally.expect("parts", nbytes)
-    arrived, _ = tally.of("parts", opening.remote.stopping)
+    arrived, *_ = tally.of("parts", opening.remote.stopping)
     watch = FetchWatch(channel, tally)
 
     def on_bytes(count: int) -> None:

@@ -27,11 +27,13 @@ class RemoteFile:
     Raises `BlockingIOError` where another process holds the file at `path`, OSError where the disk refuses.
     """
 
-    def __init__(self, source: RangeSource, path: str) -> None:
+    def __init__(
+        self, source: RangeSource, path: str, on_compared: Callable[[int], None] | None = None
+    ) -> None:
         self.source = source
         self.path = path
         with contextlib.ExitStack() as opening:
-            self._partial = PartialFile(path, source.size_bytes)
+            self._partial = PartialFile(path, source.size_bytes, on_compared)
             opening.callback(self._partial.close)
             self._target = FileTarget(path, source.size_bytes)
             opening.pop_all()

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .cache_records import product_name
+from .cache_folder import folder_of
+from .cache_records import PARTS, product_name
 from .errors import RankloadError
 from .http_connections import Connections
 from .range_engine import Reading, ReadReport, read_ranges
@@ -30,7 +31,6 @@ HEAD_AND_TAIL_BYTES = 256 << 10
 """What is read of a file at first from each end: its pickle and its directory, mostly."""
 PARALLEL_FROM_BYTES = 32 << 20
 """From this size on several connections bring a whole object sooner than one."""
-SLOT = "parts"
 _NO_TORCH_ZIP = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Names of what comes whole, so that the store need not be asked what it can do."""
 
@@ -56,6 +56,12 @@ class RemoteFiles:
         if self._connections is not None:
             self._connections.close()
 
+    def may_come_in_parts(self, info: ObjectInfo) -> bool:
+        """False where an object comes whole for sure, by its name or its size."""
+        return not (
+            info.name.endswith(_NO_TORCH_ZIP) or 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES
+        )
+
     def begin(
         self,
         store: Store,
@@ -69,7 +75,7 @@ class RemoteFiles:
         Called from several threads. Raises as the store and `read_index` do.
         """
         described = store.describe(info.name)
-        if info.name.endswith(_NO_TORCH_ZIP) or 0 <= (info.size_bytes or -1) <= 2 * HEAD_AND_TAIL_BYTES:
+        if not self.may_come_in_parts(info):
             return None
         source = self._source(store, info)
         if source is None:
@@ -77,7 +83,7 @@ class RemoteFiles:
         file: RemoteFile | None = None
         try:
             if source.has_ranges and source.size_bytes > 2 * HEAD_AND_TAIL_BYTES:
-                file = _open_file(store, info, source, cache, load_id, described)
+                file = _open_file(store, info, source, cache, load_id, described, on_bytes)
                 size = source.size_bytes
                 file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
                 if sniff(file.read(0, HEAD_BYTES)) == "torch-zip":
@@ -142,8 +148,17 @@ class RemoteFiles:
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
         """How many bytes `fetch` would bring."""
-        readings = (self._files[path].reading(ranges) for path, ranges in wanted.items())
-        return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
+        return sum(self.missing_by_folder(wanted).values())
+
+    def missing_by_folder(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, int]:
+        """How many bytes `fetch` would bring into each cache folder."""
+        needed: dict[str, int] = {}
+        for path, ranges in wanted.items():
+            reading = self._files[path].reading(ranges)
+            folder = folder_of(path) or os.path.dirname(path)
+            missing = sum(stop - start for start, stop in reading.ranges) if reading is not None else 0
+            needed[folder] = needed.get(folder, 0) + missing
+        return needed
 
     def fetched_bytes(self, path: str) -> int | None:
         """What this rank brought of the file at `path`; None where it is none of its own."""
@@ -166,15 +181,29 @@ class RemoteFiles:
 
 
 def _open_file(
-    store: Store, info: ObjectInfo, source: RangeSource, cache: NodeCache, load_id: str, described: str
+    store: Store,
+    info: ObjectInfo,
+    source: RangeSource,
+    cache: NodeCache,
+    load_id: str,
+    described: str,
+    on_bytes: OnBytes,
 ) -> RemoteFile:
+    def compared(count: int) -> None:
+        # Something moves, and nothing was fetched.
+        on_bytes(count)
+        on_bytes(-count)
+
     # What has no version can't be told from what it was yesterday.
     version = source.version or f"load {load_id}"
-    entry = cache.entry(described, store.identity, info.name, str(source.size_bytes), version)
-    for slot in (SLOT, f"{SLOT}-{uuid.uuid4().hex}"):
+    size = source.size_bytes
+    entry = cache.entry(
+        described, store.identity, info.name, str(size), version, nbytes=size, lasting=source.version is not None
+    )
+    for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         # Where another job on this node is at it, this one has a file of its own.
         with contextlib.suppress(BlockingIOError):
-            return RemoteFile(source, os.path.join(folder, product_name(described)))
+            return RemoteFile(source, os.path.join(folder, product_name(described)), compared)
     raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
