@@ -92,7 +92,15 @@ def _held(folder: str, now: float) -> list[Held]:
             told = about(path)
             busy = in_use(path, now)
             found.append(
-                Held(path, told.group or name, told.content, last_use(path), bytes_on_disk(path), busy, told.stays)
+                Held(
+                    path,
+                    told.group or name,
+                    told.content,
+                    last_use(path),
+                    bytes_on_disk(path),
+                    busy,
+                    told.stays,
+                )
             )
     return found
 

@@ -11,7 +11,7 @@ from .cache_records import remove, sweep
 from .errors import AccessError
 from .node_image import available_bytes
 
-MEMORY_FOLDER = "/dev/shm"
+MEMORY_FOLDER = "/dev/shm"  # noqa: S108 -- what goes there goes into a private folder
 """Linux's file system in memory."""
 SHARE = 2
 """A load puts files into memory as long as they fit in one part out of so many of what is free."""

@@ -67,9 +67,7 @@ def open_checkpoint(
 
 def _cache(request: LoadRequest) -> NodeCache:
     options = request.options
-    return NodeCache(
-        options.cache_dir, size_bytes=options.cache_size or 0, home=options.cache_home or "auto"
-    )
+    return NodeCache(options.cache_dir, size_bytes=options.cache_size or 0, home=options.cache_home or "auto")
 
 
 def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:

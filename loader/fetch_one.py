@@ -115,9 +115,7 @@ def obtain(
         return _obtain_remote(store, link.info, cache, remote, load_id, told)
 
 
-def _obtain_local(
-    store: Store, info: ObjectInfo, cache: NodeCache, told: Told
-) -> Obtained:
+def _obtain_local(store: Store, info: ObjectInfo, cache: NodeCache, told: Told) -> Obtained:
     path = store.local_path(info.name)
     size = info.size_bytes or 0
     identity = ("local", os.path.realpath(path), str(size), str(info.version))
@@ -197,7 +195,11 @@ def whole_entry(store: Store, info: ObjectInfo, cache: NodeCache, load_id: str) 
 
 
 def whole_bytes(
-    store: Store, infos: Iterable[ObjectInfo | None], cache: NodeCache, remote: RemoteFiles | None, load_id: str
+    store: Store,
+    infos: Iterable[ObjectInfo | None],
+    cache: NodeCache,
+    remote: RemoteFiles | None,
+    load_id: str,
 ) -> dict[str, int]:
     """What those of `infos` need in each cache folder that come whole for sure, and are not there."""
     needed: dict[str, int] = {}

@@ -31,12 +31,12 @@ class LoadOptions:
     """Folder on this node that fetched files are kept in while they are read, and nowhere else. Default: as
     ``cache_home`` says. Private to the user (0700). An ``os.PathLike`` becomes its text."""
     cache_home: CacheHomeChoice | None = None
-    """Where that folder is if ``cache_dir`` is not given: ``rankload-<uid>`` in /dev/shm (``memory``), or in the system's
-    temporary folder (``disk``). Default ``auto``: in memory what fits in half of what is free there, else on disk; on
-    disk where ``cache_size`` is above 0."""
+    """Where that folder is if ``cache_dir`` is not given: ``rankload-<uid>`` in /dev/shm (``memory``), or in the
+    system's temporary folder (``disk``). Default ``auto``: in memory what fits in half of what is free there, else on
+    disk; on disk where ``cache_size`` is above 0."""
     cache_size: int | None = None
-    """Bytes of fetched files that may stay on disk once loads have ended, for later ones; whole checkpoints go, the least
-    recently used first. Default 0. A number, or text such as ``"20GB"`` or ``"20GiB"``."""
+    """Bytes of fetched files that may stay on disk once loads have ended, for later ones; whole checkpoints go, the
+    least recently used first. Default 0. A number, or text such as ``"20GB"`` or ``"20GiB"``."""
     stall_timeout_s: float | None = None
     """Seconds without any progress anywhere after which every rank gives up. Default 120."""
     safe_types: Sequence[str | type] = ()
@@ -65,7 +65,9 @@ class LoadOptions:
         if self.verify is not None and self.verify not in VERIFY_CHOICES:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
         if self.cache_home is not None and self.cache_home not in CACHE_HOME_CHOICES:
-            raise OptionError(f"cache_home={self.cache_home!r}: expected one of {', '.join(CACHE_HOME_CHOICES)}")
+            raise OptionError(
+                f"cache_home={self.cache_home!r}: expected one of {', '.join(CACHE_HOME_CHOICES)}"
+            )
         if self.cache_size is not None:
             object.__setattr__(self, "cache_size", parse_size("cache_size", self.cache_size))
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
@@ -97,7 +99,9 @@ def parse_size(name: str, value: Any) -> int:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         units = {"": 1, "B": 1, **_UNITS}
         if found is not None and found[2] in units:
-            return int(float(found[1]) * units[found[2]]) if "." in found[1] else int(found[1]) * units[found[2]]
+            return (
+                int(float(found[1]) * units[found[2]]) if "." in found[1] else int(found[1]) * units[found[2]]
+            )
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise OptionError(f"{name}={value!r}: expected a number of bytes, or text such as '20GB' or '20GiB'")

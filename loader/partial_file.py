@@ -68,9 +68,7 @@ class PartialFile:
     One process at a time holds it. Raises `BlockingIOError` where another one does, OSError where the disk refuses.
     """
 
-    def __init__(
-        self, path: str, size_bytes: int, on_compared: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, path: str, size_bytes: int, on_compared: Callable[[int], None] | None = None) -> None:
         """`on_compared` is told of bytes of earlier processes as they are compared with their CRC-32s."""
         self.path = path
         self._on_compared = on_compared
@@ -128,7 +126,9 @@ class PartialFile:
         return os.pread(self._file, nbytes, start)
 
     def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
-        """Ranges, with their CRC-32s, whose record and bytes are whole. A record that was cut short, or overwritten, ends the reading."""
+        """Ranges whose record and bytes are whole, with their CRC-32s. A record that was cut short, or overwritten, ends
+        the reading.
+        """
         position = 0
         while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
             told = _unpack(record)

@@ -22,8 +22,9 @@ def agree_on_room(
 ) -> int:
     """Makes room for the bytes that are `needed` on this node, by folder; the whole job's bytes, done and to come.
 
-    Every rank must call; those that do not fetch for their node with nothing. Raises, on every rank, one `AccessError` that names
-    each node and folder whose room does not suffice, with what can be evicted counted in. Nothing has been evicted then.
+    Every rank must call; those that do not fetch for their node with nothing. Raises, on every rank, one `AccessError`
+    that names each node and folder whose room does not suffice, with what can be evicted counted in. Nothing has been
+    evicted then.
     """
     done = int(channel.counters().get(channel.rank, {}).get("bytes_done", 0))
     report = {

@@ -198,7 +198,13 @@ def _open_file(
     version = source.version or f"load {load_id}"
     size = source.size_bytes
     entry = cache.entry(
-        described, store.identity, info.name, str(size), version, nbytes=size, lasting=source.version is not None
+        described,
+        store.identity,
+        info.name,
+        str(size),
+        version,
+        nbytes=size,
+        lasting=source.version is not None,
     )
     for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)

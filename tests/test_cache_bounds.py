@@ -78,6 +78,8 @@ def test_what_fits_stays_and_the_least_recently_used_goes(tmp_path: Path) -> Non
     assert held(folder) == {"one", "three"}
     # A checkpoint goes as a whole, and what is larger than the cache does not stay.
     use(folder, "four", "four-a", "four-b", size=two)
+    assert held(folder) == {"four-a", "four-b"}
+    use(folder, "four", "four-a", size=two - SIZE, made=False)
     assert held(folder) == set()
     # A load for which nothing stays leaves alone what others keep.
     use(folder, "one", size=two)
@@ -89,7 +91,9 @@ def test_what_fits_stays_and_the_least_recently_used_goes(tmp_path: Path) -> Non
 def test_what_no_other_load_can_ask_for_does_not_stay(tmp_path: Path) -> None:
     folder = str(tmp_path / "c")
     with NodeCache(folder, size_bytes=10 * SIZE) as cache:
-        cache.entry("x", "store", "x", None, cache.load_id, lasting=False).fill("object", "x", writes, nothing)
+        cache.entry("x", "store", "x", None, cache.load_id, lasting=False).fill(
+            "object", "x", writes, nothing
+        )
     assert held(folder) == set()
 
 
