@@ -126,9 +126,7 @@ class PartialFile:
         return os.pread(self._file, nbytes, start)
 
     def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
-        """Ranges whose record and bytes are whole, with their CRC-32s. A record that was cut short, or overwritten, ends
-        the reading.
-        """
+        """Ranges that are still right, with their CRC-32s. A record that was cut short, or overwritten, ends them."""
         position = 0
         while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
             told = _unpack(record)
