@@ -66,7 +66,7 @@ class LoadRequest:
         }
         for option in fields(LoadOptions):
             value = getattr(self.options, option.name)
-            if option.name == "cache_dir":
+            if option.name in ("cache_dir", "cache_home", "cache_size"):
                 continue  # each node may have its own
             if option.name == "storage_options":
                 digest = _digest(repr(_plain(value)))

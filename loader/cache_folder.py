@@ -61,6 +61,16 @@ def _check_private(path: str) -> None:
         )
 
 
+def folder_of(path: str) -> str | None:
+    """The cache folder that `path` lies in; None where it lies in none."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while folder != os.path.dirname(folder):
+        if os.path.exists(os.path.join(folder, LOCK_NAME)):
+            return folder
+        folder = os.path.dirname(folder)
+    return None
+
+
 def free_bytes_of(folder: str) -> int:
     """What the file system of `folder` has left for this user."""
     found = os.statvfs(folder)

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..distributed.liveness import ProcessIdentity, how_ended, is_watchable, this_process
@@ -22,17 +23,70 @@ ORPHAN_S = 86400.0
 """Entries that a crash left behind may serve the restart; after a day without a user they go."""
 WORK = "work-"
 
+PARTS = "parts"
+"""Slot of what comes in parts; a process that finds it held makes another one, whose name begins so."""
+
 _GONE = ".gone-"
+_ABOUT = "about"
 
 
-def sweep(root: str, now: float) -> Iterator[str]:
-    """Clears up after the dead; yields what is to be removed once the lock is open."""
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an entry tells of itself."""
+
+    group: str = ""
+    """The checkpoint of its last use, as a digest."""
+    content: str = ""
+    """The object that it is a version of, as a digest."""
+    stays: bool = False
+    """Whether it stays once nobody uses it."""
+
+
+def note_use(entry: str, told: About) -> None:
+    """Notes that `entry` is used now; what one load wants to stay does."""
+    stays = told.stays or about(entry).stays
+    write_json(os.path.join(entry, _ABOUT), asdict(About(told.group, told.content, stays)))
+
+
+def about(entry: str) -> About:
+    record = read_json(os.path.join(entry, _ABOUT))
+    return About(str(record.get("group", "")), str(record.get("content", "")), record.get("stays") is True)
+
+
+def last_use(entry: str) -> float:
+    """When a use of `entry` last began or ended."""
+    for path in (os.path.join(entry, _ABOUT), entry):
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(path).st_mtime
+    return 0.0
+
+
+def end_use(entry: str) -> str | None:
+    """Leaves `entry`, which nobody uses any more, as it is to stay, or takes it out of sight; where to, if it did."""
+    if not about(entry).stays:
+        return put_away(entry)
+    for slot in os.listdir(entry):
+        if slot.startswith(f"{PARTS}-"):
+            remove(os.path.join(entry, slot))
+    os.utime(os.path.join(entry, _ABOUT))
+    return None
+
+
+def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = False) -> Iterator[str]:
+    """Clears up after the dead; yields what is to be removed once the lock is open.
+
+    What nobody uses goes after `ORPHAN_S`, or `at_once` unless it is the checkpoint `spared`'s; not what is to stay.
+    """
     for name in os.listdir(root):
         path = os.path.join(root, name)
         if name.startswith(_GONE):
             yield path
-        elif os.path.isdir(os.path.join(path, "users")):
-            orphan = not in_use(path, now) and now - os.stat(path).st_mtime > ORPHAN_S
+        elif os.path.isdir(os.path.join(path, "users")) and not in_use(path, now):
+            told = about(path)
+            if at_once:
+                orphan = spared is None or told.group != spared
+            else:
+                orphan = not told.stays and now - os.stat(path).st_mtime > ORPHAN_S
             gone = put_away(path) if orphan else None
             if gone is not None:
                 yield gone
@@ -46,7 +100,8 @@ def in_use(entry: str, now: float) -> bool:
         for name in os.listdir(users):
             used |= _lives(os.path.join(users, name), now)
         for slot in os.listdir(entry):
-            used |= slot != "users" and _clear_slot(os.path.join(entry, slot), now)
+            if slot not in ("users", _ABOUT) and not slot.endswith(".new"):
+                used |= _clear_slot(os.path.join(entry, slot), now)
     return used
 
 

@@ -47,9 +47,10 @@ def open_checkpoint(
         first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
         store, first_name = open_store(first_path, *options)
         leaving.callback(store.close)
-        cache = leaving.enter_context(NodeCache(request.options.cache_dir))
+        cache = leaving.enter_context(_cache(request))
     with watch.lap("locate"):
         located = Located(**channel.decide("locate", None, lambda _: asdict(locate(store, first_name))))
+    cache.of_checkpoint(store.identity, store.describe(located.name))
     leaving.enter_context(
         JobProgress(channel.counters, rank=topology.rank, enabled=request.progress_bar and not store.is_local)
     )
@@ -77,6 +78,11 @@ def _whole_checks(
     with watch.lap("manifest"):
         found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
     return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
+
+
+def _cache(request: LoadRequest) -> NodeCache:
+    options = request.options
+    return NodeCache(options.cache_dir, size_bytes=options.cache_size or 0, home=options.cache_home or "auto")
 
 
 def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:

@@ -55,6 +55,11 @@ class DirectReads:
         self.fetched_bytes: dict[str, int] = {}
         """What was read so far, by path, with what was read along or twice."""
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are read so, at most."""
+        return sum(total_bytes(pieces) for pieces in self._ranges.values())
+
     def __bool__(self) -> bool:
         return bool(self._ranges)
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from .cache import NodeCache
 from .errors import FormatError, NotFoundError, StalledError
 from .fetch_needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
-from .fetch_one import Tally, obtain
+from .fetch_one import Tally, obtain, whole_bytes
 from .origin import Origin
+from .preflight import agree_on_room
 from .store import Store
 from .symlinks import resolve
 from .workers import Stop, run_jobs
@@ -108,6 +109,11 @@ def fetch_files(
         held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
         channel.decide(f"{stage}: missing", held, lambda reports: refuse(store, table, lacking, reports))
 
+    if not store.is_local:
+        needed: dict[str, int] = {}
+        if table.leads:
+            needed = whole_bytes(store, found.values(), cache, remote, table.load_id)
+        agree_on_room(channel, topology.node_rank, cache, needed, stage)
     done: dict[str, Any] = {}
     with channel.stage(stage):
         if table.leads:
@@ -156,7 +162,9 @@ def _fetch(
     wanted = {name: info for name, info in found.items() if info is not None}
     for name, info in wanted.items():
         if not store.is_local:
-            tally.expect(name, info.size_bytes)
+            # Of what may come in parts, only the index comes now.
+            in_parts = remote is not None and remote.may_come_in_parts(info)
+            tally.expect(name, 0 if in_parts else info.size_bytes)
 
     def job(name: str, stop: Stop) -> None:
         started = time.monotonic()

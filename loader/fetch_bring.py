@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..distributed.range_server import PeerAddress
-from .cache_folder import free_bytes_of
 from .direct_reads import DirectReads
-from .errors import AccessError
 from .fetch import FetchWatch
 from .fetch_one import Tally
 from .fetch_plan import Errand, Wish, deal_errands, decode_errand, decode_wish, encode_errand, encode_wish
 from .opening import Opening
+from .preflight import agree_on_room
 from .range_peer import PeerSource
 from .range_source import RangeSource
 from .ranges import ByteRange
@@ -47,18 +46,19 @@ class Bringing:
     def __bool__(self) -> bool:
         return bool(self.bring or self.take)
 
+    def room(self) -> dict[str, int]:
+        """How many bytes `run` brings into each cache folder."""
+        needed: dict[str, int] = {}
+        for wanted in (self.bring, *(wanted for _, _, wanted in self.take)):
+            for folder, n_bytes in self.opening.remote.missing_by_folder(wanted).items():
+                needed[folder] = needed.get(folder, 0) + n_bytes
+        return needed
+
     def run(self) -> int:
         """Brings all but `direct`; the bytes that came from the store. Raises as `read_ranges` does."""
-        remote, cache = self.opening.remote, self.opening.cache
+        remote = self.opening.remote
         from_store = remote.missing_bytes(self.bring)
         from_peers = [remote.missing_bytes(wanted) for _, _, wanted in self.take]
-        needed, free = from_store + sum(from_peers), free_bytes_of(cache.folder)
-        if needed > free:
-            raise AccessError(
-                f"{cache.folder}: {needed:,} bytes are to be fetched, and it has {free:,} left; set cache_dir to a "
-                "folder with more",
-                path=cache.folder,
-            )
         channel = self.opening.session.channel
         tally = Tally(channel.counters().get(channel.rank, {}))
         watch = FetchWatch(channel, tally)
@@ -105,7 +105,10 @@ class Bringing:
 
 
 def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
-    """What this rank is to do so that all ranks get what they want. Every rank must call."""
+    """What this rank is to do so that all ranks get what they want. Every rank must call.
+
+    Raises, on all ranks alike, `AccessError` where a node has no room for it.
+    """
     session, remote = opening.session, opening.remote
     mode = opening.request.options.mode or "node"
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
@@ -119,7 +122,7 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
     dealt, addresses = session.channel.deal(f"{stage}: ranges", [encode_wish(wish), address], deal)
     errand: Errand = decode_errand(dealt)
     peers = {rank: PeerAddress.from_record(record) for rank, record in addresses}
-    return Bringing(
+    bringing = Bringing(
         opening,
         _placed(opening, errand.bring),
         [(rank, peers[rank], _placed(opening, wanted)) for rank, wanted in errand.take.items()],
@@ -130,6 +133,18 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
             n_neighbours=session.topology.local_world_size,
         ),
     )
+    planned = agree_on_room(
+        session.channel,
+        session.topology.node_rank,
+        opening.cache,
+        bringing.room(),
+        stage,
+        beside=bringing.direct.nbytes,
+    )
+    if session.topology.rank == 0:
+        # Known here at once, while what the others count comes with their beats.
+        session.channel.progress(bytes_planned=planned)
+    return bringing
 
 
 def _named(opening: Opening, wanted: Wanted) -> Wanted:

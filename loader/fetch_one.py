@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .archive import is_tar, unpack
-from .cache import NodeCache
+from .cache import CacheEntry, NodeCache
+from .cache_folder import folder_of
 from .decompress import COMPRESSED, Expanded
 from .errors import AccessError, CorruptError, NotFoundError
 from .origin import Origin
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from .remote_files import RemoteFiles
 
 _COPY = 1 << 20
+_EXPANDS = {".tar": 2, ".tgz": 4, ".gz": 4, ".bz2": 4, ".xz": 4, ".lzma": 4, ".zst": 4}
+"""How much room a name asks for, in times its size: for itself, and for what is most likely in it."""
+Told = tuple[OnBytes, OnBytes, OnBytes]
+"""Called as bytes arrive, as they are unpacked, and with the size of what turns out to come whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,9 @@ class Tally:
     def expect(self, name: str, size: int | None) -> None:
         self._done[name], self._total[name] = 0, size or 0
 
-    def of(self, name: str, stop: Stop) -> tuple[OnBytes, OnBytes]:
-        """What to call as bytes of `name` arrive, and as it is unpacked; both raise once work is given up."""
+    def of(self, name: str, stop: Stop) -> Told:
+        """What to call as bytes of `name` arrive, as it is unpacked, both of which raise once work is given up, and
+        once it is known to come whole."""
 
         def arrived(n_bytes: int) -> None:
             stop.check()
@@ -68,7 +74,10 @@ class Tally:
             stop.check()
             self.moved += 1
 
-        return arrived, unpacked
+        def whole(n_bytes: int) -> None:
+            self._total[name] = n_bytes
+
+        return arrived, unpacked, whole
 
     def settle(self, name: str, size: int, fetched: int) -> None:
         """`name` is here; where nothing moved for it, it is not counted at all."""
@@ -97,7 +106,7 @@ def obtain(
     cache: NodeCache,
     remote: RemoteFiles | None,
     load_id: str,
-    told: tuple[OnBytes, OnBytes],
+    told: Told,
 ) -> Obtained:
     """The object `info` on this node, or its index; see `fetch.fetch_files` for what is raised."""
     checks = WholeChecks("off") if remote is None else remote.checks
@@ -113,7 +122,7 @@ def obtain(
 
 
 def _obtain_local(
-    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, told: tuple[OnBytes, OnBytes]
+    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, told: Told
 ) -> Obtained:
     path = store.local_path(info.name)
     size = info.size_bytes or 0
@@ -130,7 +139,8 @@ def _obtain_local(
         compared = checks.compare(store, info, path, told[1])
         return {**_prepare(path, target, path, cache, told[1]), "compared": compared.as_details()}
 
-    filled = cache.entry(path, *identity).fill("object", path, _on_disk(produce, cache), told[1])
+    entry = cache.entry(path, *identity, nbytes=size * _expands(path))
+    filled = entry.fill("object", path, _on_disk(produce), told[1])
     return _obtained(info.name, filled.path, filled.details, size, 0)
 
 
@@ -140,27 +150,26 @@ def _obtain_remote(
     cache: NodeCache,
     remote: RemoteFiles | None,
     load_id: str,
-    told: tuple[OnBytes, OnBytes],
+    told: Told,
 ) -> Obtained:
     described = store.describe(info.name)
     begun = None
     if remote is not None:
-        with _disk_errors(cache):
+        with _disk_errors(cache.folder):
             begun = remote.begin(store, info, cache, load_id, told[0])
     if begun is not None:
         size, fetched = begun.size_bytes, begun.fetched_bytes
         return Obtained(info.name, begun.path, begun.kind, size, fetched, begun.members, True, begun.parts)
-    # What has no version, or no size, can't be told from what it was yesterday.
-    version = info.version if info.version is not None and info.size_bytes is not None else f"load {load_id}"
-    identity = (store.identity, info.name, str(info.size_bytes), version)
+    told[2](info.size_bytes or 0)
+    entry = whole_entry(store, info, cache, load_id)
     fetched = 0
 
     def produce(target: str) -> dict[str, Any]:
         nonlocal fetched
-        free = cache.free_bytes()
+        free = cache.free_bytes(target)
         if info.size_bytes is not None and info.size_bytes > free:
             raise AccessError(
-                f"{described}: needs {info.size_bytes} bytes, but {cache.folder} has {free} left; set "
+                f"{described}: needs {info.size_bytes} bytes, but {entry.home} has {free} left; set "
                 "cache_dir to a folder with more",
                 path=described,
             )
@@ -176,7 +185,7 @@ def _obtain_remote(
             os.unlink(raw)
         return {**details, "size": fetched, "compared": compared.as_details()}
 
-    filled = cache.entry(described, *identity).fill("object", described, _on_disk(produce, cache), told[0])
+    filled = entry.fill("object", described, _on_disk(produce), told[0])
     size = int(filled.details.get("size", -1))
     obtained = _obtained(info.name, filled.path, filled.details, size, fetched)
     as_stored = obtained.kind == "file" and "decompressed" not in filled.details
@@ -185,6 +194,45 @@ def _obtain_remote(
         compared = remote.checks.compare(store, info, obtained.path, told[1])
         return replace(obtained, compared=compared)
     return obtained
+
+
+def whole_entry(store: Store, info: ObjectInfo, cache: NodeCache, load_id: str) -> CacheEntry:
+    """The entry of a remote object that comes whole."""
+    # What has no version, or no size, can't be told from what it was yesterday.
+    lasting = info.version is not None and info.size_bytes is not None
+    return cache.entry(
+        store.describe(info.name),
+        store.identity,
+        info.name,
+        str(info.size_bytes),
+        info.version if lasting else f"load {load_id}",
+        nbytes=None if info.size_bytes is None else info.size_bytes * _expands(info.name),
+        lasting=lasting,
+    )
+
+
+def whole_bytes(
+    store: Store,
+    infos: Iterable[ObjectInfo | None],
+    cache: NodeCache,
+    remote: RemoteFiles | None,
+    load_id: str,
+) -> dict[str, int]:
+    """What those of `infos` need in each cache folder that come whole for sure, and are not there."""
+    needed: dict[str, int] = {}
+    for info in infos:
+        if info is None or not info.certain or info.size_bytes is None:
+            continue
+        if remote is None or not remote.may_come_in_parts(info):
+            entry = whole_entry(store, info, cache, load_id)
+            if not entry.has("object", store.describe(info.name)):
+                room = info.size_bytes * min(2, _expands(info.name))
+                needed[entry.home] = needed.get(entry.home, 0) + room
+    return needed
+
+
+def _expands(name: str) -> int:
+    return next((times for suffix, times in _EXPANDS.items() if name.endswith(suffix)), 1)
 
 
 def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetched: int) -> Obtained:
@@ -203,7 +251,7 @@ def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetch
 def _prepare(raw: str, target: str, described: str, cache: NodeCache, on_bytes: OnBytes) -> dict[str, Any]:
     """Unpacks or decompresses `raw` to `target`; empty where it is neither and `raw` itself will do."""
     kind = sniff(raw)
-    limit = cache.free_bytes()
+    limit = cache.free_bytes(target)
     with _named(raw, described):
         if is_tar(raw):
             os.mkdir(target, 0o700)
@@ -230,9 +278,9 @@ def _named(raw: str, described: str) -> Any:
         raise CorruptError(error.message.replace(raw, described), path=described) from error
 
 
-def _on_disk(produce: Any, cache: NodeCache) -> Any:
+def _on_disk(produce: Any) -> Any:
     def run(target: str) -> dict[str, Any]:
-        with _disk_errors(cache):
+        with _disk_errors(folder_of(target) or target):
             made: dict[str, Any] = produce(target)
             return made
 
@@ -240,10 +288,11 @@ def _on_disk(produce: Any, cache: NodeCache) -> Any:
 
 
 @contextlib.contextmanager
-def _disk_errors(cache: NodeCache) -> Iterator[None]:
+def _disk_errors(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        named = folder_of(error.filename) if isinstance(error.filename, str) else None
         if is_disk_full(error):
-            raise disk_full(cache.folder) from error
-        raise AccessError(f"{cache.folder}: {error.strerror or error}", path=cache.folder) from error
+            raise disk_full(named or folder) from error
+        raise AccessError(f"{named or folder}: {error.strerror or error}", path=named or folder) from error

@@ -160,8 +160,8 @@ def load(
         if verify == "before":
             fetch_now(checkpoint.opening, parts.wanted, "fetch parts")
         verify_before(verification, checkpoint, checked, session, watch)
-        begun.append(checkpoint.name)
         with fetching(checkpoint, checked.reader, parts, "fetch parts"):
+            begun.append(checkpoint.name)
             restored = _restore(request, checkpoint, checked, watch)
             share_weights(weights, checkpoint, checked, session, watch, bringer(checkpoint), verify=verify)
             verify_after(verification, checkpoint, checked, session, watch)

@@ -9,6 +9,7 @@ from typing import Any
 from ..distributed.session import Session
 from .arguments import LoadRequest
 from .cache import NodeCache
+from .cache_folder import folder_of
 from .fetch import Fetched, FetchedFile, fetch_files
 from .model_parallel import Position
 from .monolithic import Contents
@@ -37,7 +38,8 @@ class Checkpoint:
     """Of the torch files that this rank reads."""
     files: tuple[FileRecord, ...]
     cache_dir: str | None
-    """Where fetched files were put; None where all were used in place."""
+    """Where fetched files were put, two folders where there was too little room in one; None where all were used in
+    place."""
     zero: ZeroContents | None = None
     rng_per_rank: bool = False
     """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
@@ -128,6 +130,7 @@ def opened(
             FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified, by, file.left_out)
         )
     in_place = opening.store.is_local and all(file.kind == "file" for file in files)
+    folders = dict.fromkeys(filter(None, (folder_of(file.path) for file in files)))
     return Checkpoint(
         opening,
         name,
@@ -136,7 +139,7 @@ def opened(
         saved_world_size,
         tuple(indexes),
         tuple(records),
-        None if in_place else opening.cache.folder,
+        None if in_place else ", ".join(folders) or opening.cache.folder,
         zero,
         rng_per_rank,
         _own_rng(zero, position),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -14,22 +15,30 @@ Verify = Literal["before", "during", "off"]
 VERIFY_CHOICES: tuple[str, ...] = ("before", "during", "off")
 Mode = Literal["node", "direct", "auto", "job"]
 MODE_CHOICES: tuple[str, ...] = ("node", "direct", "auto", "job")
+CacheHomeChoice = Literal["auto", "memory", "disk"]
+CACHE_HOME_CHOICES: tuple[str, ...] = ("auto", "memory", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options of one load; the same on every rank, apart from ``cache_dir``.
+    """Options of one load; the same on every rank, apart from ``cache_dir``, ``cache_home`` and ``cache_size``.
 
     A field left at None takes ``RANKLOAD_<FIELD>`` from the environment (``RANKLOAD_CACHE_DIR``,
-    ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``), then its default. A ``RANKLOAD_*`` variable
-    that is no
+    ``RANKLOAD_CACHE_HOME``, ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``,
+    ``RANKLOAD_MODE``), then its default. A ``RANKLOAD_*`` variable that is no
     option raises `OptionError`, and so does a value that does not fit.
     """
 
     cache_dir: str | None = None
-    """Folder on this node that fetched files are kept in while they are read. Default: ``rankload-<uid>`` in
-    the system's temporary folder. Private to the user (0700). An
-    ``os.PathLike`` becomes its text."""
+    """Folder on this node that fetched files are kept in while they are read, and nowhere else. Default: as
+    ``cache_home`` says. Private to the user (0700). An ``os.PathLike`` becomes its text."""
+    cache_home: CacheHomeChoice | None = None
+    """Where that folder is if ``cache_dir`` is not given: ``rankload-<uid>`` in /dev/shm (``memory``), or in the
+    system's temporary folder (``disk``). Default ``auto``: in memory what fits in half of what is free there, else on
+    disk; on disk where ``cache_size`` is above 0."""
+    cache_size: int | None = None
+    """Bytes of fetched files that may stay on disk once loads have ended, for later ones; whole checkpoints go, the
+    least recently used first. Default 0. A number, or text such as ``"20GB"`` or ``"20GiB"``."""
     stall_timeout_s: float | None = None
     """Seconds without any progress anywhere after which every rank gives up. Default 120."""
     safe_types: Sequence[str | type] = ()
@@ -64,6 +73,12 @@ class LoadOptions:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
         if self.mode is not None and self.mode not in MODE_CHOICES:
             raise OptionError(f"mode={self.mode!r}: expected one of {', '.join(MODE_CHOICES)}")
+        if self.cache_home is not None and self.cache_home not in CACHE_HOME_CHOICES:
+            raise OptionError(
+                f"cache_home={self.cache_home!r}: expected one of {', '.join(CACHE_HOME_CHOICES)}"
+            )
+        if self.cache_size is not None:
+            object.__setattr__(self, "cache_size", parse_size("cache_size", self.cache_size))
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
             raise OptionError(f"stall_timeout_s={self.stall_timeout_s!r}: expected seconds above 0")
         _check_safe_types(self.safe_types)
@@ -80,7 +95,25 @@ class LoadOptions:
 LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 """What `LoadOptions.layout` can map."""
 
-_FROM_ENVIRONMENT = ("cache_dir", "stall_timeout_s", "verify", "mode")
+_FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
+
+_UNITS = {unit + tail: base**power
+          for base, tail in ((1000, "B"), (1024, "iB"))
+          for power, unit in enumerate("KMGT", 1)}  # fmt: skip
+
+
+def parse_size(name: str, value: Any) -> int:
+    """Bytes, from a number of them or from text such as ``20GB`` or ``1.5 GiB``."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        units = {"": 1, "B": 1, **_UNITS}
+        if found is not None and found[2] in units:
+            return (
+                int(float(found[1]) * units[found[2]]) if "." in found[1] else int(found[1]) * units[found[2]]
+            )
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise OptionError(f"{name}={value!r}: expected a number of bytes, or text such as '20GB' or '20GiB'")
 
 
 def _path(name: str, value: Any, what: str) -> str:
@@ -162,10 +195,14 @@ def resolve_options(
             'mode="direct" puts bytes into tensors as they come, and cannot compare them before: use mode="auto", '
             'or verify="during"'
         )
+    values["cache_home"] = values["cache_home"] or "auto"
+    values["cache_size"] = values["cache_size"] or 0
     return LoadOptions(**values)
 
 
 def _parse(variable: str, text: str) -> str | float:
+    if variable == "RANKLOAD_CACHE_SIZE":
+        return parse_size(variable, text)
     if variable != "RANKLOAD_STALL_TIMEOUT_S":
         return text
     try:

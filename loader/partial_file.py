@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from .checksums import crc32
 from .ranges import ByteRange, subtract, union
@@ -84,8 +84,10 @@ class PartialFile:
     One process at a time holds it. Raises `BlockingIOError` where another one does, OSError where the disk refuses.
     """
 
-    def __init__(self, path: str, size_bytes: int) -> None:
+    def __init__(self, path: str, size_bytes: int, on_compared: Callable[[int], None] | None = None) -> None:
+        """`on_compared` is told of bytes of earlier processes as they are compared with their CRC-32s."""
         self.path = path
+        self._on_compared = on_compared
         self.size_bytes = size_bytes
         self.landed_bytes = 0
         """What this process landed."""
@@ -98,11 +100,12 @@ class PartialFile:
             self._file = os.open(path, flags, 0o600)
             opening.callback(os.close, self._file)
             os.ftruncate(self._file, size_bytes)
-            self._landed = union(self._still_right())
+            right = list(self._still_right())
+            self._landed = union(one for one, _ in right)
             # Other processes go by the record, so it tells nothing that was found to be wrong.
             os.ftruncate(self._records, 0)
-            for one in self._landed:
-                self._note(one.start, one.stop, self._crc_of(*one))
+            for one, crc in right:
+                self._note(one.start, one.stop, crc)
             self.resumed_bytes = sum(one.length for one in self._landed)
             """What an earlier process had landed, and was found to be right."""
             opening.pop_all()
@@ -149,8 +152,8 @@ class PartialFile:
         """Up to `nbytes` from `start` on, as they are on the disk."""
         return os.pread(self._file, nbytes, start)
 
-    def _still_right(self) -> Iterator[ByteRange]:
-        """Ranges whose record and bytes are whole. A record that was cut short, or overwritten, ends the reading."""
+    def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
+        """Ranges that are still right, with their CRC-32s. A record that was cut short, or overwritten, ends them."""
         position = 0
         while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
             told = _unpack(record)
@@ -158,7 +161,7 @@ class PartialFile:
                 break
             start, stop, crc = told
             if stop <= self.size_bytes and self._crc_of(start, stop) == crc:
-                yield ByteRange(start, stop)
+                yield ByteRange(start, stop), crc
             position += _RECORD_BYTES
 
     def _crc_of(self, start: int, stop: int) -> int:
@@ -169,4 +172,6 @@ class PartialFile:
                 return -1
             value = crc32(data, value)
             start += len(data)
+            if self._on_compared is not None:
+                self._on_compared(len(data))
         return value

@@ -21,7 +21,8 @@ _logger = logging.getLogger("rankload")
 class JobProgress:
     """Context manager around a load; shows nothing while nothing is downloaded.
 
-    `counters` gives each rank's ``bytes_done`` and ``bytes_total`` (`Channel.counters`). Anywhere but on rank
+    `counters` gives each rank's ``bytes_done`` and ``bytes_total``, and rank 0's ``bytes_planned``
+    (`Channel.counters`). Anywhere but on rank
     0, and with `enabled` False, it does nothing. It always closes its bar and its thread.
     """
 
@@ -36,6 +37,9 @@ class JobProgress:
         self._bar: Any = None
         self._started = 0.0
         self._next_line = 0.0
+        self._planned = 0
+        self._since = 0.0
+        self._before = 0
 
     def __enter__(self) -> JobProgress:
         if self._active:
@@ -63,16 +67,21 @@ class JobProgress:
                 self._bar.close()
 
     def _show(self, *, last: bool) -> None:
-        done, total = job_bytes(self._counters())
+        counters = self._counters()
+        done, total = job_bytes(counters)
         if total <= 0:
             return
         now = time.monotonic()
+        planned = planned_bytes(counters)
+        if not self._started or planned > self._planned:
+            # Between two plans nothing is fetched, which is no part of the rate.
+            self._planned, self._since, self._before = planned, now, done if self._started else 0
         if not self._started:
             self._started, self._next_line = now, now + LINE_EVERY_S
         if not self._stream.isatty():
             if now >= self._next_line or (last and self._next_line > self._started + LINE_EVERY_S):
                 self._next_line = now + LINE_EVERY_S
-                self._stream.write(progress_line(done, total, now - self._started) + "\n")
+                self._stream.write(progress_line(done, total, now - self._since, self._before) + "\n")
                 self._stream.flush()
             return
         if self._bar is None:
@@ -90,12 +99,17 @@ def job_bytes(counters: Mapping[int, Mapping[str, float]]) -> tuple[int, int]:
     """Bytes done and bytes in all, over every rank that downloads."""
     done = sum(int(each.get("bytes_done", 0)) for each in counters.values())
     total = sum(int(each.get("bytes_total", 0)) for each in counters.values())
-    return done, max(done, total)
+    return done, max(done, total, planned_bytes(counters))
 
 
-def progress_line(done: int, total: int, seconds: float) -> str:
-    """One plain line, as logs want it."""
-    rate = done / seconds if seconds > 0 else 0.0
+def planned_bytes(counters: Mapping[int, Mapping[str, float]]) -> int:
+    """What all ranks' bytes will add up to by the latest plan, which knows of every node's before any moves."""
+    return max((int(each.get("bytes_planned", 0)) for each in counters.values()), default=0)
+
+
+def progress_line(done: int, total: int, seconds: float, before: int = 0) -> str:
+    """One plain line, as logs want it; the rate is that of `seconds` since `before` bytes were done."""
+    rate = max(0, done - before) / seconds if seconds > 0 else 0.0
     left = f", {_spoken_seconds((total - done) / rate)} left" if rate and done < total else ""
     return (
         f"rankload: fetching checkpoint: {done / 1e6:.1f} of {total / 1e6:.1f} MB "

@@ -59,7 +59,8 @@ class Receipt:
     weights_only: bool
     verify: str
     cache_dir: str | None = None
-    """Where this node kept what was fetched or unpacked, while it was read; None where nothing was."""
+    """Where this node kept what was fetched or unpacked, while it was read: one folder, or two with a comma between
+    them. None where nothing was."""
     restored: tuple[str, ...] = ()
     """Parts, such as ``model (12 tensors, 4,096 bytes)`` or ``scheduler StepLR``."""
     ignored: tuple[str, ...] = ()
@@ -126,7 +127,8 @@ class Receipt:
             f"node{'s' * (self.n_nodes != 1)}): {', '.join(self.restored) or 'nothing'}"
         )
         size = sum(file.size_bytes for file in self.files)
-        fetched = f"{self.fetched_bytes:,} bytes fetched" if self.fetched_bytes else "used in place"
+        unmoved = "used in place" if self.cache_dir is None else "nothing fetched"
+        fetched = f"{self.fetched_bytes:,} bytes fetched" if self.fetched_bytes else unmoved
         slowest = sorted(_slowest_by_stage(self.stages).items(), key=lambda item: -item[1])[:3]
         timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in slowest)
         second = (

@@ -6,16 +6,22 @@ import contextlib
 import io
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
+from .cache_records import PARTS, product_name
 from .checksums import crc32
+from .errors import RankloadError
 from .partial_file import PartialFile
 from .range_engine import Reading, read_ranges
 from .range_source import RangeSource
 from .range_targets import FileTarget
 from .ranges import ByteRange
-from .store import OnBytes
+from .store import ObjectInfo, OnBytes, Store
+
+if TYPE_CHECKING:
+    from .cache import NodeCache
 
 BLOCK_BYTES = 64 << 10
 """What an index is read in."""
@@ -27,11 +33,13 @@ class RemoteFile:
     Raises `BlockingIOError` where another process holds the file at `path`, OSError where the disk refuses.
     """
 
-    def __init__(self, source: RangeSource, path: str) -> None:
+    def __init__(
+        self, source: RangeSource, path: str, on_compared: Callable[[int], None] | None = None
+    ) -> None:
         self.source = source
         self.path = path
         with contextlib.ExitStack() as opening:
-            self._partial = PartialFile(path, source.size_bytes)
+            self._partial = PartialFile(path, source.size_bytes, on_compared)
             opening.callback(self._partial.close)
             self._target = _SummedTarget(path, source.size_bytes)
             opening.pop_all()
@@ -131,6 +139,43 @@ class _SummedTarget(FileTarget):
                 file.seek(position)
                 value = crc32(file.read(min(BLOCK_BYTES, stop - position)), value)
         return value
+
+
+def open_remote_file(
+    store: Store,
+    info: ObjectInfo,
+    source: RangeSource,
+    cache: NodeCache,
+    load_id: str,
+    described: str,
+    on_bytes: OnBytes,
+) -> RemoteFile:
+    """The object's file in `cache`, with what an earlier load landed in it. Raises as `RemoteFile` does."""
+
+    def compared(count: int) -> None:
+        # Something moves, and nothing was fetched.
+        on_bytes(count)
+        on_bytes(-count)
+
+    # What has no version can't be told from what it was yesterday.
+    version = source.version or f"load {load_id}"
+    size = source.size_bytes
+    entry = cache.entry(
+        described,
+        store.identity,
+        info.name,
+        str(size),
+        version,
+        nbytes=size,
+        lasting=source.version is not None,
+    )
+    for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
+        folder = os.path.join(entry.folder, slot)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # Where another job on this node is at it, this one has a file of its own.
+        with contextlib.suppress(BlockingIOError):
+            return RemoteFile(source, os.path.join(folder, product_name(described)), compared)
+    raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
 
 
 class _Fetching(io.RawIOBase):

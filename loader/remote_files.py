@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..distributed.range_server import PeerAddress, RangeServer, Served
 from .begun import Begun, origin_of
-from .cache_records import product_name
-from .errors import RankloadError
+from .cache_folder import folder_of
 from .http_connections import Connections
 from .known_parts import KnownParts
 from .partial_file import Landed
@@ -24,7 +22,7 @@ from .range_source import RangeSource, TryAgainError
 from .range_targets import FileTarget
 from .ranges import ByteRange
 from .remote_archive import RemoteArchive, open_archive
-from .remote_file import RemoteFile
+from .remote_file import RemoteFile, open_remote_file
 from .sniff import HEAD_BYTES, sniff
 from .store import ObjectInfo, OnBytes, Store
 from .torch_file import FileIndex, read_index
@@ -40,7 +38,6 @@ PARALLEL_FROM_BYTES = 32 << 20
 """From this size on several connections bring a whole object sooner than one."""
 GAPS_BYTES = 64 << 10
 """With so little missing a file may as well be whole: what a full restore leaves is between the records."""
-SLOT = "parts"
 SMALL_ARCHIVE_BYTES = 1 << 20
 """Archives up to this size come whole."""
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
@@ -79,6 +76,10 @@ class RemoteFiles:
         if self._connections is not None:
             self._connections.close()
 
+    def may_come_in_parts(self, info: ObjectInfo) -> bool:
+        """False where an object comes whole for sure, by its name or its size."""
+        return not (info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info))
+
     def begin(
         self,
         store: Store,
@@ -107,8 +108,7 @@ class RemoteFiles:
         self, store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, on_bytes: OnBytes
     ) -> Begun | None:
         described = store.describe(info.name)
-        smallest = SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
-        if info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= smallest:
+        if not self.may_come_in_parts(info):
             return None
         source = self._source(store, info)
         if source is None:
@@ -116,9 +116,9 @@ class RemoteFiles:
         with contextlib.ExitStack() as undoing:
             undoing.callback(source.close)
             size = source.size_bytes
-            if size <= smallest:
+            if size <= _smallest(info):
                 return None
-            file = _open_file(store, info, source, cache, load_id, described)
+            file = open_remote_file(store, info, source, cache, load_id, described, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
             file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
@@ -233,8 +233,17 @@ class RemoteFiles:
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
         """How many bytes `fetch` would bring."""
-        readings = (self._files[path].reading(ranges) for path, ranges in wanted.items())
-        return sum(stop - start for one in readings if one is not None for start, stop in one.ranges)
+        return sum(self.missing_by_folder(wanted).values())
+
+    def missing_by_folder(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, int]:
+        """How many bytes `fetch` would bring into each cache folder."""
+        needed: dict[str, int] = {}
+        for path, ranges in wanted.items():
+            reading = self._files[path].reading(ranges)
+            folder = folder_of(path) or os.path.dirname(path)
+            missing = sum(stop - start for start, stop in reading.ranges) if reading is not None else 0
+            needed[folder] = needed.get(folder, 0) + missing
+        return needed
 
     def fetched_by_path(self) -> dict[str, int]:
         """What this rank brought so far of each file and archive that it began, by its path on this node."""
@@ -263,16 +272,6 @@ class RemoteFiles:
             return self._connections
 
 
-def _open_file(
-    store: Store, info: ObjectInfo, source: RangeSource, cache: NodeCache, load_id: str, described: str
-) -> RemoteFile:
-    # What has no version can't be told from what it was yesterday.
-    version = source.version or f"load {load_id}"
-    entry = cache.entry(described, store.identity, info.name, str(source.size_bytes), version)
-    for slot in (SLOT, f"{SLOT}-{uuid.uuid4().hex}"):
-        folder = os.path.join(entry.folder, slot)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        # Where another job on this node is at it, this one has a file of its own.
-        with contextlib.suppress(BlockingIOError):
-            return RemoteFile(source, os.path.join(folder, product_name(described)))
-    raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
+def _smallest(info: ObjectInfo) -> int:
+    """The size up to which an object comes whole."""
+    return SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES

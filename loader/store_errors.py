@@ -65,7 +65,10 @@ def refused(described: str, reason: str) -> AccessError:
 
 def disk_full(path: str) -> AccessError:
     """`AccessError` for a cache folder whose disk has filled up."""
-    return AccessError(f"{path}: no space left on the disk; set cache_dir to a folder with more", path=path)
+    return AccessError(
+        f"{path}: no space left; set cache_dir to a folder with more, or cache_home to 'disk' where it lies in memory",
+        path=path,
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -18,6 +18,9 @@ from server_process import ServerMissing
 DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
 
+# No test puts anything into the folder in memory that real loads share, unless it says so.
+os.environ["RANKLOAD_CACHE_HOME"] = "disk"
+
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -146,6 +146,7 @@ def rank_environment(
         OMP_NUM_THREADS="1",
         PYTHONUNBUFFERED="1",
         PYTHONFAULTHANDLER="1",
+        RANKLOAD_CACHE_HOME="disk",
         # torch looks up the name of every address it connects to; no name server needs to answer in a test.
         RES_OPTIONS="timeout:1 attempts:1",
     )

@@ -91,7 +91,9 @@ class Rank:
         if self.rank == 0:
             self.job.values[0] = decider(values)
         self._meet()
-        return self.job.values[0]
+        decided = self.job.values[0]
+        self._meet()
+        return decided
 
     @contextmanager
     def stage(self, name: str) -> Any:

@@ -16,7 +16,18 @@ import pytest
 import torch
 from bad_server import BadServer, Behaviour, Fault, bad_server
 from processes import run_ranks
-from rankload.loader import CorruptError, PartialRestoreError, RankloadError, State, gather_rng, load
+from rankload.distributed.channel import Channel
+from rankload.loader import (
+    AccessError,
+    CorruptError,
+    PartialRestoreError,
+    RankloadError,
+    Receipt,
+    State,
+    cache_homes,
+    gather_rng,
+    load,
+)
 
 TESTS = Path(__file__).resolve().parent
 WIDE = 1024
@@ -125,6 +136,94 @@ def test_damage_on_the_way_and_a_changed_object(saved: bytes) -> None:
         load(server.url("/model.pt"), State(a_module()))
 
 
+# --- what stays, and where it goes -----------------------------------------------------------------------------------
+
+
+def weights(url: str, **options: object) -> Receipt:
+    module = a_module(seed=1)
+    return load(url, State(module), load_weights_only=True, options=options).receipt
+
+
+def test_what_stays_in_the_cache_is_not_fetched_again(saved: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    behaviour = Behaviour(saved)
+    with bad_server({"/model.pt": behaviour}) as server:
+        url = server.url("/model.pt")
+        first = weights(url, cache_size="1GB")
+        assert first.fetched_bytes >= MODEL_BYTES
+        before = moved(server)
+        again = weights(url, cache_size="1GB")
+        assert (again.fetched_bytes, again.cache_dir) == (0, str(folder))
+        assert moved(server) - before < 64
+        assert "nothing fetched" in again.lines()[1]
+        # The rest comes once it is asked for, and it alone.
+        module = a_module(seed=1)
+        load(url, State(module, torch.optim.Adam(module.parameters())), options={"cache_size": "1GB"})
+        assert (
+            len(saved) - MODEL_BYTES - (2 << 20)
+            < moved(server) - before
+            < len(saved) - MODEL_BYTES + (1 << 20)
+        )
+        before = moved(server)
+        behaviour.etag = '"v2"'
+        assert weights(url, cache_size="1GB").fetched_bytes >= MODEL_BYTES
+        assert len(list(folder.glob("model.pt-*"))) == 2
+        weights(url, cache_size=1)
+    assert not list(folder.glob("model.pt-*"))
+
+
+def test_too_little_room_is_told_before_anything_is_changed(
+    saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_homes, "free_bytes_of", lambda folder: MODEL_BYTES // 2)
+    module = a_module(seed=1)
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        with pytest.raises(
+            AccessError, match=r"node 0 .* is to fetch 8,.* bytes into .*cache, where 4,194,304 are"
+        ):
+            load(server.url("/model.pt"), State(module), load_weights_only=True)
+        assert moved(server) < 2 << 20
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), a_module(1).parameters(), strict=True))
+
+
+def test_what_fits_is_fetched_into_memory_and_given_back(
+    saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANKLOAD_CACHE_DIR")
+    monkeypatch.setattr(cache_homes, "MEMORY_FOLDER", str(tmp_path))
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        assert weights(server.url("/model.pt"), cache_home="auto").cache_dir == str(
+            tmp_path / f"rankload-{os.getuid()}"
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_whole_jobs_bytes_are_known_before_parts_move(
+    saved: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, float]] = []
+    progress = Channel.progress
+
+    def listen(self: Channel, **counters: float) -> None:
+        told.append(counters)
+        progress(self, **counters)
+
+    monkeypatch.setattr(Channel, "progress", listen)
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        weights(server.url("/model.pt"))
+    done, plans, totals = 0.0, [], []
+    for counters in told:
+        if "bytes_planned" in counters:
+            plans.append((done, counters["bytes_planned"]))
+        done = counters.get("bytes_done", done)
+        totals.append(counters.get("bytes_total", 0))
+    # Index and small parts first, then one plan, which what came exceeds by the gaps that were read along.
+    assert plans[-1][0] < 2 << 20
+    assert MODEL_BYTES <= plans[-1][1] <= done < plans[-1][1] + (64 << 10)
+    counted = [total for total in totals if total]
+    assert counted == sorted(counted)
+
+
 # --- in real jobs ----------------------------------------------------------------------------------------------------
 
 
@@ -222,10 +321,17 @@ def alone(url: str) -> None:
     print(json.dumps({"fetched": result.receipt.fetched_bytes}), flush=True)
 
 
-def test_a_killed_load_goes_on_where_it_was(saved: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("home", ["given", "memory"])
+def test_a_killed_load_goes_on_where_it_was(
+    saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_fetch_ranges as t; t.alone(sys.argv[1])"
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_fetch_ranges as t; "
+        f"t.cache_homes.MEMORY_FOLDER = {str(tmp_path)!r}; t.alone(sys.argv[1])"
     )
+    if home == "memory":
+        monkeypatch.delenv("RANKLOAD_CACHE_DIR")
+        monkeypatch.setenv("RANKLOAD_CACHE_HOME", "auto")
     # The first answers come; one of them stalls, and the process is killed then.
     ok = Fault()
     faults = [ok] * 4 + [Fault(send_only=1 << 20, ending="stall")] * 40
@@ -249,3 +355,4 @@ def test_a_killed_load_goes_on_where_it_was(saved: bytes, tmp_path: Path) -> Non
     landed = 3 * MODEL_BYTES + 800_000 - json.loads(second.stdout)["fetched"]
     assert landed > 1 << 20, "nothing of the first load was used"
     assert again <= 3 * MODEL_BYTES + 800_000 - landed + (1 << 20)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("rankload-")] == []

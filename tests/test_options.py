@@ -10,7 +10,9 @@ from rankload.loader.options import LoadOptions, resolve_options
 
 def test_argument_comes_before_environment_before_default() -> None:
     environ = {"RANKLOAD_STALL_TIMEOUT_S": "7.5", "RANKLOAD_CACHE_DIR": "/fast", "RANKLOAD_VERIFY": "before"}
-    assert resolve_options(None, {}) == LoadOptions(stall_timeout_s=120.0, verify="during", mode="node")
+    assert resolve_options(None, {}) == LoadOptions(
+        stall_timeout_s=120.0, verify="during", cache_home="auto", cache_size=0, mode="node"
+    )
     found = resolve_options(LoadOptions(stall_timeout_s=3), environ)
     assert (found.stall_timeout_s, found.cache_dir, found.verify) == (3, "/fast", "before")
 
@@ -42,6 +44,11 @@ def test_argument_comes_before_environment_before_default() -> None:
         ({"verify": ["off"]}, {}, "expected one of before, during, off"),
         ({"mode": "fast"}, {}, "mode='fast': expected one of node, direct, auto, job"),
         ({"mode": "direct"}, {"RANKLOAD_VERIFY": "before"}, "cannot compare them before"),
+        ({"cache_home": "ram"}, {}, "cache_home='ram': expected one of auto, memory, disk"),
+        ({"cache_size": -1}, {}, "cache_size=-1: expected a number of bytes"),
+        ({"cache_size": True}, {}, "cache_size=True: expected a number of bytes"),
+        ({"cache_size": "20 elephants"}, {}, "expected a number of bytes, or text such as '20GB'"),
+        (None, {"RANKLOAD_CACHE_SIZE": "much"}, "RANKLOAD_CACHE_SIZE='much': expected a number of bytes"),
         (None, {"RANKLOAD_DEBUG": "1"}, "unknown environment variable RANKLOAD_DEBUG;"),
     ],
 )
@@ -52,6 +59,13 @@ def test_what_does_not_fit_raises(options: object, environ: dict[str, str], mess
 
 def test_a_path_object_is_a_cache_folder() -> None:
     assert resolve_options({"cache_dir": Path("/fast/cache")}, {}).cache_dir == "/fast/cache"
+
+
+def test_sizes_of_the_cache() -> None:
+    for text, size in (("0", 0), ("20GB", 20 * 10**9), ("20 GiB", 20 << 30), ("1.5MiB", 3 << 19), ("7B", 7)):
+        assert resolve_options(None, {"RANKLOAD_CACHE_SIZE": text}).cache_size == size
+        assert resolve_options({"cache_size": text}, {"RANKLOAD_CACHE_SIZE": "1TB"}).cache_size == size
+    assert resolve_options({"cache_size": 5}, {"RANKLOAD_CACHE_HOME": "memory"}).cache_home == "memory"
 
 
 def test_storage_options_are_never_shown() -> None:

@@ -78,6 +78,17 @@ def test_counters_that_fail_do_not_fail_the_load() -> None:
         time.sleep(0.05)
 
 
+def test_a_plan_tells_the_total_before_nodes_do_and_starts_the_rate_anew() -> None:
+    steps: list[dict[int, dict[str, float]]] = [
+        {0: {"bytes_done": 1e6, "bytes_total": 1e6}},
+        {0: {"bytes_done": 1e6, "bytes_total": 1e6, "bytes_planned": 100e6}},
+        {0: {"bytes_done": 3e6, "bytes_total": 51e6, "bytes_planned": 100e6}},
+    ]
+    assert [job_bytes(step)[1] for step in steps] == [1_000_000, 100_000_000, 100_000_000]
+    assert "3.0 of 100.0 MB (3 %)" in run(io.StringIO(), steps)
+    assert progress_line(3_000_000, 100_000_000, 2.0, before=1_000_000).endswith("1.0 MB/s, 1 min 37 s left")
+
+
 def test_figures() -> None:
     assert job_bytes(MOVING[2]) == (4000, 4000)
     assert job_bytes({0: {"bytes_done": 5}}) == (5, 5)
