@@ -11,7 +11,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore bench-checksums clean
+.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload.launch demo
@@ -45,7 +45,10 @@ bench-fetch: $(SERVERS) $(CLIENTS)
 	$(RUN) $(BIN)/python -m benchmarks.fetch --write docs/fetch.md
 
 bench-restore: $(SERVERS)
-	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --write docs/fetch.md
+	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --params 143 --write docs/fetch.md
+
+bench-counts: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch_counts --params 143 --write docs/fetch.md
 
 bench-checksums: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/fetch.md

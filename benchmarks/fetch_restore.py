@@ -39,7 +39,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 }
 """rankload's ways by name, each as options of its own; ``job`` is ``node`` where there is one node."""
 NAIVE = "each rank fetches its files, DeepSpeed loads"
-ONCE = "local rank 0 fetches, DeepSpeed loads"
+ONCE = "as Composer does: local rank 0 fetches, DeepSpeed loads"
 WAYS = (NAIVE, ONCE, *OURS)
 BUCKET = "bench"
 WIDTH = 1024
@@ -259,15 +259,16 @@ def restore(way: str, base: str, options: str, stage: str, target: str, files: s
 def prepare(
     way: str, engine: Any, base: str, options: dict[str, Any], target: Path, names: list[str]
 ) -> Callable[[], object]:
+    from fsspec.core import url_to_fs
+
+    # Whoever fetches, its client is imported and set up before the clock starts.
+    filesystem, root = url_to_fs(base, **options)
     if way in OURS:
         from rankload.loader import State, load
 
         given = {"storage_options": options, "cache_dir": str(target), **OURS[way]}
         return lambda: load(base, State(engine), progress_bar=False, options=given)
-    from fsspec.core import url_to_fs
-
     rank = int(os.environ["RANK"])
-    filesystem, root = url_to_fs(base, **options)
     own = [name for name in names if way == ONCE or is_of(rank, name)]
 
     def fetch_and_load() -> None:

@@ -34,7 +34,11 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
         contents = checkpoint.contents.with_tree(ignored.tree)
         options: dict[str, Any] = {"safe_types": request.options.safe_types, "file": checkpoint.name}
         verify = request.options.verify or "during"
-        reader = Reader(verify=verify, on_bytes=watch.count)
+        reader = Reader(
+            verify=verify,
+            on_bytes=watch.count,
+            comes_in_parts=checkpoint.opening.remote.known.__contains__,
+        )
         wanted = _wanted_parts(contents, weights_only=request.weights_only)
         for part, tree in wanted.items():
             require_safe(

@@ -12,7 +12,7 @@ from .direct_places import divide
 from .direct_reads import DirectReads
 from .errors import AccessError, CorruptError, NotFoundError
 from .options import Verify
-from .partial_file import Landed, landed_record
+from .partial_file import Landed
 from .range_sums import RangeSums
 from .ranges import ByteRange, subtract
 from .values import StorageRef
@@ -50,8 +50,15 @@ class StorageReader:
     are read, and `finish` tells what they sum to.
     """
 
-    def __init__(self, verify: Verify, on_bytes: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        verify: Verify,
+        on_bytes: Callable[[int], None] | None,
+        comes_in_parts: Callable[[str], bool] = lambda path: False,
+    ) -> None:
         self.verify = verify
+        self.comes_in_parts = comes_in_parts
+        """Whether the file at a path is one of which a record tells what has landed."""
         self.on_bytes = on_bytes
         self.staging = bytearray(STAGING_BYTES)
         self._checked: set[StorageRef] = set()
@@ -70,7 +77,7 @@ class StorageReader:
         Raises `CorruptError` where nobody is to bring them.
         """
         if path not in self._landed:
-            self._landed[path] = Landed(path) if os.path.exists(landed_record(path)) else None
+            self._landed[path] = Landed(path) if self.comes_in_parts(path) else None
         landed = self._landed[path]
         if landed is None or landed.has(start, stop):
             return

@@ -55,11 +55,18 @@ class Reader:
 
     ``verify`` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each
     storage as it is read, bytes between the wanted ones included) or ``off``. ``on_bytes`` is told how many
-    bytes were just read. Holds one buffer of 8 MiB.
+    bytes were just read, `comes_in_parts` tells whether not all of the file at a path may have landed. Holds one
+    buffer of 8 MiB.
     """
 
-    def __init__(self, *, verify: Verify = "during", on_bytes: Callable[[int], None] | None = None) -> None:
-        self._storages = StorageReader(verify, on_bytes)
+    def __init__(
+        self,
+        *,
+        verify: Verify = "during",
+        on_bytes: Callable[[int], None] | None = None,
+        comes_in_parts: Callable[[str], bool] = lambda path: False,
+    ) -> None:
+        self._storages = StorageReader(verify, on_bytes, comes_in_parts)
 
     def verify(self, storages: Iterable[StorageRef]) -> None:
         """Compares all of `storages` with their checksums now; `copy` will not do so again.
@@ -81,7 +88,8 @@ class Reader:
 
     def unsummed(self) -> Reader:
         """One that compares no checksums, and waits as this one does."""
-        other = Reader(verify="off", on_bytes=self._storages.on_bytes)
+        storages = self._storages
+        other = Reader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
         other.waiting(self._storages.on_wait, self._storages.coming)
         other.reading_direct(self._storages.direct)
         return other
