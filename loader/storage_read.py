@@ -19,7 +19,7 @@ from .values import StorageRef
 
 STAGING_BYTES = 8 << 20
 """The size of the one buffer for what cannot be read straight into its place."""
-WAIT_S = 0.002
+WAIT_S = 0.01
 """How often it is looked whether bytes have landed."""
 _READ_BYTES = 8 << 20
 _SUMMED_BYTES = 1 << 20
