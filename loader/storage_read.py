@@ -60,7 +60,7 @@ class StorageReader:
         self.comes_in_parts = comes_in_parts
         """Whether the file at a path is one of which a record tells what has landed."""
         self.on_bytes = on_bytes
-        self.staging = bytearray(STAGING_BYTES)
+        self.staging: bytearray | memoryview = bytearray(STAGING_BYTES)
         self._checked: set[StorageRef] = set()
         self._shares: dict[StorageRef, RangeSums] = {}
         self._landed: dict[str, Landed | None] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,16 @@ class Reader:
         """
         return self._storages.finish()
 
+    def _buffer(self, requests: Sequence[CopyRequest]) -> torch.Tensor:
+        """The buffer; page-locked from the first CUDA tensor on, which then takes bytes from it without a further copy
+        of the driver's."""
+        locked = isinstance(self._storages.staging, memoryview)
+        if not locked and any(request.destination.is_cuda for request in requests):
+            with contextlib.suppress(RuntimeError):  # no memory may be left to lock
+                pinned = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._storages.staging = pinned.numpy().data
+        return torch.frombuffer(self._storages.staging, dtype=torch.uint8)
+
     def copy(self, requests: Sequence[CopyRequest]) -> None:
         """Carries out `requests`, storage by storage in the order of the files.
 
@@ -124,7 +135,7 @@ class Reader:
         for request in requests:
             if request.destination.numel():
                 by_storage.setdefault(request.source.storage, []).append(request)
-        staging = torch.frombuffer(self._storages.staging, dtype=torch.uint8)
+        staging = self._buffer(requests)
         with torch.no_grad():
             planned: list[tuple[StorageRef, list[Piece]]] = []
             finishers: dict[StorageRef, list[Callable[[], None]]] = {}

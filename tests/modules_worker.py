@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from rankload.loader import LoadResult, State, load
+from rankload.loader import LoadOptions, LoadResult, State, load
 from rankload.loader.local_shard import dtensor_box, fill_requests
 from rankload.loader.materialize import Reader
 from rankload.loader.saved_parts import AssembledTensor, Run
@@ -74,8 +74,10 @@ def optimizer_for(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=0.7)
 
 
-def plain_job(seed: int = 7, dtype: torch.dtype = torch.float32, kind: str = "AdamW") -> State:
-    model = TinyModel(seed).to(dtype)
+def plain_job(
+    seed: int = 7, dtype: torch.dtype = torch.float32, kind: str = "AdamW", device: str = "cpu"
+) -> State:
+    model = TinyModel(seed).to(device, dtype)
     return State(model, optimizer_for(model, kind))
 
 
@@ -87,19 +89,24 @@ def wrapped_job(dtype: torch.dtype = torch.float32, kind: str = "AdamW") -> Stat
 
 
 def sharded_job(
-    seed: int = 7, *, meta: bool = False, dtype: torch.dtype = torch.float32, kind: str = "AdamW"
+    seed: int = 7,
+    *,
+    meta: bool = False,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "AdamW",
+    device: str = "cpu",
 ) -> State:
     """A `TinyModel` of which each rank keeps its shards, two weights cut along their second dimension."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    mesh = init_device_mesh(device, (WORLD_SIZE,))
 
     def placed(parameter: nn.Parameter) -> Shard | None:
         return Shard(1) if tuple(parameter.shape) == (24, 72) else None
 
-    with torch.device("meta" if meta else "cpu"):
+    with torch.device("meta" if meta else device):
         model = TinyModel(seed).to(dtype)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, shard_placement_fn=placed)
@@ -108,8 +115,8 @@ def sharded_job(
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a DTensor, which every rank must ask for; anything else as it is."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    """The whole of a DTensor, which every rank must ask for, or of another tensor, in the CPU's memory."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 
 def moments(oracle: dict[str, torch.Tensor]) -> list[str]:
@@ -145,7 +152,7 @@ def check_against_oracle(
         assert not entries or entries.keys() >= set(moments(oracle)), name
         for kind in moments(oracle) if entries else ():
             assert type(entries[kind]) is type(parameter.data), (name, kind)
-            assert entries[kind].dtype == dtype
+            assert (entries[kind].dtype, entries[kind].device) == (dtype, parameter.device)
             assert getattr(entries[kind], "placements", None) == getattr(parameter, "placements", None)
             assert torch.equal(full(entries[kind]), oracle[f"{kind}/{name}"].to(dtype)), (name, kind)
         if "step" in entries:
@@ -158,9 +165,10 @@ def check_against_oracle(
 
 def by_hand(oracle: dict[str, torch.Tensor], restored: State, *, low: bool) -> State:
     """A plain job whose tensors are set from `oracle` one by one; its hyperparameters are those of `restored`."""
-    dtype = next(restored.model.parameters()).dtype
+    first = next(restored.model.parameters())
     kinds = moments(oracle)
-    state = plain_job(seed=11, dtype=dtype, kind=type(restored.optimizers[0]).__name__)
+    kind = type(restored.optimizers[0]).__name__
+    state = plain_job(seed=11, dtype=first.dtype, kind=kind, device=first.device.type)
     optimizer = state.optimizers[0]
     with torch.no_grad():
         for name, parameter in state.model.named_parameters():
@@ -168,7 +176,7 @@ def by_hand(oracle: dict[str, torch.Tensor], restored: State, *, low: bool) -> S
             parameter.copy_(oracle[key])
             if parameter.requires_grad:
                 optimizer.state[parameter] = {
-                    kind: oracle[f"{kind}/{name}"].to(dtype, copy=True) for kind in kinds
+                    kind: oracle[f"{kind}/{name}"].to(parameter, copy=True) for kind in kinds
                 }
                 if "momentum_buffer" not in kinds:
                     optimizer.state[parameter]["step"] = torch.tensor(float(oracle.get("step", 3)))
@@ -182,9 +190,10 @@ def by_hand(oracle: dict[str, torch.Tensor], restored: State, *, low: bool) -> S
 def train(state: State, steps: int = 2, clip: float | None = None) -> list[float]:
     """Trains on the same data on every rank."""
     data = torch.Generator().manual_seed(99)
+    device = next(state.model.parameters()).device
     losses = []
     for _ in range(steps):
-        tokens = torch.randint(0, VOCABULARY, (2, 9), generator=data)
+        tokens = torch.randint(0, VOCABULARY, (2, 9), generator=data).to(device)
         loss = state.model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         state.optimizers[0].zero_grad()
         loss.backward()
@@ -195,17 +204,29 @@ def train(state: State, steps: int = 2, clip: float | None = None) -> list[float
     return losses
 
 
-def check_plain(folder: str | Path, stage: int, dtype: torch.dtype) -> LoadResult:
-    """Restores a ZeRO folder into a plain job, and trains on beside one that was set by hand."""
+def check_plain(
+    folder: str | Path,
+    stage: int,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    path: str | None = None,
+    options: LoadOptions | None = None,
+) -> LoadResult:
+    """Restores a ZeRO folder into a plain job, and trains on beside one that was set by hand.
+
+    `path`: where it is loaded from, if not from the folder itself.
+    """
     oracle = oracle_of(folder)
-    state = plain_job(dtype=dtype)
-    load(str(folder), state, load_weights_only=True)
+    path = path or str(folder)
+    state = plain_job(dtype=dtype, device=device)
+    load(path, state, load_weights_only=True, options=options)
     # With weights only, stages 1 and 2 are read from the module's file alone.
     low = dtype == torch.bfloat16
     check_against_oracle(state, oracle, low=low or stage < 3, weights_only=True)
-    state = plain_job(dtype=dtype)
+    state = plain_job(dtype=dtype, device=device)
     held = list(state.model.parameters())
-    result = load(str(folder), state)
+    result = load(path, state, options=options)
     check_against_oracle(state, oracle, low=low, weights_only=False)
     assert all(a is b for a, b in zip(held, state.model.parameters(), strict=True))
     reference = by_hand(oracle, state, low=low)
@@ -273,7 +294,7 @@ def goes_on(state: State, oracle: dict[str, torch.Tensor]) -> None:
     assert torch.allclose(torch.tensor(train(state)), torch.tensor(train(reference)), rtol=1e-5)
     theirs = dict(reference.model.named_parameters())
     for name, mine in state.model.named_parameters():
-        assert torch.allclose(full(mine), theirs[name], rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(full(mine), full(theirs[name]), rtol=1e-4, atol=1e-6), name
 
 
 def single_files(folder: str) -> None:

@@ -148,7 +148,7 @@ def train(engine: Any, steps: int, rank: int, seed: int = DATA_SEED) -> list[flo
     data = torch.Generator().manual_seed(seed + rank)
     losses = []
     for _ in range(steps):
-        tokens = torch.randint(0, VOCABULARY, (2, 9), generator=data)
+        tokens = torch.randint(0, VOCABULARY, (2, 9), generator=data).to(engine.device)
         loss = engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         engine.backward(loss)
         engine.step()
