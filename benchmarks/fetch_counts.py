@@ -111,7 +111,7 @@ def run(
     node_of = [node for node, size in enumerate(sizes) for _ in range(size)]
     finished = run_ranks(
         __file__, len(node_of), args=("restore", source.base, params, mode, kill_at), deadline_s=DEADLINE_S,
-        nodes=sizes,
+        nodes=sizes, fork=False,
         env=lambda rank: {"DS_ACCELERATOR": "cpu", "RANKLOAD_CACHE_DIR": str(cache / str(node_of[rank]))},
     )  # fmt: skip
     if kill_at:

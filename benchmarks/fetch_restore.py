@@ -157,7 +157,9 @@ def job(n: int, *arguments: object) -> list[dict[str, Any]]:
     """Runs a function of this file on `n` ranks; what each printed last."""
     from processes import run_ranks
 
-    finished = run_ranks(__file__, n, args=arguments, deadline_s=DEADLINE_S, env={"DS_ACCELERATOR": "cpu"})
+    finished = run_ranks(
+        __file__, n, args=arguments, deadline_s=DEADLINE_S, env={"DS_ACCELERATOR": "cpu"}, fork=False
+    )
     if any(rank.returncode != 0 for rank in finished):
         raise SystemExit(repr(finished))
     return [json.loads(rank.stdout.splitlines()[-1]) for rank in finished]

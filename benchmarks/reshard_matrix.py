@@ -199,6 +199,7 @@ def job(
         args=(function, json.dumps(request)),
         deadline_s=1500,
         env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
+        fork=False,
     )
     failed = [rank for rank in finished if rank.returncode != 0]
     if failed and not may_fail:

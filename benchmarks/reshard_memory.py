@@ -32,7 +32,7 @@ def main() -> None:
 
     def job(world_size: int, *arguments: object) -> list[dict[str, Any]]:
         finished = run_ranks(
-            __file__, world_size, args=arguments, deadline_s=900, env={"DS_ACCELERATOR": "cpu"}
+            __file__, world_size, args=arguments, deadline_s=900, env={"DS_ACCELERATOR": "cpu"}, fork=False
         )
         if any(rank.returncode != 0 for rank in finished):
             raise SystemExit(repr(finished))

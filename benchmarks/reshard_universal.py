@@ -113,6 +113,7 @@ def ranks(world_size: int, function: str, *arguments: str) -> list[dict[str, Any
         args=(function, *arguments),
         deadline_s=1500,
         env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
+        fork=False,
     )
     if any(rank.returncode != 0 for rank in finished):
         raise SystemExit(repr(finished))

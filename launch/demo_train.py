@@ -8,6 +8,7 @@ Either way each rank writes what it saw to ``RESULTS/rankN.json``.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -165,6 +166,8 @@ def main() -> None:
         failed = arguments.results / f"rank{dist.get_rank()}.failed"
         failed.write_text(f"{type(error).__name__}: {error}")
         raise
+    # A DistributedDataParallel module that is freed after its group may wait for ever.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -77,7 +77,9 @@ def optimizer_for(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimize
 def plain_job(
     seed: int = 7, dtype: torch.dtype = torch.float32, kind: str = "AdamW", device: str = "cpu"
 ) -> State:
-    model = TinyModel(seed).to(device, dtype)
+    model = TinyModel(seed).to(dtype)
+    if device != "cpu":
+        model.to(device)
     return State(model, optimizer_for(model, kind))
 
 
@@ -248,7 +250,7 @@ def plain(folder_1: str, folder_3: str) -> None:
         inner = State(state.model.module, state.optimizers)
         check_against_oracle(inner, oracle_of(folder), low=False, weights_only=False)
         train(state, 1)
-    torch.distributed.destroy_process_group()
+    # The group ends when this function has, and its modules with it: see processes.end_together.
 
 
 def fully_sharded(folder_1: str, folder_3: str, files: str, composer: str) -> None:

@@ -3,7 +3,8 @@
     finished = run_ranks("tests/scenario.py:succeed", 2, args=("x",), deadline_s=30)
     assert [rank.returncode for rank in finished] == [0, 0], finished
 
-Each rank gets the environment that torchrun would give it, in a session of its own. ``nodes=(2, 2)`` plays
+Each rank gets the environment that torchrun would give it, in a session of its own. It is a fork of a Python that has
+imported torch; with TEST_ALL set, a Python of its own from the start. ``nodes=(2, 2)`` plays
 two nodes of two ranks each on this machine.
 """
 
@@ -29,7 +30,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from warm_ranks import WarmRank
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+Process = subprocess.Popen[bytes] | WarmRank
 INHERITED_LAUNCHERS = (
     "OMPI_", "PMIX_", "PMI_", "MV2_", "MPI_", "PALS_", "SLURM_", "TORCHELASTIC_", "CROSS_", "RANKLOAD_",
 )  # fmt: skip
@@ -62,6 +66,7 @@ def run_ranks(
     nodes: Sequence[int] | None = None,
     kill_once_others_end: Collection[int] = (),
     python: str = sys.executable,
+    fork: bool | None = None,
 ) -> list[Finished]:
     """Runs ``world_size`` processes and returns how each ended, by rank.
 
@@ -76,13 +81,15 @@ def run_ranks(
         kill_once_others_end: ranks that are not expected to end (stopped ones): killed when all others have
             ended.
         python: the interpreter, and with it the packages, that the ranks have.
+        fork: whether ranks are forks of a Python that has imported torch. By default they are, unless TEST_ALL is
+            set; what `fork` cannot do, as another interpreter, starts as a Python of its own.
     """
     sizes = tuple(nodes) if nodes is not None else (world_size,)
     if sum(sizes) != world_size:
         raise ValueError(f"nodes={sizes} do not add up to world_size={world_size}")
     port = free_port()
     places = [(node, local) for node, size in enumerate(sizes) for local in range(size)]
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Process] = []
     seconds: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         begin = time.monotonic()
@@ -94,21 +101,8 @@ def run_ranks(
                 )  # fmt: skip
                 extra = env(rank) if callable(env) else env
                 _override(variables, extra or {})
-                with (
-                    open(os.path.join(folder, f"{rank}.out"), "wb") as out,
-                    open(os.path.join(folder, f"{rank}.err"), "wb") as err,
-                ):
-                    started.append(
-                        subprocess.Popen(
-                            [python, *_command(target), *map(str, args)],
-                            stdin=subprocess.DEVNULL,
-                            stdout=out,
-                            stderr=err,
-                            env=variables,
-                            cwd=folder,
-                            start_new_session=True,
-                        )
-                    )
+                command = [*_command(target), *map(str, args)]
+                started.append(_start(python, command, variables, os.path.join(folder, str(rank)), fork))
             _wait(started, begin, deadline_s, frozenset(kill_once_others_end), seconds)
         finally:
             for process in started:
@@ -160,15 +154,36 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def kill_session(process: subprocess.Popen[bytes]) -> None:
+def kill_session(process: Process) -> None:
     """Kills a process that was started in a session of its own, and what it started; reaps it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
+def _start(
+    python: str, command: Sequence[str], variables: Mapping[str, str], streams: str, fork: bool | None
+) -> Process:
+    out, err, folder = f"{streams}.out", f"{streams}.err", os.path.dirname(streams)
+    if fork is None:
+        fork = not os.environ.get("TEST_ALL")
+    fork &= python == sys.executable and command[0].endswith(".py") and variables["OMP_NUM_THREADS"] == "1"
+    with open(out, "wb") as out_file, open(err, "wb") as err_file:
+        if fork:
+            return WarmRank(command, env=variables, cwd=folder, out=out, err=err)
+        return subprocess.Popen(
+            [python, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=out_file,
+            stderr=err_file,
+            env=variables,
+            cwd=folder,
+            start_new_session=True,
+        )
+
+
 def _wait(
-    started: Sequence[subprocess.Popen[bytes]],
+    started: Sequence[Process],
     begin: float,
     deadline_s: float,
     unending: frozenset[int],
@@ -236,7 +251,9 @@ def end_together() -> None:
     """Ends this process well, once all ranks have come as far, or have ended.
 
     Gloo's threads may crash a rank while its interpreter is taken down, or its peers are gone: DeepSpeed's and FSDP's
-    groups outlive every ``destroy_process_group``. So exit handlers run, and then the process ends at once.
+    groups outlive every ``destroy_process_group``. So exit handlers run, and then the process ends at once. A
+    DistributedDataParallel module that is freed after its group may wait for ever for the group's thread, which waits
+    for the interpreter: modules go first.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available():

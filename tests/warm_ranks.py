@@ -1,0 +1,118 @@
+"""Ranks that begin as forks of a Python which has imported torch: by itself each would spend seconds on that.
+
+    rank = WarmRank(["job.py", "argument"], env=..., cwd=..., out=..., err=...)
+    while rank.poll() is None: ...
+
+Otherwise they are as fresh as a Python of their own: environment, arguments, import path, streams, session, random
+generators, and how they end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from typing import Any
+
+PRELOADED = ("numpy", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo")
+"""None of them starts a thread while it is imported with one OpenMP thread, and none reads what a job may set."""
+
+_context = multiprocessing.get_context("forkserver")
+
+
+class WarmRank:
+    """What `subprocess.Popen` is for a rank that starts cold; the first one starts the Python that all are forks of."""
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+        with _single_threaded():
+            _context.set_forkserver_preload(list(PRELOADED))
+            forkserver.ensure_running()
+        self._process = _context.Process(target=_become, args=(list(argv), dict(env), cwd, out, err))
+        self._process.start()
+        self.pid: int = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.kill()  # where it had not got as far as a session of its own
+        self._process.join()
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Any:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _become(argv: list[str], env: dict[str, str], cwd: str, out: str, err: str) -> None:
+    """Is the process that `argv`, a script with its arguments, would be in a Python of its own; never returns."""
+    os.setsid()
+    for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
+        opened = os.open(path, flags)
+        os.dup2(opened, fd)
+        os.close(opened)
+    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _stream(1), _stream(2)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    given = env.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [os.path.dirname(argv[0]), *filter(None, given), *filter(_is_installed, sys.path)]
+    sys.argv[:] = argv
+    faulthandler.enable(sys.stderr)
+    random.seed()
+    sys.modules["numpy"].random.seed()
+    # What brought this about is no part of the job.
+    sys.modules.pop("__mp_main__", None)
+    code = 1
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if code and not isinstance(ending.code, int):
+            print(ending.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code)
+
+
+def _is_installed(entry: str) -> bool:
+    """Whether an entry of the import path is there in every Python; editable packages have some that are no folders."""
+    return entry.startswith((sys.prefix, sys.base_prefix)) or bool(entry and not os.path.isdir(entry))
+
+
+def _stream(fd: int) -> Any:
+    return open(fd, "w", buffering=1, encoding="utf-8", closefd=False)
