@@ -12,14 +12,17 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import json
 import multiprocessing
 import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from multiprocessing import forkserver
 from typing import Any
 
@@ -36,7 +39,10 @@ class WarmRank:
         with _single_threaded():
             _context.set_forkserver_preload(list(PRELOADED))
             forkserver.ensure_running()
-        self._process = _context.Process(target=_become, args=(list(argv), dict(env), cwd, out, err))
+        path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *_installed_path()]
+        self._process = _context.Process(
+            target=_become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
+        )
         self._process.start()
         self.pid: int = self._process.pid or 0
 
@@ -67,19 +73,28 @@ def _single_threaded() -> Any:
                 os.environ[name] = value
 
 
-def _become(argv: list[str], env: dict[str, str], cwd: str, out: str, err: str) -> None:
+@cache
+def _installed_path() -> tuple[str, ...]:
+    """The import path of a Python that nobody added anything to, as pytest does."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.check_output(
+        [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"], env=env, timeout=60
+    )
+    return tuple(json.loads(told))
+
+
+def _become(argv: list[str], env: dict[str, str], path: list[str], cwd: str, out: str, err: str) -> None:
     """Is the process that `argv`, a script with its arguments, would be in a Python of its own; never returns."""
     os.setsid()
-    for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
-        opened = os.open(path, flags)
+    for fd, file, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
+        opened = os.open(file, flags)
         os.dup2(opened, fd)
         os.close(opened)
     sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _stream(1), _stream(2)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    given = env.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [os.path.dirname(argv[0]), *filter(None, given), *filter(_is_installed, sys.path)]
+    sys.path[:] = path
     sys.argv[:] = argv
     faulthandler.enable(sys.stderr)
     random.seed()
@@ -107,11 +122,6 @@ def _become(argv: list[str], env: dict[str, str], cwd: str, out: str, err: str) 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)
-
-
-def _is_installed(entry: str) -> bool:
-    """Whether an entry of the import path is there in every Python; editable packages have some that are no folders."""
-    return entry.startswith((sys.prefix, sys.base_prefix)) or bool(entry and not os.path.isdir(entry))
 
 
 def _stream(fd: int) -> Any:
