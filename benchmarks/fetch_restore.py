@@ -4,7 +4,8 @@
 
 A model is saved by DeepSpeed, in bf16 with AdamW, at stages 1 and 3 by 1, 2 and 4 ranks, and restored by as many from
 nginx and from SeaweedFS, with nginx before it that counts bytes. Ways take turns within each round; what is shown are
-medians. Every rank's fp32 weights are compared with those that were saved. Nothing is asserted about speed.
+medians. Every rank's fp32 weights are compared with those that were saved. Beside them stands how long the server alone
+takes: four threads that read the same bytes into memory, and no ranks. Nothing is asserted about speed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 """rankload's ways by name, each as options of its own; ``job`` is ``node`` where there is one node."""
 NAIVE = "each rank fetches its files, DeepSpeed loads"
 ONCE = "as Composer does: local rank 0 fetches, DeepSpeed loads"
+LIMIT = "the server's limit: the same bytes into memory, no ranks"
+LIMIT_CONNECTIONS = 4
 WAYS = (NAIVE, ONCE, *OURS)
 BUCKET = "bench"
 WIDTH = 1024
@@ -114,10 +117,11 @@ def main() -> None:
 def compare(
     source: Source, folder: Path, stage: str, n: int, targets: Path, rounds: int, masters: list[int]
 ) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    runs: dict[str, list[Run]] = {way: [] for way in (*WAYS, LIMIT)}
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     for _ in range(rounds):
-        for way, found in runs.items():
+        for way in WAYS:
+            found = runs[way]
             target = targets / "fetched"
             before = source.sent()
             told = job(
@@ -133,7 +137,26 @@ def compare(
                 )
             )
             shutil.rmtree(target, ignore_errors=True)
+        needed = runs[next(iter(OURS))][-1].moved_bytes
+        runs[LIMIT].append(Run(needed * seconds_per_byte(source, files, folder), needed, 0))
     return runs
+
+
+def seconds_per_byte(source: Source, files: list[str], folder: Path) -> float:
+    """Of the largest of the files, read in ranges into memory that is there already."""
+    from fsspec.core import url_to_fs
+
+    from benchmarks.fetch_clients import Place, raw_ranges, touched
+
+    name = max(files, key=lambda one: (folder / one).stat().st_size)
+    size = (folder / name).stat().st_size
+    url = f"{source.base}/{name}"
+    filesystem, path = url_to_fs(url, **source.options)
+    plain_url = url if url.startswith("http:") else filesystem.sign(path, expiration=600)
+    with touched(size) as buffer:
+        begin = time.perf_counter()
+        raw_ranges(Place(url, plain_url, size, {}, LIMIT_CONNECTIONS, False), memoryview(buffer))
+        return (time.perf_counter() - begin) / size
 
 
 def summary(server: str, stage: str, n: int, runs: Mapping[str, list[Run]]) -> list[list[object]]:
@@ -147,7 +170,7 @@ def summary(server: str, stage: str, n: int, runs: Mapping[str, list[Run]]) -> l
             f"{median(run.seconds for run in found):.1f}",
             f"{median(run.seconds / other.seconds for run, other in zip(found, ours, strict=True)):.1f}",
             f"{median(run.moved_bytes for run in found) / 1e6:,.0f}",
-            f"{median(run.peak_bytes for run in found) / 1e6:,.0f}",
+            f"{median(run.peak_bytes for run in found) / 1e6:,.0f}" if way != LIMIT else "",
         ]
         for way, found in runs.items()
     ]
