@@ -3,7 +3,7 @@
     python -m benchmarks.checksums --megabytes 1000 --write docs/fetch.md
 
 The model is restored by one process, with a manifest beside the file: from a local file, from nginx in parts, and from
-nginx in a tar, which comes whole. Settings take turns within each round; what is shown are medians. Nothing is asserted
+nginx in a tar. Settings take turns within each round; what is shown are medians. Nothing is asserted
 about speed.
 """
 
@@ -97,7 +97,7 @@ def seconds_by_source(arguments: argparse.Namespace) -> list[list[str]]:
         sources = {
             "a local file": str(folder / SAVED),
             "nginx, in parts": f"{url}/{SAVED}",
-            "nginx, whole (a tar)": f"{url}/{TARRED}",
+            "nginx, in a tar": f"{url}/{TARRED}",
         }
         target = make_model(arguments.megabytes, seed=2)
         seconds: dict[tuple[str, str], list[float]] = {
