@@ -2,9 +2,8 @@
 
     python -m benchmarks.checksums --megabytes 1000 --write docs/fetch.md
 
-The model is restored by one process, with a manifest beside the file: from a local file, from nginx in parts, and from
-nginx in a tar. Settings take turns within each round; what is shown are medians. Nothing is asserted
-about speed.
+The model is restored by one process, with a manifest beside the file: from a local file, from nginx, and from nginx in
+a tar. Settings take turns within each round; what is shown are medians. Nothing is asserted about speed.
 """
 
 from __future__ import annotations
