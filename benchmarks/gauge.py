@@ -23,7 +23,8 @@ class Cost:
     anonymous: int = 0
     """Private memory, of all processes at once."""
     resident: int = 0
-    """The same with pages of files, mapped or shared; a page that several processes share counts once."""
+    """The same with pages of files, mapped or shared; a page that several processes share counts once. Where others
+    come to share what was there before, that takes nothing off."""
     disk: int = 0
     """The most that the watched folder held."""
 
@@ -44,7 +45,8 @@ def gauged(*, every_s: float = 0.01, family: bool = False, folder: Path | None =
             last = ending.wait(every_s)
             now = look()
             cost.anonymous = max(cost.anonymous, now[0] - anonymous)
-            cost.resident = max(cost.resident, now[1] - resident)
+            of_files = (now[1] - now[0]) - (resident - anonymous)
+            cost.resident = max(cost.resident, now[0] - anonymous + max(0, of_files))
             if folder is not None:
                 cost.disk = max(cost.disk, size_of(folder))
             if last:

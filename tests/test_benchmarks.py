@@ -50,7 +50,7 @@ def test_a_block_is_measured_with_its_children(tmp_path: Path) -> None:
     assert cost.io["rchar"] >= 3_000_000
     assert cost.disk == 3_000_000
     assert cost.anonymous > 40_000_000
-    assert cost.resident > 40_000_000
+    assert cost.resident >= cost.anonymous
 
 
 def test_a_table_takes_its_own_place_only(tmp_path: Path) -> None:
