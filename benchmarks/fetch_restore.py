@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -31,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks are started as scripts of the tests' are.
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
+from benchmarks.fetch_clients import Place, raw_ranges, touched  # noqa: E402
 from benchmarks.measure import peak_private_bytes  # noqa: E402
 from benchmarks.tables import table, write_between_markers  # noqa: E402
 
@@ -149,8 +149,6 @@ def seconds_per_byte(source: Source, files: list[str], folder: Path) -> float:
     """Of the largest of the files, read in ranges into memory that is there already."""
     from fsspec.core import url_to_fs
 
-    from benchmarks.fetch_clients import Place, raw_ranges, touched
-
     name = max(files, key=lambda one: (folder / one).stat().st_size)
     size = (folder / name).stat().st_size
     url = f"{source.base}/{name}"
@@ -264,14 +262,6 @@ def save(folder: str, stage: str, params: str) -> None:
     print(json.dumps({"masters": masters_of(engine)}))
 
 
-def own_memory(n_bytes: int) -> None:
-    """Has the machine own so much free memory. A virtual one may have given it back to its host, and then whoever
-    touches it first pays for it: several times what the memory itself costs, and not the same for every way."""
-    with mmap.mmap(-1, n_bytes) as memory:
-        for offset in range(0, n_bytes, mmap.PAGESIZE):
-            memory[offset] = 1
-
-
 def restore(way: str, base: str, options: str, stage: str, target: str, files: str, warm_bytes: str) -> None:
     import torch
 
@@ -281,7 +271,9 @@ def restore(way: str, base: str, options: str, stage: str, target: str, files: s
     before = masters_of(engine)
     fetch_and_load = prepare(way, engine, base, json.loads(options), Path(target), names)
     if int(os.environ["LOCAL_RANK"]) == 0:
-        own_memory(int(warm_bytes))
+        # A virtual machine may have given free memory back to its host, and whoever touches it first then pays for it:
+        # several times what the memory itself costs, and not the same for every way.
+        touched(int(warm_bytes)).close()
     torch.distributed.barrier()
     with peak_private_bytes([os.getpid()]) as peak:
         begin = time.perf_counter()
