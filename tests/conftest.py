@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import real_servers
 from server_process import ServerMissing
+from zero_folders import unpack_zero
 
 DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
@@ -45,8 +45,7 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("composer-monolithic-w2", "composer-zero1-w2", "composer-zero3-w2"):
         shutil.copytree(DATA / name, target / name)
     for stage in (1, 3):
-        with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
-            archive.extractall(target, filter="data")
+        unpack_zero(stage, target)
     save_larger(target / "larger.pt")
     return root
 

@@ -10,7 +10,6 @@ two nodes of two ranks each on this machine.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import importlib
@@ -21,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from warm_ranks import WarmRank
+from warm_ranks import WarmRank, end_at_once
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Process = subprocess.Popen[bytes] | WarmRank
@@ -264,11 +262,7 @@ def end_together() -> None:
             distributed.monitored_barrier(timeout=timedelta(seconds=10))
         gc.collect()
         distributed.destroy_process_group()
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_at_once(0)
 
 
 if __name__ == "__main__":

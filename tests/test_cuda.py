@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from bad_server import Behaviour, bad_server
 from cuda_worker import save_large
 from processes import run_ranks
+from zero_folders import unpack_zero
 
 pytest.importorskip("safetensors")
 
@@ -29,8 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with ``s1-w4`` and ``s3-w4``, which DeepSpeed saved at four ranks, and a file of large tensors."""
     target = tmp_path_factory.mktemp("zero")
     for stage in (1, 3):
-        with tarfile.open(TESTS / "data" / f"deepspeed-zero{stage}-w4.tar") as archive:
-            archive.extractall(target, filter="data")
+        unpack_zero(stage, target)
     save_large(str(target))
     return target
 

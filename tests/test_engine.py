@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import run_ranks
 from rankload.loader.engine import is_deepspeed_engine
+from zero_folders import unpack_zero
 from zero_model import is_older
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs deepspeed and safetensors",
 )
 
-DATA = Path(__file__).parent / "data"
 WORKER = Path(__file__).parent / "engine_worker.py"
 
 
@@ -25,8 +24,7 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 def checkpoints(tmp_path: Path) -> Path:
     """The folder with ``s1-w4`` and ``s3-w4``: checkpoints of four ranks, with what they must restore to."""
     for stage in (1, 3):
-        with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
-            archive.extractall(tmp_path, filter="data")
+        unpack_zero(stage, tmp_path)
     return tmp_path
 
 

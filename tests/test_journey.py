@@ -20,6 +20,7 @@ from http_server import CountingServer, Served, counting_server
 from processes import Finished, free_port, kill_session, run_ranks
 from rankload.loader import NotFoundError, State, load
 from torch import nn
+from zero_folders import unpack_zero
 
 TESTS = Path(__file__).parent
 DATA = TESTS / "data"
@@ -53,12 +54,6 @@ def last_json(rank: Finished) -> Any:
 
 def serve_folder(folder: Path, pattern: str = "*") -> dict[str, Served]:
     return {f"/{path.name}": Served(path.read_bytes()) for path in folder.glob(pattern)}
-
-
-def unpacked(stage: int, tmp_path: Path) -> Path:
-    with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / f"s{stage}-w4"
 
 
 def serve_archives() -> dict[str, Served]:
@@ -182,7 +177,7 @@ def run_commands(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_deepspeed_folder_bit_for_bit_and_training_goes_on(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    receipts = run("deepspeed_folder", 4, unpacked(stage, tmp_path), stage, deadline_s=240)
+    receipts = run("deepspeed_folder", 4, unpack_zero(stage, tmp_path), stage, deadline_s=240)
     assert receipts[0]["kind"] == "deepspeed"
     assert len(receipts[0]["files"]) == (5 if stage == 1 else 8)
     assert all(file["verified"] and file["fetched_bytes"] == 0 for file in receipts[0]["files"])
@@ -194,7 +189,9 @@ def test_a_deepspeed_folder_bit_for_bit_and_training_goes_on(stage: int, tmp_pat
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_deepspeed_folder_under_the_deepspeed_launcher(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    output = deepspeed_launcher(4, tmp_path, "deepspeed_folder", str(unpacked(stage, tmp_path)), str(stage))
+    output = deepspeed_launcher(
+        4, tmp_path, "deepspeed_folder", str(unpack_zero(stage, tmp_path)), str(stage)
+    )
     assert sum(line.startswith("{") for line in output.splitlines()) == 4
 
 

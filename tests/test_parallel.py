@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rankload.loader.zero_layers import LayerFile, check_layers, read_layer, wit
 from rankload.loader.zero_model_states import ModelStates, read_model_states
 from test_journey import DATA, ENVIRONMENT, TESTS, needs_deepspeed
 from test_zero_layout import tensor
+from zero_folders import unpack_zero
 
 WORKER = TESTS / "parallel_worker.py"
 ALL = pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
@@ -243,8 +243,7 @@ def test_at_another_data_parallel_size_each_node_fetches_its_part_once(saved: Pa
     mixed = shutil.copytree(pipeline, tmp_path / "mixed")
     name = "global_step3/mp_rank_01_model_states.pt"
     shutil.copy(Path(tensors, name), mixed / name)
-    with tarfile.open(DATA / "deepspeed-zero1-w4.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack_zero(1, tmp_path)
     single = str(DATA / "composer-monolithic-w2" / "weights-ba8-rank0.pt")
     cases = [
         [pipeline, "pipeline 1 bf16 wider", {}],

@@ -40,7 +40,7 @@ def tell(*arguments: str) -> None:
         "streams": [stream.encoding for stream in (sys.stdout, sys.stderr)],
         "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
         "threads": threading.active_count(),
-        "absent": [name for name in ("deepspeed", "rankload.loader", "pytest") if name in sys.modules],
+        "loaded": [name for name in ("deepspeed", "rankload.loader", "pytest") if name in sys.modules],
     }
     print(json.dumps([told, [random.random(), float(np.random.rand())]]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import tarfile
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from processes import run_ranks
 from rankload.loader import LayoutError, MismatchError, State, load
 from rankload.loader.local_shard import dtensor_box
 from torch.distributed.tensor import Partial, Replicate, Shard
+from zero_folders import unpack_zero
 
 pytest.importorskip("safetensors")
 
@@ -41,10 +41,7 @@ STAGES = (1, 3)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Path]:
     """The folders that DeepSpeed saved at 4 ranks, by stage."""
     target = tmp_path_factory.mktemp("zero")
-    for stage in STAGES:
-        with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
-            archive.extractall(target, filter="data")
-    return {stage: target / f"s{stage}-w4" for stage in STAGES}
+    return {stage: unpack_zero(stage, target) for stage in STAGES}
 
 
 def run(function: str, world_size: int, *args: object) -> list[str]:

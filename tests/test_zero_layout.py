@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from rankload.loader.zero_files import Needed, OptimNaming, model_file, optim_na
 from rankload.loader.zero_layout import named_by_optimizer, zero_checkpoint
 from rankload.loader.zero_model_states import read_model_states
 from rankload.loader.zero_optim_states import read_optim_states, read_whole_optimizer
-
-DATA = Path(__file__).parent / "data"
+from zero_folders import unpack_zero
 
 
 def tensor(*shape: int, dtype: str = "float32") -> LazyTensor:
@@ -154,9 +152,7 @@ def check_pieces_against(layout: Any, named: dict[str, tuple[int, ...]], element
 
 
 def unpacked(tmp_path: Path, stage: int) -> Path:
-    with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / f"s{stage}-w4" / "step3"
+    return unpack_zero(stage, tmp_path) / "step3"
 
 
 def read_all(folder: Path, stage: int, ranks: range = range(4)) -> ZeroContents:

@@ -10,7 +10,6 @@ generators, and how they end.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -25,9 +24,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 PRELOADED = ("numpy", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo")
 """None of them starts a thread while it is imported with one OpenMP thread, and none reads what a job may set."""
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -36,7 +38,8 @@ class WarmRank:
     """What `subprocess.Popen` is for a rank that starts cold; the first one starts the Python that all are forks of."""
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
-        with _single_threaded():
+        # Read while libraries are imported.
+        with mock.patch.dict(os.environ, dict.fromkeys(THREADS, "1")):
             _context.set_forkserver_preload(list(PRELOADED))
             forkserver.ensure_running()
         path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *_installed_path()]
@@ -56,21 +59,6 @@ class WarmRank:
     def wait(self) -> None:
         self._process.kill()  # where it had not got as far as a session of its own
         self._process.join()
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Any:
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @cache
@@ -114,13 +102,21 @@ def _become(argv: list[str], env: dict[str, str], path: list[str], cwd: str, out
         code = -signal.SIGINT
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    end_at_once(code)
+
+
+def end_at_once(code: int) -> None:
+    """Does what an interpreter does at its end, but for taking itself down: waits for threads, runs exit handlers.
+
+    A negative `code` is the signal that ends the process.
+    """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == -signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     os._exit(code)
 
 
