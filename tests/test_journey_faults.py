@@ -17,7 +17,8 @@ import pytest
 import torch
 from http_server import Served, counting_server
 from processes import run_ranks
-from test_journey import DATA, ENVIRONMENT, WORKER, needs_deepspeed, plain, run, unpacked
+from test_journey import DATA, ENVIRONMENT, WORKER, needs_deepspeed, plain, run
+from zero_folders import unpack_zero
 
 __all__ = ["plain"]
 
@@ -218,7 +219,7 @@ def test_faults_of_archives(tmp_path: Path) -> None:
 
 @needs_deepspeed
 def test_faults_of_a_folder_and_another_world_size(tmp_path: Path) -> None:
-    folder = unpacked(3, tmp_path)
+    folder = unpack_zero(3, tmp_path)
     tag = folder / "step3"
     model = "zero_pp_rank_2_mp_rank_00_model_states.pt"
     optimizer = "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt"
