@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks are started as scripts of the tests' are.
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
+from benchmarks.fetch import CAP  # noqa: E402
 from benchmarks.fetch_clients import Place, raw_ranges, touched  # noqa: E402
 from benchmarks.measure import peak_private_bytes  # noqa: E402
 from benchmarks.tables import table, write_between_markers  # noqa: E402
@@ -190,28 +192,35 @@ def job(n: int, *arguments: object) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def over_http(served: Path, work: Path) -> Iterator[Source]:
+def over_http(served: Path, work: Path, cap: int = 0) -> Iterator[Source]:
     from real_servers import nginx
 
-    with nginx(served, work) as server:
-        yield Source("HTTP", f"{server.url}/{BUCKET}", {}, lambda: body_bytes(server))
+    with nginx(served, work, limit_rate=cap) as server:
+        name, folder = (f"HTTP, {cap // 1_000_000} MB/s each", "/capped") if cap else ("HTTP", "")
+        yield Source(name, f"{server.url}{folder}/{BUCKET}", {}, lambda: body_bytes(server))
 
 
 @contextlib.contextmanager
-def over_s3(served: Path, work: Path) -> Iterator[Source]:
+def over_s3(served: Path, work: Path, cap: int = 0) -> Iterator[Source]:
     import fsspec
     from real_servers import counted, seaweedfs
 
-    with seaweedfs(work) as server, counted(server.endpoint, work) as front:
+    with seaweedfs(work) as server, counted(server.endpoint, work, limit_rate=cap) as front:
         store = fsspec.filesystem("s3", **server.options)
         store.mkdir(BUCKET)
         for path in sorted(path for path in served.rglob("*") if path.is_file()):
             store.put_file(str(path), str(path.relative_to(served)))
         options = replace(server, endpoint=front.url).options
-        yield Source("S3", f"s3://{BUCKET}", options, lambda: body_bytes(front))
+        name = f"S3, {cap // 1_000_000} MB/s each" if cap else "S3"
+        yield Source(name, f"s3://{BUCKET}", options, lambda: body_bytes(front))
 
 
-SERVERS = {"http": over_http, "s3": over_s3}
+SERVERS = {
+    "http": over_http,
+    "s3": over_s3,
+    "http-capped": functools.partial(over_http, cap=CAP),
+    "s3-capped": functools.partial(over_s3, cap=CAP),
+}
 
 
 def body_bytes(server: Any) -> int:

@@ -59,7 +59,7 @@ http {{
 """
 _FILES = """
     root {folder};
-    location /capped/ {{ alias {folder}/; limit_rate {limit}; }}
+    location /capped/ {{ alias {folder}/; limit_rate {limit}; sendfile_max_chunk 256k; }}
     location /private/ {{ alias {folder}/; auth_basic "private"; auth_basic_user_file {work}/users; }}
 """
 _IN_FRONT = """
