@@ -4,11 +4,14 @@ from __future__ import annotations
 
 START = 4
 MOST = 32
-GROWTH = 3
-WINDOWS_S = (0.08, 0.16, 0.32, 0.48)
+GROWTH = 4
+WINDOWS_S = (0.04, 0.12, 0.32, 0.48)
 """How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
 longer ones, since distant servers are slow to start."""
-SETTLE_S = 0.03
+STARTED_BYTES = 16 << 20
+"""What a connection has brought when it is as fast as it gets: more than what any usual link holds. More connections
+that bring nothing are given up then, without longer windows."""
+SETTLE_S = 0.02
 """Left out of the judgement after a change."""
 WORTH = 0.4
 """The share of what more connections would bring, if each brought as much as those before, that keeps them."""
@@ -31,6 +34,8 @@ class Pace:
         self._kept: tuple[int, float] | None = None
         """The number that proved best so far, and its bytes a second."""
         self._begin: tuple[float, int] | None = None
+        self._arrived_bytes = 0
+        self._changed_at_bytes = 0
         self._window = 0
         self._settles_until = 0.0
         self._holds_until = 0.0
@@ -40,6 +45,7 @@ class Pace:
 
     def observe(self, now: float, arrived_bytes: int) -> int:
         """The number of connections from `now` on; `arrived_bytes` is the sum since the beginning."""
+        self._arrived_bytes = arrived_bytes
         if now < self._settles_until or arrived_bytes == 0:
             return self.limit
         if self._begin is None:
@@ -76,7 +82,7 @@ class Pace:
         if rate >= kept_rate * (1 + WORTH * (self.limit / n_kept - 1)):
             self._hold_s = HOLD_S
             self._keep(rate, now)
-        elif self._window + 1 < len(WINDOWS_S):
+        elif self._window + 1 < len(WINDOWS_S) and not self._have_started():
             self._window += 1
         else:
             self._change(n_kept, now)
@@ -92,6 +98,10 @@ class Pace:
         else:
             self._kept = (self.limit, rate)
             self._hold(now)
+
+    def _have_started(self) -> bool:
+        """Whether the connections of today have long been as fast as they get."""
+        return self._arrived_bytes - self._changed_at_bytes >= self.limit * STARTED_BYTES
 
     def _keep(self, rate: float, now: float) -> None:
         self._kept = (self.limit, rate)
@@ -116,6 +126,7 @@ class Pace:
 
     def _change(self, limit: int, now: float) -> None:
         self.limit = limit
+        self._changed_at_bytes = self._arrived_bytes
         self._begin = None
         self._window = 0
         self._settles_until = now + SETTLE_S

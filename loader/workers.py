@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .transfer import POLL_S, Stopped
 
-GROW_S = 0.02
+GROW_S = 0.01
 """How often it is looked whether more threads are wanted."""
 STOP_TIMEOUT_S = 5.0
 """How long threads are given to end once they are told to; one stuck in a backend is left to itself."""

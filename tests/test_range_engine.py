@@ -6,7 +6,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -23,7 +23,7 @@ from rankload.loader.range_engine import Reading, ReadReport, read_ranges
 from rankload.loader.range_http import HttpSource
 from rankload.loader.range_open import open_range_source
 from rankload.loader.range_pace import Pace
-from rankload.loader.range_source import RangeSource
+from rankload.loader.range_source import Arrived, RangeSource
 from rankload.loader.range_targets import FileTarget, MemoryTarget
 from rankload.loader.ranges import ByteRange, total_bytes, union
 from rankload.loader.store import ObjectInfo, open_store
@@ -487,6 +487,37 @@ def read_some(source: RangeSource) -> bytes:
     return bytes(memory)
 
 
+def test_no_early_run_is_so_long_that_the_others_wait_for_it() -> None:
+    class Zeros:
+        """A source of which many connections bring more; what each run asks for is kept."""
+
+        version, has_ranges, max_connections, kind = "1", True, 32, "none"
+        size_bytes = 640 * CHUNK
+
+        def __init__(self) -> None:
+            self.runs: list[int] = []
+
+        def read_into(self, start: int, stop: int, views: Iterable[memoryview], arrived: Arrived) -> None:
+            self.runs.append(stop - start)
+            for view in views:
+                time.sleep(0.001)
+                arrived(len(view))
+
+        def describe(self) -> str:
+            return "zeros"
+
+        def confirm(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    source = Zeros()
+    _, report = read_all(source, pace=Pace(4, 32))
+    assert sum(source.runs) == source.size_bytes
+    # Of what is left, each of the 32 connections that there may be gets a half at most.
+    assert max(source.runs) == source.runs[0] == 10 * CHUNK
+    assert report.requests == len(source.runs)
+
+
 def test_whole_objects_only() -> None:
     class Backend:
         def download_object(self, *args: object) -> None: ...
@@ -511,23 +542,38 @@ def test_capped_connections_get_many_soon() -> None:
     pace = Pace()
     limits = run_link(pace, lambda n: n * 90e6, 1, 4)
     assert limits[-1] == 32
-    assert limits.index(32) < 40
+    assert limits.index(32) < 20
 
 
 def test_a_link_that_is_full_gets_few() -> None:
     limits = run_link(Pace(), lambda n: min(n, 3) * 600e6, 1, 3)
-    assert (limits[-1], max(limits)) == (4, 12)
+    assert (limits[-1], max(limits)) == (4, 16)
+    # As soon as each of the many has brought more than a link holds: 256 MiB here.
+    assert limits.count(16) < 40
 
 
 def test_a_link_in_between() -> None:
     limits = run_link(Pace(), lambda n: min(n * 90e6, 1000e6), 1, 3)
-    assert (limits[-1], max(limits)) == (12, 32)
+    assert (limits[-1], max(limits)) == (16, 32)
+
+
+def test_connections_that_are_slow_to_start_are_waited_for() -> None:
+    pace, arrived, began = Pace(), 0.0, [0.0] * 4
+    limits = []
+    for tick in range(300):
+        now = tick * 0.01
+        # Half a second each until it is at 90 MB/s.
+        arrived += sum(90e6 * min(1, (now - begin) / 0.5) for begin in began) * 0.01
+        limits.append(pace.observe(now, int(arrived)))
+        began = (began + [now] * pace.limit)[: pace.limit]
+    assert limits[-1] == 32
+    assert 4 not in limits[limits.index(16) :]
 
 
 def test_more_are_tried_again_later() -> None:
     pace = Pace()
-    assert run_link(pace, lambda n: 1e9, 1, 3)[-1] == 4
-    assert run_link(pace, lambda n: n * 250e6, 4, 6)[-1] == 32
+    assert run_link(pace, lambda n: 1e9, 1, 2)[-1] == 4
+    assert run_link(pace, lambda n: n * 250e6, 3, 6)[-1] == 32
 
 
 def test_too_many_are_given_up_later() -> None:
