@@ -185,8 +185,28 @@ def finish_engine(plan: EnginePlan) -> None:
     These are the only collectives of a restore, and DeepSpeed's own; so the ranks should have agreed that all are well.
     """
     optimizer = plan.target.engine.optimizer
-    # One by one: of several at once, DeepSpeed before 0.19 waits for the last alone, and gloo may end others later.
-    for parameter in getattr(optimizer, "persistent_parameters", ()):
-        parameter.all_gather([parameter])
+    _gather_whole(
+        [
+            one
+            for one in getattr(optimizer, "persistent_parameters", ())
+            if one.ds_status.name == "NOT_AVAILABLE"
+        ]
+    )
     if plan.target.kind == "zero3":
         optimizer.checkpoint_event_epilogue()
+
+
+def _gather_whole(parameters: list[Any]) -> None:
+    """Those of one group in one collective, as DeepSpeed's own forward pass gathers them.
+
+    Its ``all_gather`` of a list starts a collective for each, and before 0.19 waits for the last alone, while gloo may
+    end others later. What has a second copy of its shares, or is quantized, is gathered by it one by one.
+    """
+    by_group: dict[int, list[Any]] = {}
+    for one in parameters:
+        if getattr(one, "ds_secondary_tensor", None) is not None or hasattr(one.ds_tensor, "ds_quant_scale"):
+            one.all_gather([one])
+        else:
+            by_group.setdefault(id(one.ds_process_group), []).append(one)
+    for group in by_group.values():
+        group[0].all_gather_coalesced(group).wait()
