@@ -1,7 +1,7 @@
 """One agreement: every rank posts its part, rank 0 combines them, and exactly one outcome is settled for all.
 
-Per agreement, a rank other than 0 sends its post, and looks at the decision (at most every 50 ms while it
-waits). Keys of an agreement are removed when all have posted for the next one: by then everybody has read
+Per agreement, a rank other than 0 sends its post, and looks at the decision (every millisecond at first, every 50
+in the end). Keys of an agreement are removed when all have posted for the next one: by then everybody has read
 them.
 """
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from .courier import AGREED, BEAT_S, Courier, decision_key
 from .errors import PeerError, RankloadError, StalledError, from_record
 from .mailbox import Mailbox
 
+T = TypeVar("T")
 Combine = Callable[[Sequence[bytes]], bytes | list[bytes]]
 """What rank 0 makes of all parts: one result for all, or a list with one for each rank."""
 POLL_S = (0.001, 0.05)
+PATIENCE = 0.1
+"""The share of what was waited so far that goes by until the next look: more of it would be lost each time."""
 NAMED_AT_MOST = 8
 
 
@@ -54,18 +58,23 @@ class Agreement:
 
     def _lead(self, index: int, name: str, combine: Combine | None) -> bytes:
         keys = self._post_keys(index)
-        self._await(index, name, lambda mailbox: mailbox.has_all(keys))
-        posts = self._courier.call(lambda mailbox: mailbox.peek_all(keys))
-        parts = _matching(name, [post or b"\0" for post in posts])
+
+        def posts(mailbox: Mailbox, outcome: str | None) -> list[bytes | None] | None:
+            return mailbox.peek_all(keys) if outcome is None and mailbox.has_all(keys) else None
+
+        parts = _matching(name, [post or b"\0" for post in self._await(index, name, posts)])
+        made = None if combine is None else combine(parts)
+
+        def conclude(mailbox: Mailbox) -> str:
+            if made is not None:
+                self._hand_out(mailbox, index, made)
+            return mailbox.settle(decision_key(index), AGREED)
+
+        self._accept(self._courier.call(conclude))
         if index > 0:
-            self._courier.call(lambda mailbox: mailbox.forget(self.spent_keys(index - 1)))
-        result = b""
-        if combine is not None:
-            made = combine(parts)
-            self._courier.call(lambda mailbox: self._hand_out(mailbox, index, made))
-            result = made[0] if isinstance(made, list) else made
-        self._accept(self._courier.call(lambda mailbox: mailbox.settle(decision_key(index), AGREED)))
-        return result
+            # Nobody waits for that.
+            self._courier.call_later(lambda mailbox: mailbox.forget(self.spent_keys(index - 1)))
+        return made[0] if isinstance(made, list) else made or b""
 
     def _hand_out(self, mailbox: Mailbox, index: int, made: bytes | list[bytes]) -> None:
         if not isinstance(made, list):
@@ -76,34 +85,34 @@ class Agreement:
             mailbox.put(_result_key(index, rank), own)
 
     def _follow(self, index: int, name: str, combine: Combine | None) -> bytes:
-        self._await(index, name, None)
-        if combine is None:
-            return b""
-
-        def fetch(mailbox: Mailbox) -> bytes | None:
+        def result(mailbox: Mailbox, outcome: str | None) -> bytes | None:
+            if outcome is None or combine is None:
+                return None if outcome is None else b""
             common = mailbox.peek(_result_key(index))
-            return common if common is not None else mailbox.peek(_result_key(index, self._rank))
+            return common if common is not None else mailbox.peek(_result_key(index, self._rank)) or b""
 
-        return self._courier.call(fetch) or b""
+        return self._await(index, name, result)
 
-    def _await(self, index: int, name: str, ready: Callable[[Mailbox], bool] | None) -> None:
-        """Returns when the agreement is settled as agreed, or (rank 0) when all are ready for that."""
+    def _await(self, index: int, name: str, find: Callable[[Mailbox, str | None], T | None]) -> T:
+        """What `find` finds, given that the agreement is settled as agreed, or not settled (None).
 
-        def look(mailbox: Mailbox) -> str | None:
+        Raises the error that it was settled as."""
+
+        def look(mailbox: Mailbox) -> tuple[str | None, T | None]:
             outcome = mailbox.settled(decision_key(index))
-            return AGREED if outcome is None and ready is not None and ready(mailbox) else outcome
+            return outcome, find(mailbox, outcome) if outcome in (None, AGREED) else None
 
-        pause, longest = POLL_S
         # Rank 0 alone carries the looks of all: many ranks look less often.
-        longest = max(longest, 5e-5 * self._world_size)
+        shortest, longest = max(POLL_S[0], 2e-6 * self._world_size), max(POLL_S[1], 5e-5 * self._world_size)
+        begin = time.monotonic()
         while True:
-            outcome = self._courier.call(look)
+            outcome, found = self._courier.call(look)
             if outcome is not None:
                 self._accept(outcome)
-                return
+            if found is not None:
+                return found
             self._check_peers(index, name)
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+            time.sleep(min(max(PATIENCE * (time.monotonic() - begin), shortest), longest))
 
     def _accept(self, outcome: str) -> None:
         if outcome != AGREED:

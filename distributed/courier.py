@@ -120,6 +120,10 @@ class Courier:
             raise StoreLostError(str(job.error)) from job.error
         return job.answer  # type: ignore[return-value]
 
+    def call_later(self, work: Callable[[Mailbox], object]) -> None:
+        """Has the courier's thread run ``work`` without waiting for it; where that fails, the next `call` does."""
+        self._jobs.put(_Job(work))
+
     def stop(self, patience_s: float) -> bool:
         """Ends the thread; False where it sits in a call that the store does not answer."""
         self._jobs.put(None)
