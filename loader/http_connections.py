@@ -83,8 +83,11 @@ class Connection:
 class Connections:
     """Those of one or several sources. Safe between threads, and in a forked child, which gets its own."""
 
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        self._context = context
+    def __init__(self, verify: Any = None) -> None:
+        """`verify` is as for `trusted`, which is asked with the first connection that is encrypted."""
+        self._verify = verify
+        self._context: ssl.SSLContext | None = None
+        self._others: dict[Any, Connections] = {}
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
         self._busy: set[Connection] = set()
@@ -100,10 +103,17 @@ class Connections:
                 connection = idle.pop()
             else:
                 if origin.scheme == "https" and self._context is None:
-                    self._context = trusted()
+                    self._context = trusted(self._verify)
                 connection = Connection(origin, self._context)
             self._busy.add(connection)
         return connection
+
+    def trusting(self, verify: Any) -> Connections:
+        """Those that trust as `verify` says (see `trusted`): these where it is None, else others, closed with these."""
+        if verify is None:
+            return self
+        with self._lock:
+            return self._others.setdefault(verify, Connections(verify))
 
     def give_back(self, connection: Connection) -> None:
         """The last answer was read to its end."""
@@ -126,6 +136,9 @@ class Connections:
             ours = self._pid == os.getpid()
             busy, idle = self._busy, [one for many in self._idle.values() for one in many]
             self._busy, self._idle = set(), {}
+            others = list(self._others.values())
+        for other in others:
+            other.close()
         if ours:
             for connection in busy:
                 connection.interrupt()

@@ -10,7 +10,7 @@ from ssl import SSLContext
 from typing import Any
 
 from .http_address import address_of
-from .http_connections import Connections, trusted
+from .http_connections import Connections
 from .range_fsspec import open_fsspec_source
 from .range_http import HttpSource
 from .range_local import LocalSource
@@ -48,9 +48,8 @@ def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | No
     if settings is None:
         return None
     headers, verify = settings
-    owns = connections is None or verify is not None
-    if connections is None or verify is not None:
-        connections = Connections(trusted(verify) if verify is not None else None)
+    owns = connections is None
+    connections = (connections or Connections()).trusting(verify)
     source = HttpSource(
         lambda: address_of(info.name, headers), connections, owns_connections=owns, expected=info
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from .errors import AccessError
 from .http_address import Address
-from .http_connections import Connections, trusted
+from .http_connections import Connections
 from .range_http import HttpSource
 from .range_source import TryAgainError
 from .store import ObjectInfo
@@ -16,6 +17,8 @@ from .store_fsspec import FsspecStore
 SIGNED_FOR_S = 3600.0
 _S3 = frozenset({"s3", "s3a"})
 _SIGNERS = _S3 | {"gs", "gcs", "az", "abfs", "abfss"}
+_one_signs = threading.Lock()
+"""s3fs makes a client with the first call, and of several first calls each makes one."""
 
 
 def open_signed(
@@ -39,15 +42,15 @@ def open_signed(
 
     def make_address() -> Address:
         # Kept out of the message: SDKs may quote what they were given.
-        return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
+        with _one_signs:
+            return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
 
     try:
         make_address()
     except Exception:
         return None
-    owns = connections is None or verify is not None
-    if connections is None or verify is not None:
-        connections = Connections(trusted(verify) if verify is not None else None)
+    owns = connections is None
+    connections = (connections or Connections()).trusting(verify)
     # The ETag of other backends' listings is not the one that their HTTP answers carry.
     version = info.version if is_s3 and info.version and info.version.startswith('"') else None
     expected = ObjectInfo(info.name, info.size_bytes, version)

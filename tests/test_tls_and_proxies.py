@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 import ssl
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from bad_server import BadServer, Behaviour, bad_server
 from forward_proxy import forward_proxy
 from rankload.loader import AccessError, State, load
+from rankload.loader.http_address import Origin
+from rankload.loader.http_connections import Connections
 
 _CONFIG = """
 [req]
@@ -149,3 +152,25 @@ def test_what_is_not_for_the_proxy(
         monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
         saved.check(server, name, tmp_path)
         assert (proxy.asked, bool(server.asked)) == ([], True)
+
+
+def test_objects_share_connections_whoever_is_trusted(saved: Saved, tmp_path: Path) -> None:
+    bundle = str(tmp_path / "bundle.pem")
+    connections = Connections()
+    trusting = connections.trusting(bundle)
+    assert trusting is connections.trusting(bundle)
+    assert trusting is not connections.trusting(False)
+    assert connections.trusting(None) is connections
+    with bad_server(saved.objects) as server:
+        plain = Origin("http", "127.0.0.1", int(server.url("").rpartition(":")[2]))
+        # No bundle is read for what is not encrypted.
+        connection = trusting.take(plain)
+        connection.http.request("GET", NAMES[0])
+        connection.http.getresponse().read()
+        trusting.give_back(connection)
+        assert connections.trusting(bundle).take(plain) is connection
+        trusting.give_back(connection)
+        connections.close()
+        assert connection.http.sock is None
+    with pytest.raises(AccessError, match=re.escape(bundle)):
+        trusting.take(Origin("https", "127.0.0.1", 1))
