@@ -31,7 +31,7 @@ MAKE = "make servers installs it"
 DEBIAN = "Debian's package {} has it"
 REGION = "us-east-1"
 _NGINX = """
-worker_processes 2;
+worker_processes {workers};
 daemon off;
 {user}
 pid {work}/nginx.pid;
@@ -52,7 +52,7 @@ http {{
   uwsgi_temp_path {work}/uwsgi;
   scgi_temp_path {work}/scgi;
   server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port} reuseport;
     {locations}
   }}
 }}
@@ -326,7 +326,8 @@ def _nginx(work: Path, locations: str) -> Iterator[int]:
     user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
 
     def command(ports: Sequence[int]) -> list[str]:
-        text = _NGINX.format(user=user, work=work, port=ports[0], locations=locations)
+        workers = max(2, (os.cpu_count() or 1) // 2)
+        text = _NGINX.format(user=user, work=work, port=ports[0], locations=locations, workers=workers)
         (work / "nginx.conf").write_text(text)
         return [program, "-p", str(work), "-e", str(work / "nginx.log"), "-c", str(work / "nginx.conf")]
 
