@@ -52,7 +52,7 @@ http {{
   uwsgi_temp_path {work}/uwsgi;
   scgi_temp_path {work}/scgi;
   server {{
-    listen 127.0.0.1:{port} reuseport;
+    listen 127.0.0.1:{port} reuseport{encrypted};
     {locations}
   }}
 }}
@@ -193,14 +193,17 @@ def nginx(folder: Path, work: Path, *, limit_rate: int = 90_000_000) -> Iterator
 
 
 @contextlib.contextmanager
-def counted(endpoint: str, work: Path, *, limit_rate: int = 0) -> Iterator[Nginx]:
+def counted(
+    endpoint: str, work: Path, *, limit_rate: int = 0, certificate: Path | None = None
+) -> Iterator[Nginx]:
     """nginx in front of the server at `endpoint`, counting. Signatures are good where they are made for its URL.
 
-    Each answer gets at most `limit_rate` bytes a second; 0: as many as there are.
+    Each answer gets at most `limit_rate` bytes a second; 0: as many as there are. With a `certificate`, whose key lies
+    beside it in ``key.pem``, it speaks https.
     """
     work = _folder(work, "front")
-    with _nginx(work, _IN_FRONT.format(behind=endpoint, limit=limit_rate)) as port:
-        yield Nginx(f"http://127.0.0.1:{port}", work / "access.log")
+    with _nginx(work, _IN_FRONT.format(behind=endpoint, limit=limit_rate), certificate) as port:
+        yield Nginx(f"http{'s' if certificate else ''}://127.0.0.1:{port}", work / "access.log")
 
 
 @contextlib.contextmanager
@@ -321,13 +324,19 @@ def sftp(work: Path) -> Iterator[SftpServer]:
 
 
 @contextlib.contextmanager
-def _nginx(work: Path, locations: str) -> Iterator[int]:
+def _nginx(work: Path, locations: str, certificate: Path | None = None) -> Iterator[int]:
     program = find_program("nginx", DEBIAN.format("nginx"))
     user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
+    workers = max(2, (os.cpu_count() or 1) // 2)
+    encrypted = ""
+    if certificate is not None:
+        key = certificate.parent / "key.pem"
+        encrypted = f" ssl; ssl_certificate {certificate}; ssl_certificate_key {key}"
 
     def command(ports: Sequence[int]) -> list[str]:
-        workers = max(2, (os.cpu_count() or 1) // 2)
-        text = _NGINX.format(user=user, work=work, port=ports[0], locations=locations, workers=workers)
+        text = _NGINX.format(
+            user=user, work=work, port=ports[0], locations=locations, workers=workers, encrypted=encrypted
+        )
         (work / "nginx.conf").write_text(text)
         return [program, "-p", str(work), "-e", str(work / "nginx.log"), "-c", str(work / "nginx.conf")]
 

@@ -7,9 +7,12 @@ import re
 import shutil
 import ssl
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, bad_server
@@ -17,6 +20,8 @@ from forward_proxy import forward_proxy
 from rankload.loader import AccessError, State, load
 from rankload.loader.http_address import Origin
 from rankload.loader.http_connections import Connections
+from real_servers import counted
+from server_process import ServerMissing, find_program
 
 _CONFIG = """
 [req]
@@ -41,7 +46,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    for name in BUNDLES:
+    for name in (*BUNDLES, "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,9 +56,12 @@ class Saved:
     objects: dict[str, Behaviour]
 
     def check(self, server: BadServer, name: str, folder: Path) -> None:
+        self.load(server.url(name), folder)
+
+    def load(self, url: str, folder: Path, more: Mapping[str, Any] | None = None) -> None:
         target = torch.nn.Linear(512, 512)
-        options = {"cache_dir": str(folder / "cache")}
-        load(server.url(name), State(target), load_weights_only=True, progress_bar=False, options=options)
+        options = {"cache_dir": str(folder / "cache"), **(more or {})}
+        load(url, State(target), load_weights_only=True, progress_bar=False, options=options)
         assert torch.equal(target.weight, self.module.weight)
 
 
@@ -113,6 +121,36 @@ def test_a_certificate_that_nobody_vouches_for(
         with pytest.raises(AccessError, match="certificate verify failed"):
             saved.check(server, name, tmp_path)
         assert server.asked == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bundle_that_is_for_s3_alone(
+    saved: Saved,
+    bundle: Path,
+    seaweedfs_server: Any,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = f"tls{NAMES.index(name)}"
+    files = fsspec.filesystem("s3", **seaweedfs_server.options)
+    files.mkdir(bucket)
+    files.pipe_file(f"{bucket}{name}", saved.objects[name].body)
+    try:
+        find_program("nginx", "Debian's package nginx has it")
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+    with counted(seaweedfs_server.endpoint, tmp_path, certificate=bundle) as front:
+        options = {"storage_options": replace(seaweedfs_server, endpoint=front.url).options}
+        with pytest.raises(AccessError, match="certificate"):
+            saved.load(f"s3://{bucket}{name}", tmp_path, options)
+        assert front.sent() == []
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+        # fsspec hands out a client that was made before.
+        fsspec.filesystem("s3", **options["storage_options"]).clear_instance_cache()
+        saved.load(f"s3://{bucket}{name}", tmp_path, options)
+        gets = [status for method, _, status, _ in front.sent() if method == "GET"]
+        assert (206 in gets) == (name == "/parts.pt")
 
 
 @pytest.mark.parametrize("name", NAMES)
