@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 from .errors import AccessError
@@ -17,8 +16,6 @@ from .store_fsspec import FsspecStore
 SIGNED_FOR_S = 3600.0
 _S3 = frozenset({"s3", "s3a"})
 _SIGNERS = _S3 | {"gs", "gcs", "az", "abfs", "abfss"}
-_one_signs = threading.Lock()
-"""s3fs makes a client with the first call, and of several first calls each makes one."""
 
 
 def open_signed(
@@ -42,8 +39,7 @@ def open_signed(
 
     def make_address() -> Address:
         # Kept out of the message: SDKs may quote what they were given.
-        with _one_signs:
-            return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
+        return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
 
     try:
         make_address()
