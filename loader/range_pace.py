@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 START = 4
 MOST = 32
 GROWTH = 4
 WINDOWS_S = (0.04, 0.12, 0.32, 0.48)
 """How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
 longer ones, since distant servers are slow to start."""
-STARTED_BYTES = 16 << 20
+STARTED_BYTES = 8 << 20
 """What a connection has brought when it is as fast as it gets: more than what any usual link holds. More connections
 that bring nothing are given up then, without longer windows."""
 SETTLE_S = 0.02
 """Left out of the judgement after a change."""
 WORTH = 0.4
 """The share of what more connections would bring, if each brought as much as those before, that keeps them."""
+SOME_GAIN = 1.15
+"""How much more than before is more than chance."""
 AS_GOOD = 0.95
 """The share of the rate that fewer connections must bring to be kept."""
 HOLD_S = 2.0
@@ -25,7 +29,7 @@ SPARE_S = 1.0
 
 
 class Pace:
-    """Multiplies the connections while that brings more, goes back where it does not, and looks again later."""
+    """Multiplies the connections while that brings more, goes back as far as it does not, and looks again later."""
 
     def __init__(self, start: int = START, most: int = MOST) -> None:
         self.most = max(1, most)
@@ -85,6 +89,11 @@ class Pace:
         elif self._window + 1 < len(WINDOWS_S) and not self._have_started():
             self._window += 1
         else:
+            # Some of them were worth it: as many as would bring this, each as much as those before.
+            gain = rate / kept_rate if kept_rate else 1.0
+            if gain >= SOME_GAIN:
+                n_kept = min(self.limit, math.ceil(n_kept * gain))
+                self._kept = (n_kept, rate)
             self._change(n_kept, now)
             self._hold(now)
 
