@@ -145,9 +145,10 @@ class _Engine:
         run = Run(self._queue[0].reading)
         source = run.reading.source
         length = 0
-        # As if all connections that there may be were at work: on links where each is slow, a long run that one of the
-        # first took would be what all the others wait for in the end.
-        most = min(MAX_RUN_BYTES, self._left_bytes // (2 * self._pace.most)) if source.has_ranges else 1 << 62
+        # As if the connections that there may be soon were at work: on links where each is slow, a long run that one of
+        # the first took would be what all the others wait for in the end.
+        soon = self._pace.soon
+        most = min(MAX_RUN_BYTES, self._left_bytes // (2 * soon)) if source.has_ranges else 1 << 62
         while self._queue and run.follows(self._queue[0]):
             length += self._queue[0].span.length
             if run.chunks and length > most:

@@ -47,6 +47,11 @@ class Pace:
         self._spared_until = 0.0
         self._tries_fewer = False
 
+    @property
+    def soon(self) -> int:
+        """How many connections there may be after the next change."""
+        return min(self.most, self.limit * GROWTH)
+
     def observe(self, now: float, arrived_bytes: int) -> int:
         """The number of connections from `now` on; `arrived_bytes` is the sum since the beginning."""
         self._arrived_bytes = arrived_bytes
@@ -115,7 +120,7 @@ class Pace:
     def _keep(self, rate: float, now: float) -> None:
         self._kept = (self.limit, rate)
         if self.limit < self.most:
-            self._change(min(self.most, self.limit * GROWTH), now)
+            self._change(self.soon, now)
         else:
             self._hold(now)
 
@@ -125,7 +130,7 @@ class Pace:
         if self.limit > self._start and (self._tries_fewer or self.limit == self.most):
             self._change(max(self._start, self.limit // GROWTH), now)
         elif self.limit < self.most:
-            self._change(min(self.most, self.limit * GROWTH), now)
+            self._change(self.soon, now)
 
     def _hold(self, now: float) -> None:
         # A longer window tells the held number's rate better.
