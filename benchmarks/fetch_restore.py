@@ -5,8 +5,8 @@
 A model is saved by DeepSpeed, in bf16 with AdamW, at stages 1 and 3 by 1, 2 and 4 ranks, and restored by as many from
 nginx and from SeaweedFS, with nginx before it that counts bytes. Ways take turns within each round; what is shown are
 medians. Every rank's fp32 weights are compared with those that were saved. With the most ranks also over connections of
-90 MB/s each, which is about what object stores give. Beside them stands how long the server alone
-takes: a few threads that read the same bytes into memory, and no ranks. Nothing is asserted about speed.
+90 MB/s each, which is about what object stores give. Beside them stands how long the server alone takes: a few threads
+that read the same bytes into memory, and no ranks. Nothing is asserted about speed.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ def main() -> None:
                     rows += summary(source.name, stage, n, runs)
                     print(table(header, rows[-len(runs) :]), flush=True)
                 shutil.rmtree(served)
+    rounds = "one round" if arguments.rounds == 1 else f"medians of {arguments.rounds} rounds"
     text = (
         f"{os.cpu_count()} CPUs, Python {platform.python_version()}; {arguments.params} million parameters, "
-        f"{min(saved_mb):,} to {max(saved_mb):,} MB of files; medians of {arguments.rounds} rounds. Memory is the sum "
+        f"{min(saved_mb):,} to {max(saved_mb):,} MB of files; {rounds}. Memory is the sum "
         f"over the ranks of each one's peak of private memory above where it began. All memory had been touched "
         f"before.\n\n{table(header, rows)}"
     )
@@ -202,8 +203,9 @@ def over_http(served: Path, work: Path, cap: int = 0) -> Iterator[Source]:
     from real_servers import nginx
 
     with nginx(served, work, limit_rate=cap) as server:
-        name, folder = (f"HTTP, {cap // 1_000_000} MB/s a connection", "/capped") if cap else ("HTTP", "")
-        yield Source(name, f"{server.url}{folder}/{BUCKET}", {}, lambda: body_bytes(server), connections(cap))
+        base = f"{server.url}/capped/{BUCKET}" if cap else f"{server.url}/{BUCKET}"
+        sent = functools.partial(body_bytes, server)
+        yield Source(titled("HTTP", cap), base, {}, sent, connections(cap))
 
 
 @contextlib.contextmanager
@@ -217,8 +219,8 @@ def over_s3(served: Path, work: Path, cap: int = 0) -> Iterator[Source]:
         for path in sorted(path for path in served.rglob("*") if path.is_file()):
             store.put_file(str(path), str(path.relative_to(served)))
         options = replace(server, endpoint=front.url).options
-        name = f"S3, {cap // 1_000_000} MB/s a connection" if cap else "S3"
-        yield Source(name, f"s3://{BUCKET}", options, lambda: body_bytes(front), connections(cap))
+        sent = functools.partial(body_bytes, front)
+        yield Source(titled("S3", cap), f"s3://{BUCKET}", options, sent, connections(cap))
 
 
 SERVERS = {
@@ -227,6 +229,10 @@ SERVERS = {
     "http-capped": functools.partial(over_http, cap=CAP),
     "s3-capped": functools.partial(over_s3, cap=CAP),
 }
+
+
+def titled(server: str, cap: int) -> str:
+    return f"{server}, {cap // 1_000_000} MB/s a connection" if cap else server
 
 
 def connections(cap: int) -> int:

@@ -86,8 +86,10 @@ class Agreement:
 
     def _follow(self, index: int, name: str, combine: Combine | None) -> bytes:
         def result(mailbox: Mailbox, outcome: str | None) -> bytes | None:
-            if outcome is None or combine is None:
-                return None if outcome is None else b""
+            if outcome is None:
+                return None
+            if combine is None:
+                return b""
             common = mailbox.peek(_result_key(index))
             return common if common is not None else mailbox.peek(_result_key(index, self._rank)) or b""
 

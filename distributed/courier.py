@@ -90,7 +90,7 @@ class Courier:
     def beat_now(self) -> None:
         """Beats and looks at once, not only when it is time."""
         self._due = time.monotonic()
-        self._jobs.put(_Job(lambda mailbox: None))
+        self.call_later(lambda mailbox: None)
 
     def call(self, work: Callable[[Mailbox], T], patience_s: float | None = None) -> T:
         """Runs ``work`` on the courier's thread and waits for it.

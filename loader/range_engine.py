@@ -147,8 +147,8 @@ class _Engine:
         length = 0
         # As if the connections that there may be soon were at work: on links where each is slow, a long run that one of
         # the first took would be what all the others wait for in the end.
-        soon = self._pace.soon
-        most = min(MAX_RUN_BYTES, self._left_bytes // (2 * soon)) if source.has_ranges else 1 << 62
+        share = self._left_bytes // (2 * self._pace.soon)
+        most = min(MAX_RUN_BYTES, share) if source.has_ranges else 1 << 62
         while self._queue and run.follows(self._queue[0]):
             length += self._queue[0].span.length
             if run.chunks and length > most:

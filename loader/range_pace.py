@@ -95,7 +95,7 @@ class Pace:
             self._window += 1
         else:
             # Some of them were worth it: as many as would bring this, each as much as those before.
-            gain = rate / kept_rate if kept_rate else 1.0
+            gain = rate / kept_rate
             if gain >= SOME_GAIN:
                 n_kept = min(self.limit, math.ceil(n_kept * gain))
                 self._kept = (n_kept, rate)

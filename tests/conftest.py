@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import real_servers
-from server_process import ServerMissing
+from server_process import or_skip
 from zero_folders import unpack_zero
 
 DATA = Path(__file__).parent / "data"
-T = TypeVar("T")
 
 # No test puts anything into the folder in memory that real loads share, unless it says so.
 os.environ["RANKLOAD_CACHE_HOME"] = "disk"
@@ -24,17 +22,6 @@ os.environ["RANKLOAD_CACHE_HOME"] = "disk"
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def or_skip(server: contextlib.AbstractContextManager[T]) -> Iterator[T]:
-    """The server, or a skipped test that says why there is none."""
-    with contextlib.ExitStack() as stack:
-        try:
-            running = stack.enter_context(server)
-        except ServerMissing as missing:
-            pytest.skip(str(missing))
-        yield running
 
 
 @pytest.fixture(scope="session")

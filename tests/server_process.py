@@ -12,6 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 START_DEADLINE_S = 40.0
 END_DEADLINE_S = 5.0
@@ -21,6 +24,19 @@ TRIES = 3
 
 class ServerMissing(Exception):  # noqa: N818 - it is no error: the tests are skipped
     """The server cannot be had here; the message says what is missing."""
+
+
+@contextlib.contextmanager
+def or_skip(server: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """The server, or a skipped test that says why there is none."""
+    import pytest
+
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(server)
+        except ServerMissing as missing:
+            pytest.skip(str(missing))
+        yield running
 
 
 def find_program(name: str, how: str) -> str:

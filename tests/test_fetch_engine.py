@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from processes import run_ranks
 from real_servers import nginx
-from server_process import ServerMissing
+from server_process import or_skip
 
 pytest.importorskip("deepspeed")
 
@@ -41,20 +41,17 @@ def test_an_engine_gets_the_same_whichever_way_bytes_take(stage: str, tmp_path: 
     job(3, "save", served / "run", stage)
     wanted = [one["found"] for one in job(2, "restore", served / "run", stage, "{}")]
     saved = sum(path.stat().st_size for path in served.rglob("*.pt"))
-    try:
-        with nginx(served, tmp_path / "servers") as server:
-            ways = [("direct", (2,)), ("job", (1, 1))] + [("auto", (1, 1))] * bool(os.environ.get("TEST_ALL"))
-            for mode, nodes in ways:
-                before = sum(size for *_, size in server.sent())
-                told = job(
-                    2, "restore", f"{server.url}/run", stage, json.dumps({"mode": mode}), nodes=nodes,
-                    cache=tmp_path / mode,
-                )  # fmt: skip
-                assert [one["found"] for one in told] == wanted, mode
-                sent = sum(size for *_, size in server.sent()) - before
-                # A node that does not hold all masters reads the module's weights, unless another hands them on.
-                weights = 2 * 4 * 700 * 701 if stage == "1" and mode != "job" else 0
-                indexes = len(nodes) * 4 * (512 << 10)
-                assert sent <= saved + (len(nodes) - 1) * weights + indexes, (mode, sent, saved)
-    except ServerMissing as missing:
-        pytest.skip(str(missing))
+    with or_skip(nginx(served, tmp_path / "servers")) as server:
+        ways = [("direct", (2,)), ("job", (1, 1))] + [("auto", (1, 1))] * bool(os.environ.get("TEST_ALL"))
+        for mode, nodes in ways:
+            before = sum(size for *_, size in server.sent())
+            told = job(
+                2, "restore", f"{server.url}/run", stage, json.dumps({"mode": mode}), nodes=nodes,
+                cache=tmp_path / mode,
+            )  # fmt: skip
+            assert [one["found"] for one in told] == wanted, mode
+            sent = sum(size for *_, size in server.sent()) - before
+            # A node that does not hold all masters reads the module's weights, unless another hands them on.
+            weights = 2 * 4 * 700 * 701 if stage == "1" and mode != "job" else 0
+            indexes = len(nodes) * 4 * (512 << 10)
+            assert sent <= saved + (len(nodes) - 1) * weights + indexes, (mode, sent, saved)

@@ -21,7 +21,7 @@ from rankload.loader import AccessError, State, load
 from rankload.loader.http_address import Origin
 from rankload.loader.http_connections import Connections
 from real_servers import counted
-from server_process import ServerMissing, find_program
+from server_process import or_skip
 
 _CONFIG = """
 [req]
@@ -136,11 +136,7 @@ def test_the_bundle_that_is_for_s3_alone(
     files = fsspec.filesystem("s3", **seaweedfs_server.options)
     files.mkdir(bucket)
     files.pipe_file(f"{bucket}{name}", saved.objects[name].body)
-    try:
-        find_program("nginx", "Debian's package nginx has it")
-    except ServerMissing as missing:
-        pytest.skip(str(missing))
-    with counted(seaweedfs_server.endpoint, tmp_path, certificate=bundle) as front:
+    with or_skip(counted(seaweedfs_server.endpoint, tmp_path, certificate=bundle)) as front:
         options = {"storage_options": replace(seaweedfs_server, endpoint=front.url).options}
         with pytest.raises(AccessError, match="certificate"):
             saved.load(f"s3://{bucket}{name}", tmp_path, options)
