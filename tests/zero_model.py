@@ -112,6 +112,8 @@ def make_engine(
     # Otherwise a kernel that nobody needs here is compiled first, for two minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
+    if is_older():
+        _wait_for_each_gather()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
@@ -141,6 +143,23 @@ def make_engine(
         own = torch.optim.AdamW(groups, lr=1e-3)
         return deepspeed.initialize(model=model, optimizer=own, config=settings)[0]
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+
+
+@cache
+def _wait_for_each_gather() -> None:
+    """DeepSpeed before 0.19 starts one gather for each parameter and waits for the last alone.
+
+    On gloo others may end after it: parameters hold what was in that memory, after its own load and every step.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    several = Init._allgather_params_coalesced
+
+    def one_by_one(self: Any, parameters: list[Any], hierarchy: int = 0, quantize: bool = False) -> None:
+        for parameter in parameters:
+            several(self, [parameter], hierarchy, quantize)
+
+    Init._allgather_params_coalesced = one_by_one
 
 
 def train(engine: Any, steps: int, rank: int, seed: int = DATA_SEED) -> list[float]:
@@ -189,10 +208,6 @@ def module_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     for name, parameter in engine.module.named_parameters():
         partitioned = hasattr(parameter, "ds_id")
-        if partitioned and is_older():
-            # Its first gather may be read before it has ended, after its own load too.
-            with deepspeed.zero.GatheredParameters([parameter]):
-                pass
         with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
             whole = _copy(parameter)
         yield f"module/{name}", whole
