@@ -31,6 +31,7 @@ from .measure import peak_private_bytes
 from .tables import REPOSITORY, table, write_between_markers
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
+from certificates import BUNDLES, make_certificate
 from real_servers import REGION, S3Server, counted, hadro, nginx, seaweedfs
 from server_process import ServerMissing
 
@@ -40,7 +41,6 @@ UNCAPPED_CONNECTIONS = 4
 CAPPED_CONNECTIONS = 16
 DEADLINE_S = 300.0
 BUCKET, KEY = "bench", "object.bin"
-SETTINGS = ("http", "s3-seaweedfs", "s3-hadro", "http-capped", "s3-capped")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fetch", description=__doc__)
     parser.add_argument("--size", type=int, default=1000, help="of the object, in MB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"some of {', '.join(SETTINGS)}")
+    parser.add_argument("--settings", default=",".join(SERVERS), help=f"some of {', '.join(SERVERS)}")
     parser.add_argument("--clients", help="only those whose name holds one of these words")
     parser.add_argument("--write", help="the page to write the tables to")
     arguments = parser.parse_args()
@@ -96,6 +96,23 @@ def on_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str
     return "HTTP (nginx), uncapped", Place(url, url, source.stat().st_size, {}, UNCAPPED_CONNECTIONS, False)
 
 
+def on_encrypted_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str, Place]:
+    certificate = make_certificate(work)
+    before = {name: os.environ.get(name) for name in BUNDLES}
+    os.environ.update(dict.fromkeys(BUNDLES, str(certificate.bundle)))
+    stack.callback(restore_environment, before)
+    server = stack.enter_context(nginx(source.parent.parent, work, certificate=certificate))
+    url = f"{server.url}/{BUCKET}/{KEY}"
+    return "HTTPS (nginx), uncapped", Place(url, url, source.stat().st_size, {}, UNCAPPED_CONNECTIONS, False)
+
+
+def restore_environment(before: dict[str, str | None]) -> None:
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def on_capped_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str, Place]:
     server = stack.enter_context(nginx(source.parent.parent, work, limit_rate=CAP))
     url = f"{server.url}/capped/{BUCKET}/{KEY}"
@@ -124,7 +141,14 @@ def on_capped_s3(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple
     return title, replace(place, connections=CAPPED_CONNECTIONS, capped=True)
 
 
-SERVERS = dict(zip(SETTINGS, (on_nginx, on_seaweedfs, on_hadro, on_capped_nginx, on_capped_s3), strict=True))
+SERVERS = {
+    "http": on_nginx,
+    "https": on_encrypted_nginx,
+    "s3-seaweedfs": on_seaweedfs,
+    "s3-hadro": on_hadro,
+    "http-capped": on_capped_nginx,
+    "s3-capped": on_capped_s3,
+}
 
 
 def s3_client(server: S3Server) -> Any:

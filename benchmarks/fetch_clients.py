@@ -36,7 +36,7 @@ class Place:
     """One object on one server."""
 
     url: str
-    """``http://...`` or ``s3://bucket/key``."""
+    """``http(s)://...`` or ``s3://bucket/key``."""
     plain_url: str
     """The same as an http URL that needs no credentials: signed, where the server wants that."""
     size: int
@@ -104,9 +104,10 @@ def raw_ranges(place: Place, buffer: memoryview) -> None:
     parts = urlsplit(place.plain_url)
     path = f"{parts.path}?{parts.query}" if parts.query else parts.path
     starts = itertools.count(0, CHUNK)
+    connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
 
     def work() -> None:
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        connection = connect(parts.hostname or "", parts.port)
         while (start := next(starts)) < place.size:
             end = min(start + CHUNK, place.size)
             connection.request("GET", path, headers={"Range": f"bytes={start}-{end - 1}"})
@@ -157,7 +158,9 @@ def _obstore(place: Place) -> tuple[Any, str]:
     parts = urlsplit(place.url)
     client: Any = {"allow_http": True}
     if parts.scheme != "s3":
-        return HTTPStore.from_url(f"http://{parts.netloc}", client_options=client), parts.path.lstrip("/")
+        return HTTPStore.from_url(
+            f"{parts.scheme}://{parts.netloc}", client_options=client
+        ), parts.path.lstrip("/")
     store = S3Store(
         parts.netloc,
         endpoint=place.options["client_kwargs"]["endpoint_url"],

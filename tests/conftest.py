@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import real_servers
-from server_process import or_skip
+from certificates import Certificate, make_certificate
+from server_process import ServerMissing, or_skip
 from zero_folders import unpack_zero
 
 DATA = Path(__file__).parent / "data"
@@ -54,6 +56,25 @@ def save_larger(path: Path) -> None:
 def servers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where real servers keep what is theirs."""
     return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def certificate(servers_folder: Path) -> Certificate:
+    """Of a server on this machine, with the bundle that vouches for it."""
+    folder = servers_folder / "certificate"
+    folder.mkdir()
+    try:
+        return make_certificate(folder)
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def encrypted(certificate: Certificate) -> ssl.SSLContext:
+    """What a server of Python's wraps its socket in."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(certificate.server, certificate.key)
+    return made
 
 
 @pytest.fixture(scope="session")

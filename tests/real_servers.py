@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certificates import Certificate
 from server_process import ServerMissing, answers, find_program, started
 
 MAKE = "make servers installs it"
@@ -182,28 +183,32 @@ class SftpServer:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, work: Path, *, limit_rate: int = 90_000_000) -> Iterator[Nginx]:
-    """`folder` over HTTP. `limit_rate` bytes a second on each connection is what ``/capped/`` gives."""
+def nginx(
+    folder: Path, work: Path, *, limit_rate: int = 90_000_000, certificate: Certificate | None = None
+) -> Iterator[Nginx]:
+    """`folder` over HTTP. `limit_rate` bytes a second on each connection is what ``/capped/`` gives.
+
+    With a `certificate` it speaks https.
+    """
     work = _folder(work, "nginx")
     server = Nginx("", work / "access.log")
     (work / "users").write_text(f"{server.user}:{{PLAIN}}{server.password}\n")
     files = _FILES.format(folder=folder.resolve(), limit=limit_rate, work=work)
-    with _nginx(work, files) as port:
-        yield Nginx(f"http://127.0.0.1:{port}", server.access_log, server.user, server.password)
+    with _nginx(work, files, certificate) as port:
+        yield Nginx(_url(port, certificate), server.access_log, server.user, server.password)
 
 
 @contextlib.contextmanager
 def counted(
-    endpoint: str, work: Path, *, limit_rate: int = 0, certificate: Path | None = None
+    endpoint: str, work: Path, *, limit_rate: int = 0, certificate: Certificate | None = None
 ) -> Iterator[Nginx]:
     """nginx in front of the server at `endpoint`, counting. Signatures are good where they are made for its URL.
 
-    Each answer gets at most `limit_rate` bytes a second; 0: as many as there are. With a `certificate`, whose key lies
-    beside it in ``key.pem``, it speaks https.
+    Each answer gets at most `limit_rate` bytes a second; 0: as many as there are. `certificate` is as for `nginx`.
     """
     work = _folder(work, "front")
     with _nginx(work, _IN_FRONT.format(behind=endpoint, limit=limit_rate), certificate) as port:
-        yield Nginx(f"http{'s' if certificate else ''}://127.0.0.1:{port}", work / "access.log")
+        yield Nginx(_url(port, certificate), work / "access.log")
 
 
 @contextlib.contextmanager
@@ -323,15 +328,18 @@ def sftp(work: Path) -> Iterator[SftpServer]:
         yield SftpServer(ports[0], getpass.getuser(), work / "user_key", work / "stranger_key")
 
 
+def _url(port: int, certificate: Certificate | None) -> str:
+    return f"http{'s' if certificate else ''}://127.0.0.1:{port}"
+
+
 @contextlib.contextmanager
-def _nginx(work: Path, locations: str, certificate: Path | None = None) -> Iterator[int]:
+def _nginx(work: Path, locations: str, certificate: Certificate | None = None) -> Iterator[int]:
     program = find_program("nginx", DEBIAN.format("nginx"))
     user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
     workers = max(2, (os.cpu_count() or 1) // 2)
     encrypted = ""
     if certificate is not None:
-        key = certificate.parent / "key.pem"
-        encrypted = f" ssl; ssl_certificate {certificate}; ssl_certificate_key {key}"
+        encrypted = f" ssl; ssl_certificate {certificate.server}; ssl_certificate_key {certificate.key}"
 
     def command(ports: Sequence[int]) -> list[str]:
         text = _NGINX.format(

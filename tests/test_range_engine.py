@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -84,10 +86,20 @@ MENDED = {
 }
 
 
+@pytest.fixture(params=["http", "https"])
+def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext | None:
+    """What a server is encrypted with, if it is."""
+    if request.param == "http":
+        return None
+    monkeypatch.setenv("SSL_CERT_FILE", str(request.getfixturevalue("certificate").bundle))
+    encrypted: ssl.SSLContext = request.getfixturevalue("encrypted")
+    return encrypted
+
+
 @pytest.mark.parametrize("name", MENDED)
-def test_mended(name: str) -> None:
+def test_mended(name: str, context: ssl.SSLContext | None) -> None:
     faults = MENDED[name]
-    with bad_server(with_faults(*faults)) as server:
+    with bad_server(with_faults(*faults), context) as server:
         begin = time.monotonic()
         data, report = read_all(source_of(server.url("/a")))
         assert data == BODY
@@ -96,6 +108,15 @@ def test_mended(name: str) -> None:
         assert report.read_bytes == len(BODY)
         if "429" in name:
             assert time.monotonic() - begin >= 1
+
+
+def test_what_came_before_a_body_broke_off_is_kept(context: ssl.SSLContext | None) -> None:
+    faults = [Fault(send_only=70_000, ending="close"), Fault(send_only=70_000, ending="stall")]
+    with bad_server(with_faults(*faults), context) as server:
+        data, _ = read_all(source_of(server.url("/a")), pace=Pace(1, 1))
+        assert data == BODY
+        starts = [int(re.match(r"bytes=(\d+)", one.range)[1]) for one in server.asked]
+        assert starts[:4] == [0, 0, 70_000, 140_000]
 
 
 @pytest.mark.parametrize("more", [{"chunked": True}, {"closes": True}, {"etag": 'W/"1"'}, {"etag": None}])

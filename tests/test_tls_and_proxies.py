@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
-import shutil
 import ssl
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import fsspec
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, bad_server
+from certificates import BUNDLES, Certificate
 from forward_proxy import forward_proxy
 from rankload.loader import AccessError, State, load
 from rankload.loader.http_address import Origin
@@ -23,20 +22,6 @@ from rankload.loader.http_connections import Connections
 from real_servers import counted
 from server_process import or_skip
 
-_CONFIG = """
-[req]
-distinguished_name = name
-x509_extensions = extensions
-prompt = no
-[name]
-CN = rankload's tests
-[extensions]
-subjectAltName = IP:127.0.0.1
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, digitalSignature, keyCertSign
-subjectKeyIdentifier = hash
-"""
-BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 NAMES = ("/parts.pt", "/whole.pt.gz")
 """One that comes by ranges, and one that comes whole."""
 
@@ -75,49 +60,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(module, {name: Behaviour(body) for name, body in zip(NAMES, bodies, strict=True)})
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate that signed itself, with its key beside it in ``key.pem``."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "config").write_text(_CONFIG)
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    files = ("-keyout", str(folder / "key.pem"), "-out", str(folder / "bundle.pem"))
-    command = ["openssl", "req", "-x509", *curve, "-days", "2", "-config", str(folder / "config"), *files]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return folder / "bundle.pem"
-
-
-@pytest.fixture(scope="module")
-def context(bundle: Path) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.load_cert_chain(bundle, bundle.parent / "key.pem")
-    return made
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("variable", BUNDLES)
 def test_the_environments_certificates(
     saved: Saved,
-    context: ssl.SSLContext,
-    bundle: Path,
+    encrypted: ssl.SSLContext,
+    certificate: Certificate,
     name: str,
     variable: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with bad_server(saved.objects, context) as server:
-        monkeypatch.setenv(variable, str(bundle))
+    with bad_server(saved.objects, encrypted) as server:
+        monkeypatch.setenv(variable, str(certificate.bundle))
         saved.check(server, name, tmp_path)
         assert any(one.range for one in server.asked) == (name == "/parts.pt")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_certificate_that_nobody_vouches_for(
-    saved: Saved, context: ssl.SSLContext, name: str, tmp_path: Path
+    saved: Saved, encrypted: ssl.SSLContext, name: str, tmp_path: Path
 ) -> None:
-    with bad_server(saved.objects, context) as server:
+    with bad_server(saved.objects, encrypted) as server:
         with pytest.raises(AccessError, match="certificate verify failed"):
             saved.check(server, name, tmp_path)
         assert server.asked == []
@@ -126,7 +90,7 @@ def test_a_certificate_that_nobody_vouches_for(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bundle_that_is_for_s3_alone(
     saved: Saved,
-    bundle: Path,
+    certificate: Certificate,
     seaweedfs_server: Any,
     name: str,
     tmp_path: Path,
@@ -136,12 +100,12 @@ def test_the_bundle_that_is_for_s3_alone(
     files = fsspec.filesystem("s3", **seaweedfs_server.options)
     files.mkdir(bucket)
     files.pipe_file(f"{bucket}{name}", saved.objects[name].body)
-    with or_skip(counted(seaweedfs_server.endpoint, tmp_path, certificate=bundle)) as front:
+    with or_skip(counted(seaweedfs_server.endpoint, tmp_path, certificate=certificate)) as front:
         options = {"storage_options": replace(seaweedfs_server, endpoint=front.url).options}
         with pytest.raises(AccessError, match="certificate"):
             saved.load(f"s3://{bucket}{name}", tmp_path, options)
         assert front.sent() == []
-        monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.bundle))
         # fsspec hands out a client that was made before.
         fsspec.filesystem("s3", **options["storage_options"]).clear_instance_cache()
         saved.load(f"s3://{bucket}{name}", tmp_path, options)
@@ -163,14 +127,14 @@ def test_a_proxy_for_http(saved: Saved, name: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_proxy_for_https(
     saved: Saved,
-    context: ssl.SSLContext,
-    bundle: Path,
+    encrypted: ssl.SSLContext,
+    certificate: Certificate,
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with bad_server(saved.objects, context) as server, forward_proxy() as proxy:
-        monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    with bad_server(saved.objects, encrypted) as server, forward_proxy() as proxy:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.bundle))
         monkeypatch.setenv("https_proxy", proxy.url)
         saved.check(server, name, tmp_path)
         assert set(proxy.asked) == {("CONNECT", f"127.0.0.1:{server.port}")}
