@@ -12,6 +12,7 @@ from rankload.loader.local_shard import dtensor_box, fill_requests
 from rankload.loader.materialize import Reader
 from rankload.loader.saved_parts import AssembledTensor, Run
 from rankload.loader.torch_file import read_index
+from squeezing_model import Squeezing
 from torch import nn
 from zero_model import VOCABULARY, TinyModel
 
@@ -29,31 +30,6 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(x)
-
-
-class Squeezing(nn.Sequential):
-    """The module of the composer-monolithic-w2 checkpoints, after SqueezeExcite changed it."""
-
-    def __init__(self) -> None:
-        changed = nn.Module()
-        changed.conv = nn.Conv2d(8, 8, 3)
-        changed.se = nn.Module()
-        changed.se.pool_and_mlp = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 4, bias=False),
-            nn.ReLU(),
-            nn.Linear(4, 8, bias=False),
-        )
-        super().__init__(
-            nn.Conv2d(3, 8, 3),
-            nn.ReLU(),
-            changed,
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 2),
-        )
 
 
 def oracle_of(folder: str | Path) -> dict[str, torch.Tensor]:

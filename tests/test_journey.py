@@ -19,7 +19,7 @@ import torch
 from http_server import CountingServer, Served, counting_server
 from processes import Finished, free_port, kill_session, run_ranks
 from rankload.loader import NotFoundError, State, load
-from torch import nn
+from squeezing_model import Squeezing
 from zero_folders import unpack_zero
 
 TESTS = Path(__file__).parent
@@ -292,31 +292,6 @@ def test_what_we_save_we_restore_and_go_on(tmp_path: Path) -> None:
 def test_every_stage_that_deepspeed_saves(tmp_path: Path) -> None:
     receipts = run("saves_and_restores", 2, tmp_path, "0,2,3", deadline_s=240)
     assert receipts[0]["saved_world_size"] == 2
-
-
-class Squeezing(nn.Sequential):
-    """The module of the composer-monolithic-w2 checkpoints, after SqueezeExcite changed it."""
-
-    def __init__(self) -> None:
-        changed = nn.Module()
-        changed.conv = nn.Conv2d(8, 8, 3)
-        changed.se = nn.Module()
-        changed.se.pool_and_mlp = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 4, bias=False),
-            nn.ReLU(),
-            nn.Linear(4, 8, bias=False),
-        )
-        super().__init__(
-            nn.Conv2d(3, 8, 3),
-            nn.ReLU(),
-            changed,
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 2),
-        )
 
 
 @pytest.mark.parametrize(
