@@ -158,9 +158,8 @@ def _obstore(place: Place) -> tuple[Any, str]:
     parts = urlsplit(place.url)
     client: Any = {"allow_http": True}
     if parts.scheme != "s3":
-        return HTTPStore.from_url(
-            f"{parts.scheme}://{parts.netloc}", client_options=client
-        ), parts.path.lstrip("/")
+        server = f"{parts.scheme}://{parts.netloc}"
+        return HTTPStore.from_url(server, client_options=client), parts.path.lstrip("/")
     store = S3Store(
         parts.netloc,
         endpoint=place.options["client_kwargs"]["endpoint_url"],

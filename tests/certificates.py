@@ -46,23 +46,22 @@ def make_certificate(folder: Path) -> Certificate:
     (folder / "config").write_text(_CONFIG)
     made = Certificate(folder / "server.pem", folder / "key.pem", folder / "bundle.pem")
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-config", "config")
-    signed = ("-CA", made.bundle, "-CAkey", "authority.pem", "-set_serial", "2", "-extfile", "config")
+    signed = (
+        "-CA",
+        made.bundle,
+        "-CAkey",
+        "authority.pem",
+        "-set_serial",
+        "2",
+        "-days",
+        "2",
+        "-out",
+        made.server,
+    )
     for command in (
         ("req", "-x509", *key, "-extensions", "authority", "-keyout", "authority.pem", "-out", made.bundle),
         ("req", "-new", *key, "-subj", "/CN=server", "-keyout", made.key, "-out", "request.pem"),
-        (
-            "x509",
-            "-req",
-            "-days",
-            "2",
-            "-in",
-            "request.pem",
-            *signed,
-            "-extensions",
-            "server",
-            "-out",
-            made.server,
-        ),
+        ("x509", "-req", "-in", "request.pem", "-extfile", "config", "-extensions", "server", *signed),
     ):
         subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True, timeout=60)
     return made
