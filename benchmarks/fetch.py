@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 from .fetch_clients import CLIENTS, DISCARD, Place
 from .measure import peak_private_bytes
@@ -98,19 +99,10 @@ def on_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str
 
 def on_encrypted_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str, Place]:
     certificate = make_certificate(work)
-    before = {name: os.environ.get(name) for name in BUNDLES}
-    os.environ.update(dict.fromkeys(BUNDLES, str(certificate.bundle)))
-    stack.callback(restore_environment, before)
+    stack.enter_context(mock.patch.dict(os.environ, dict.fromkeys(BUNDLES, str(certificate.bundle))))
     server = stack.enter_context(nginx(source.parent.parent, work, certificate=certificate))
     url = f"{server.url}/{BUCKET}/{KEY}"
     return "HTTPS (nginx), uncapped", Place(url, url, source.stat().st_size, {}, UNCAPPED_CONNECTIONS, False)
-
-
-def restore_environment(before: dict[str, str | None]) -> None:
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
 
 
 def on_capped_nginx(stack: contextlib.ExitStack, source: Path, work: Path) -> tuple[str, Place]:
