@@ -27,7 +27,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import torch  # noqa: E402
 from rankload.loader import State, load  # noqa: E402
-from rankload.loader.digests import ALGORITHMS, new_digest  # noqa: E402
+from rankload.loader.stores.digests import ALGORITHMS, new_digest  # noqa: E402
 from real_servers import nginx  # noqa: E402
 
 from benchmarks.measure import make_model  # noqa: E402

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from rankload.loader.range_engine import Reading, read_ranges
-from rankload.loader.range_open import open_range_source
-from rankload.loader.range_targets import FileTarget, MemoryTarget, Target
-from rankload.loader.ranges import ByteRange
-from rankload.loader.store import open_store
+from rankload.loader.byte_ranges import ByteRange
+from rankload.loader.ranges.engine import Reading, read_ranges
+from rankload.loader.ranges.open import open_range_source
+from rankload.loader.ranges.targets import FileTarget, MemoryTarget, Target
+from rankload.loader.stores.open import open_store
 
 CHUNK = 8 << 20
 DISCARD = "/dev/null"

@@ -123,8 +123,8 @@ def run(
 
 def recorded_bytes(cache: Path) -> int:
     """What the records say has landed; a chunk of 8 MiB that had not all come is not among it."""
-    from rankload.loader.partial_file import Landed
-    from rankload.loader.ranges import total_bytes
+    from rankload.loader.byte_ranges import total_bytes
+    from rankload.loader.cache.holes import Landed
 
     found = 0
     for record in cache.rglob("*.landed"):

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from .published import publish
+from rankload.benchmarks.published import publish
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))

@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
+from rankload.benchmarks.reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 WORKER = TESTS / "parallel_worker.py"
 SETTINGS = (

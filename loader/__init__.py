@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .algorithms import Algorithm, AlgorithmPass, Event, register_algorithm
     from .errors import (
         AccessError,
         AlgorithmError,
@@ -34,9 +33,10 @@ if TYPE_CHECKING:
     from .receipt import Receipt
     from .rng import capture_rng, gather_rng, restore_rng
     from .state import State
+    from .targets.algorithms import Algorithm, AlgorithmPass, Event, register_algorithm
 
 _HOME = {
-    "algorithms": ("Algorithm", "AlgorithmPass", "Event", "register_algorithm"),
+    "targets.algorithms": ("Algorithm", "AlgorithmPass", "Event", "register_algorithm"),
     "errors": (
         "AccessError",
         "AlgorithmError",

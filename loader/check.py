@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import LoadRequest
 from .checkpoint import Checkpoint
-from .ignore import Ignored
-from .materialize import Reader, realise, require_safe
-from .monolithic import Contents
-from .restore_target import Prepared, prepare_restore
+from .materialize.objects import realise
+from .materialize.safe_types import require_safe
+from .materialize.tensors import Reader
+from .request import LoadRequest
 from .rng import RngState, check_state
-from .stopwatch import Stopwatch
+from .saved.contents import Contents
+from .saved.ignore import Ignored
+from .stages import Stopwatch
+from .targets.restore import Prepared, prepare_restore
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..distributed.session import Session, open_session
-from .algorithms import AlgorithmPass
-from .arguments import LoadRequest, check_arguments, check_same
 from .check import Checked, check
-from .checkpoint import Checkpoint, open_checkpoint
-from .engine import finish_engine
+from .checkpoint import Checkpoint
 from .errors import OptionError
-from .fetch_ranges import bringer, fetch_now, fetching, restore_parts, small_parts
-from .ignore import Ignored, IgnoreKeys, ignore
+from .fetch.parts import bringer, fetch_now, fetching, restore_parts, small_parts
+from .opening import open_checkpoint
 from .options import LoadOptions, resolve_options
 from .partial import after_first_change, partial_once_begun
 from .proof import make_receipt
 from .receipt import Receipt, log_receipt
-from .restore_target import apply_restore
+from .request import LoadRequest, check_arguments, check_same
 from .rng import RngState, accepted, complete_states, offered
-from .stopwatch import Stopwatch
+from .saved.ignore import Ignored, IgnoreKeys, ignore
+from .stages import Stopwatch
+from .targets.algorithms import AlgorithmPass
+from .targets.deepspeed.engine import finish_engine
+from .targets.restore import apply_restore
 from .timestamps import agree_on_timestamp
 from .trace import trace_events, write_trace
-from .verification import deal_checks, verify_after, verify_before
-from .weight_sharing import plan_weights, share_weights
+from .verify.checks import deal_checks, verify_after, verify_before
+from .verify.weights import plan_weights, share_weights
 
 
 @dataclass(frozen=True)

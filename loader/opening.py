@@ -1,169 +1,161 @@
-"""A checkpoint that was opened, and what the steps of opening one share."""
+"""Opening a checkpoint: found, fetched once per node, its indexes read; nothing of its tensors yet.
+
+The first file tells the kind by its content. A set of per-rank files then has its second fetch: what else this
+rank needs, which that first file told.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import contextlib
+from dataclasses import asdict
 
 from ..distributed.session import Session
-from .arguments import LoadRequest
-from .cache import NodeCache
-from .cache_folder import folder_of
-from .fetch import Fetched, FetchedFile, fetch_files
-from .model_parallel import Position
-from .monolithic import Contents
-from .receipt import FileRecord
-from .remote_files import RemoteFiles
-from .stopwatch import Stopwatch
-from .store import Store
-from .torch_file import FileIndex
-from .tree_walk import find_unknown, tensors
-from .values import StorageRef
-from .zero_contents import ZeroContents
+from .cache.node import NodeCache
+from .checkpoint import Checkpoint, Opening, opened
+from .errors import FormatError
+from .fetch.files import FetchedFile
+from .fetch.progress import JobProgress
+from .fetch.remote_files import RemoteFiles
+from .fetch.whole_checks import WholeChecks
+from .request import LoadRequest
+from .saved.contents import Contents
+from .sources.single_file import read_layout
+from .sources.zero.files import ZERO_FOLDER, ArchiveSource, FolderSource
+from .sources.zero.open import ZeroFiles, gather_files, zero_parts
+from .stages import Stopwatch
+from .stores.base import Store
+from .stores.locate import Located, locate
+from .stores.manifest_find import find_manifests, known_sums
+from .stores.open import open_store
+from .targets.state import optimizer_classes, scaler_class, scheduler_classes
+from .template import expand_for_rank_zero
+
+COMPOSER_STATES = "composer_states.pt"
+"""What Composer's archives keep everything but ZeRO's files in."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint whose files, or their indexes, are on this node; its tensors are lazy."""
-
-    opening: Opening
-    name: str
-    """What messages and the receipt call it; without secrets."""
-    kind: str
-    """``monolithic``, ``composer-zero`` or ``deepspeed``."""
-    contents: Contents
-    saved_world_size: int | None
-    indexes: tuple[FileIndex, ...]
-    """Of the torch files that this rank reads."""
-    files: tuple[FileRecord, ...]
-    cache_dir: str | None
-    """Where fetched files were put, two folders where there was too little room in one; None where all were used in
-    place."""
-    zero: ZeroContents | None = None
-    rng_per_rank: bool = False
-    """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
-    own_rng: bool = True
-    """Where they are so: whether there is one of this rank's."""
-    notes: tuple[str, ...] = ()
-    """What the receipt is to say besides."""
-    paths: Mapping[str, str] = field(default_factory=dict)
-    """Names of `files` to where they are on this node."""
-
-    def file_of(self, tree: Any) -> str:
-        """What messages call the file that an unknown type in `tree` came from; `name` where it has none."""
-        unknown = {name for _, name in find_unknown(tree)}
-        for index in self.indexes:
-            if unknown and not unknown.isdisjoint(name for _, name in find_unknown(index.tree)):
-                return index.name
-        return self.name
-
-    def storages(self, wanted: Mapping[str, Any]) -> list[StorageRef]:
-        """What will be read of this rank's files to restore the parts `wanted`."""
-        if self.zero is not None:
-            return [storage for index in self.indexes for storage in index.storages]
-        return list({tensor.storage for tree in wanted.values() for _, tensor in tensors(tree)})
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What the steps of opening share."""
-
-    request: LoadRequest
-    session: Session
-    watch: Stopwatch
-    store: Store
-    cache: NodeCache
-    name_of: Callable[[str], str]
-    """An expanded path to the object's name in the store."""
-    remote: RemoteFiles
-    """Files of which only the index is fetched at first."""
-
-    @property
-    def straight(self) -> bool:
-        """Whether bytes may come straight from the store into a rank's tensors."""
-        options = self.request.options
-        return not self.store.is_local and options.mode in ("direct", "auto") and options.verify != "before"
-
-    def fetch(self, names: list[str], stage: str) -> Fetched:
-        """Brings files to this node. Every rank must call."""
-        with self.watch.lap(stage) as lap:
-            fetched = fetch_files(
-                self.session.channel,
-                self.session.topology,
-                self.store,
-                names,
-                self.cache,
-                self.remote,
-                stage=stage,
-            )
-            if self.session.topology.local_rank == 0:
-                lap.bytes += fetched.fetched_bytes
-        return fetched
-
-    def index(self, path: str, name: str) -> FileIndex:
-        """The index of a file that was fetched, or of which the index was."""
-        return self.remote.index(path, name)
-
-
-def opened(
-    opening: Opening,
-    name: str,
-    kind: str,
-    contents: Contents,
-    saved_world_size: int | None,
-    indexes: list[FileIndex],
-    files: list[FetchedFile],
-    zero: ZeroContents | None = None,
-    position: Position | None = None,
-    *,
-    rng_per_rank: bool = False,
+def open_checkpoint(
+    request: LoadRequest, session: Session, watch: Stopwatch, leaving: contextlib.ExitStack
 ) -> Checkpoint:
-    """The checkpoint, with the records of the `files` that this rank uses."""
-    records = []
-    for file in files:
-        read = [index.verifiable for index in indexes if index.name.startswith(file.source)]
-        by_records = bool(read) and all(read)
-        by = ("zip CRC-32",) * by_records + file.compared_by
-        verified = by_records or bool(file.compared_by)
-        records.append(
-            FileRecord(file.source, max(0, file.size_bytes), file.fetched_bytes, verified, by, file.left_out)
+    """Finds, fetches and indexes the checkpoint that `request` names. Every rank must call.
+
+    The store and the node's cache stay open until `leaving` ends: the indexes refer to files in the cache.
+    """
+    topology, channel = session.topology, session.channel
+    with watch.stage("open"):
+        options = (request.object_store, request.options.storage_options)
+        first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
+        store, first_name = open_store(first_path, *options)
+        leaving.callback(store.close)
+        cache = leaving.enter_context(_cache(request))
+    with watch.lap("locate"):
+        located = Located(**channel.decide("locate", None, lambda _: asdict(locate(store, first_name))))
+    cache.of_checkpoint(store.identity, store.describe(located.name))
+    leaving.enter_context(
+        JobProgress(channel.counters, rank=topology.rank, enabled=request.progress_bar and not store.is_local)
+    )
+    checks = _whole_checks(request, session, watch, store, located)
+    remote = leaving.enter_context(RemoteFiles(checks))
+    opening = Opening(
+        request, session, watch, store, cache, lambda path: open_store(path, *options)[1], remote
+    )
+    first = opening.fetch([located.first], "fetch first")
+    file = first.files[located.first]
+    if located.form == "folder":
+        return _open_folder(opening, located, file)
+    if file.kind == "archive" and any(name.startswith(f"{ZERO_FOLDER}/") for name in file.members):
+        return _open_archives(opening, file)
+    return _open_single(opening, file)
+
+
+def _whole_checks(
+    request: LoadRequest, session: Session, watch: Stopwatch, store: Store, located: Located
+) -> WholeChecks:
+    """How whole objects are compared: with what lies beside the checkpoint too. Every rank must call."""
+    verify = request.options.verify or "during"
+    if verify == "off":
+        return WholeChecks(verify)
+    with watch.lap("manifest"):
+        found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
+    return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
+
+
+def _cache(request: LoadRequest) -> NodeCache:
+    options = request.options
+    return NodeCache(options.cache_dir, size_bytes=options.cache_size or 0, home=options.cache_home or "auto")
+
+
+def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
+    """One file for all ranks, alone or in an archive."""
+    request = opening.request
+    with opening.watch.stage("read"):
+        if file.kind == "archive":
+            member = _single_member(file)
+            index = opening.index(f"{file.path}/{member}", f"{file.source}:{member}")
+        else:
+            index = opening.index(file.path, file.source)
+        contents = read_layout(
+            index.tree,
+            file=file.source,
+            layout=request.options.layout,
+            optimizer_classes=optimizer_classes(request.state),
+            scheduler_classes=scheduler_classes(request.state),
+            scaler_class=scaler_class(request.state),
         )
-    in_place = opening.store.is_local and all(file.kind == "file" for file in files)
-    folders = dict.fromkeys(filter(None, (folder_of(file.path) for file in files)))
-    return Checkpoint(
-        opening,
-        name,
-        kind,
-        contents,
-        saved_world_size,
-        tuple(indexes),
-        tuple(records),
-        None if in_place else ", ".join(folders) or opening.cache.folder,
-        zero,
-        rng_per_rank,
-        _own_rng(zero, position),
-        _notes(opening, zero, position),
-        {file.source: file.path for file in files},
+    return opened(opening, file.source, "monolithic", contents, None, [index], [file])
+
+
+def _single_member(file: FetchedFile) -> str:
+    if COMPOSER_STATES in file.members:
+        return COMPOSER_STATES
+    if len(file.members) == 1:
+        return file.members[0]
+    shown = ", ".join(file.members[:12]) or "nothing"
+    raise FormatError(
+        f"{file.source}: expected {COMPOSER_STATES}, or one torch file, in the archive; it holds {shown}",
+        path=file.source,
     )
 
 
-def _own_rng(zero: ZeroContents | None, position: Position | None) -> bool:
-    """Below stage 3 only the first data-parallel rank's was kept, of each part of the model."""
-    if zero is None or position is None:
-        return True
-    return position.rank < (zero.checkpoint.world_size if zero.checkpoint.partitioned else 1)
+def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
+    """Composer's archives of a ZeRO job: one a saved rank, the first with what all ranks need."""
+    source = ArchiveSource(opening, file)
+    with opening.watch.stage("read first"):
+        zero = ZeroFiles.open(source, name=file.source, opening=opening)
+    gather_files(opening, zero)
+    with opening.watch.stage("read states"):
+        contents, whole = zero_parts(opening, zero)
+        indexes = list(zero.indexes)
+        if COMPOSER_STATES in file.members and not opening.request.weights_only:
+            states = opening.index(f"{file.path}/{COMPOSER_STATES}", f"{file.source}:{COMPOSER_STATES}")
+            indexes.append(states)
+            contents = _with_composers(contents, read_layout(states.tree, file=states.name))
+    return opened(
+        opening, file.source, "composer-zero", contents, zero.ranks, indexes, source.files, whole, zero.position,
+    )  # fmt: skip
 
 
-def _notes(opening: Opening, zero: ZeroContents | None, position: Position | None) -> tuple[str, ...]:
-    of_files = opening.remote.checks.notes
-    if zero is None or position is None:
-        return of_files
-    split = (f"each rank restores its own part of the model: {position.layout}",) * position.layout.split
-    return (*of_files, *split, *_resharded(opening, zero, position.world_size))
+def _with_composers(contents: Contents, composer: Contents) -> Contents:
+    """What DeepSpeed kept, and what Composer kept beside it."""
+    schedulers = {**composer.state.get("schedulers", {}), **contents.state.get("schedulers", {})}
+    return Contents(
+        "composer",
+        {**composer.state, **contents.state, "schedulers": schedulers},
+        composer.rng if composer.rng is not None else contents.rng,
+        {**contents.extra, **composer.extra},
+    )
 
 
-def _resharded(opening: Opening, zero: ZeroContents, world_size: int) -> tuple[str, ...]:
-    if not zero.optims or zero.checkpoint.world_size == world_size or not zero.checkpoint.stage:
-        return ()
-    return (f"resharded from {zero.checkpoint.world_size} ranks to {world_size} ranks",)
+def _open_folder(opening: Opening, located: Located, file: FetchedFile) -> Checkpoint:
+    """A DeepSpeed folder: names are derived from rank and stage."""
+    shown = opening.store.describe(located.name)
+    source = FolderSource(opening, located.name, file)
+    with opening.watch.stage("read first"):
+        zero = ZeroFiles.open(source, name=shown, opening=opening)
+    gather_files(opening, zero)
+    with opening.watch.stage("read states"):
+        contents, whole = zero_parts(opening, zero)
+    return opened(
+        opening, shown, "deepspeed", contents, zero.ranks, zero.indexes, source.files, whole, zero.position,
+        rng_per_rank=zero.stage == 3 or zero.position.layout.split,
+    )  # fmt: skip

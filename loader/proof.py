@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..distributed.session import Session
-from .arguments import LoadRequest
 from .check import Checked
 from .checkpoint import Checkpoint
-from .ignore import Ignored
+from .fetch.whole_checks import NOTHING
 from .receipt import FileRecord, Receipt, StageRecord, combine
-from .stopwatch import Stopwatch
-from .whole_checks import NOTHING
+from .request import LoadRequest
+from .saved.ignore import Ignored
+from .stages import Stopwatch
 
 
 def make_receipt(

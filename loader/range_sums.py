@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from .byte_ranges import ByteRange
 from .checksums import crc32, crc32_combine
-from .ranges import ByteRange
 
 __all__ = ["RangeSums", "crc32_joined"]
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .errors import OptionError
-
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -202,15 +200,3 @@ def log_receipt(receipt: Receipt, logger: Any) -> None:
         logger.log_metrics(receipt.metrics())
     elif callable(getattr(logger, "log_hyperparameters", None)):
         logger.log_hyperparameters(receipt.metrics())
-
-
-def check_logger(logger: Any) -> None:
-    """Raises `OptionError` where `logger` is none of the kinds that `log_receipt` knows."""
-    known = logger is None or isinstance(logger, logging.Logger)
-    if not known and not any(
-        callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparameters")
-    ):
-        raise OptionError(
-            f"logger={logger!r}: expected a logging.Logger, an object with log_metrics or log_hyperparameters, "
-            "or None"
-        )

@@ -93,3 +93,17 @@ def _mapped(error: BaseException, described: str) -> RankloadError:
     ):
         return refused(described, f"{kind}: {message}" if status is None else f"HTTP {status}")
     return AccessError(f"{described}: could not be read: {kind}: {message}", path=described)
+
+
+class TryAgainError(Exception):
+    """A failure that another attempt may mend; `error` is what to raise once there is none left."""
+
+    def __init__(
+        self, error: RankloadError, *, after_s: float | None = None, throttled: bool = False
+    ) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.after_s = after_s
+        """How long the server asks to be left alone."""
+        self.throttled = throttled
+        """Whether the server has too much to do: fewer connections may help."""

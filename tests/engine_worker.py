@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankload.loader.engine import apply_engine, engine_classes, finish_engine, name_parameters, plan_engine
-from rankload.loader.ignore import ignore
-from rankload.loader.materialize import Reader
-from rankload.loader.monolithic import Contents
-from rankload.loader.torch_file import read_index
-from rankload.loader.zero_contents import ZeroContents, zero_contents, zero_tree
-from rankload.loader.zero_files import OptimNaming, model_file, optim_namings
-from rankload.loader.zero_model_states import read_model_states
-from rankload.loader.zero_needs import all_files, own_files
-from rankload.loader.zero_optim_states import read_optim_states
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.tensors import Reader
+from rankload.loader.saved.contents import Contents
+from rankload.loader.saved.ignore import ignore
+from rankload.loader.sources.zero.contents import ZeroContents, zero_contents, zero_tree
+from rankload.loader.sources.zero.file_names import OptimNaming, model_file, optim_namings
+from rankload.loader.sources.zero.model_states import read_model_states
+from rankload.loader.sources.zero.needs import all_files, own_files
+from rankload.loader.sources.zero.optim_states import read_optim_states
+from rankload.loader.targets.deepspeed.engine import (
+    apply_engine,
+    engine_classes,
+    finish_engine,
+    name_parameters,
+    plan_engine,
+)
 from safetensors.torch import load_file
 from zero_model import LATER_DATA_SEED, full_state, lacking, make_engine, module_state, train
 

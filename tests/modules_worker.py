@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from rankload.loader import LoadOptions, LoadResult, State, load
-from rankload.loader.local_shard import dtensor_box, fill_requests
-from rankload.loader.materialize import Reader
-from rankload.loader.saved_parts import AssembledTensor, Run
-from rankload.loader.torch_file import read_index
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.tensors import Reader
+from rankload.loader.saved.assembled import AssembledTensor, Run
+from rankload.loader.targets.dtensor import dtensor_box, fill_requests
 from squeezing_model import Squeezing
 from torch import nn
 from zero_model import VOCABULARY, TinyModel

@@ -21,7 +21,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from journey_worker import classifier_engine, forward_of_linspace, start_deepspeed
-from rankload.loader import LayoutError, State, capture_rng, engine_weights, load, verification
+from rankload.loader import LayoutError, State, capture_rng, load
+from rankload.loader.targets.deepspeed import weights as engine_weights
+from rankload.loader.verify import checks as verification
 from torch.nn import functional
 from zero_model import LATER_DATA_SEED, make_engine, module_tensors, train
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from rankload.loader import algorithms
-from rankload.loader.algorithms import (
+from rankload.loader.errors import AlgorithmError, OptionError
+from rankload.loader.targets import algorithms
+from rankload.loader.targets.algorithms import (
     Algorithm,
     apply_required,
     ordered_algorithms,
@@ -15,7 +16,6 @@ from rankload.loader.algorithms import (
     required_algorithms,
     without_unregistered,
 )
-from rankload.loader.errors import AlgorithmError, OptionError
 
 
 class Widen:

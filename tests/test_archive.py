@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rankload.loader.archive import is_tar, unpack
-from rankload.loader.decompress import Expanded
 from rankload.loader.errors import CorruptError, FormatError, OptionError, RankloadError, UnsafeError
-from rankload.loader.sniff import sniff
+from rankload.loader.fetch.archive import is_tar, unpack
+from rankload.loader.fetch.decompress import Expanded
+from rankload.loader.formats.sniff import sniff
 
 LIMIT = 1 << 30
 FILES = {

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankload.loader.arguments import LoadRequest, as_path, check_arguments, check_same
 from rankload.loader.errors import OptionError
 from rankload.loader.options import LoadOptions, resolve_options
+from rankload.loader.request import LoadRequest, as_path, check_arguments, check_same
 from rankload.loader.state import State
 
 

@@ -25,10 +25,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
-from rankload.loader.materialize import Reader, realise
-from rankload.loader.torch_file import read_index
-from rankload.loader.tree_walk import check_tree, iterate
-from rankload.loader.values import InertObject
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.objects import realise
+from rankload.loader.materialize.tensors import Reader
+from rankload.loader.saved.tree import check_tree, iterate
+from rankload.loader.saved.values import InertObject
 from torch_files import fixture_files, legacy_with, outcome, read_whole, zip_with
 
 SPARE = 64 << 20

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from rankload.loader import cache_folder, cache_records
-from rankload.loader.cache import NodeCache
+from rankload.loader.cache import folder as cache_folder
+from rankload.loader.cache import records as cache_records
+from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import AccessError
 
 FORK = multiprocessing.get_context("fork")

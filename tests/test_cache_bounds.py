@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankload.loader import cache_homes
-from rankload.loader.cache import NodeCache
-from rankload.loader.cache_bounds import Held, victims
+from rankload.loader.cache import homes as cache_homes
+from rankload.loader.cache.bounds import Held, victims
+from rankload.loader.cache.holes import PartialFile
+from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import AccessError
-from rankload.loader.partial_file import PartialFile
-from rankload.loader.preflight import agree_on_room
-from rankload.loader.transfer import bytes_on_disk
+from rankload.loader.fetch.room_check import agree_on_room
+from rankload.loader.stores.transfer import bytes_on_disk
 
 FORK = multiprocessing.get_context("fork")
 SIZE = 1 << 20

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankload.loader import CorruptError, joint_checks
+from rankload.loader import CorruptError
 from rankload.loader.checksums import crc32, crc32_combine
-from rankload.loader.joint_checks import JointCheck, Reading, decode_readings, encode_readings
 from rankload.loader.range_sums import RangeSums, crc32_joined
+from rankload.loader.verify import joint as joint_checks
+from rankload.loader.verify.joint import JointCheck, Reading, decode_readings, encode_readings
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from processes import run_ranks
-from rankload.loader.engine import is_deepspeed_engine
+from rankload.loader.targets.deepspeed.engine import is_deepspeed_engine
 from zero_folders import unpack_zero
 from zero_model import is_older
 

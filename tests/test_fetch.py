@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from http_server import Served, counting_server
-from rankload.loader.cache import NodeCache
+from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import (
     CorruptError,
     FormatError,
@@ -29,8 +29,8 @@ from rankload.loader.errors import (
     StalledError,
     UnsafeError,
 )
-from rankload.loader.fetch import Fetched, FileNeed, fetch_files
-from rankload.loader.store import open_store
+from rankload.loader.fetch.files import Fetched, FileNeed, fetch_files
+from rankload.loader.stores.open import open_store
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankload.loader.fetch_plan import (
+from rankload.loader.byte_ranges import ByteRange, once, total_bytes, union
+from rankload.loader.fetch.plan import (
     Wish,
     deal_errands,
     decode_errand,
@@ -14,7 +15,6 @@ from rankload.loader.fetch_plan import (
     encode_wish,
 )
 from rankload.loader.options import Mode
-from rankload.loader.ranges import ByteRange, once, total_bytes, union
 
 SIZE = 60
 

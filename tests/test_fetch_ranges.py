@@ -24,10 +24,10 @@ from rankload.loader import (
     RankloadError,
     Receipt,
     State,
-    cache_homes,
     gather_rng,
     load,
 )
+from rankload.loader.cache import homes as cache_homes
 
 TESTS = Path(__file__).resolve().parent
 WIDE = 1024

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rankload.loader import MismatchError, OptionError, algorithms, load, register_algorithm
+from rankload.loader import MismatchError, OptionError, load, register_algorithm
+from rankload.loader.targets import algorithms
 from torch import nn
 
 

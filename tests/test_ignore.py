@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import OptionError
-from rankload.loader.ignore import ignore
+from rankload.loader.saved.ignore import ignore
 
 
 def tree() -> dict[str, Any]:

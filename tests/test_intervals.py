@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankload.loader.intervals import Copy, CoverageError, Piece, Place, cut, intersect
+from rankload.loader.saved.intervals import Copy, CoverageError, Piece, Place, cut, intersect
 
 lengths = st.lists(st.integers(0, 9), max_size=8)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from http_server import Served, counting_server
 from rankload.loader.errors import CorruptError, FormatError, NotFoundError, UnsafeError
-from rankload.loader.locate import Located, locate
-from rankload.loader.store import open_store
+from rankload.loader.stores.locate import Located, locate
+from rankload.loader.stores.open import open_store
 
 MODEL = "mp_rank_00_model_states.pt"
 

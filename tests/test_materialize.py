@@ -11,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, NotFoundError, OptionError, UnsafeError
-from rankload.loader.materialize import CopyRequest, Reader, find_unknown, read_tensor, realise, require_safe
-from rankload.loader.storage_read import STAGING_BYTES
-from rankload.loader.strided import Layout, bounded_boxes, row_major_boxes
-from rankload.loader.torch_file import read_index
-from rankload.loader.values import LazyTensor
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.objects import realise
+from rankload.loader.materialize.safe_types import require_safe
+from rankload.loader.materialize.storages import STAGING_BYTES
+from rankload.loader.materialize.tensors import CopyRequest, Reader, read_tensor
+from rankload.loader.saved.strided import Layout, bounded_boxes, row_major_boxes
+from rankload.loader.saved.tree import find_unknown
+from rankload.loader.saved.values import LazyTensor
 from torch_files import as_bytes, read_whole
 
 

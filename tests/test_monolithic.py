@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import CorruptError, FormatError
-from rankload.loader.monolithic import Contents, read_layout
-from rankload.loader.values import InertObject, LazyTensor, StorageRef
+from rankload.loader.saved.contents import Contents
+from rankload.loader.saved.values import InertObject, LazyTensor, StorageRef
+from rankload.loader.sources.single_file import read_layout
 
 
 def tensor() -> LazyTensor:

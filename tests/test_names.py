@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import OptionError
-from rankload.loader.names import match_names
+from rankload.loader.saved.names import match_names
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,17 @@ import pytest
 from http_server import Served, counting_server
 from processes import run_ranks
 from rankload.loader.errors import CorruptError, LayoutError
-from rankload.loader.model_parallel import UNSPLIT, ParallelLayout, check_layout, check_part, saved_layout
-from rankload.loader.zero_fields import Field
-from rankload.loader.zero_files import Needed, OptimNaming, model_file
-from rankload.loader.zero_layers import LayerFile, check_layers, read_layer, with_layers
-from rankload.loader.zero_model_states import ModelStates, read_model_states
+from rankload.loader.sources.zero.fields import Field
+from rankload.loader.sources.zero.file_names import Needed, OptimNaming, model_file
+from rankload.loader.sources.zero.layers import LayerFile, check_layers, read_layer, with_layers
+from rankload.loader.sources.zero.model_parallel import (
+    UNSPLIT,
+    ParallelLayout,
+    check_layout,
+    check_part,
+    saved_layout,
+)
+from rankload.loader.sources.zero.model_states import ModelStates, read_model_states
 from test_journey import DATA, ENVIRONMENT, TESTS, needs_deepspeed
 from test_zero_layout import tensor
 from zero_folders import unpack_zero

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rankload.loader.byte_ranges import ByteRange
+from rankload.loader.cache.holes import PartialFile
 from rankload.loader.checksums import crc32
-from rankload.loader.partial_file import PartialFile
-from rankload.loader.ranges import ByteRange
 
 DATA = random.Random(3).randbytes(5000)
 

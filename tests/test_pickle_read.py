@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
-from rankload.loader.pickle_read import read_pickle
-from rankload.loader.pickle_scan import scan_pickle
-from rankload.loader.pickle_tensors import lay_out
-from rankload.loader.sealed import SealedGlobal, SealedTensor
-from rankload.loader.tree_walk import find_unknown
-from rankload.loader.values import GlobalName, InertObject, LazyTensor, StorageRef
+from rankload.loader.formats.pickle.inert import SealedGlobal, SealedTensor
+from rankload.loader.formats.pickle.read import read_pickle
+from rankload.loader.formats.pickle.scan import scan_pickle
+from rankload.loader.formats.pickle.tensors import lay_out
+from rankload.loader.saved.tree import find_unknown
+from rankload.loader.saved.values import GlobalName, InertObject, LazyTensor, StorageRef
 
 LIMIT = 64 << 20
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
-from rankload.loader.pickle_scan import scan_beginning, scan_pickle
+from rankload.loader.formats.pickle.scan import scan_beginning, scan_pickle
 
 LIMIT = 64 << 20
 

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from rankload.loader import progress
-from rankload.loader.progress import JobProgress, job_bytes, progress_line
+from rankload.loader.fetch import progress
+from rankload.loader.fetch.progress import JobProgress, job_bytes, progress_line
 
 
 class Terminal(io.StringIO):

@@ -16,19 +16,21 @@ import pytest
 from bad_server import BadServer, Behaviour, Fault, bad_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rankload.loader import http_exchange, range_retries
+from rankload.loader.byte_ranges import ByteRange, total_bytes, union
 from rankload.loader.errors import AccessError, CorruptError, NotFoundError, RankloadError
-from rankload.loader.http_address import Address, Origin, address_of, proxy_for
-from rankload.loader.http_answer import retry_after_s
-from rankload.loader.http_connections import Connections
-from rankload.loader.range_engine import Reading, ReadReport, read_ranges
-from rankload.loader.range_http import HttpSource
-from rankload.loader.range_open import open_range_source
-from rankload.loader.range_pace import Pace
-from rankload.loader.range_source import Arrived, RangeSource
-from rankload.loader.range_targets import FileTarget, MemoryTarget
-from rankload.loader.ranges import ByteRange, total_bytes, union
-from rankload.loader.store import ObjectInfo, open_store
+from rankload.loader.http import exchange as http_exchange
+from rankload.loader.http.addresses import Address, Origin, address_of, proxy_for
+from rankload.loader.http.answers import Arrived, retry_after_s
+from rankload.loader.http.connections import Connections
+from rankload.loader.ranges import retries as range_retries
+from rankload.loader.ranges.base import RangeSource
+from rankload.loader.ranges.concurrency import Pace
+from rankload.loader.ranges.engine import Reading, ReadReport, read_ranges
+from rankload.loader.ranges.http import HttpSource
+from rankload.loader.ranges.open import open_range_source
+from rankload.loader.ranges.targets import FileTarget, MemoryTarget
+from rankload.loader.stores.base import ObjectInfo
+from rankload.loader.stores.open import open_store
 
 BODY = random.Random(0).randbytes(1_000_000)
 CHUNK = 100_000

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from rankload.distributed.range_server import PeerAddress, PeerConnection, RangeServer, Served
 from rankload.loader.errors import AccessError
-from rankload.loader.range_peer import PeerSource
-from rankload.loader.range_source import TryAgainError
+from rankload.loader.ranges.peer import PeerSource
+from rankload.loader.store_errors import TryAgainError
 
 DATA = os.urandom(3 << 20)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import checksums
-from rankload.loader.ranges import ByteRange, coalesce, intersect, split, subtract, total_bytes, union
+from rankload.loader.byte_ranges import ByteRange, coalesce, intersect, split, subtract, total_bytes, union
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 200), st.integers(0, 40)).map(lambda one: ByteRange(one[0], one[0] + one[1])),

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.receipt import FileRecord, Receipt, StageRecord, check_logger, combine, log_receipt
+from rankload.loader.receipt import FileRecord, Receipt, StageRecord, combine, log_receipt
+from rankload.loader.request import check_logger
 
 
 def receipt(**changes: Any) -> Receipt:

@@ -21,21 +21,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_ranks
 from rankload.loader import CorruptError, State, load
-from rankload.loader.archive import unpack
+from rankload.loader.byte_ranges import ByteRange
 from rankload.loader.errors import RankloadError
-from rankload.loader.range_engine import Reading, read_ranges
-from rankload.loader.range_local import LocalSource
-from rankload.loader.range_open import open_range_source
-from rankload.loader.range_servers import RangeServers
-from rankload.loader.range_source import Arrived
-from rankload.loader.range_targets import MemoryTarget
-from rankload.loader.range_window import WindowSource
-from rankload.loader.ranges import ByteRange
-from rankload.loader.remote_archive import open_archive
-from rankload.loader.remote_file import RemoteFile
-from rankload.loader.store import ObjectInfo
-from rankload.loader.store_http import HttpStore
-from rankload.loader.tar_headers import SMALL_BYTES, read_members
+from rankload.loader.fetch.archive import unpack
+from rankload.loader.fetch.remote_file import RemoteFile
+from rankload.loader.fetch.tar_headers import SMALL_BYTES, read_members
+from rankload.loader.fetch.tars import open_archive
+from rankload.loader.http.answers import Arrived
+from rankload.loader.ranges.engine import Reading, read_ranges
+from rankload.loader.ranges.local import LocalSource
+from rankload.loader.ranges.open import open_range_source
+from rankload.loader.ranges.servers import RangeServers
+from rankload.loader.ranges.targets import MemoryTarget
+from rankload.loader.ranges.window import WindowSource
+from rankload.loader.stores.base import ObjectInfo
+from rankload.loader.stores.http import HttpStore
 from test_archive import HOSTILE, PLAIN, SIZE, TYPE, entry, patched_header, tar_bytes
 from test_fetch_ranges import MODEL_BYTES, TESTS, a_module, load_local, moved, saved  # noqa: F401
 

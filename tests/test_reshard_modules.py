@@ -25,7 +25,7 @@ from modules_worker import (
 )
 from processes import run_ranks
 from rankload.loader import LayoutError, MismatchError, State, load
-from rankload.loader.local_shard import dtensor_box
+from rankload.loader.targets.dtensor import dtensor_box
 from torch.distributed.tensor import Partial, Replicate, Shard
 from zero_folders import unpack_zero
 

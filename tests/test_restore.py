@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from rankload.loader.errors import LayoutError, MismatchError
-from rankload.loader.ignore import ignore
-from rankload.loader.materialize import Reader
-from rankload.loader.monolithic import read_layout
-from rankload.loader.restore import apply_state, optimizer_classes, plan_state, scheduler_classes
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.tensors import Reader
+from rankload.loader.saved.ignore import ignore
+from rankload.loader.sources.single_file import read_layout
 from rankload.loader.state import State
-from rankload.loader.torch_file import read_index
+from rankload.loader.targets.state import apply_state, optimizer_classes, plan_state, scheduler_classes
 from torch import nn
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, LayoutError
-from rankload.loader.intervals import Piece, Place
-from rankload.loader.saved_parts import AssembledTensor, Run, SavedTensor, parts_of, whole_box
-from rankload.loader.strided import Box
-from rankload.loader.values import LazyTensor, StorageRef
-from rankload.loader.zero_contents import ShardedTensor
-from rankload.loader.zero_whole import assemble
+from rankload.loader.saved.assembled import AssembledTensor, Run, SavedTensor, parts_of, whole_box
+from rankload.loader.saved.intervals import Piece, Place
+from rankload.loader.saved.strided import Box
+from rankload.loader.saved.values import LazyTensor, StorageRef
+from rankload.loader.sources.zero.contents import ShardedTensor
+from rankload.loader.sources.zero.whole import assemble
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import fsspec
 import pytest
 from http_server import Served, counting_server
-from rankload.loader import store_http
 from rankload.loader.errors import (
     AccessError,
     CorruptError,
@@ -21,9 +20,11 @@ from rankload.loader.errors import (
     RankloadError,
     UnsafeError,
 )
-from rankload.loader.store import ObjectInfo, open_store
 from rankload.loader.store_errors import redact_text, store_error
-from rankload.loader.symlinks import resolve
+from rankload.loader.stores import http as store_http
+from rankload.loader.stores.base import ObjectInfo
+from rankload.loader.stores.open import open_store
+from rankload.loader.stores.symlinks import resolve
 
 
 def nothing(n_bytes: int) -> None:
@@ -426,8 +427,9 @@ def test_importing_the_interface_is_cheap() -> None:
     import subprocess
 
     code = (
-        "import sys, rankload.loader.store, rankload.loader.template, rankload.loader.fetch, "
-        "rankload.loader.cache, rankload.loader.archive, rankload.loader.progress, rankload.loader.symlinks; "
+        "import sys, rankload.loader.stores.base, rankload.loader.template, rankload.loader.fetch.files, "
+        "rankload.loader.cache.node, rankload.loader.fetch.archive, rankload.loader.fetch.progress, "
+        "rankload.loader.stores.symlinks; "
         "bad = {'torch', 'fsspec', 'aiohttp', 'tqdm', 'deepspeed'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

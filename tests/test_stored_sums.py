@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader import FormatError
-from rankload.loader.digests import ALGORITHMS, digest_bytes, new_digest, packages_of
-from rankload.loader.manifest import is_manifest, parse_manifest
-from rankload.loader.stored_sums import StoredSum, fastest_first, in_headers, in_info, in_linked, in_s3
+from rankload.loader.stores.digests import ALGORITHMS, digest_bytes, new_digest, packages_of
+from rankload.loader.stores.manifest import is_manifest, parse_manifest
+from rankload.loader.stores.sums import StoredSum, fastest_first, in_headers, in_info, in_linked, in_s3
 
 DATA = b"123456789"
 MD5 = hashlib.md5(DATA).digest()

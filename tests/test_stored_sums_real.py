@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from rankload.loader import CorruptError
-from rankload.loader.digests import new_digest, packages_of
-from rankload.loader.store import open_store
-from rankload.loader.whole_checks import Compared, WholeChecks
+from rankload.loader.fetch.whole_checks import Compared, WholeChecks
+from rankload.loader.stores.digests import new_digest, packages_of
+from rankload.loader.stores.open import open_store
 
 DATA = bytes(range(256)) * 40_000
 PART_BYTES = 5 << 20
@@ -90,7 +90,7 @@ def test_s3_in_parts(seaweedfs_server: Any, tmp_path: Path, algorithm: str, kind
 def test_s3_of_parts_whose_ends_are_not_told(
     seaweedfs_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankload.loader import s3_sums
+    from rankload.loader.stores import s3_sums
 
     monkeypatch.setattr(s3_sums, "_part_sizes", lambda files, place: ())
     url = put_s3(seaweedfs_server, "parts-unknown", "CRC32C", "COMPOSITE")

@@ -17,8 +17,8 @@ from bad_server import BadServer, Behaviour, bad_server
 from certificates import BUNDLES, Certificate
 from forward_proxy import forward_proxy
 from rankload.loader import AccessError, State, load
-from rankload.loader.http_address import Origin
-from rankload.loader.http_connections import Connections
+from rankload.loader.http.addresses import Origin
+from rankload.loader.http.connections import Connections
 from real_servers import counted
 from server_process import or_skip
 

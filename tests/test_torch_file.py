@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rankload.loader.dtypes import ITEMSIZE
 from rankload.loader.errors import CorruptError, FormatError, NotFoundError, RankloadError
-from rankload.loader.sniff import sniff
-from rankload.loader.torch_file import read_index
-from rankload.loader.tree_walk import tensors
-from rankload.loader.values import LazyTensor
+from rankload.loader.formats.sniff import sniff
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.saved.dtypes import ITEMSIZE
+from rankload.loader.saved.tree import tensors
+from rankload.loader.saved.values import LazyTensor
 from torch_files import fixture_files, legacy_with, outcome, read_whole, same, zip_with
 
 DTYPES = [name for name in ITEMSIZE if hasattr(torch, name)]
@@ -197,7 +197,7 @@ def test_what_is_read_of_a_file_without_checksums(tmp_path: Path) -> None:
 def test_reading_an_index_imports_no_torch(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3), "n": np.ones(2)}, tmp_path / "f.pt")
     code = (
-        "import sys, rankload.loader.torch_file as t; i = t.read_index(sys.argv[1]);"
+        "import sys, rankload.loader.formats.torch_file as t; i = t.read_index(sys.argv[1]);"
         "print(i.tree['a'].shape, [m for m in ('torch', 'numpy', 'deepspeed', 'fsspec') if m in sys.modules])"
     )
     run = subprocess.run(

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_ranks
-from rankload.loader import weight_regions
-from rankload.loader.node_image import NodeImage, available_bytes
-from rankload.loader.ranges import union
-from rankload.loader.weight_regions import APART, FILE, MASTERS, RegionOffer, deal_regions
+from rankload.loader.byte_ranges import union
+from rankload.loader.cache.homes import available_bytes
+from rankload.loader.verify import weight_regions
+from rankload.loader.verify.shared_memory import NodeImage
+from rankload.loader.verify.weight_regions import APART, FILE, MASTERS, RegionOffer, deal_regions
 from test_journey import ENVIRONMENT, needs_deepspeed
 from test_reshard import save
 
@@ -125,7 +126,7 @@ def change_a_weight(folder: Path) -> None:
 
 def flip_a_weight(folder: Path) -> None:
     path = folder / "global_step3" / "mp_rank_00_model_states.pt"
-    from rankload.loader.torch_file import read_index
+    from rankload.loader.formats.torch_file import read_index
 
     index = read_index(path)
     largest = max(index.storages, key=lambda storage: storage.nbytes)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from bad_server import Behaviour, bad_server
 from rankload.loader import CorruptError, FormatError, State, load
-from rankload.loader import digests as digest_module
-from rankload.loader.digests import new_digest
-from rankload.loader.locate import locate
-from rankload.loader.manifest_find import find_manifests, key_of, known_sums
 from rankload.loader.receipt import FileRecord, Receipt
-from rankload.loader.store_local import LocalStore
+from rankload.loader.stores import digests as digest_module
+from rankload.loader.stores.digests import new_digest
+from rankload.loader.stores.local import LocalStore
+from rankload.loader.stores.locate import locate
+from rankload.loader.stores.manifest_find import find_manifests, key_of, known_sums
 
 NAME = "/folder/model file.pt.gz"
 URL = NAME.replace(" ", "%20")
@@ -99,7 +99,7 @@ def test_the_servers_checksum(data: bytes, restore: Restore, algorithm: str, ver
 def test_a_large_object_that_comes_by_ranges(
     data: bytes, restore: Restore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankload.loader import remote_files
+    from rankload.loader.fetch import remote_files
 
     monkeypatch.setattr(remote_files, "PARALLEL_FROM_BYTES", 1)
     served = Behaviour(data, headers={"Content-MD5": value_of("md5", data)})
@@ -115,7 +115,7 @@ def test_a_server_that_answers_no_head(
     data: bytes, restore: Restore, from_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As URLs that are signed for GET alone."""
-    from rankload.loader import remote_files
+    from rankload.loader.fetch import remote_files
 
     monkeypatch.setattr(remote_files, "PARALLEL_FROM_BYTES", from_bytes)
     headers = {"x-goog-hash": f"md5={value_of('md5', data)}"}

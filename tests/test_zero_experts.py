@@ -9,19 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, LayoutError
-from rankload.loader.values import InertObject
-from rankload.loader.zero_experts import (
-    ExpertLayer,
-    check_experts,
-    expert_ranks,
-    optimizer_file,
-    with_experts,
-)
-from rankload.loader.zero_files import Needed, OptimNaming
-from rankload.loader.zero_layout import zero_checkpoint
-from rankload.loader.zero_model_states import EXPERTS, ModelStates, read_model_states
-from rankload.loader.zero_needs import files_of_slots
-from rankload.loader.zero_optim_states import OptimStates, read_optim_states
+from rankload.loader.saved.values import InertObject
+from rankload.loader.sources.zero.experts import check_experts, expert_ranks, optimizer_file, with_experts
+from rankload.loader.sources.zero.file_names import Needed, OptimNaming
+from rankload.loader.sources.zero.layout import zero_checkpoint
+from rankload.loader.sources.zero.model_states import EXPERTS, ExpertLayer, ModelStates, read_model_states
+from rankload.loader.sources.zero.needs import files_of_slots
+from rankload.loader.sources.zero.optim_states import OptimStates, read_optim_states
 from test_zero_layout import model_tree, optim_tree, tensor
 
 SHAPES = {"up": (3, 2), "down": (5,)}

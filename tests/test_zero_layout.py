@@ -12,14 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, FormatError, LayoutError, RankloadError
-from rankload.loader.ignore import ignore
-from rankload.loader.torch_file import read_index
-from rankload.loader.values import InertObject, LazyTensor, StorageRef
-from rankload.loader.zero_contents import ShardedTensor, ZeroContents, wanted_of, zero_contents, zero_tree
-from rankload.loader.zero_files import Needed, OptimNaming, model_file, optim_namings
-from rankload.loader.zero_layout import named_by_optimizer, zero_checkpoint
-from rankload.loader.zero_model_states import read_model_states
-from rankload.loader.zero_optim_states import read_optim_states, read_whole_optimizer
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.saved.ignore import ignore
+from rankload.loader.saved.values import InertObject, LazyTensor, StorageRef
+from rankload.loader.sources.zero.contents import (
+    ShardedTensor,
+    ZeroContents,
+    wanted_of,
+    zero_contents,
+    zero_tree,
+)
+from rankload.loader.sources.zero.file_names import Needed, OptimNaming, model_file, optim_namings
+from rankload.loader.sources.zero.layout import named_by_optimizer, zero_checkpoint
+from rankload.loader.sources.zero.model_states import read_model_states
+from rankload.loader.sources.zero.optim_states import read_optim_states, read_whole_optimizer
 from zero_folders import unpack_zero
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import LayoutError
-from rankload.loader.intervals import Piece, Place, cut
-from rankload.loader.zero_files import Needed
-from rankload.loader.zero_layout import FROZEN_GROUP, SavedParameter, ZeroCheckpoint, share_pieces
-from rankload.loader.zero_needs import all_files, files_of_slots, likeliest, own_files
+from rankload.loader.saved.intervals import Piece, Place, cut
+from rankload.loader.sources.zero.file_names import Needed
+from rankload.loader.sources.zero.layout import FROZEN_GROUP, SavedParameter, ZeroCheckpoint, share_pieces
+from rankload.loader.sources.zero.needs import all_files, files_of_slots, likeliest, own_files
 
 NOTHING = Needed(frozenset(), frozenset())
 

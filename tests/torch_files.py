@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from rankload.loader.errors import RankloadError
-from rankload.loader.materialize import Reader, realise
-from rankload.loader.torch_file import read_index
-from rankload.loader.values import InertObject
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.objects import realise
+from rankload.loader.materialize.tensors import Reader
+from rankload.loader.saved.values import InertObject
 
 DATA = Path(__file__).parent / "data"
 

@@ -1,0 +1,152 @@
+"""The folder that node caches live in: private to the user, with one lock for short decisions."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+
+from ..errors import AccessError
+
+LOCK_NAME = ".lock"
+LOCK_TIMEOUT_S = 60.0
+"""The lock is held for moments only; a holder that is stopped meanwhile is an error for the others."""
+
+
+def default_cache_folder() -> str:
+    """``rankload-<uid>`` in the system's temporary folder."""
+    return os.path.join(tempfile.gettempdir(), f"rankload-{os.getuid()}")
+
+
+def make_private_folder(path: str) -> None:
+    """Makes `path` with mode 0700, or checks one that is there.
+
+    Raises `AccessError` where it is a link or no folder, belongs to somebody else, or lets others write.
+    """
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        # 0700 from the start: a mode set afterwards leaves a moment for others.
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise AccessError(
+            f"{path}: the cache folder can't be made: {error.strerror}; set cache_dir to a folder that you "
+            "can write to",
+            path=path,
+        ) from error
+    _check_private(path)
+
+
+def _check_private(path: str) -> None:
+    found = os.lstat(path)
+    problem = None
+    if stat.S_ISLNK(found.st_mode):
+        problem = "is a symbolic link"
+    elif not stat.S_ISDIR(found.st_mode):
+        problem = "is not a folder"
+    elif found.st_uid != os.geteuid():
+        problem = f"belongs to user {found.st_uid}, expected user {os.geteuid()}"
+    elif found.st_mode & 0o022:
+        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}, expected 0700)"
+    if problem is not None:
+        raise AccessError(
+            f"{path}: not used as cache folder, since it {problem}; set cache_dir to a folder of your own",
+            path=path,
+        )
+
+
+def folder_of(path: str) -> str | None:
+    """The cache folder that `path` lies in; None where it lies in none."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while folder != os.path.dirname(folder):
+        if os.path.exists(os.path.join(folder, LOCK_NAME)):
+            return folder
+        folder = os.path.dirname(folder)
+    return None
+
+
+def free_bytes_of(folder: str) -> int:
+    """What the file system of `folder` has left for this user."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[float]:
+    """Holds the folder's lock, across processes, threads and nodes that share it; makes the folder if needed.
+
+    Yields the present time by the clock that stamps files there (another node's may differ from ours).
+    The lock ends with its process. Raises `AccessError` where the file system has no locks, or where somebody
+    holds this one for a minute.
+    """
+    fd = _acquire(folder)
+    try:
+        os.utime(fd)
+        yield os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+
+
+def remove_if_empty(folder: str, *, keep_folder: bool) -> None:
+    """Removes the lock file, and the folder too unless `keep_folder`, if nothing else is in there."""
+    if not os.path.isdir(folder):
+        return
+    with contextlib.suppress(OSError), locked(folder):
+        if os.listdir(folder) == [LOCK_NAME]:
+            # Whoever waits for this lock sees that its file is gone, and takes the next one.
+            os.unlink(os.path.join(folder, LOCK_NAME))
+            if not keep_folder:
+                os.rmdir(folder)
+
+
+def _acquire(folder: str) -> int:
+    path = os.path.join(folder, LOCK_NAME)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            make_private_folder(folder)
+            continue
+        except OSError as error:
+            raise AccessError(f"{path}: can't be opened: {error.strerror}", path=folder) from error
+        try:
+            if _try_lock(fd, folder) and _is_at(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise AccessError(
+                f"{path}: locked by another process for {LOCK_TIMEOUT_S:.0f} s; end it, or set another "
+                "cache_dir",
+                path=folder,
+            )
+        time.sleep(0.01)
+
+
+def _try_lock(fd: int, folder: str) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise AccessError(
+            f"{folder}: its file system offers no locks ({error.strerror}); set cache_dir to another one",
+            path=folder,
+        ) from error
+    return True
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False

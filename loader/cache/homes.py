@@ -1,0 +1,123 @@
+"""Where a node's cache lies: in the folder that was given, else in memory or on disk, as there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from ..errors import AccessError
+from .bounds import evictable_bytes
+from .folder import default_cache_folder, free_bytes_of, locked, make_private_folder
+from .records import remove, sweep
+
+MEMORY_FOLDER = "/dev/shm"  # noqa: S108 -- what goes there goes into a private folder
+"""Linux's file system in memory."""
+SHARE = 2
+"""A load puts files into memory as long as they fit in one part out of so many of what is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one folder is to take, and what it has."""
+
+    folder: str
+    needed_bytes: int
+    free_bytes: int
+    """What can be evicted there counts as free."""
+    in_memory: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+
+@dataclass(slots=True)
+class CacheHome:
+    """One folder of a cache, as one load sees it."""
+
+    folder: str
+    given: bool = False
+    in_memory: bool = False
+    takes_new: bool = True
+    """False where only what a load that was killed left behind is looked for."""
+    ready: bool = False
+    placed_bytes: int = 0
+
+    def prepare(self, group: str) -> None:
+        """Makes the folder, or checks it, and clears up after the dead; in memory, all but what is `group`'s.
+
+        Raises `AccessError` where it is not private to this user.
+        """
+        if self.ready:
+            return
+        make_private_folder(self.folder)
+        self.sweep(group)
+        self.ready = True
+
+    def sweep(self, group: str | None = None) -> None:
+        """Removes what the dead left: on disk after a day, in memory at once, but for the checkpoint `group`'s."""
+        with locked(self.folder) as now:
+            gone = list(sweep(self.folder, now, spared=group, at_once=self.in_memory))
+        for path in gone:
+            remove(path)
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether a new file of `nbytes` goes here; if so, it has its place."""
+        if not self.takes_new or (self.placed_bytes + nbytes) * SHARE > self.free_bytes():
+            return False
+        self.placed_bytes += nbytes
+        return True
+
+    def free_bytes(self) -> int:
+        """What the file system has left for this user; in memory, no more than the node has to give."""
+        if not self.in_memory:
+            return free_bytes_of(self.folder)
+        return min(free_bytes_of(os.path.dirname(self.folder)), available_bytes())
+
+    def room(self, needed_bytes: int) -> Room:
+        free = self.free_bytes()
+        if needed_bytes > free and not self.in_memory:
+            free += evictable_bytes(self.folder)
+        return Room(self.folder, needed_bytes, free, self.in_memory)
+
+
+def homes_for(cache_dir: str | None, home: str, *, stays: bool) -> list[CacheHome]:
+    """Where a load's files may go, in the order of trying; the last one takes whatever comes.
+
+    A folder that was given is the only one. ``auto`` tries memory before the disk, unless what is fetched shall stay.
+    Raises `AccessError` where ``memory`` is asked for and there is none.
+    """
+    if cache_dir is not None:
+        return [CacheHome(os.path.abspath(cache_dir), given=True)]
+    disk = CacheHome(os.path.abspath(default_cache_folder()))
+    has_memory = os.path.isdir(MEMORY_FOLDER) and os.access(MEMORY_FOLDER, os.W_OK)
+    memory = CacheHome(
+        os.path.join(MEMORY_FOLDER, f"rankload-{os.getuid()}"), in_memory=True, takes_new=not stays
+    )
+    if home == "memory":
+        if not has_memory:
+            raise AccessError(
+                f"{MEMORY_FOLDER}: cache_home is 'memory', but there is no folder there that can be written; set "
+                "cache_home to 'disk'",
+                path=MEMORY_FOLDER,
+            )
+        return [memory]
+    return [memory, disk] if home == "auto" and has_memory else [disk]
+
+
+def available_bytes() -> int:
+    """Memory that this node, or this process's control group, has to give without pushing others out."""
+    found = []
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        found += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):
+        limit = _read("/sys/fs/cgroup/memory.max")
+        if limit != "max":
+            found.append(int(limit) - int(_read("/sys/fs/cgroup/memory.current")))
+    return max(0, min(found, default=0))
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,137 @@
+"""Who needs which file, and what is missing where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import NotFoundError
+from ..stores.base import Store
+
+if TYPE_CHECKING:
+    from ...distributed.channel import Channel
+    from ...distributed.topology import Topology
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FileNeed:
+    """One object that this rank wants to read; an `optional` one may be missing."""
+
+    name: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NeedTable:
+    """What all ranks need, as every rank knows it."""
+
+    own: tuple[FileNeed, ...]
+    rank: int
+    node: int
+    leader: int
+    """The rank that works for this node."""
+    load_id: str
+    rows: tuple[Mapping[str, Any], ...]
+    """By rank: ``node``, ``host``, ``required`` and ``optional`` names."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == self.leader
+
+    @property
+    def node_needs(self) -> list[str]:
+        """What this node's ranks need, each once, in order of rank."""
+        rows = [row for row in self.rows if row["node"] == self.node]
+        return list(dict.fromkeys(name for row in rows for name in (*row["required"], *row["optional"])))
+
+    @property
+    def leaders(self) -> dict[int, int]:
+        """The rank that works for each node, by node."""
+        leaders: dict[int, int] = {}
+        for rank, row in enumerate(self.rows):
+            leaders.setdefault(row["node"], rank)
+        return leaders
+
+    @property
+    def ranks_needing(self) -> dict[str, list[int]]:
+        needing: dict[str, list[int]] = {}
+        for rank, row in enumerate(self.rows):
+            for name in (*row["required"], *row["optional"]):
+                needing.setdefault(name, []).append(rank)
+        return needing
+
+
+def gather_needs(
+    channel: Channel, topology: Topology, needs: Sequence[str | FileNeed], load_id: str, stage: str
+) -> NeedTable:
+    """The table of all ranks' needs. Every rank must call."""
+    own = tuple(FileNeed(need) if isinstance(need, str) else need for need in needs)
+    row = {
+        "node": topology.node_rank,
+        "host": channel.host,
+        "required": [need.name for need in own if not need.optional],
+        "optional": [need.name for need in own if need.optional],
+        "load": load_id,
+    }
+    rows = tuple(channel.gather(f"{stage}: needs", row))
+    leader = min(rank for rank, each in enumerate(rows) if each["node"] == topology.node_rank)
+    return NeedTable(own, channel.rank, topology.node_rank, leader, rows[0]["load"], rows)
+
+
+def find_lacking(table: NeedTable, reports: Sequence[Mapping[str, bool]]) -> dict[str, list[int]]:
+    """The ranks that lack each file that is missing on their node, by name, given what the leaders found."""
+    lacking: dict[str, list[int]] = {}
+    leaders = table.leaders
+    for rank, row in enumerate(table.rows):
+        for name in row["required"]:
+            if not reports[leaders[row["node"]]].get(name, False):
+                lacking.setdefault(name, []).append(rank)
+    return lacking
+
+
+def refuse(
+    store: Store,
+    table: NeedTable,
+    lacking: Mapping[str, Sequence[int]],
+    reports: Sequence[Mapping[str, bool]],
+) -> None:
+    """Raises the `NotFoundError` for what is `lacking`; `reports` says which leader does see each of it."""
+    problems = [_problem(store, table, reports, name, ranks) for name, ranks in lacking.items()]
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
+    name, ranks = next(iter(lacking.items()))
+    raise NotFoundError(
+        "; ".join(problems), rank=ranks[0], host=table.rows[ranks[0]]["host"], path=store.describe(name)
+    )
+
+
+def _problem(
+    store: Store,
+    table: NeedTable,
+    reports: Sequence[Mapping[str, bool]],
+    name: str,
+    ranks: Sequence[int],
+) -> str:
+    text = f"{store.describe(name)}: not there, needed by {spoken_ranks(ranks)}"
+    leaders = table.leaders
+    if not store.is_local or len(leaders) == 1:
+        return text
+    lacks = [node for node, leader in leaders.items() if not reports[leader].get(name, False)]
+    has = [node for node in leaders if node not in lacks]
+    hosts = {node: table.rows[leader]["host"] for node, leader in leaders.items()}
+    where = f"there on {_nodes(has, hosts)}" if has else "there on no other"
+    return f"{text} (missing on {_nodes(lacks, hosts)}; {where})"
+
+
+def spoken_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0, 1``, as messages say it."""
+    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
+
+
+def _nodes(nodes: Sequence[int], hosts: Mapping[int, str]) -> str:
+    shown = [f"node {node} on host {hosts[node]}" for node in nodes[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(nodes) - _SHOWN} more nodes" if len(nodes) > _SHOWN else "")

@@ -1,0 +1,74 @@
+"""Before bytes move: every node tells what it is to fetch, into which folder, and whether that has room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..cache.homes import Room
+from ..errors import AccessError
+
+if TYPE_CHECKING:
+    from ...distributed.channel import Channel
+    from ..cache.node import NodeCache
+
+_logger = logging.getLogger("rankload")
+
+
+def agree_on_room(
+    channel: Channel,
+    node: int,
+    cache: NodeCache,
+    needed: Mapping[str, int],
+    stage: str,
+    *,
+    beside: int = 0,
+) -> int:
+    """Makes room for the bytes that are `needed` on this node, by folder; the whole job's bytes, done and to come.
+
+    This rank fetches bytes `beside` those, which need no room in a folder.
+
+    Every rank must call; those that do not fetch for their node with nothing. Raises, on every rank, one `AccessError`
+    that names each node and folder whose room does not suffice, with what can be evicted counted in. Nothing has been
+    evicted then.
+    """
+    done = int(channel.counters().get(channel.rank, {}).get("bytes_done", 0))
+    report = {
+        "node": node,
+        "host": channel.host,
+        "done": done + beside,
+        "rooms": [asdict(room) for room in cache.room(needed)],
+    }
+    planned = channel.decide(f"{stage}: room", report, lambda reports: _judge(stage, reports))
+    cache.make_room(needed)
+    return int(planned)
+
+
+def _judge(stage: str, reports: Sequence[Mapping[str, Any]]) -> int:
+    told = [(one["node"], one["host"], Room(**room)) for one in reports for room in one["rooms"]]
+    short = [one for one in told if not one[2].fits]
+    if short:
+        raise AccessError(
+            f"{stage}: {'; '.join(_spoken(*one) for one in short)}; nothing was changed; set "
+            f"{_remedy([room for _, _, room in short])}",
+            path=short[0][2].folder,
+        )
+    for node, host, room in told:
+        if room.needed_bytes:
+            _logger.info("%s: %s", stage, _spoken(node, host, room))
+    return sum(int(one["done"]) for one in reports) + sum(room.needed_bytes for _, _, room in told)
+
+
+def _spoken(node: int, host: str, room: Room) -> str:
+    return (
+        f"node {node} ({host}) is to fetch {room.needed_bytes:,} bytes into {room.folder}, where "
+        f"{room.free_bytes:,} are free"
+    )
+
+
+def _remedy(rooms: Sequence[Room]) -> str:
+    if any(room.in_memory for room in rooms):
+        return "cache_home to 'disk', or cache_dir to a folder with more"
+    return "cache_dir to a folder with more"

@@ -1,0 +1,167 @@
+"""A remote tar's members as a folder on this node: large torch files come in parts, all else whole.
+
+<name>                 the tar, with holes: what its headers were read in, and its small members
+<name>.members/        a file for each member; beside those that come in parts, what of them has landed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..byte_ranges import ByteRange
+from ..cache.folder import free_bytes_of
+from ..cache.holes import landed_record
+from ..errors import AccessError, CorruptError, FormatError, UnsafeError
+from ..formats.torch_file import FileIndex, read_index
+from ..ranges.engine import read_ranges
+from ..ranges.window import WindowSource
+from ..stores.base import OnBytes
+from .archive import write_member
+from .remote_file import RemoteFile
+from .tar_headers import SMALL_BYTES, Member, read_members
+
+MOST_LARGE_MEMBERS = 128
+"""Each is a few open files for as long as the load goes on."""
+
+
+@dataclass(frozen=True)
+class RemoteArchive:
+    """What was begun of an archive; its files are closed by whoever has it."""
+
+    path: str
+    """Its folder on this node."""
+    members: tuple[str, ...]
+    """Its regular files, relative to `path`."""
+    parts: tuple[str, ...]
+    """Those of which the index alone is here."""
+    tar: RemoteFile
+    files: dict[str, RemoteFile] = field(default_factory=dict)
+    """Large members by their paths."""
+    indexes: dict[str, FileIndex] = field(default_factory=dict)
+    """Of the `parts`, by their paths."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Headers, small members and what has landed of the large ones."""
+        return self.tar.fetched_bytes + sum(file.fetched_bytes for file in self.files.values())
+
+
+def open_archive(
+    tar: RemoteFile, object_name: str, described: str, edge_bytes: int, on_bytes: OnBytes
+) -> RemoteArchive | None:
+    """Brings the headers of the remote `tar`, its small members, and of each large torch file the index.
+
+    That is read in its first and last `edge_bytes` mostly. None where the archive has to come whole: more large
+    members than can be kept open, or names that records of what has landed need for themselves.
+
+    Raises as `archive.unpack` and `read_ranges` do.
+    """
+    members = read_members(tar, described, on_bytes)
+    large = [one for one in members if one.size_bytes > SMALL_BYTES]
+    if len(large) > MOST_LARGE_MEMBERS or any(_is_taken(one.name) for one in members):
+        return None
+    folder = f"{tar.path}.members"
+    for name in ["", *(one.name if one.is_folder else os.path.dirname(one.name) for one in members)]:
+        os.makedirs(os.path.join(folder, name), mode=0o700, exist_ok=True)
+    with contextlib.ExitStack() as undoing:
+        files = {}
+        for one in large:
+            source = WindowSource(
+                tar.source,
+                one.offset,
+                one.size_bytes,
+                object_name=object_name,
+                described=f"{described}:{one.name}",
+            )
+            file = RemoteFile(source, os.path.join(folder, one.name))
+            undoing.callback(file.close)
+            file.adopt(tar, one.offset)
+            files[one.name] = file
+        small = [one for one in members if not one.is_folder and one.size_bytes <= SMALL_BYTES]
+        _bring(tar, small, large, files, edge_bytes, on_bytes)
+        for one in small:
+            _write_again(tar, one, folder, described)
+        indexes = _indexes(large, files, on_bytes)
+        undoing.pop_all()
+    return RemoteArchive(
+        folder,
+        tuple(one.name for one in members if not one.is_folder),
+        tuple(indexes),
+        tar,
+        {file.path: file for file in files.values()},
+        {index.path: index for index in indexes.values()},
+    )
+
+
+def _is_taken(name: str) -> bool:
+    return any(part.endswith(landed_record("")) for part in name.split("/"))
+
+
+def _bring(
+    tar: RemoteFile,
+    small: Sequence[Member],
+    large: Sequence[Member],
+    files: dict[str, RemoteFile],
+    edge_bytes: int,
+    on_bytes: OnBytes,
+) -> None:
+    """Small members, and of large ones their beginnings and ends, or all of them; over connections side by side."""
+    wanted = [(tar, [one.span for one in small])]
+    for one in large:
+        if one.kind == "torch-zip":
+            ends = [ByteRange(0, edge_bytes), ByteRange(one.size_bytes - edge_bytes, one.size_bytes)]
+        else:
+            ends = [ByteRange(0, one.size_bytes)]
+        wanted.append((files[one.name], ends))
+    readings = [found for file, ranges in wanted if (found := file.reading(ranges)) is not None]
+    needed = sum(one.size_bytes for one in small)
+    needed += sum(stop - start for one in readings for start, stop in one.ranges)
+    free = free_bytes_of(os.path.dirname(tar.path))
+    if needed > free:
+        raise AccessError(
+            f"{tar.source.describe()}: needs {needed} bytes, but {os.path.dirname(tar.path)} has {free} left; set "
+            "cache_dir to a folder with more",
+            path=tar.source.describe(),
+        )
+    read_ranges(readings, on_bytes)
+
+
+def _write_again(tar: RemoteFile, member: Member, folder: str, described: str) -> None:
+    """Writes a small member out of the tar, in the place of what an earlier process may have written of it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, member.name))
+    write_member(_reader(tar, member), folder, member.name, member.size_bytes, described)
+
+
+def _reader(tar: RemoteFile, member: Member) -> Callable[[int], bytes]:
+    position = member.offset
+
+    def read(size: int) -> bytes:
+        nonlocal position
+        data = tar.read(position, size)
+        position += len(data)
+        return data
+
+    return read
+
+
+def _indexes(
+    large: Sequence[Member], files: dict[str, RemoteFile], on_bytes: OnBytes
+) -> dict[str, FileIndex]:
+    """The indexes of the torch files among the `large` members, by name."""
+    found = {}
+    for one in large:
+        file = files[one.name]
+        if one.kind != "torch-zip":
+            continue
+        try:
+            found[one.name] = read_index(
+                file.path, name=file.source.describe(), open_file=file.opener(on_bytes), partial=True
+            )
+        except (CorruptError, FormatError, UnsafeError):
+            # It may be another kind of zip, or nobody's business. Whoever reads it tells what is wrong.
+            file.ensure([ByteRange(0, one.size_bytes)], on_bytes)
+    return found

@@ -1,0 +1,124 @@
+"""NumPy's arrays, scalars and element types as pickles describe them. Free of numpy and of torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import CorruptError
+from ...saved.values import UNSUPPORTED, GlobalName
+from .inert import SealedArray, SealedObject
+
+_PLAIN = re.compile(r"(?:([biufc])(1|2|4|8|16)|([SUV])(\d{1,6})|([Mm])8)\Z")
+_UNIT = re.compile(r"[A-Za-z]{1,2}\Z")
+
+
+class SealedDtype(SealedObject):
+    """A ``numpy.dtype``; its state holds the byte order."""
+
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        """NumPy's own string, such as ``<f4``; `UNSUPPORTED` where elements are not plain."""
+        code = self.args[0] if self.args else None
+        found = _PLAIN.match(code) if isinstance(code, str) else None
+        if not found or not isinstance(code, str):
+            return UNSUPPORTED
+        state = self.state if isinstance(self.state, tuple) else ()
+        if len(state) > 4 and (state[2] is not None or state[3] is not None):
+            return UNSUPPORTED
+        order = state[1] if len(state) > 1 else "|"
+        if order not in ("<", ">", "|", "="):
+            raise CorruptError("a NumPy dtype of unknown byte order")
+        return ("<" if order == "=" else order) + code + (_unit(state) if found[5] else "")
+
+
+def dtype_itemsize(text: str) -> int:
+    """Bytes per element of a dtype that `SealedDtype.text` gave."""
+    code, digits = text[1], text[2:].split("[")[0]
+    return int(digits) * (4 if code == "U" else 1)
+
+
+def _unit(state: tuple[Any, ...]) -> str:
+    """The unit of dates and durations: ``[s]``, or ``[25s]``; none where none is given."""
+    metadata = state[8] if len(state) > 8 else None
+    unit = metadata[1] if isinstance(metadata, tuple) and len(metadata) == 2 else None
+    if not isinstance(unit, tuple) or len(unit) < 2:
+        return ""
+    name, count = unit[:2]
+    name = name.decode("ascii", "replace") if isinstance(name, bytes) else name
+    if (
+        not isinstance(name, str)
+        or not _UNIT.match(name)
+        or type(count) is not int
+        or not 0 < count < 1 << 31
+    ):
+        return ""
+    return f"[{name}]" if count == 1 else f"[{count}{name}]"
+
+
+def _dtype(budget: Any, *args: Any) -> SealedDtype:
+    return SealedDtype(global_name="numpy.dtype", args=args, known=True)
+
+
+def _reconstruct(budget: Any, kind: Any, shape: Any = (), code: Any = b"b") -> SealedArray | SealedObject:
+    if not isinstance(kind, GlobalName) or kind.name != "numpy.ndarray":
+        return SealedObject(global_name=getattr(kind, "name", "numpy.ndarray"), args=(shape, code))
+    return SealedArray(UNSUPPORTED, (), b"", fill=_fill)
+
+
+def _fill(array: SealedArray, state: Any) -> None:
+    if not isinstance(state, tuple) or len(state) not in (4, 5):
+        raise CorruptError("a NumPy array without its state")
+    shape, dtype, fortran_order, data = state[-4:]
+    _set(array, dtype, shape, data, bool(fortran_order), scalar=False)
+
+
+def _frombuffer(budget: Any, data: Any, dtype: Any, shape: Any, order: Any = "C") -> SealedArray:
+    array = SealedArray(UNSUPPORTED, (), b"")
+    _set(array, dtype, shape, data, order == "F", scalar=False)
+    return array
+
+
+def _scalar(budget: Any, dtype: Any, data: Any = b"") -> SealedArray:
+    array = SealedArray(UNSUPPORTED, (), b"")
+    _set(array, dtype, (), data, False, scalar=True)
+    return array
+
+
+def _set(array: SealedArray, dtype: Any, shape: Any, data: Any, fortran_order: bool, *, scalar: bool) -> None:
+    if not isinstance(dtype, SealedDtype):
+        raise CorruptError("a NumPy array without a dtype")
+    if isinstance(shape, int):
+        shape = (shape,)
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 64
+        or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
+    ):
+        raise CorruptError("a NumPy array whose shape is no tuple of at most 64 sizes")
+    text = dtype.text
+    if text == UNSUPPORTED or isinstance(data, list):
+        array.set(UNSUPPORTED, (), b"", False, scalar)
+        return
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(data, (bytes, bytearray)):
+        raise CorruptError("a NumPy array whose data are no bytes")
+    expected = math.prod(shape) * dtype_itemsize(text)
+    if len(data) != expected:
+        raise CorruptError(
+            f"a NumPy array of dtype {text} and shape {shape} with {len(data):,} bytes; expected {expected:,}"
+        )
+    array.set(text, shape, bytes(data), fortran_order, scalar)
+
+
+NUMPY_BUILDERS: dict[str, Callable[..., Any]] = {
+    "numpy.dtype": _dtype,
+    "numpy._core.multiarray._reconstruct": _reconstruct,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy._core.numeric._frombuffer": _frombuffer,
+}

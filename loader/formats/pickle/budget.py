@@ -1,0 +1,46 @@
+"""What the calls of one pickle may take together. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UnsafeError
+
+MAX_CRAFTED_KEYS = 10_000
+"""Dict keys and set members whose hashes a file can make collide: floats, integers of many digits ..."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """Counts, for one file, the bytes that calls copy and the keys that they hash."""
+
+    memory_limit: int
+    copied: int = 0
+    crafted_keys: int = 0
+
+    def charge(self, nbytes: int) -> None:
+        """Counts bytes that a call copies, or work that it takes; raises `UnsafeError` beyond the limit."""
+        self.copied += nbytes
+        if self.copied > self.memory_limit:
+            raise UnsafeError(
+                f"the pickle's calls copy more than {self.memory_limit:,} bytes. No checkpoint is written "
+                "that way: do not trust this file."
+            )
+
+    def charge_keys(self, keys: Iterable[Any]) -> None:
+        """Counts what hashing `keys` takes, before any of them is hashed."""
+        pending = list(keys)
+        while pending:
+            key = pending.pop()
+            self.charge(50)
+            if isinstance(key, tuple):
+                pending.extend(key)
+            elif not isinstance(key, (str, bytes)) and not (isinstance(key, int) and key.bit_length() < 60):
+                self.crafted_keys += 1
+                if self.crafted_keys > MAX_CRAFTED_KEYS:
+                    raise UnsafeError(
+                        "the pickle's sets and dicts have too many members that are neither strings nor "
+                        "small integers. Do not trust this file."
+                    )

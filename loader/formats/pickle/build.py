@@ -1,0 +1,182 @@
+"""What a call in a pickle becomes: lazy tensors, arrays, plain values, or an inert record of the call. Free
+of torch.
+
+The functions here stand in for the ones that the pickle names. Each checks its arguments, which are the
+file's, and runs nothing of the file's choosing; what does not fit raises `CorruptError`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import CorruptError
+from ...saved.values import GlobalName
+from .arrays import NUMPY_BUILDERS
+from .budget import Budget
+from .inert import Ordered, SealedGlobal, SealedObject, Text
+from .known import KNOWN_OBJECTS
+from .tensors import TENSOR_BUILDERS
+
+
+def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], via_new: bool) -> Any:
+    """The value that calling the class or function ``name`` gives."""
+    function = BUILDERS.get(name)
+    if function is not None and not kwargs:
+        return function(budget, *args)
+    return SealedObject(
+        global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
+    )
+
+
+def _ordered(budget: Budget, pairs: Any = ()) -> Ordered:
+    return Ordered(_pairs(budget, pairs))
+
+
+def _dict(budget: Budget, pairs: Any = ()) -> dict[Any, Any]:
+    return dict(_pairs(budget, pairs))
+
+
+def _defaultdict(budget: Budget, factory: Any = None, pairs: Any = ()) -> dict[Any, Any]:
+    return _dict(budget, pairs)
+
+
+def _pairs(budget: Budget, pairs: Any) -> list[tuple[Any, Any]]:
+    found = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    if not isinstance(found, (list, tuple)):
+        raise CorruptError("a dict that is made from neither a dict nor pairs")
+    budget.charge(120 * len(found))
+    result = []
+    for pair in found:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise CorruptError("a dict that is made from something other than pairs")
+        result.append((pair[0], pair[1]))
+    budget.charge_keys(key for key, _ in result)
+    return result
+
+
+def _members(budget: Budget, items: Any) -> list[Any]:
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise CorruptError("a set or list that is made from neither")
+    budget.charge(60 * len(items))
+    return list(items)
+
+
+def _set(budget: Budget, items: Any = ()) -> set[Any]:
+    members = _members(budget, items)
+    budget.charge_keys(members)
+    return set(members)
+
+
+def _frozenset(budget: Budget, items: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(budget, items))
+
+
+def _list(budget: Budget, items: Any = ()) -> list[Any]:
+    return _members(budget, items)
+
+
+def _encode(budget: Budget, text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
+        raise CorruptError("bytes in an encoding other than latin1")
+    budget.charge(len(text))
+    return text.encode("latin1")
+
+
+def _bytes(budget: Budget, value: Any = b"", encoding: Any = None) -> bytes:
+    if isinstance(value, str):
+        return _encode(budget, value, encoding)
+    if not isinstance(value, (bytes, bytearray)):
+        raise CorruptError("bytes that are made from neither bytes nor text")
+    budget.charge(len(value))
+    return bytes(value)
+
+
+def _bytearray(budget: Budget, value: Any = b"", encoding: Any = None) -> bytearray:
+    return bytearray(_bytes(budget, value, encoding))
+
+
+def _complex(budget: Budget, real: Any = 0.0, imaginary: Any = 0.0) -> complex:
+    if type(real) not in (int, float) or type(imaginary) not in (int, float):
+        raise CorruptError("a complex number that is made from something other than numbers")
+    return complex(real, imaginary)
+
+
+def _text(budget: Budget, text: Any = "") -> Text:
+    if not isinstance(text, str):
+        raise CorruptError("a version that is no text")
+    budget.charge(len(text))
+    return Text(text)
+
+
+def _time(kind: type) -> Callable[..., Any]:
+    def build(budget: Budget, *args: Any) -> Any:
+        for arg in args:
+            if arg is not None and not isinstance(arg, (int, float, str, bytes, *_TIME_PARTS)):
+                raise CorruptError(f"a {kind.__name__} that is made from something else")
+        first = args[0] if args else None
+        if isinstance(first, str) and kind is not datetime.timezone:
+            # Written by Python 2: the state as text.
+            args = (_encode(budget, first), *args[1:])
+        return kind(*args)
+
+    return build
+
+
+_TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
+
+
+def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> SealedObject:
+    name = getattr(kind, "name", "copyreg._reconstructor")
+    plain = isinstance(base, GlobalName) and base.name == "builtins.object"
+    return SealedObject(
+        global_name=name, args=() if plain else (state,), known=name in KNOWN_OBJECTS, via_new=True
+    )
+
+
+def _newobj(budget: Budget, kind: Any, *args: Any) -> Any:
+    return new_object(kind, args, {})
+
+
+def _newobj_ex(budget: Budget, kind: Any, args: Any, kwargs: Any) -> Any:
+    return new_object(kind, args, kwargs)
+
+
+def new_object(kind: Any, args: Any, kwargs: Any) -> Any:
+    """What ``kind.__new__(kind, *args, **kwargs)`` stands for."""
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise CorruptError("an object whose arguments are no tuple")
+    if not all(isinstance(key, str) for key in kwargs):
+        raise CorruptError("an object whose keyword arguments are not named by text")
+    if isinstance(kind, SealedGlobal):
+        return kind.make_new(args, kwargs)
+    if isinstance(kind, SealedObject):
+        return kind(*args, **kwargs)
+    raise CorruptError("an object of something that is no class")
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {
+    **TENSOR_BUILDERS,
+    **NUMPY_BUILDERS,
+    "torch.torch_version.TorchVersion": _text,
+    "collections.OrderedDict": _ordered,
+    "collections.defaultdict": _defaultdict,
+    "collections.Counter": _dict,
+    "builtins.dict": _dict,
+    "builtins.list": _list,
+    "builtins.set": _set,
+    "builtins.frozenset": _frozenset,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytearray,
+    "builtins.complex": _complex,
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": _reconstructor,
+    "copyreg.__newobj__": _newobj,
+    "copyreg.__newobj_ex__": _newobj_ex,
+    "datetime.timedelta": _time(datetime.timedelta),
+    "datetime.datetime": _time(datetime.datetime),
+    "datetime.date": _time(datetime.date),
+    "datetime.time": _time(datetime.time),
+    "datetime.timezone": _time(datetime.timezone),
+}

@@ -1,0 +1,175 @@
+"""What the restricted unpickler hands out: inert values that a pickle's further opcodes cannot change. Free
+of torch.
+
+A pickle may ask to set the state, the attributes or the items of anything it has on its stack, the classes
+and functions that it names included. Each type here decides for itself what it accepts: objects record it,
+the rest refuses. Once the tree is made, they are what their base classes are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ...errors import UnsafeError
+from ...saved.values import GlobalName, InertArray, InertObject, LazyTensor
+
+
+def _refuse(kind: str) -> NoReturn:
+    raise UnsafeError(f"the pickle sets the state of {kind}. No checkpoint does: do not trust this file.")
+
+
+class SealedGlobal(GlobalName):
+    """A class or function by name. Calling it, as the unpickler does, makes a value of this project's own."""
+
+    __slots__ = ("_make",)
+    _make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]
+
+    def __init__(
+        self, name: str, known: bool, make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]
+    ) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "known", known)
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._make(self.name, args, kwargs, False)
+
+    def make_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``cls.__new__(cls, *args, **kwargs)`` is asked for."""
+        return self._make(self.name, args, kwargs, True)
+
+    def __setstate__(self, state: Any) -> None:
+        _refuse(f"the class or function {self.name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GlobalName, (self.name, self.known)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GlobalName) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class SealedTensor(LazyTensor):
+    """A tensor whose extent has been checked, and stays as it is."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        _refuse("a tensor")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyTensor, (
+            self.storage,
+            self.dtype,
+            self.shape,
+            self.stride,
+            self.storage_offset,
+            self.requires_grad,
+        )
+
+
+class SealedObject(InertObject):
+    """An object as its pickle describes it; it records state and items, and runs nothing."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> SealedObject:
+        return SealedObject(global_name=f"{self.global_name}()", args=args, kwargs=kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def extend(self, items: list[Any]) -> None:
+        self.items.extend(items)
+
+    def add(self, item: Any) -> None:
+        self.items.append(item)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InertObject, (
+            self.global_name,
+            self.args,
+            self.kwargs,
+            self.state,
+            self.items,
+            self.entries,
+            self.known,
+            self.via_new,
+        )
+
+
+class SealedArray(InertArray):
+    """A NumPy array; one that is still empty takes its contents once."""
+
+    __slots__ = ("_fill",)
+    _fill: Callable[[SealedArray, Any], None] | None
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        data: bytes,
+        *,
+        fortran_order: bool = False,
+        scalar: bool = False,
+        fill: Callable[[SealedArray, Any], None] | None = None,
+    ) -> None:
+        self.set(dtype, shape, data, fortran_order, scalar)
+        object.__setattr__(self, "_fill", fill)
+
+    def set(self, dtype: str, shape: tuple[int, ...], data: bytes, fortran_order: bool, scalar: bool) -> None:
+        for name, value in (
+            ("dtype", dtype),
+            ("shape", shape),
+            ("data", data),
+            ("fortran_order", fortran_order),
+            ("scalar", scalar),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: Any) -> None:
+        fill = self._fill
+        if fill is None:
+            _refuse("a NumPy array for a second time")
+        object.__setattr__(self, "_fill", None)
+        fill(self, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InertArray, (self.dtype, self.shape, self.data, self.fortran_order, self.scalar)
+
+
+class Ordered(OrderedDict[Any, Any]):
+    """An ``OrderedDict``; of attributes it keeps ``_metadata`` alone, which torch's state dicts have."""
+
+    def __setstate__(self, state: Any) -> None:
+        metadata = state.get("_metadata") if isinstance(state, dict) else None
+        if isinstance(metadata, dict):
+            self._metadata = metadata
+
+
+class TorchSize(tuple[int, ...]):
+    """A ``torch.Size``: integers only."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        _refuse("a torch.Size")
+
+
+class Text(str):
+    """A string of a class of its own in the pickle, such as torch's version."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Its attributes are dropped."""

@@ -1,0 +1,140 @@
+"""The allow-list: classes and functions that real checkpoints hold, by name. Free of torch.
+
+Nothing here is ever imported or called to read a file. A name is on the list because its pickled fields mean
+something to a restore and are plain values; what a name becomes is said in `pickle_build` and `realise`.
+"""
+
+from __future__ import annotations
+
+from ...saved.dtypes import ITEMSIZE, STORAGE_DTYPE
+
+_SPELLINGS = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+    "numpy.core.numeric": "numpy._core.numeric",
+    "pathlib._local": "pathlib",
+    "torch.tensor": "torch._tensor",
+    "torch.cuda": "torch",
+    "pytorch_lightning.utilities.parsing": "lightning.fabric.utilities.data",
+    "lightning.pytorch.utilities.parsing": "lightning.fabric.utilities.data",
+    "lightning_fabric.utilities.data": "lightning.fabric.utilities.data",
+}
+
+_PYTHON_2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
+
+
+def canonical(module: str, name: str) -> str:
+    """``module.name`` in the spelling of today, for the modules that older programs knew by another name."""
+    if module == "torch.cuda" and name not in STORAGE_DTYPE:
+        return f"{module}.{name}"
+    if module == "__builtin__":
+        name = _PYTHON_2_NAMES.get(name, name)
+    return f"{_SPELLINGS.get(module, module)}.{name}"
+
+
+DTYPES: dict[str, str] = {f"torch.{name}": name for name in ITEMSIZE}
+"""``torch.float32`` to ``float32``."""
+
+STORAGES: dict[str, str] = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPE.items()} | {
+    "torch.storage.UntypedStorage": "uint8",
+}
+"""Storage classes to their element types."""
+
+TENSOR_CLASSES = frozenset(
+    {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch._tensor.Tensor"}
+)
+
+PLAIN_TYPES = frozenset(
+    f"builtins.{name}"
+    for name in ("int", "float", "str", "bool", "bytes", "complex", "list", "dict", "tuple", "set", "object")
+)
+"""Classes that may stand in a tree as values, as a defaultdict's factory does."""
+
+NUMPY_TYPES = frozenset(
+    f"numpy.{name}"
+    for name in (
+        *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+        *("float16", "float32", "float64", "complex64", "complex128", "bool", "bool_", "ndarray", "dtype"),
+    )
+)
+
+BIT_GENERATORS = frozenset({"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"})
+
+NUMPY_RANDOM = frozenset(
+    {
+        "numpy.random._pickle.__randomstate_ctor",
+        "numpy.random._pickle.__generator_ctor",
+        "numpy.random._pickle.__bit_generator_ctor",
+        "numpy.random.bit_generator.SeedSequence",
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
+        "numpy.random._bit_generator.SeedSequence",
+        *(f"numpy.random._{name.lower()}.{name}" for name in BIT_GENERATORS),
+        "numpy.random._pcg64.PCG64DXSM",
+    }
+)
+
+ENUMS = frozenset({"deepspeed.runtime.zero.config.ZeroStageEnum"})
+"""Enumerations whose members become their plain values."""
+
+DEEPSPEED = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaleProfile",
+        "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
+        "deepspeed.runtime.zero.offload_config.OffloadDeviceEnum",
+        "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus",
+        "deepspeed.runtime.zero.partition_parameters.ZeroParamType",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.utils.tensor_fragment.tensor_fragment",
+    }
+)
+
+COMPOSER = frozenset(
+    f"composer.core.{name}"
+    for name in ("time.TimeUnit", "time.Time", "time.Timestamp", "precision.Precision", "event.Event")
+)
+
+ATTRIBUTE_DICT = "lightning.fabric.utilities.data.AttributeDict"
+LIGHTNING = frozenset(
+    {
+        ATTRIBUTE_DICT,
+        "lightning.pytorch.trainer.states.TrainerFn",
+        "pytorch_lightning.trainer.states.TrainerFn",
+    }
+)
+
+STANDARD = frozenset(
+    {
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "builtins.range",
+        "builtins.slice",
+        "collections.deque",
+        *(
+            f"pathlib.{name}"
+            for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+        ),
+        "torch.device",
+        "torch.serialization._get_layout",
+    }
+)
+"""Kept as inert objects by the unpickler, and made real by `realise`."""
+
+KNOWN_OBJECTS: frozenset[str] = (
+    STANDARD | NUMPY_RANDOM | ENUMS | DEEPSPEED | COMPOSER | LIGHTNING | {"numpy.dtype"}
+)
+"""Classes whose objects are kept as `InertObject` with ``known=True``."""
+
+KNOWN_VALUES: frozenset[str] = (
+    KNOWN_OBJECTS
+    | PLAIN_TYPES
+    | NUMPY_TYPES
+    | TENSOR_CLASSES
+    | frozenset(DTYPES)
+    | frozenset(STORAGES)
+    | {"torch.Size", "collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
+)
+"""Names that may stand in a tree by themselves."""

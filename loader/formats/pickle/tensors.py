@@ -1,0 +1,137 @@
+"""Tensors as pickles describe them: calls of torch's own rebuilding functions. Free of torch.
+
+Each function stands in for the one that the pickle names, checks its arguments, which are the file's, and
+raises `CorruptError` where they do not fit. What it cannot stand in for becomes an object of unknown class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import CorruptError
+from ...saved.dtypes import ITEMSIZE
+from ...saved.values import GlobalName, LazyTensor
+from .budget import Budget
+from .inert import SealedGlobal, SealedObject, SealedTensor, TorchSize
+from .known import DTYPES, TENSOR_CLASSES
+
+MAX_DIMENSIONS = 64
+_LARGEST = 1 << 62
+
+
+def lay_out(
+    base: LazyTensor, dtype: str, offset: Any, shape: Any, stride: Any, requires_grad: Any
+) -> SealedTensor:
+    """A tensor over ``base``'s storage; raises `CorruptError` unless it lies inside."""
+    if not isinstance(base, LazyTensor):
+        raise CorruptError("a tensor without a storage")
+    sizes, steps = _integers(shape, "shape"), _integers(stride, "stride")
+    start = _integer(offset, "storage offset")
+    if len(sizes) != len(steps):
+        raise CorruptError(f"a tensor of {len(sizes)} dimensions with {len(steps)} strides")
+    itemsize = ITEMSIZE[dtype]
+    if 0 not in sizes:
+        last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        if (last + 1) * itemsize > base.storage.nbytes:
+            raise CorruptError(
+                f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
+                f"{base.storage.key!r}, which has {base.storage.nbytes:,}"
+            )
+        if math.prod(sizes) > _LARGEST:
+            raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
+    return SealedTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
+
+
+def _integer(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise CorruptError(f"a tensor whose {what} is no number of elements")
+    return value
+
+
+def _integers(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
+        raise CorruptError(f"a tensor whose {what} is no tuple of at most {MAX_DIMENSIONS} integers")
+    return tuple(_integer(item, what) for item in value)
+
+
+def _tensor(
+    budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
+) -> SealedTensor | SealedObject:
+    if not isinstance(storage, LazyTensor) or len(rest) > 3:
+        raise CorruptError("a tensor without a storage")
+    if len(rest) == 3 and rest[2]:
+        return _special(rest[2])
+    return lay_out(storage, storage.dtype, offset, size, stride, rest[0] if rest else False)
+
+
+def _tensor_v3(
+    budget: Budget,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> SealedTensor | SealedObject:
+    if not isinstance(dtype, GlobalName) or dtype.name not in DTYPES:
+        return SealedObject(global_name=f"{getattr(dtype, 'name', 'an unknown dtype')}", args=(storage,))
+    if metadata:
+        return _special(metadata)
+    return lay_out(storage, DTYPES[dtype.name], offset, size, stride, requires_grad)
+
+
+def _special(metadata: Any) -> SealedObject:
+    # Lazily conjugated or negated: its bytes are not its values.
+    return SealedObject(global_name="torch._utils.set_tensor_metadata", args=(metadata,))
+
+
+def _parameter(
+    budget: Budget, data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
+) -> Any:
+    if not isinstance(data, LazyTensor):
+        return SealedObject(global_name="torch._utils._rebuild_parameter", args=(data, requires_grad))
+    return SealedTensor(
+        data.storage, data.dtype, data.shape, data.stride, data.storage_offset, bool(requires_grad)
+    )
+
+
+def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor of a subclass, or with attributes, which plain tensors (DeepSpeed's ``ds_id``) lose."""
+    if (
+        isinstance(function, SealedGlobal)
+        and function.name in _REBUILDERS
+        and isinstance(kind, GlobalName)
+        and kind.name in TENSOR_CLASSES
+        and isinstance(args, tuple)
+    ):
+        return function(*args)
+    return SealedObject(
+        global_name=getattr(kind, "name", "torch._tensor._rebuild_from_type_v2"), args=(args,), state=state
+    )
+
+
+def _size(budget: Budget, items: Any = ()) -> TorchSize:
+    budget.charge(8 * len(items))
+    return TorchSize(_integers(items, "size"))
+
+
+_REBUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+
+TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
+    **_REBUILDERS,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch._tensor._rebuild_from_type": _typed,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.Size": _size,
+}
+"""By the name of the function or class that the pickle calls."""

@@ -1,0 +1,171 @@
+"""A torch file's index: the tree that it holds, and where every storage lies. Free of torch.
+
+Reading the index reads the zip's directory and its pickle, never a storage; `rankload.loader.materialize.facade`
+reads those, once it is known what is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import AccessError, CorruptError, FormatError, NotFoundError
+from ..saved.tree import check_tree
+from ..saved.values import LazyTensor, StorageRef
+from .pickle.inert import SealedTensor
+from .pickle.read import read_pickle
+from .pickle.scan import scan_pickle
+from .sniff import HEAD_BYTES, SPOKEN, sniff
+from .storage_ids import storage_parts
+from .torch_legacy import read_legacy
+from .torch_zip import OpenFile, ZipRecords, open_local, read_zip
+
+__all__ = ["FileIndex", "read_index", "sniff"]
+
+_SPARE_MEMORY = 48 << 20
+_LARGEST_PICKLE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class FileIndex:
+    """What a torch file holds, before any storage is read."""
+
+    path: str
+    name: str
+    """What messages call the file: the URL or name it was asked for by."""
+    tree: Any
+    """Plain values and those of `rankload.loader.saved.values`; its dicts, lists and tuples contain no cycle."""
+    size_bytes: int
+    verifiable: bool
+    """Whether the file keeps checksums that its storages can be compared with."""
+    storages: tuple[StorageRef, ...]
+    """Every storage that the tree refers to, once, by offset."""
+    format: Literal["zip", "legacy"]
+    archive: ZipRecords | None = None
+    """The zip's directory; None for the older format."""
+
+    def check_headers(self, storages: Iterable[StorageRef], open_file: OpenFile = open_local) -> None:
+        """Of a file that was fetched in parts, compares these storages' local headers with the directory.
+
+        Raises `CorruptError` where they contradict it.
+        """
+        if self.archive is not None and self.archive.derived:
+            for storage in storages:
+                self.archive.check_header(storage.key, open_file)
+
+
+def read_index(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    open_file: OpenFile = open_local,
+    partial: bool = False,
+) -> FileIndex:
+    """The index of the torch file at the local `path`; ``name`` is what messages call it, the path by
+    default.
+
+    A `partial` file is not all there: what the index takes of it is read through `open_file`, and nothing else.
+
+    Nothing that the file names is imported or called. Takes memory in proportion to the file's pickle, at
+    most twice the file's size and 64 MiB.
+
+    Raises `NotFoundError`, `AccessError`, `CorruptError` (truncated, damaged, contradicts itself), `UnsafeError`
+    (asks for more memory or work than a checkpoint can need) or `FormatError` (another kind of file, said which).
+    """
+    path = os.fspath(path)
+    name = path if name is None else name
+    try:
+        size = os.path.getsize(path)
+        with open_file(path) as file:
+            kind = sniff(file.read(HEAD_BYTES))
+    except FileNotFoundError:
+        raise NotFoundError(f"{name}: no such file: {path}", path=name) from None
+    except PermissionError:
+        raise AccessError(f"{name}: this user may not read {path}", path=name) from None
+    except OSError as error:
+        raise CorruptError(f"{name}: {path} cannot be read ({error.strerror}).", path=name) from error
+    if kind == "torch-zip":
+        archive = read_zip(path, name=name, open_file=open_file, derive=partial)
+        return _read_zip_index(archive, path, name, size)
+    if kind == "torch-legacy" and not partial:
+        tree, storages = read_legacy(path, name=name, memory_limit=_memory_limit(size, size // 2))
+        check_tree(tree, name=name)
+        return FileIndex(path, name, tree, size, False, storages, "legacy")
+    raise _other_kind(kind, name, size)
+
+
+def _memory_limit(file_size: int, pickle_size: int) -> int:
+    """Bytes that the pickle's objects may take, beside the pickle itself and a copy of it."""
+    return _SPARE_MEMORY + 2 * max(0, file_size - pickle_size)
+
+
+def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
+    spoken = SPOKEN[kind]
+    if kind in ("empty", "html", "xml", "text", "unknown"):
+        return CorruptError(
+            f"{name}: expected a file that torch.save wrote, but it is {spoken} ({size:,} bytes). The "
+            "transfer may have failed; look at the file and fetch it again.",
+            path=name,
+        )
+    return FormatError(
+        f"{name}: expected a file that torch.save wrote, but it is {spoken} ({size:,} bytes).", path=name
+    )
+
+
+def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> FileIndex:
+    if "byteorder" in archive.records:
+        order = archive.read("byteorder", limit=64)
+        if order != b"little":
+            raise FormatError(
+                f"{name}: its byte order is {order.decode('ascii', 'replace')!r}; only little is supported. "
+                "Save it again on a little-endian machine.",
+                path=name,
+            )
+    if archive.derived:
+        archive.check_header("data.pkl", archive.open_file)
+    data = archive.read("data.pkl", limit=_LARGEST_PICKLE)
+    memory_limit = _memory_limit(size, len(data))
+    base = archive.records["data.pkl"].offset
+    scan = scan_pickle(data, name=name, base=base, memory_limit=memory_limit)
+    if scan.end != len(data):
+        raise CorruptError(
+            f"{name}: {len(data) - scan.end:,} bytes follow the pickle in data.pkl.", path=name
+        )
+    finder = _ZipStorages(archive)
+    tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, find_storage=finder.find)
+    check_tree(tree, name=name)
+    storages = tuple(sorted(finder.found.values(), key=lambda storage: storage.offset))
+    return FileIndex(path, name, tree, size, archive.verifiable, storages, "zip", archive)
+
+
+class _ZipStorages:
+    """Finds the records of a zip by the keys that its pickle names; each storage becomes one `StorageRef`."""
+
+    def __init__(self, archive: ZipRecords) -> None:
+        self.archive = archive
+        self.found: dict[str, StorageRef] = {}
+
+    def find(self, pid: tuple[Any, ...]) -> LazyTensor:
+        parts = storage_parts(pid)
+        storage = self.found.get(parts.key)
+        if storage is None:
+            record = self.archive.records.get(f"data/{parts.key}")
+            if record is None:
+                raise CorruptError(f"a tensor's storage {parts.key!r} is not in the file; fetch it again")
+            storage = StorageRef(
+                self.archive.path,
+                f"data/{parts.key}",
+                record.offset,
+                record.size,
+                self.archive.crc32(record),
+                record.header,
+            )
+            self.found[parts.key] = storage
+        if parts.nbytes > storage.nbytes:
+            raise CorruptError(
+                f"storage {parts.key!r} is used as {parts.numel:,} elements of {parts.dtype}, but has "
+                f"{storage.nbytes:,} bytes"
+            )
+        return SealedTensor(storage, parts.dtype, (parts.numel,), (1,))

@@ -1,0 +1,273 @@
+"""The directory of a zip that ``torch.save`` wrote: which bytes of the file each record is. Free of torch.
+
+Python's zipfile reads the directory. What it does not promise is checked here: that records are stored as
+they are, that each local header agrees with the directory, and that no two records share bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from ..checksums import crc32
+from ..errors import CorruptError, FormatError, UnsafeError
+
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENTRY_MEMORY = 12
+"""Bytes of memory per byte of directory, as zipfile and this module take them."""
+_SIZES_FOLLOW = 0x08
+_ENCRYPTED = 0x01
+_ALIGNMENT = 64
+_LARGE = 0xFFFFFFFF
+_DESCRIPTORS = (0, 16, 24)
+"""Bytes between a record's data and the next header: none, or sizes that follow the data (also 8-byte ones)."""
+
+OpenFile = Callable[[str], BinaryIO]
+"""Opens a path for reading, as ``open(path, "rb")``."""
+
+
+def open_local(path: str) -> BinaryIO:
+    """A file that is all there."""
+    return open(path, "rb")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stored record."""
+
+    offset: int
+    """Of its data, from the start of the file."""
+    size: int
+    crc32: int
+    header: int
+    """Where its local header starts."""
+    entry: zipfile.ZipInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ZipRecords:
+    """The records of a torch zip by their names below its top folder, such as ``data/0``."""
+
+    path: str
+    name: str
+    records: dict[str, Record]
+    verifiable: bool
+    """Whether any record keeps a checksum; torch can be told to write none."""
+    open_file: OpenFile = open_local
+    derived: bool = False
+    """Whether places of data were worked out from the directory, and headers are still to be compared."""
+
+    def check_header(self, record_name: str, open_file: OpenFile = open_local) -> None:
+        """Compares a record's local header, which has to be there by now, with the directory and the derived place.
+
+        Raises `CorruptError` where they contradict each other.
+        """
+        record = self.records[record_name]
+        with open_file(self.path) as file:
+            offset = _data_offset(file, record.entry, self.name)
+        if offset != record.offset:
+            raise CorruptError(
+                f"{self.name}: the data of record {record_name} begin at byte {offset:,}, expected {record.offset:,} "
+                "by the zip's directory. The file is damaged, or torch.save did not write it; fetch it again.",
+                path=self.name,
+            )
+
+    def crc32(self, record: Record) -> int | None:
+        """What the record's bytes must sum to, or None where this file keeps no sums."""
+        return record.crc32 if self.verifiable else None
+
+    def read(self, record_name: str, *, limit: int) -> bytes:
+        """A small record's bytes, checked against its sum. Raises `CorruptError` where they do not match."""
+        record = self.records[record_name]
+        if record.size > limit:
+            raise UnsafeError(
+                f"{self.name}: record {record_name} has {record.size:,} bytes; expected at most {limit:,}.",
+                path=self.name,
+            )
+        with self.open_file(self.path) as file:
+            file.seek(record.offset)
+            data = file.read(record.size)
+        if len(data) != record.size:
+            raise CorruptError(
+                f"{self.name}: record {record_name} ends after {len(data):,} of {record.size:,} bytes; fetch "
+                "the file again.",
+                path=self.name,
+            )
+        if self.verifiable and crc32(data) != record.crc32:
+            raise CorruptError(
+                f"{self.name}: record {record_name} has CRC-32 {crc32(data):08x}; its directory says "
+                f"{record.crc32:08x}. The file is damaged; fetch it again.",
+                path=self.name,
+            )
+        return data
+
+
+def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: bool = False) -> ZipRecords:
+    """The records of the torch zip at `path`; ``name`` is what messages call it.
+
+    With `derive`, the places of data are worked out from the directory, by the rule that torch aligns them by, and
+    local headers are only read where that does not fit what follows: of a file that is still to be fetched, its
+    directory is then enough. `ZipRecords.check_header` compares them later.
+
+    Raises `CorruptError` where the directory is damaged or contradicts the file, `UnsafeError` where records
+    overlap or the directory would take more memory than twice the file, `FormatError` for zips of other
+    kinds.
+    """
+    size = os.path.getsize(path)
+    with open_file(path) as file:
+        directory = _directory_size(file, size, name)
+        if directory * _ENTRY_MEMORY > 2 * size + (48 << 20):
+            raise UnsafeError(
+                f"{name}: its zip directory has {directory:,} bytes, in a file of {size:,}. Do not trust "
+                "this file.",
+                path=name,
+            )
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                end_of_records = archive.start_dir
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error) as error:
+            raise CorruptError(
+                f"{name}: its zip directory cannot be read ({error}). The file is truncated or damaged; "
+                "fetch it again.",
+                path=name,
+            ) from error
+        top = _top_folder([entry.filename for entry in entries], name)
+        records = _checked_records(file, entries, end_of_records, name, derive=derive)
+    inside = {record[len(top) :]: place for record, place in records.items() if record.startswith(top)}
+    verifiable = any(record.crc32 for record in inside.values())
+    return ZipRecords(path, name, inside, verifiable, open_file, derive)
+
+
+def _directory_size(file: BinaryIO, size: int, name: str) -> int:
+    """Bytes of the directory, from the record at the file's end; zipfile would read that many at once."""
+    tail_start = max(0, size - 65557 - _END64_LOCATOR.size)
+    file.seek(tail_start)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or at + _END.size > len(tail):
+        raise CorruptError(
+            f"{name}: it begins as a zip but has no zip directory at its end. The file is truncated; fetch "
+            "it again.",
+            path=name,
+        )
+    directory: int = _END.unpack_from(tail, at)[5]
+    locator = at - _END64_LOCATOR.size
+    if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
+        file.seek(min(_END64_LOCATOR.unpack_from(tail, locator)[2], size))
+        record = file.read(_END64.size)
+        if len(record) == _END64.size and record[:4] == b"PK\6\6":
+            directory = _END64.unpack(record)[8]
+    if directory > size:
+        raise CorruptError(
+            f"{name}: its zip directory claims {directory:,} bytes, in a file of {size:,}. The file is "
+            "damaged; fetch it again.",
+            path=name,
+        )
+    return directory
+
+
+def _checked_records(
+    file: BinaryIO, entries: list[zipfile.ZipInfo], end_of_records: int, name: str, *, derive: bool
+) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    taken_until = 0
+    before = ""
+    ordered = sorted(entries, key=lambda entry: entry.header_offset)
+    for entry, following in zip(ordered, [*ordered[1:], None], strict=True):
+        label = entry.filename[:200]
+        if entry.flag_bits & _ENCRYPTED or entry.compress_type != zipfile.ZIP_STORED:
+            raise FormatError(
+                f"{name}: record {label} is compressed or encrypted; torch stores its records as they are. "
+                "Was the file packed again? Unpack it and save it with torch.save.",
+                path=name,
+            )
+        if entry.filename in records:
+            raise CorruptError(f"{name}: two records are called {label}.", path=name)
+        if entry.header_offset < taken_until:
+            raise UnsafeError(
+                f"{name}: records {before} and {label} overlap. No zip is written that way: do not trust "
+                "this file.",
+                path=name,
+            )
+        until = following.header_offset if following is not None else end_of_records
+        derived = _derived_offset(entry, until) if derive else None
+        offset = _data_offset(file, entry, name) if derived is None else derived
+        if offset + entry.file_size > end_of_records:
+            raise CorruptError(
+                f"{name}: record {label} claims bytes {offset:,} to {offset + entry.file_size:,}, but "
+                f"records end at {end_of_records:,}. The file is damaged; fetch it again.",
+                path=name,
+            )
+        records[entry.filename] = Record(offset, entry.file_size, entry.CRC, entry.header_offset, entry)
+        taken_until = offset + entry.file_size
+        before = label
+    return records
+
+
+def _raw_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
+
+
+def _derived_offset(entry: zipfile.ZipInfo, until: int) -> int | None:
+    """Where torch puts the record's data: behind header, name, large sizes and a padding field, at the next multiple of
+    64 (PyTorch's caffe2/serialize). None where what is left before the next record, at `until`, does not fit that."""
+    start = entry.header_offset + _LOCAL.size + len(_raw_name(entry)) + 4
+    if entry.file_size >= _LARGE or entry.header_offset >= _LARGE:
+        start += 4 + 16 * (entry.file_size >= _LARGE) + 8 * (entry.header_offset >= _LARGE)
+    offset = -(-start // _ALIGNMENT) * _ALIGNMENT
+    return offset if until - offset - entry.file_size in _DESCRIPTORS else None
+
+
+def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
+    """Where the record's data start, once its local header is found to agree with the directory."""
+    label = entry.filename[:200]
+    file.seek(max(0, entry.header_offset))
+    raw_name = _raw_name(entry)
+    header = file.read(_LOCAL.size + len(raw_name))
+    if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
+        raise CorruptError(
+            f"{name}: record {label} has no header at byte {entry.header_offset:,}. The file is damaged; "
+            "fetch it again.",
+            path=name,
+        )
+    _, _, flags, method, _, _, crc, packed, unpacked, name_length, extra = _LOCAL.unpack_from(header)
+    sizes = {packed, unpacked} - {0xFFFFFFFF}
+    follow = flags & _SIZES_FOLLOW and sizes <= {0, entry.file_size}
+    if (
+        method != zipfile.ZIP_STORED
+        or entry.compress_size != entry.file_size
+        or name_length != len(raw_name)
+        or header[_LOCAL.size :] != raw_name
+        or not (follow or (sizes <= {entry.file_size} and crc == entry.CRC))
+    ):
+        raise CorruptError(
+            f"{name}: the header of record {label} contradicts the zip's directory. The file is damaged; "
+            "fetch it again.",
+            path=name,
+        )
+    return entry.header_offset + _LOCAL.size + int(name_length) + int(extra)
+
+
+def _top_folder(records: list[str], name: str) -> str:
+    tops = [record[: -len("data.pkl")] for record in records if record.endswith("/data.pkl")]
+    tops = sorted({top for top in tops if top.count("/") == 1})
+    if any(record.endswith("/constants.pkl") or "/code/" in record for record in records):
+        raise FormatError(
+            f"{name}: a TorchScript archive (torch.jit.save), which holds code. Load it with torch.jit.load "
+            "and save its state_dict() with torch.save.",
+            path=name,
+        )
+    if len(tops) != 1:
+        kind = "a NumPy archive (.npz)" if any(r.endswith(".npy") for r in records) else "a zip file"
+        raise FormatError(
+            f"{name}: {kind}, but not one that torch.save wrote: it has no data.pkl.", path=name
+        )
+    return tops[0]

@@ -1,0 +1,118 @@
+"""URLs and what is sent along with them: which credentials go to which host, and through which proxy."""
+
+from __future__ import annotations
+
+import base64
+import netrc
+import os
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+
+from ..errors import AccessError
+from ..store_errors import redact_url
+
+_LEGAL = "%/:=&?~#+!$,;'@()*[]-._"
+
+
+class Origin(NamedTuple):
+    """A server: credentials for one are never sent to another."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """An object's URL without user info and fragment, and the headers that its own server is sent."""
+
+    url: str
+    headers: Mapping[str, str]
+    credentials: str
+    """Where the credentials in `headers` come from, for messages."""
+
+    @property
+    def origin(self) -> Origin:
+        return origin_of(self.url)
+
+
+def origin_of(url: str) -> Origin:
+    """Raises `AccessError` for what is no http(s) URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme.lower()]
+        host = (parts.hostname or "").encode("idna" if parts.hostname else "ascii").decode("ascii")
+    except (KeyError, ValueError):
+        host, port = "", 0
+    if not host:
+        raise AccessError(f"{redact_url(url)}: not a valid http(s) URL", path=redact_url(url))
+    return Origin(parts.scheme.lower(), host, port)
+
+
+def address_of(url: str, headers: Mapping[str, str]) -> Address:
+    """`url` as given by the user, with the user's `headers`, its own user info, or the netrc file's entry."""
+    parts = urlsplit(url)
+    clean = _legal(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="")))
+    origin = origin_of(clean)
+    sent = dict(headers)
+    names = {name.lower() for name in sent}
+    if "authorization" in names or "cookie" in names:
+        return Address(clean, sent, "headers of storage_options")
+    if parts.username is not None:
+        sent["Authorization"] = basic(unquote(parts.username), unquote(parts.password or ""))
+        return Address(clean, sent, "user info of the URL")
+    entry = _netrc_entry(origin.host)
+    if entry is not None:
+        sent["Authorization"] = basic(*entry)
+        return Address(clean, sent, "the netrc file")
+    if parts.query:
+        return Address(clean, sent, "the URL's query and nothing else")
+    return Address(clean, sent, "the headers of storage_options" if sent else "none")
+
+
+def redirected(url: str, location: str, described: str) -> str:
+    """The URL that a redirect from `url` leads to, without user info. Raises `AccessError` where it is none."""
+    target = urlsplit(urljoin(url, _legal(location)))
+    clean = urlunsplit(target._replace(netloc=target.netloc.rpartition("@")[2], fragment=""))
+    try:
+        origin_of(clean)
+    except AccessError:
+        raise AccessError(f"{described}: redirects to what is no http(s) URL", path=described) from None
+    return clean
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def proxy_for(origin: Origin) -> str | None:
+    """The proxy's URL that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) sets for `origin`."""
+    proxies = urllib.request.getproxies_environment()
+    found = proxies.get(origin.scheme) or proxies.get("all")
+    bypass = getattr(urllib.request, "proxy_bypass_environment")  # noqa: B009
+    if not found or bypass(f"{origin.host}:{origin.port}", proxies) or bypass(origin.host, proxies):
+        return None
+    return found if "://" in found else f"http://{found}"
+
+
+def request_target(url: str) -> str:
+    """What follows GET: path and query."""
+    parts = urlsplit(url)
+    return urlunsplit(("", "", parts.path or "/", parts.query, ""))
+
+
+def _legal(url: str) -> str:
+    """`url` with what no URL may hold percent-encoded, and all else, signatures above all, as it is."""
+    return quote(url, safe=_LEGAL)
+
+
+def _netrc_entry(host: str) -> tuple[str, str] | None:
+    path = os.environ.get("NETRC") or os.path.join(os.path.expanduser("~"), ".netrc")
+    try:
+        found = netrc.netrc(path).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return (found[0], found[2] or "") if found is not None else None

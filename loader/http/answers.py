@@ -1,0 +1,178 @@
+"""What an HTTP answer to a ranged GET says, and whether it is the one that was asked for. Pure."""
+
+from __future__ import annotations
+
+import email.utils
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.message import Message
+
+from ..errors import AccessError, CorruptError, NotFoundError, RankloadError
+from ..store_errors import TryAgainError, refused
+
+Arrived = Callable[[int], None]
+"""Called in the reading thread with the bytes that have just been placed, before any more are; 0 while nothing
+comes, about twice a second. What it raises ends the read."""
+
+
+WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
+_THROTTLED = frozenset({429, 503})
+_CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+|\*)", re.IGNORECASE)
+_CODE = re.compile(rb"<Code>([A-Za-z]{1,64})</Code>")
+_MAX_RETRY_AFTER_S = 60.0
+
+Headers = Message | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One version of an object, as its first answer told it."""
+
+    size_bytes: int | None = None
+    etag: str | None = None
+    modified: str | None = None
+
+    @property
+    def strong(self) -> str | None:
+        """The ETag, where it may be sent as If-Match."""
+        return None if self.etag is None or self.etag.startswith("W/") else self.etag
+
+    @property
+    def version(self) -> str | None:
+        return bare_tag(self.etag) if self.etag is not None else self.modified
+
+
+def bare_tag(tag: str) -> str:
+    """`tag` without the mark of a weak one: servers mark the same tag as weak in one answer and not in another."""
+    return tag.removeprefix("W/")
+
+
+def pin_of(headers: Headers, size_bytes: int | None) -> Pin:
+    return Pin(size_bytes, headers.get("ETag"), headers.get("Last-Modified"))
+
+
+def content_range(headers: Headers) -> tuple[int | None, int | None, int | None]:
+    """First byte, end (exclusive) and whole size that ``Content-Range`` tells; None for each that it does not."""
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if match is None:
+        return None, None, None
+    first, last, total = match.groups()
+    size = None if total == "*" else int(total)
+    if first is None:
+        return None, None, size
+    return int(first), int(last) + 1, size
+
+
+def content_length(headers: Headers) -> int | None:
+    text = headers.get("Content-Length", "").strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def check_part(headers: Headers, start: int, stop: int, pin: Pin, described: str) -> int:
+    """How many bytes from `start` on a 206 answer carries: ``stop - start``, or fewer but one at least.
+
+    Raises `CorruptError` for an object that has changed, `AccessError` for an answer to some other question.
+    """
+    got_start, got_stop, total = content_range(headers)
+    asked = f"bytes {start}-{stop - 1} of {pin.size_bytes}"
+    told = headers.get("Content-Range") or "no Content-Range"
+    if total is not None and pin.size_bytes is not None and total != pin.size_bytes:
+        raise _changed(described, f"{pin.size_bytes} bytes", f"{total}")
+    check_unchanged(headers, pin, described)
+    _check_identity(headers, described)
+    if got_start != start or got_stop is None or not start < got_stop <= stop:
+        raise AccessError(
+            f"{described}: the server answered another range: expected {asked}, got {told}", path=described
+        )
+    length = content_length(headers)
+    if length is not None and length != got_stop - start:
+        raise AccessError(
+            f"{described}: the answer contradicts itself: {told}, but Content-Length {length}", path=described
+        )
+    return got_stop - start
+
+
+def check_whole(headers: Headers, pin: Pin, described: str) -> None:
+    """Raises `CorruptError` where a 200 answer is not the object that `pin` fixes."""
+    check_unchanged(headers, pin, described)
+    _check_identity(headers, described)
+    length = content_length(headers)
+    if length is not None and pin.size_bytes is not None and length != pin.size_bytes:
+        raise _changed(described, f"{pin.size_bytes} bytes", f"{length}")
+
+
+def check_unchanged(headers: Headers, pin: Pin, described: str) -> None:
+    """Raises `CorruptError` where the answer is of another version, or does not tell of which it is.
+
+    Equal strong ETags mean equal bytes, whatever else differs; servers behind one name may differ in their clocks.
+    """
+    etag, modified = headers.get("ETag"), headers.get("Last-Modified")
+    if pin.etag is not None and etag is not None:
+        if bare_tag(etag) != bare_tag(pin.etag):
+            raise _changed(described, f"ETag {pin.etag}", etag)
+        if pin.strong == etag:
+            return
+    if pin.modified is not None and modified is not None and modified != pin.modified:
+        raise _changed(described, f"Last-Modified {pin.modified}", modified)
+    if (pin.etag or pin.modified) and not (pin.etag and etag) and not (pin.modified and modified):
+        raise _changed(described, f"version {pin.version}", "none")
+
+
+def status_error(
+    status: int, headers: Headers, body: bytes, described: str, credentials: str
+) -> RankloadError | TryAgainError:
+    """What an answer that carries no data means. `credentials` says where those that were sent came from."""
+    code = _CODE.search(body)
+    reason = f"HTTP {status}" + (f" {code[1].decode()}" if code else "")
+    if status in (404, 410):
+        return NotFoundError(f"{described}: not there ({reason})", path=described)
+    if status in (401, 403):
+        return refused(described, f"{reason}; sent: {credentials}")
+    if status == 407:
+        return AccessError(f"{described}: the proxy wants credentials ({reason})", path=described)
+    if status == 412:
+        return _changed(described, "the version that was opened", reason)
+    if status == 416:
+        return _changed(described, "the size that was opened", headers.get("Content-Range") or reason)
+    error = AccessError(f"{described}: the server answered {reason}", path=described)
+    if status in WORTH_RETRYING or (code is not None and code[1] in (b"SlowDown", b"RequestTimeout")):
+        return TryAgainError(error, after_s=retry_after_s(headers), throttled=status in _THROTTLED)
+    return error
+
+
+def retry_after_s(headers: Headers, now: float | None = None) -> float | None:
+    """Seconds that ``Retry-After`` asks for, a minute at most; None where it does not."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text), _MAX_RETRY_AFTER_S)
+    try:
+        until = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return max(0.0, min(until - (time.time() if now is None else now), _MAX_RETRY_AFTER_S))
+
+
+def cut_short(described: str, start: int, expected: int, got: int) -> TryAgainError:
+    return TryAgainError(
+        CorruptError(
+            f"{described}: the body ended early: expected {expected} bytes from {start} on, got {got}",
+            path=described,
+        )
+    )
+
+
+def _check_identity(headers: Headers, described: str) -> None:
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "aws-chunked"):
+        raise AccessError(
+            f"{described}: the server sends it encoded as {encoding}, though identity was asked for",
+            path=described,
+        )
+
+
+def _changed(described: str, expected: str, got: str) -> CorruptError:
+    return CorruptError(
+        f"{described}: changed while it was loaded: expected {expected}, got {got}", path=described
+    )

@@ -1,0 +1,170 @@
+"""Keep-alive connections to servers, straight or through a proxy; one for each read under way."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import socket
+import ssl
+import threading
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ..errors import AccessError
+from ..store_errors import redact_url
+from .addresses import Origin, basic, proxy_for
+
+CONNECT_TIMEOUT_S = 20.0
+_BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+class Connection:
+    """One connection, connected when it is first used."""
+
+    def __init__(self, origin: Origin, context: ssl.SSLContext | None) -> None:
+        self.origin = origin
+        self.is_used = False
+        """Whether an answer came over it: then the server may have hung up since."""
+        self.headers: dict[str, str] = {}
+        """Sent along with every request (for a proxy)."""
+        self.target_prefix = ""
+        """What goes before path and query: scheme and host, for a proxy."""
+        proxy = proxy_for(origin)
+        host, port, tunnel = origin.host, origin.port, None
+        if proxy is not None:
+            host, port, tunnel = self._through(proxy)
+        self.http: http.client.HTTPConnection
+        if origin.scheme == "https":
+            self.http = http.client.HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=context)
+        else:
+            self.http = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+        if tunnel is not None:
+            self.http.set_tunnel(origin.host, origin.port, tunnel)
+
+    def connect(self) -> socket.socket:
+        """The socket, connected."""
+        if self.http.sock is None:
+            self.http.connect()
+        sock: socket.socket = self.http.sock
+        return sock
+
+    def interrupt(self) -> None:
+        """Ends the read that another thread does; the socket itself is that thread's to close."""
+        sock = self.http.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's own, which would take the session from under the reader.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def hang_up(self) -> None:
+        self.http.close()
+
+    def _through(self, proxy: str) -> tuple[str, int, dict[str, str] | None]:
+        parts = urlsplit(proxy)
+        if parts.scheme != "http" or not parts.hostname:
+            raise AccessError(
+                f"the environment's proxy {redact_url(proxy)} is not of a kind that is known here: expected "
+                "http://host:port"
+            )
+        headers = {}
+        if parts.username is not None:
+            user, password = unquote(parts.username), unquote(parts.password or "")
+            headers["Proxy-Authorization"] = basic(user, password)
+        if self.origin.scheme == "https":
+            return parts.hostname, parts.port or 80, headers
+        self.headers = headers
+        host = f"[{self.origin.host}]" if ":" in self.origin.host else self.origin.host
+        # As a client without a proxy would name it: signatures cover the name.
+        self.target_prefix = f"http://{host}" + (f":{self.origin.port}" if self.origin.port != 80 else "")
+        return parts.hostname, parts.port or 80, None
+
+
+class Connections:
+    """Those of one or several sources. Safe between threads, and in a forked child, which gets its own."""
+
+    def __init__(self, verify: Any = None) -> None:
+        """`verify` is as for `trusted`, which is asked with the first connection that is encrypted."""
+        self._verify = verify
+        self._context: ssl.SSLContext | None = None
+        self._others: dict[Any, Connections] = {}
+        self._lock = threading.Lock()
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._busy: set[Connection] = set()
+        self._pid = os.getpid()
+
+    def take(self, origin: Origin, *, fresh: bool = False) -> Connection:
+        """One that nobody else uses; give it back, or drop it."""
+        with self._lock:
+            if self._pid != os.getpid():
+                self._idle, self._busy, self._pid = {}, set(), os.getpid()
+            idle = self._idle.get(origin, [])
+            if idle and not fresh:
+                connection = idle.pop()
+            else:
+                if origin.scheme == "https" and self._context is None:
+                    self._context = trusted(self._verify)
+                connection = Connection(origin, self._context)
+            self._busy.add(connection)
+        return connection
+
+    def trusting(self, verify: Any) -> Connections:
+        """Those that trust as `verify` says (see `trusted`): these where it is None, else others, closed with these."""
+        if verify is None:
+            return self
+        with self._lock:
+            return self._others.setdefault(verify, Connections(verify))
+
+    def give_back(self, connection: Connection) -> None:
+        """The last answer was read to its end."""
+        connection.is_used = True
+        with self._lock:
+            if connection in self._busy and connection.http.sock is not None:
+                self._busy.discard(connection)
+                self._idle.setdefault(connection.origin, []).append(connection)
+                return
+        self.drop(connection)
+
+    def drop(self, connection: Connection) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+        connection.hang_up()
+
+    def close(self) -> None:
+        """Hangs up; reads under way fail. They can be used again afterwards."""
+        with self._lock:
+            ours = self._pid == os.getpid()
+            busy, idle = self._busy, [one for many in self._idle.values() for one in many]
+            self._busy, self._idle = set(), {}
+            others = list(self._others.values())
+        for other in others:
+            other.close()
+        if ours:
+            for connection in busy:
+                connection.interrupt()
+            for connection in idle:
+                connection.hang_up()
+
+
+def trusted(verify: Any = None) -> ssl.SSLContext:
+    """A context that trusts the system's authorities, or the bundle that `verify` or the environment names.
+
+    `verify` may be a context (taken as it is), the path of a bundle, or False, to trust anybody.
+    """
+    if isinstance(verify, ssl.SSLContext):
+        return verify
+    if verify is False:
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+    named = verify if isinstance(verify, str) else None
+    path = named or next((os.environ[name] for name in _BUNDLES if os.environ.get(name)), None)
+    if path is None:
+        return ssl.create_default_context()
+    try:
+        if os.path.isdir(path):
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise AccessError(f"{path}: not a bundle of certificates: {error}", path=path) from error

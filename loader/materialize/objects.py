@@ -1,0 +1,288 @@
+"""Makes a checkpoint's tree real: tensors, arrays and the few objects that are known or allowed."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pathlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
+from ..formats.pickle.arrays import SealedDtype
+from ..formats.pickle.inert import Ordered, Text, TorchSize
+from ..formats.pickle.known import ATTRIBUTE_DICT, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
+from ..saved.tree import join_path, tensors
+from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor, StorageRef
+from .numpy_random import realise_random
+from .safe_types import SafeTypes, require_safe, unsafe
+from .tensors import CopyRequest, Reader, torch_dtype
+
+MAX_DEPTH = 300
+_ALIGNMENT = 16
+
+
+def realise(
+    tree: Any,
+    *,
+    reader: Reader,
+    safe_types: Sequence[str | type] = (),
+    path: str = "",
+    file: str = "",
+    device: str | torch.device = "cpu",
+) -> Any:
+    """`tree` as real objects, its tensors read through ``reader`` onto ``device``.
+
+    Tensors that share a storage share memory, and what the file holds once is made once. Arrays are NumPy's
+    own, ``torch.Size``, dtypes and devices torch's; enumerations of known classes become their values, other
+    known objects stay `InertObject` with real fields. A type in ``safe_types`` is constructed as its pickle
+    asks. ``file`` and ``path`` (the tree's own place in the file) are for messages.
+
+    Raises `UnsafeError`, before anything is read, where the tree holds a type that is neither known nor
+    allowed; `CorruptError` where bytes are missing or do not match their checksum.
+    """
+    allowed = SafeTypes(safe_types)
+    require_safe(tree, safe_types=allowed, file=file, path=path)
+    return _Realiser(_read_storages(tree, path, reader, device), allowed, file).real(tree, path, 0)
+
+
+def _read_storages(
+    tree: Any, path: str, reader: Reader, device: str | torch.device
+) -> dict[StorageRef, tuple[int, torch.Tensor]]:
+    """For each storage, the part of it that its tensors reach, as (first byte, bytes)."""
+    extents: dict[StorageRef, tuple[int, int, str]] = {}
+    for where, tensor in tensors(tree, path=path):
+        if tensor.numel == 0:
+            continue
+        first = tensor.storage_offset * tensor.itemsize
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+        stop = first + (reach + 1) * tensor.itemsize
+        low, high, name = extents.get(tensor.storage, (first, stop, where))
+        extents[tensor.storage] = (min(low, first), max(high, stop), name)
+    parts = {}
+    requests = []
+    for storage, (low, high, name) in extents.items():
+        # So that a view of any dtype begins at a whole element.
+        low -= low % _ALIGNMENT
+        memory = torch.empty(high - low, dtype=torch.uint8, device=device)
+        source = LazyTensor(storage, "uint8", (high - low,), (1,), low)
+        requests.append(CopyRequest(source, memory, name))
+        parts[storage] = (low, memory)
+    reader.copy(requests)
+    return parts
+
+
+class _Realiser:
+    def __init__(
+        self, storages: dict[StorageRef, tuple[int, torch.Tensor]], allowed: SafeTypes, file: str
+    ) -> None:
+        self.storages = storages
+        self.allowed = allowed
+        self.file = file
+        self.made: dict[int, Any] = {}
+        self.open: set[int] = set()
+
+    def real(self, value: Any, path: str, depth: int) -> Any:
+        kind = type(value)
+        if kind in (int, float, str, bool, bytes, type(None)):
+            return value
+        if id(value) in self.made:
+            return self.made[id(value)]
+        if id(value) in self.open or depth > MAX_DEPTH:
+            raise CorruptError(
+                f"{self.file}: {path} contains itself, or nests deeper than {MAX_DEPTH} levels",
+                path=self.file,
+            )
+        self.open.add(id(value))
+        result = self._make(value, path, depth + 1)
+        self.open.discard(id(value))
+        self.made[id(value)] = result
+        return result
+
+    def _make(self, value: Any, path: str, depth: int) -> Any:
+        if isinstance(value, dict):
+            return self._dict(value, path, depth)
+        if isinstance(value, TorchSize):
+            return torch.Size(value)
+        if isinstance(value, (list, tuple)):
+            items = [self.real(item, join_path(path, index), depth) for index, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, (set, frozenset)):
+            members = [self.real(item, path, depth) for item in value]
+            return set(members) if isinstance(value, set) else frozenset(members)
+        if isinstance(value, LazyTensor):
+            return self._tensor(value)
+        if isinstance(value, InertArray):
+            return _array(value)
+        if isinstance(value, GlobalName):
+            return self._global(value, path)
+        if isinstance(value, InertObject):
+            return self._object(value, path, depth)
+        return str(value) if isinstance(value, Text) else value
+
+    def _dict(self, value: dict[Any, Any], path: str, depth: int) -> dict[Any, Any]:
+        result: dict[Any, Any] = collections.OrderedDict() if isinstance(value, Ordered) else {}
+        # Known from here on, so that an object inside may refer to it.
+        self.made[id(value)] = result
+        for key, item in value.items():
+            result[self.real(key, path, depth)] = self.real(item, join_path(path, key), depth)
+        metadata = getattr(value, "_metadata", None)
+        if metadata is not None:
+            result._metadata = self.real(metadata, path, depth)  # type: ignore[attr-defined]
+        return result
+
+    def _tensor(self, value: LazyTensor) -> torch.Tensor:
+        dtype = torch_dtype(value.dtype)
+        if value.numel == 0:
+            return torch.empty(value.shape, dtype=dtype).requires_grad_(value.requires_grad)
+        low, memory = self.storages[value.storage]
+        offset = value.storage_offset - low // value.itemsize
+        result = torch.empty(0, dtype=dtype, device=memory.device)
+        result.set_(memory.untyped_storage(), offset, value.shape, value.stride)
+        return result.requires_grad_(value.requires_grad)
+
+    def _global(self, value: GlobalName, path: str) -> Any:
+        if value.name in self.allowed:
+            return self.allowed.type(value.name)
+        if value.name in DTYPES:
+            return torch_dtype(DTYPES[value.name])
+        if value.name in PLAIN_TYPES:
+            return _PLAIN_TYPES[value.name]
+        if not value.known:
+            raise unsafe(path, value.name, self.file)
+        return value
+
+    def _object(self, value: InertObject, path: str, depth: int) -> Any:
+        name = value.global_name
+        if name in self.allowed:
+            return self._construct(value, path, depth)
+        if not value.known:
+            raise unsafe(path, name, self.file)
+        if isinstance(value, SealedDtype):
+            if value.text == UNSUPPORTED:
+                raise unsafe(path, "numpy.dtype of objects", self.file)
+            return np.dtype(value.text)
+        fields = InertObject(
+            name,
+            self.real(value.args, path, depth),
+            self.real(value.kwargs, path, depth),
+            self.real(value.state, path, depth),
+            self.real(value.items, path, depth),
+            self.real(value.entries, path, depth),
+            known=True,
+            via_new=value.via_new,
+        )
+        try:
+            make = _KNOWN_OBJECTS.get(name)
+            return fields if make is None else make(fields)
+        except RankloadError:
+            raise
+        except Exception as error:
+            raise CorruptError(
+                f"{self.file}: {path} holds a {name} that cannot be made ({type(error).__name__}: "
+                f"{str(error)[:200]})",
+                path=self.file,
+            ) from error
+
+    def _construct(self, value: InertObject, path: str, depth: int) -> Any:
+        """An object of an allowed type, as the unpickler would have made it."""
+        kind = self.allowed.type(value.global_name)
+        args = self.real(value.args, path, depth)
+        kwargs = self.real(value.kwargs, path, depth)
+        try:
+            result = kind.__new__(kind, *args, **kwargs) if value.via_new else kind(*args, **kwargs)
+            self.made[id(value)] = result
+            for item in self.real(value.items, path, depth):
+                result.append(item) if hasattr(result, "append") else result.add(item)
+            for key, item in self.real(value.entries, path, depth).items():
+                result[key] = item
+            if value.state is not None:
+                _set_state(result, self.real(value.state, path, depth))
+        except RankloadError:
+            raise
+        except Exception as error:
+            raise FormatError(
+                f"{self.file}: {path} holds a {value.global_name}, whose construction failed "
+                f"({type(error).__name__}: {str(error)[:200]})",
+                path=self.file,
+            ) from error
+        return result
+
+
+def _set_state(target: Any, state: Any) -> None:
+    setter = getattr(target, "__setstate__", None)
+    if setter is not None:
+        setter(state)
+        return
+    slots: Any = None
+    if isinstance(state, tuple) and len(state) == 2:
+        state, slots = state
+    if state:
+        target.__dict__.update(state)
+    for key, item in (slots or {}).items():
+        setattr(target, key, item)
+
+
+def _array(value: InertArray) -> Any:
+    if value.dtype == UNSUPPORTED:
+        raise UnsafeError("an array of Python objects cannot be made")
+    array = np.frombuffer(bytearray(value.data), dtype=np.dtype(value.dtype))
+    array = array.reshape(value.shape, order="F" if value.fortran_order else "C")
+    return array[()] if value.scalar else array
+
+
+def _attributes(value: InertObject) -> dict[str, Any]:
+    return dict(value.state) if isinstance(value.state, dict) else {}
+
+
+def _slice(value: InertObject) -> slice:
+    return slice(*value.args)
+
+
+def _path(value: InertObject) -> pathlib.PurePath:
+    # A path of the other system still reads as one.
+    kind = pathlib.PureWindowsPath if "Windows" in value.global_name else pathlib.PurePosixPath
+    return (
+        kind(*value.args)
+        if "Pure" in value.global_name or "Windows" in value.global_name
+        else pathlib.Path(*value.args)
+    )
+
+
+def _deque(value: InertObject) -> collections.deque[Any]:
+    start = list(value.args[0]) if value.args else []
+    return collections.deque([*start, *value.items], value.args[1] if len(value.args) > 1 else None)
+
+
+def _layout(value: InertObject) -> torch.layout:
+    found = getattr(torch, str(value.args[0]).removeprefix("torch."), None)
+    if not isinstance(found, torch.layout):
+        raise FormatError(f"the checkpoint names {value.args[0]!r}, which torch does not know as a layout")
+    return found
+
+
+_PLAIN_TYPES: dict[str, type] = {
+    f"builtins.{kind.__name__}": kind
+    for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
+}
+
+_KNOWN_OBJECTS: dict[str, Callable[[InertObject], Any]] = {
+    "argparse.Namespace": lambda value: argparse.Namespace(**_attributes(value)),
+    "types.SimpleNamespace": lambda value: types.SimpleNamespace(**_attributes(value)),
+    "builtins.range": lambda value: range(*value.args),
+    "builtins.slice": _slice,
+    "collections.deque": _deque,
+    "torch.device": lambda value: torch.device(*value.args),
+    "torch.serialization._get_layout": _layout,
+    ATTRIBUTE_DICT: lambda value: dict(value.entries),
+    **{
+        f"pathlib.{name}": _path
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+    },
+    **dict.fromkeys(ENUMS, lambda value: value.args[0]),
+    **dict.fromkeys(NUMPY_RANDOM, realise_random),
+}

@@ -1,0 +1,101 @@
+"""Ranges through a backend's own ranged reads: the way for every store that is not http and signs no URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import CorruptError
+from ..http.answers import WORTH_RETRYING, Arrived, cut_short
+from ..store_errors import TryAgainError, http_status, store_error
+from ..stores.base import ObjectInfo
+from ..stores.fsspec import FsspecStore
+from .base import pieces
+
+READ_BYTES = 8 << 20
+"""One request's, and so how much memory beside the target one read takes."""
+_WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
+"""Where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
+_THREADS = frozenset({"memory", "sftp", "ssh", "smb", "hf"})
+"""File systems without an event loop of their own that several threads may read from."""
+
+
+class FsspecSource:
+    """`info` is what the file system said of the object. Answers tell no version: `confirm` asks for it again."""
+
+    has_ranges = True
+
+    def __init__(self, store: FsspecStore, info: ObjectInfo, size_bytes: int) -> None:
+        self._store = store
+        self._info = info
+        self.size_bytes = size_bytes
+        self.kind = store.protocol
+
+    @property
+    def version(self) -> str | None:
+        return self._info.version
+
+    @property
+    def max_connections(self) -> int:
+        if getattr(self._store.files(), "async_impl", False):
+            return 16
+        return 4 if self._store.protocol in _THREADS else 1
+
+    def describe(self) -> str:
+        return self._store.describe(self._info.name)
+
+    def read_into(
+        self, start: int, stop: int, views: Iterable[memoryview], arrived: Arrived = lambda n_bytes: None
+    ) -> None:
+        targets = pieces(views)
+        view = memoryview(b"")
+        for position in range(start, stop, READ_BYTES):
+            end = min(stop, position + READ_BYTES)
+            data = memoryview(self._read(position, end))
+            got = len(data)
+            while data:
+                view = view or next(targets)
+                n_new = min(len(view), len(data))
+                view[:n_new] = data[:n_new]
+                view, data = view[n_new:], data[n_new:]
+                arrived(n_new)
+            if got < end - position:
+                raise cut_short(self.describe(), position, end - position, got)
+
+    def confirm(self) -> None:
+        files = self._store.files()
+        files.invalidate_cache(files._parent(self._info.name))
+        now = self._store.stat(self._info.name)
+        if now is None or (now.size_bytes, now.version) != (self._info.size_bytes, self._info.version):
+            got = "nothing" if now is None else f"{now.size_bytes} bytes, version {now.version}"
+            raise CorruptError(
+                f"{self.describe()}: changed while it was loaded: expected {self.size_bytes} bytes, version "
+                f"{self.version}, got {got}",
+                path=self.describe(),
+            )
+
+    def close(self) -> None:
+        """The file system's connections are its own."""
+
+    def _read(self, start: int, stop: int) -> bytes:
+        try:
+            data: bytes = self._store.files().cat_file(self._info.name, start=start, end=stop)
+        except Exception as error:
+            mapped = store_error(error, self.describe())
+            if http_status(error) in WORTH_RETRYING or isinstance(
+                error, ConnectionError | TimeoutError | EOFError
+            ):
+                raise TryAgainError(mapped) from mapped.__cause__
+            raise mapped from mapped.__cause__
+        if len(data) > stop - start:
+            raise CorruptError(
+                f"{self.describe()}: expected bytes {start}-{stop - 1}, got {len(data)} bytes",
+                path=self.describe(),
+            )
+        return data
+
+
+def open_fsspec_source(store: FsspecStore, info: ObjectInfo) -> FsspecSource | None:
+    """None where the size is not known, or a range costs as much as the whole object."""
+    if info.size_bytes is None or _WHOLE_ONLY & set(store.protocols()):
+        return None
+    return FsspecSource(store, info, info.size_bytes)

@@ -1,0 +1,244 @@
+"""Ranges over http(s): each read a GET on a connection of its own, received straight into the caller's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import AccessError, CorruptError
+from ..http.addresses import Address, Origin, origin_of, redirected
+from ..http.answers import (
+    Arrived,
+    Pin,
+    check_part,
+    check_whole,
+    content_length,
+    content_range,
+    pin_of,
+    status_error,
+)
+from ..http.connections import Connections
+from ..http.exchange import Answer, exchange, network_error
+from ..store_errors import redact_url
+from ..stores.base import ObjectInfo
+from ..stores.sums import StoredSum, in_headers
+from .base import pieces
+
+MAX_REDIRECTS = 10
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAY_HAVE_EXPIRED = frozenset({400, 401, 403, 404, 410})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the object is asked for now: as given, as signed, or where a redirect led."""
+
+    url: str
+    own: Origin
+    """The server that the user's headers are for."""
+    is_redirected: bool = False
+    until: float = float("inf")
+
+
+class HttpSource:
+    """`make_address` says where the object is: always the same, or a newly signed URL each time.
+
+    The constructor asks the server for the first byte. `signed_for_s` is how long an address serves, where it is
+    signed. A version in `expected`, which was known before, must be an ETag or a Last-Modified.
+    """
+
+    max_connections = 32
+
+    def __init__(
+        self,
+        make_address: Callable[[], Address],
+        connections: Connections,
+        *,
+        owns_connections: bool = True,
+        expected: ObjectInfo | None = None,
+        signed_for_s: float | None = None,
+        described: str | None = None,
+    ) -> None:
+        self._make_address = make_address
+        self._connections = connections
+        self._owns = owns_connections
+        self._signed_for_s = signed_for_s
+        self._lock = threading.Lock()
+        self._address = make_address()
+        self._place = self._first_place()
+        self._described = described or redact_url(self._address.url)
+        self._sends_if_match = True
+        self._pin = Pin()
+        self.stored_sums: tuple[StoredSum, ...] = ()
+        """What the first answer told of the whole object."""
+        self.has_ranges = True
+        self._open(expected)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._pin.size_bytes or 0
+
+    @property
+    def version(self) -> str | None:
+        return self._pin.version
+
+    @property
+    def kind(self) -> str:
+        return "http" if self._signed_for_s is None else "signed http"
+
+    def describe(self) -> str:
+        return self._described
+
+    def confirm(self) -> None:
+        """Every answer was compared."""
+
+    def close(self) -> None:
+        if self._owns:
+            self._connections.close()
+
+    def read_into(
+        self, start: int, stop: int, views: Iterable[memoryview], arrived: Arrived = lambda n_bytes: None
+    ) -> None:
+        targets = pieces(views)
+        position = start
+        left = memoryview(b"")
+        while position < stop:
+            answer = self._ask({"Range": f"bytes={position}-{stop - 1}"} if self.has_ranges else {}, arrived)
+            with self._reading(answer):
+                n_bytes = self._check(answer.response, position, stop)
+                left = answer.receive(position, n_bytes, left, targets, arrived, self._described)
+                position += n_bytes
+
+    def _open(self, expected: ObjectInfo | None) -> None:
+        answer = self._ask({"Range": "bytes=0-0"}, lambda n_bytes: None, any_of=frozenset({200, 206, 416}))
+        headers, status = answer.response.headers, answer.response.status
+        start, stop, total = content_range(headers)
+        if status == 206:
+            with self._reading(answer):
+                if (start, stop) != (0, 1) or total is None:
+                    told = headers.get("Content-Range") or "none"
+                    raise AccessError(
+                        f"{self._described}: expected Content-Range bytes 0-0/SIZE, got {told}",
+                        path=self._described,
+                    )
+                check_part(headers, 0, 1, Pin(), self._described)
+                answer.response.read(1)
+        else:
+            # The body is the whole object, or of no use.
+            self._forget(answer)
+            self.has_ranges = status == 416
+            total = content_length(headers) if status == 200 else total
+        if total is None or (status == 416 and total != 0):
+            raise AccessError(f"{self._described}: the server does not tell its size", path=self._described)
+        self._pin = pin_of(headers, total)
+        self.stored_sums = in_headers(headers, whole=status == 200)
+        if expected is None:
+            return
+        check_whole({"Content-Length": str(total)}, Pin(expected.size_bytes), self._described)
+        if expected.version and self.version and self.version != expected.version:
+            raise CorruptError(
+                f"{self._described}: changed while it was loaded: expected version {expected.version}, got "
+                f"{self.version}",
+                path=self._described,
+            )
+
+    def _check(self, response: http.client.HTTPResponse, start: int, stop: int) -> int:
+        if response.status == 206 and self.has_ranges:
+            return check_part(response.headers, start, stop, self._pin, self._described)
+        check_whole(response.headers, self._pin, self._described)
+        if start == 0 and (stop == self.size_bytes or not self.has_ranges):
+            return stop
+        raise AccessError(
+            f"{self._described}: the server answered a request for bytes {start}-{stop - 1} with the whole "
+            "object (HTTP 200), though it answered ranges before"
+            if self.has_ranges
+            else f"{self._described}: the server does no ranges, bytes from {start} on were asked for",
+            path=self._described,
+        )
+
+    def _ask(
+        self, headers: Mapping[str, str], arrived: Arrived, any_of: frozenset[int] = frozenset({200, 206})
+    ) -> Answer:
+        """The answer to one GET, redirects followed, an expired address renewed once."""
+        is_renewed = False
+        place = self._current()
+        hops = 0
+        while True:
+            sent = dict(headers)
+            origin = origin_of(place.url)
+            if self._pin.strong is not None and self._sends_if_match:
+                sent["If-Match"] = self._pin.strong
+            if origin == place.own:
+                sent = {**self._address.headers, **sent}
+            answer = exchange(self._connections, place.url, sent, arrived, self._described)
+            status = answer.response.status
+            if status in any_of:
+                if hops:
+                    self._place = replace(place, is_redirected=True)
+                return answer
+            location = answer.response.headers.get("Location")
+            if status in _REDIRECTS and location is not None:
+                self._forget(answer)
+                hops += 1
+                if hops > MAX_REDIRECTS:
+                    raise AccessError(
+                        f"{self._described}: more than {MAX_REDIRECTS} redirects", path=self._described
+                    )
+                place = replace(place, url=redirected(place.url, location, self._described))
+                continue
+            body = answer.error_body()
+            self._forget(answer)
+            if status == 412 and "If-Match" in sent:
+                # Some servers compare wrongly; whether it changed, their next answer's own ETag tells.
+                self._sends_if_match = False
+                continue
+            was_remembered = self._signed_for_s is not None or place.is_redirected
+            if status in _MAY_HAVE_EXPIRED and was_remembered and not is_renewed:
+                is_renewed, hops = True, 0
+                place = self._renewed(place)
+                continue
+            raise status_error(
+                status, answer.response.headers, body, self._described, self._address.credentials
+            )
+
+    @contextlib.contextmanager
+    def _reading(self, answer: Answer) -> Iterator[None]:
+        """Gives the connection back where the block read its answer to the end."""
+        try:
+            yield
+        except BaseException as error:
+            self._forget(answer)
+            if isinstance(error, OSError | http.client.HTTPException):
+                raise network_error(error, self._described) from None
+            raise
+        response = answer.response
+        is_whole = response.status == 206 or content_length(response.headers) == self.size_bytes
+        response.close()
+        if response.will_close or response.chunked or not is_whole or not self.has_ranges:
+            self._connections.drop(answer.connection)
+        else:
+            self._connections.give_back(answer.connection)
+
+    def _forget(self, answer: Answer) -> None:
+        answer.response.close()
+        self._connections.drop(answer.connection)
+
+    def _first_place(self) -> _Place:
+        life = float("inf") if self._signed_for_s is None else self._signed_for_s * 0.8
+        return _Place(self._address.url, self._address.origin, until=time.monotonic() + life)
+
+    def _current(self) -> _Place:
+        place = self._place
+        return place if time.monotonic() < place.until else self._renewed(place)
+
+    def _renewed(self, place: _Place) -> _Place:
+        """The address made anew, unless another thread has done so since `place` was taken."""
+        with self._lock:
+            if self._place is place or self._place.url == place.url:
+                self._address = self._make_address()
+                self._place = self._first_place()
+            return self._place

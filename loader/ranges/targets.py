@@ -1,0 +1,122 @@
+"""Where ranges land: memory that is there already, or a file of the object's size that is filled in places."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from ..errors import CorruptError
+from ..store_errors import disk_full
+
+BUFFER_BYTES = 1 << 20
+"""What is received before it is written: small enough to be in the processor's cache still."""
+
+
+class Target(Protocol):
+    """Takes bytes of one object; called from several threads, never twice for the same bytes at once."""
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Writable memory for bytes ``[start, stop)``, in order; the next one is asked for when one was taken."""
+
+    def take(self, start: int, view: memoryview) -> None:
+        """The bytes from `start` on have come into `view`: one that `views` gave, or the beginning of one."""
+
+
+class MemoryTarget:
+    """Pieces of memory: ``(start, view)`` takes the object's bytes from `start` on, in place.
+
+    Views are one-dimensional, contiguous and writable, of any item size. Raises `ValueError` where they overlap.
+    """
+
+    def __init__(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        placed = sorted(((start, view.cast("B")) for start, view in pieces), key=lambda one: one[0])
+        self._pieces = [(start, view) for start, view in placed if len(view)]
+        self._starts = [start for start, _ in self._pieces]
+        for (start, view), (after, _) in zip(self._pieces, self._pieces[1:], strict=False):
+            if start + len(view) > after:
+                raise ValueError(f"two pieces of memory take byte {after}")
+            if view.readonly:
+                raise ValueError("memory that can't be written")
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        position = start
+        while position < stop:
+            begin, view = self._pieces[index] if index < len(self._pieces) else (stop, memoryview(b""))
+            if not begin <= position < begin + len(view):
+                raise ValueError(f"byte {position} has no place in memory")
+            end = min(stop, begin + len(view))
+            yield view[position - begin : end - begin]
+            position = end
+            index += 1
+
+    def take(self, start: int, view: memoryview) -> None:
+        """The bytes are where they belong."""
+
+
+class FileTarget:
+    """A file of `size_bytes`, sparse where nothing has landed. `close` it.
+
+    Bytes are received into a small buffer and written from there: new pages of a file that is mapped are zeroed first,
+    and cost several times as much. The file is made where it is missing (0600) and kept as it is where it has that
+    size. A disk that is full is an `AccessError`.
+    """
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        self.path = path
+        self._idle = threading.Condition()
+        self._one_writes = threading.Lock()
+        self._writing = 0
+        self._closed = False
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            held = os.fstat(self._fd).st_size
+            if held not in (0, size_bytes):
+                raise CorruptError(f"{path}: holds {held} bytes, expected {size_bytes}", path=path)
+            os.ftruncate(self._fd, size_bytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(BUFFER_BYTES, stop - start)))
+        # Writes begin where pages do, but for the first.
+        first = start - start % BUFFER_BYTES
+        for begin in range(first, stop, BUFFER_BYTES):
+            yield buffer[: min(begin + BUFFER_BYTES, stop) - max(begin, start)]
+
+    def take(self, start: int, view: memoryview) -> None:
+        with self._idle:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed")
+            self._writing += 1
+        try:
+            self._write(start, view)
+        finally:
+            with self._idle:
+                self._writing -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Waits for writes under way. A read that was given up and goes on must not write: its descriptor may be
+        another file's by then."""
+        with self._idle:
+            self._closed = True
+            self._idle.wait_for(lambda: not self._writing)
+            os.close(self._fd)
+
+    def _write(self, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                # The kernel lets one write at a file at a time, and the others spin: a thread that waits here sleeps.
+                with self._one_writes:
+                    done += os.pwrite(self._fd, view[done:], start + done)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise disk_full(self.path) from error
+                raise

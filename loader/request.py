@@ -1,0 +1,243 @@
+"""What a load was asked for, whether it makes sense, and whether every rank was asked for the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import OptionError
+from .options import LoadOptions
+from .saved.ignore import IgnoreKeys
+from .state import ForeignState, State, as_list
+from .targets.algorithms import AlgorithmPass
+from .template import describe_template
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """The arguments of one load, as one rank gave them; a path object becomes its text."""
+
+    path: str
+    state: Any
+    logger: Any
+    object_store: Any
+    weights_only: bool
+    strict: bool
+    progress_bar: bool
+    ignore_keys: IgnoreKeys | str | None
+    exclude_algorithms: Collection[str] | None
+    algorithm_passes: Sequence[AlgorithmPass] | None
+    options: LoadOptions
+
+    def __post_init__(self) -> None:
+        # What is no path stays as it is, for `check_arguments` to refuse where all ranks hear of it.
+        with contextlib.suppress(OptionError):
+            object.__setattr__(self, "path", as_path(self.path))
+
+    @property
+    def run_name(self) -> str | None:
+        name = getattr(self.state, "run_name", None)
+        return name if isinstance(name, str) else None
+
+    def comparable(self) -> dict[str, str]:
+        """Every argument that must be equal on all ranks, as text; what may hold secrets, as a digest."""
+        ignore_keys: object = self.ignore_keys
+        if callable(ignore_keys):
+            ignore_keys = "a callable"
+        found = {
+            "path": describe_template(self.path),
+            "path's user info or query": f"not shown, digest {_digest(self.path)}",
+            "object_store": "None" if self.object_store is None else type(self.object_store).__qualname__,
+            "load_weights_only": str(self.weights_only),
+            "strict_model_weights": str(self.strict),
+            "ignore_keys": repr(_plain(ignore_keys)),
+            "exclude_algorithms": "None"
+            if self.exclude_algorithms is None
+            else repr(sorted(self.exclude_algorithms)),
+            "algorithm_passes": str(len(self.algorithm_passes or ())),
+            "state.run_name": repr(self.run_name),
+            **_parts(self.state),
+        }
+        for option in fields(LoadOptions):
+            value = getattr(self.options, option.name)
+            if option.name in ("cache_dir", "cache_home", "cache_size"):
+                continue  # each node may have its own
+            if option.name == "storage_options":
+                digest = _digest(repr(_plain(value)))
+                found["options.storage_options"] = f"a mapping with digest {digest}" if value else "{}"
+            else:
+                found[f"options.{option.name}"] = repr(_plain(value))
+        return found
+
+
+def as_path(path: Any) -> str:
+    """`path` (text, or any ``os.PathLike`` of text) as text. Raises `OptionError` for anything else."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise OptionError(f"path is {_spoken(path)}: expected a string or an os.PathLike of one")
+    if not text:
+        raise OptionError("path is empty: expected a path, a URL or an object's name")
+    return text
+
+
+def check_arguments(request: LoadRequest) -> None:
+    """Raises `OptionError` for an argument that cannot be meant, saying what was got and what is expected.
+
+    Nothing is opened or asked. To be called where an error of one rank is heard by all.
+    """
+    as_path(request.path)
+    check_logger(request.logger)
+    _check_state(request.state)
+    for name, flag in (
+        ("load_weights_only", request.weights_only),
+        ("strict_model_weights", request.strict),
+        ("progress_bar", request.progress_bar),
+    ):
+        if not isinstance(flag, bool):
+            raise OptionError(f"{name} is {_spoken(flag)}: expected True or False")
+    if isinstance(request.object_store, str | bytes | Mapping | os.PathLike):
+        raise OptionError(
+            f"object_store is {_spoken(request.object_store)}: expected an fsspec file system, or an object with "
+            "download_object or download_file"
+        )
+    ignored = request.ignore_keys
+    if not callable(ignored) and not isinstance(ignored, str):
+        _check_entries("ignore_keys", ignored, "globs such as 'state/model/*', or a callable")
+    if isinstance(request.exclude_algorithms, str):
+        raise OptionError(
+            f"exclude_algorithms is {_spoken(request.exclude_algorithms)}: pass a list, "
+            f"[{request.exclude_algorithms!r}]"
+        )
+    _check_entries("exclude_algorithms", request.exclude_algorithms, "names of algorithms")
+    passes: Any = request.algorithm_passes
+    if passes is not None and not isinstance(passes, list | tuple):
+        raise OptionError(f"algorithm_passes is {_spoken(passes)}: expected a list of callables, or None")
+    for one in passes or ():
+        if not callable(one):
+            raise OptionError(f"algorithm_passes holds {_spoken(one)}: expected callables")
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, State | ForeignState):
+        raise OptionError(
+            f"state is {_spoken(state)}: expected a rankload.loader.State, or an object with load_state_dict and "
+            "load_model_state such as Composer's State"
+        )
+    if not isinstance(state, State):
+        return
+    if isinstance(state.model, Mapping) or not all(
+        callable(getattr(state.model, name, None)) for name in ("state_dict", "load_state_dict")
+    ):
+        raise OptionError(
+            f"state.model is {_spoken(state.model)}: expected State(model=...) with a module or a DeepSpeed engine"
+        )
+
+
+def _check_entries(name: str, value: Any, expected: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise OptionError(f"{name} is {_spoken(value)}: expected a list of {expected}, or None")
+    for entry in value:
+        if not isinstance(entry, str):
+            raise OptionError(f"{name} holds {_spoken(entry)}: expected {expected}")
+
+
+def _spoken(value: Any) -> str:
+    """`value` for messages; longer values, and those of the user's types, by their type alone."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, str) and len(value) <= 40 and "://" not in value:
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
+def _parts(state: Any) -> dict[str, str]:
+    """Of what kind a state and its parts are, under their names; foreign states may lack some.
+
+    Callbacks are left out: many jobs have some on the first rank only.
+    """
+    found = {
+        "state": f"{type(state).__module__}.{type(state).__qualname__}",
+        "state.model": _wrapper(_attribute(state, "model")),
+    }
+    for part in ("optimizers", "schedulers", "scaler", "algorithms"):
+        objects = as_list(_attribute(state, part))
+        found[f"state.{part}"] = ", ".join(type(item).__qualname__ for item in objects) or "none"
+    return found
+
+
+def _attribute(state: Any, name: str) -> Any:
+    try:
+        return getattr(state, name, None)
+    except Exception:
+        return None  # a property of the user's may raise whatever it likes
+
+
+_WRAPPERS = (
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "a DeepSpeed engine"),
+    ("torch.nn.parallel", "DistributedDataParallel", "a DistributedDataParallel module"),
+)
+
+
+def _wrapper(model: Any) -> str:
+    """The kind of wrapper that `model` is; what was never imported cannot have made it."""
+    for module, name, spoken in _WRAPPERS:
+        kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and isinstance(model, kind):
+            return spoken
+    return "none" if model is None else "a module"
+
+
+def _plain(value: Any) -> Any:
+    """`value` in a form whose ``repr`` is the same in every process: no addresses, no order of a set."""
+    if isinstance(value, Mapping):
+        return sorted(((str(key), _plain(item)) for key, item in value.items()), key=repr)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=repr)
+    if value is None or isinstance(value, str | bytes | bool | int | float):
+        return value
+    kind = value if isinstance(value, type) else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def check_same(asked: Sequence[Mapping[str, str]]) -> None:
+    """Raises `OptionError` naming the first argument that differs between ranks; `asked` is by rank."""
+    for name, value in asked[0].items():
+        groups: dict[str, list[int]] = {}
+        for rank, arguments in enumerate(asked):
+            groups.setdefault(arguments.get(name, "(not passed)"), []).append(rank)
+        if len(groups) == 1:
+            continue
+        told = "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in groups.items())
+        hint = " (pass one template, such as ep1-rank{rank}.tar, on every rank)" if name == "path" else ""
+        raise OptionError(f"argument {name} differs between ranks{hint}: {told}; first rank's was {value}")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
+def check_logger(logger: Any) -> None:
+    """Raises `OptionError` where `logger` is none of the kinds that `log_receipt` knows."""
+    known = logger is None or isinstance(logger, logging.Logger)
+    if not known and not any(
+        callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparameters")
+    ):
+        raise OptionError(
+            f"logger={logger!r}: expected a logging.Logger, an object with log_metrics or log_hyperparameters, "
+            "or None"
+        )

@@ -1,0 +1,103 @@
+"""Leaving parts of a checkpoint out, by globs over ``/``-joined keys or by a callable. Pure.
+
+The paths are those of Composer's ``ignore_keys``: ``state/model/NAME``, ``state/optimizers/CLASS``, ``rng``.
+``*`` crosses ``/`` and case matters. A glob may name an inner node: ``state/model`` takes the node away,
+``state/model/*`` leaves it empty. Positions in lists are the original ones; tuples are leaves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import Any
+
+from ..errors import OptionError
+
+IgnoreKeys = Sequence[str] | Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A tree without what was ignored."""
+
+    tree: dict[str, Any]
+    paths: tuple[str, ...]
+    """The nodes that were taken away, outermost only."""
+    unmatched: tuple[str, ...]
+    """Globs that matched nothing."""
+
+
+def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignored:
+    """`tree` without what `ignore_keys` names; `tree` itself stays as it is.
+
+    A callable is handed a copy of the nested containers, which it may change as it likes (its return value is
+    not used); the tensors in it are lazy. A string is one glob. Raises `OptionError` for anything else.
+    """
+    if ignore_keys is None:
+        return Ignored(tree, (), ())
+    if callable(ignore_keys):
+        changed = copy_containers(tree)
+        ignore_keys(changed)
+        return Ignored(changed, tuple(_vanished(tree, changed, "")), ())
+    globs = [ignore_keys] if isinstance(ignore_keys, str) else list(ignore_keys)
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise OptionError(f"ignore_keys holds {glob!r}: expected globs such as 'state/model/*'")
+    patterns = [re.compile(translate(glob)) for glob in globs]
+    matched: set[int] = set()
+    removed: list[str] = []
+    kept = _without(tree, "", patterns, matched, removed)
+    unmatched = tuple(glob for index, glob in enumerate(globs) if index not in matched)
+    return Ignored(kept, tuple(removed), unmatched)
+
+
+def copy_containers(value: Any) -> Any:
+    """`value` with its dicts and lists copied; tuples and leaves are shared."""
+    if isinstance(value, dict):
+        return {key: copy_containers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copy_containers(item) for item in value]
+    return value
+
+
+def _without(
+    node: Any, path: str, patterns: list[re.Pattern[str]], matched: set[int], removed: list[str]
+) -> Any:
+    if not isinstance(node, dict | list):
+        return node
+    kept: list[tuple[Any, Any]] = []
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+        child = f"{path}/{key}" if path else str(key)
+        hits = [index for index, pattern in enumerate(patterns) if pattern.match(child)]
+        if hits:
+            matched.update(hits)
+            removed.append(child)
+            # What lies below counts as matched too: a glob for it has not missed.
+            for below in _paths(item, child):
+                matched.update(i for i, pattern in enumerate(patterns) if pattern.match(below))
+        else:
+            kept.append((key, _without(item, child, patterns, matched, removed)))
+    return dict(kept) if isinstance(node, dict) else [item for _, item in kept]
+
+
+def _paths(node: Any, path: str) -> Iterator[str]:
+    if not isinstance(node, dict | list):
+        return
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+        child = f"{path}/{key}"
+        yield child
+        yield from _paths(item, child)
+
+
+def _vanished(before: Any, after: Any, path: str) -> Iterator[str]:
+    """Paths of `before`'s nodes that `after` lacks."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return
+    for key, item in before.items():
+        child = f"{path}/{key}" if path else str(key)
+        if key not in after:
+            yield child
+        else:
+            yield from _vanished(item, after[key], child)

@@ -1,0 +1,72 @@
+"""What does not fit between a checkpoint and a job, collected before anything is changed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import MismatchError
+
+_SHOWN = 20
+"""Names of a kind that a message lists; the receipt and ``MismatchError.details`` have all of them."""
+
+
+@dataclass
+class Mismatch:
+    """Names that are missing, unexpected, or of the wrong shape, dtype or number; filled by every check."""
+
+    missing: list[str] = field(default_factory=list)
+    """What the job has and the checkpoint lacks."""
+    unexpected: list[str] = field(default_factory=list)
+    """What the checkpoint has and the job lacks."""
+    wrong: list[str] = field(default_factory=list)
+    """``NAME: expected ..., got ...``."""
+
+    def extend(self, other: Mismatch) -> None:
+        self.missing.extend(other.missing)
+        self.unexpected.extend(other.unexpected)
+        self.wrong.extend(other.wrong)
+
+    def raise_if_any(self, path: str, *, strict: bool) -> None:
+        """Raises one `MismatchError` with everything; missing and unexpected names only where `strict`."""
+        if not self.wrong and not (strict and (self.missing or self.unexpected)):
+            return
+        lines = [f"{path} does not fit the model and optimizer; nothing was changed."]
+        lines += _listed("missing from the checkpoint", self.missing)
+        lines += _listed("unexpected in the checkpoint", self.unexpected)
+        lines += _listed("wrong", self.wrong)
+        if not self.wrong:
+            lines.append(
+                "Pass strict_model_weights=False to load what fits, LoadOptions(rename={...}) to map names, or "
+                "ignore_keys to leave parts out."
+            )
+        error = MismatchError("\n".join(lines), path=path)
+        error.details = {
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "wrong": list(self.wrong),
+        }
+        raise error
+
+
+def _listed(title: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if not names:
+        return []
+    shown = [f"  {name}" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        shown.append(f"  ... and {len(names) - _SHOWN} more")
+    return [f"{title} ({len(names)}):", *shown]
+
+
+def dtype_problem(source: str, target: str) -> str | None:
+    """Why elements of `source` cannot become `target`; None where they can (within a kind they are cast)."""
+    if source == target or _kind(source) == _kind(target):
+        return None
+    return f"expected {target}, got {source}"
+
+
+def _kind(dtype: str) -> str:
+    if dtype.startswith(("float", "bfloat")):
+        return "float"
+    return "complex" if dtype.startswith("complex") else "integer"

@@ -1,0 +1,171 @@
+"""Walks over a checkpoint's tree that end whatever the file holds. Free of torch.
+
+A pickle can share one list a thousand times and do so again with the result, or put a list into itself: a few
+hundred bytes then describe a tree that no walk gets through. `check_tree` refuses such a tree once, when the
+file is read; whoever walks its plain containers afterwards may recurse freely. Objects that the pickle
+describes may refer to themselves (real ones do), so walks that descend into them visit each only once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from reprlib import repr as short_repr
+from typing import Any
+
+from ..errors import CorruptError, UnsafeError
+from .values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor
+
+MAX_DEPTH = 200
+MAX_UNSHARED = 1_000_000
+"""Values that a tree may have when every shared part is counted wherever it appears, beside 16 per part."""
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
+def check_tree(tree: Any, *, name: str) -> None:
+    """Makes sure that the plain containers of `tree` can be walked by recursion, and in reasonable time.
+
+    Raises `CorruptError` where one contains itself, and `UnsafeError` where they nest deeper than
+    ``MAX_DEPTH`` or where sharing makes the tree far larger than the file. `InertObject` counts as one value,
+    its fields as a tree of their own.
+    """
+    sizes: dict[int, tuple[int, int]] = {}
+    roots: list[Any] = [tree]
+    seen_objects: set[int] = set()
+    total = 0
+    while roots:
+        root = roots.pop()
+        if isinstance(root, InertObject):
+            if id(root) not in seen_objects:
+                seen_objects.add(id(root))
+                roots.extend((root.args, root.kwargs, root.state, root.items, root.entries))
+            continue
+        total += _measure(root, sizes, roots, name)
+    if total > MAX_UNSHARED + 16 * len(sizes):
+        raise UnsafeError(
+            f"{name}: shared parts make it a tree of {float(min(total, 1 << 1000)):.3g} values, from "
+            f"{len(sizes):,} containers. No checkpoint is written that way: do not trust this file.",
+            path=name,
+        )
+
+
+def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], name: str) -> int:
+    """Values below `root`, shared ones wherever they appear; ``sizes``: values and depth, by id."""
+    if not isinstance(root, _CONTAINERS):
+        return 1
+    if id(root) in sizes:
+        return 1
+    stack: list[tuple[Any, Iterator[Any]]] = [(root, _children(root))]
+    sizes[id(root)] = (0, 0)
+    counts = [[1, 1]]
+    while True:
+        node, children = stack[-1]
+        for child in children:
+            if isinstance(child, _CONTAINERS):
+                known = sizes.get(id(child))
+                if known is None:
+                    if len(stack) > MAX_DEPTH:
+                        raise _too_deep(name)
+                    sizes[id(child)] = (0, 0)
+                    stack.append((child, _children(child)))
+                    counts.append([1, 1])
+                    break
+                if known[0] == 0:
+                    raise CorruptError(f"{name}: one of its containers contains itself.", path=name)
+                counts[-1][0] += known[0]
+                counts[-1][1] = max(counts[-1][1], known[1] + 1)
+            else:
+                counts[-1][0] += 1
+                if isinstance(child, InertObject):
+                    objects.append(child)
+        else:
+            values, depth = counts.pop()
+            if depth > MAX_DEPTH:
+                raise _too_deep(name)
+            sizes[id(node)] = (values, depth)
+            stack.pop()
+            if not stack:
+                return values
+            counts[-1][0] += values
+            counts[-1][1] = max(counts[-1][1], depth + 1)
+
+
+def _too_deep(name: str) -> UnsafeError:
+    return UnsafeError(
+        f"{name}: its containers nest deeper than {MAX_DEPTH} levels. No checkpoint is written that way: do "
+        "not trust this file.",
+        path=name,
+    )
+
+
+def _children(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str):
+                yield key
+            yield value
+    else:
+        yield from node
+
+
+def key_text(key: Any) -> str:
+    """A dict's key, as part of a ``/``-joined path."""
+    return key if isinstance(key, str) else short_repr(key)
+
+
+def join_path(path: str, key: Any) -> str:
+    """``path/key``, or the key alone at the top."""
+    return f"{path}/{key_text(key)}" if path else key_text(key)
+
+
+def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of `tree`, containers too, with its ``/``-joined path; each shared container once, where it
+    is met first. Descends into the fields of `InertObject`, whose state's keys follow its own path.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [(path, tree)]
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, (*_CONTAINERS, InertObject)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            pending.extend(reversed(list(_named_children(where, value))))
+        yield where, value
+
+
+def _named_children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, InertObject):
+        for part in (value.args, value.kwargs, value.state, value.items, value.entries):
+            if isinstance(part, _CONTAINERS):
+                yield from _named_children(path, part)
+            elif part is not None:
+                yield path, part
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            here = join_path(path, key)
+            if not isinstance(key, str):
+                yield here, key
+            yield here, item
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield join_path(path, index), item
+    elif isinstance(value, (set, frozenset)):
+        for item in value:
+            yield path, item
+
+
+def tensors(tree: Any, *, path: str = "") -> list[tuple[str, LazyTensor]]:
+    """Every lazy tensor of `tree` with its path, those inside inert objects included."""
+    return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, LazyTensor)]
+
+
+def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
+    """(path, global name) of every value whose class or function is not known, in the order of the tree."""
+    found = []
+    for where, value in iterate(tree, path=path):
+        if isinstance(value, (InertObject, GlobalName)) and not value.known:
+            found.append((where, value.name if isinstance(value, GlobalName) else value.global_name))
+        elif isinstance(value, InertArray) and value.dtype == UNSUPPORTED:
+            found.append((where, "numpy.ndarray of objects"))
+    return found

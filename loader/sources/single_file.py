@@ -1,0 +1,206 @@
+"""Layouts of a single checkpoint file: whose it is, and where its parts lie. Pure.
+
+Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimizers": {CLASS: ...}, ...},
+"rng": [...]}``, so that one vocabulary of keys serves them all. Sources: Composer's ``State.state_dict``,
+Lightning's ``dump_checkpoint``, PyTorch's tutorials on saving and loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import CorruptError, FormatError
+from ..saved.contents import Contents
+from ..saved.values import GlobalName, InertObject
+from .layout_roles import (
+    EXPECTED,
+    ROLE_KEYS,
+    by_class,
+    fits,
+    in_order,
+    is_optimizer_state,
+    is_state_dict,
+    is_weight,
+    rng_list,
+)
+
+__all__ = ["read_layout", "rng_list"]
+
+
+_COMPOSER_KEYS = frozenset(
+    {
+        "model", "optimizers", "schedulers", "algorithms", "callbacks", "scaler", "timestamp", "rank_zero_seed",
+        "run_name", "dataset_state", "train_metrics", "eval_metrics", "integrations", "metadata",
+    }
+)  # fmt: skip
+"""What Composer's ``state`` may hold; one of them tells it from a hand-written file's own ``state``."""
+
+
+def read_layout(
+    tree: Any,
+    *,
+    file: str,
+    layout: Mapping[str, str] | None = None,
+    optimizer_classes: Sequence[str] = (),
+    scheduler_classes: Sequence[str] = (),
+    scaler_class: str = "GradScaler",
+) -> Contents:
+    """The parts of the file whose pickle is `tree`.
+
+    `layout` is `LoadOptions.layout`. Layouts that keep optimizers and schedulers in a list, or alone, get the
+    class names of this job's. Raises `FormatError` where the layout is not known, listing the top-level keys.
+    """
+    if not isinstance(tree, Mapping):
+        raise FormatError(_not_a_dict(tree, file), path=file)
+    names = (optimizer_classes, scheduler_classes, scaler_class)
+    if layout:
+        return _mapped(tree, file, layout, names)
+    if _is_composer(tree):
+        return _composer(tree, file)
+    if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
+        return _lightning(tree, file, names)
+    if is_state_dict(tree) and all(is_weight(key, value) for key, value in tree.items()):
+        return Contents("state dict", {"model": tree})
+    found = _hand_written(tree, names)
+    if found is not None:
+        return found
+    keys = ", ".join(repr(key) for key in list(tree)[:20]) or "none"
+    raise FormatError(
+        f"{file}: its layout is not known; top-level keys: {keys}. "
+        'Say where things are with LoadOptions(layout={"model": "KEY", "optimizer": "KEY", ...}), '
+        "where KEY may be nested, as in 'trainer/weights'",
+        path=file,
+    )
+
+
+def _is_composer(tree: Mapping[Any, Any]) -> bool:
+    state = tree.get("state")
+    return (
+        isinstance(state, Mapping)
+        and ("rng" in tree or set(tree) <= {"state", "rng"})
+        and all(isinstance(key, str) for key in state)
+        and any(key.removeprefix("_") in _COMPOSER_KEYS for key in state)
+    )
+
+
+def _composer(tree: Mapping[str, Any], file: str) -> Contents:
+    # Before v0.4.1 the attributes were saved with a leading underscore.
+    state = {key[1:] if key.startswith("_") else key: value for key, value in tree["state"].items()}
+    for part in ("schedulers", "callbacks", "optimizers", "scaler"):
+        if isinstance(state.get(part), list):
+            try:
+                state[part] = dict(state[part])
+            except (TypeError, ValueError) as error:
+                raise CorruptError(
+                    f"{file}: state/{part} is a list, expected pairs of a name and a state", path=file
+                ) from error
+    extra = {key: value for key, value in tree.items() if key not in ("state", "rng")}
+    return Contents("composer", state, rng_list(tree.get("rng")), extra)
+
+
+_Names = tuple[Sequence[str], Sequence[str], str]
+
+
+def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
+    optimizers, schedulers, scaler = names
+    state: dict[str, Any] = {"model": _tensors(tree["state_dict"], "state_dict", file)}
+    claimed = {"state_dict"}
+    for key, part, classes, kind in (
+        ("optimizer_states", "optimizers", optimizers, "optimizer"),
+        ("lr_schedulers", "schedulers", schedulers, "scheduler"),
+    ):
+        if tree.get(key):
+            state[part] = by_class(list(tree[key]), classes, kind)
+        claimed.add(key)
+    if isinstance(tree.get("callbacks"), Mapping) and tree["callbacks"]:
+        state["callbacks"] = dict(tree["callbacks"])
+        claimed.add("callbacks")
+    for key in ("native_amp_scaling_state", "MixedPrecision", "MixedPrecisionPlugin"):
+        if tree.get(key):
+            state["scaler"] = {scaler: tree[key]}
+            claimed.add(key)
+    return Contents("lightning", state, None, {k: v for k, v in tree.items() if k not in claimed})
+
+
+def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
+    roles: dict[str, str] = {}
+    for role, keys in ROLE_KEYS.items():
+        fitting = [key for key in keys if key in tree and fits(role, tree[key])]
+        if role == "optimizer":
+            # What has an optimizer's own keys goes before what is just a dict.
+            fitting.sort(key=lambda key: not is_optimizer_state(tree[key]))
+        if fitting:
+            roles[role] = fitting[0]
+    if "model" not in roles:
+        return None
+    return _contents_of({role: tree[key] for role, key in roles.items()}, tree, set(roles.values()), names)
+
+
+def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names: _Names) -> Contents:
+    parts: dict[str, Any] = {}
+    claimed = {key_path for key_path in layout.values() if "/" not in key_path}
+    for role, key_path in layout.items():
+        node: Any = tree
+        at_root = not key_path.strip("/")
+        if at_root and role == "model":
+            weights = {key: tree[key] for key in tree if key not in claimed and is_weight(key, tree[key])}
+            claimed.update(weights)
+            node = weights if len(weights) < len(tree) else tree
+        for key in [] if at_root else key_path.split("/"):
+            if not isinstance(node, Mapping) or key not in node:
+                keys = ", ".join(repr(k) for k in list(node)[:20]) if isinstance(node, Mapping) else "none"
+                raise FormatError(
+                    f"{file}: LoadOptions.layout maps {role} to {key_path!r}, but there is no {key!r}; "
+                    f"keys there: {keys}",
+                    path=file,
+                )
+            node = node[key]
+        if role in EXPECTED and not fits(role, node):
+            raise FormatError(
+                f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is a "
+                f"{type(node).__name__}; expected {EXPECTED[role]}",
+                path=file,
+            )
+        parts[role] = node
+    return _contents_of(parts, tree, claimed, names)
+
+
+def _contents_of(
+    parts: Mapping[str, Any], tree: Mapping[str, Any], claimed: set[str], names: _Names
+) -> Contents:
+    optimizers, schedulers, scaler = names
+    state: dict[str, Any] = {}
+    if "model" in parts:
+        state["model"] = parts["model"]
+    if parts.get("optimizer"):
+        state["optimizers"] = by_class(in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
+    if parts.get("scheduler"):
+        state["schedulers"] = by_class(in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
+    if parts.get("scaler"):
+        state["scaler"] = {scaler: parts["scaler"]}
+    if "timestamp" in parts:
+        state["timestamp"] = parts["timestamp"]
+    rng = rng_list(parts.get("rng"))
+    extra = {key: value for key, value in tree.items() if key not in claimed}
+    if "rng" in parts and rng is None:
+        extra["rng"] = parts["rng"]  # of a form that is not ours: handed on as it is
+    return Contents("hand-written", state, rng, extra)
+
+
+def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CorruptError(
+            f"{file}: {key} is a {type(value).__name__}, expected a dict of tensors", path=file
+        )
+    return value  # as it is, with the versions that torch keeps beside it
+
+
+def _not_a_dict(tree: Any, file: str) -> str:
+    if isinstance(tree, InertObject | GlobalName):
+        name = tree.global_name if isinstance(tree, InertObject) else tree.name
+        return (
+            f"{file} holds one pickled {name}, expected a dict: a whole object can only be rebuilt by running "
+            "its code. Save its state_dict() instead"
+        )
+    return f"{file} holds a {type(tree).__name__}, expected a dict"

@@ -1,0 +1,84 @@
+"""Checked access to what a checkpoint's pickle holds: types and ranges, with errors that name the file. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import CorruptError
+from ...saved.values import InertObject, LazyTensor
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where in a file a value stands, for messages."""
+
+    file: str
+    key: str = ""
+
+    def at(self, key: object) -> Field:
+        return Field(self.file, f"{self.key}/{key}" if self.key else str(key))
+
+    def wrong(self, expected: str, got: object) -> CorruptError:
+        """The error for a value that is not `expected`."""
+        return CorruptError(
+            f"{self.file}: {self.key or 'the file'} holds {_spoken(got)}, expected {expected}. The file is damaged, or "
+            "DeepSpeed did not write it",
+            path=self.file,
+        )
+
+
+def a_mapping(value: Any, place: Field) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise place.wrong("a dict", value)
+    return value
+
+
+def a_sequence(value: Any, place: Field, length: int | None = None) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise place.wrong("a list", value)
+    if length is not None and len(value) != length:
+        raise place.wrong(f"a list of {length}", value)
+    return value
+
+
+def a_count(value: Any, place: Field, *, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise place.wrong(f"a whole number of at least {least}", value)
+    return int(value)
+
+
+def a_name(value: Any, place: Field) -> str:
+    if not isinstance(value, str) or not value:
+        raise place.wrong("a name", value)
+    return str(value)
+
+
+def a_tensor(value: Any, place: Field) -> LazyTensor:
+    if not isinstance(value, LazyTensor):
+        raise place.wrong("a tensor", value)
+    return value
+
+
+def a_shape(value: Any, place: Field) -> tuple[int, ...]:
+    return tuple(a_count(size, place) for size in a_sequence(value, place))
+
+
+def enum_value(value: Any, place: Field) -> int:
+    """The number of an enumeration's member, or a plain number."""
+    if isinstance(value, InertObject) and len(value.args) == 1:
+        value = value.args[0]
+    return a_count(value, place)
+
+
+def _spoken(value: object) -> str:
+    if isinstance(value, LazyTensor):
+        return f"a {value.dtype} tensor of shape {value.shape}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__.lower()} of {len(value)}"
+    if isinstance(value, Mapping):
+        return "a dict"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"

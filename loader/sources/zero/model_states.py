@@ -1,0 +1,235 @@
+"""A DeepSpeed ``model_states`` file, checked and given names. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import FormatError, LayoutError
+from ...saved.values import LazyTensor
+from .fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
+from .file_names import expert_file
+from .model_parallel import UNSPLIT, ParallelLayout, saved_layout
+
+Shape = tuple[int, ...]
+
+EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
+"""Between an MoE layer's name and its experts' numbers, in parameters' names."""
+
+_OWN_KEYS = frozenset(
+    {
+        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+        "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+        "csr_tensor_module_names", "skipped_steps", "global_steps", "global_samples", "dp_world_size",
+        "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info",
+        "num_experts", "ds_autoep_layers", "autoep_layers",
+    }
+)  # fmt: skip
+"""Keys that are DeepSpeed's; the rest of the top level is the caller's client_state."""
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """What one ``model_states`` file holds, all of it lazy."""
+
+    file: str
+    world_size: int
+    """Data-parallel ranks that saved."""
+    module: dict[str, Any]
+    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty.
+
+    Nothing for a pipeline's stage until its layers' files were read (`zero_layers`)."""
+    buffer_names: frozenset[str]
+    param_shapes: tuple[dict[str, Shape], ...] | None
+    """Per (sub)group, in the order of the flat tensors; None at stage 0."""
+    shared: dict[str, str]
+    """Alias to owner, for tied parameters; only rank 0's file tells."""
+    frozen_shapes: dict[str, Shape]
+    frozen_fragments: dict[str, LazyTensor]
+    """What the optimizer does not own. Where `partitioned`, this rank's share, padded."""
+    optimizer: Any
+    """Stage 0: the whole optimizer's state. None otherwise."""
+    lr_scheduler: Any
+    data_sampler: Any
+    random_ltd: Any
+    global_steps: int
+    global_samples: int | None
+    skipped_steps: int
+    bf16: bool | None
+    """What the saved configuration says; None where it does not say."""
+    configured_stage: int | None
+    partitioned: bool
+    """Stage 3: parameters are in the optimizer files alone."""
+    client_state: dict[str, Any]
+    num_experts: tuple[int, ...] = ()
+    """Of each MoE layer, in the order of the module's; () for a module without experts."""
+    data_before_experts: bool = False
+    """Whether the ranks that have the same experts are neighbours, rather than ``ep_size`` apart."""
+    experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
+    """Names of MoE layers to what this rank takes of them, once `module` has its experts (`with_experts`)."""
+    optimizer_file: str = ""
+    """Where `optimizer` came from, if not from this file."""
+    layout: ParallelLayout = UNSPLIT
+    """The model's, of which this file tells one part."""
+
+
+def read_model_states(tree: Any, *, file: str) -> ModelStates:
+    """The file whose pickle is `tree`; `file` is what messages call it.
+
+    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for experts of kinds that are not known, and
+    `CorruptError` where what it holds cannot be. The experts of a mixture of experts are in files of their own
+    (`zero_experts`), and so are the layers of a pipeline (`zero_layers`).
+    """
+    if not isinstance(tree, Mapping) or "module" not in tree or "dp_world_size" not in tree:
+        raise FormatError(
+            f"{file}: expected a DeepSpeed model_states file with 'module' and 'dp_world_size'", path=file
+        )
+    top = Field(file)
+    layout = saved_layout(tree, top)
+    own = {} if layout.pipeline else a_mapping(tree["module"], top.at("module"))
+    module = {a_name(k, top.at("module")): v for k, v in own.items()}
+    buffers = frozenset(
+        a_name(name, top.at("buffer_names"))
+        for name in a_sequence(tree.get("buffer_names") or [], top.at("buffer_names"))
+    )
+    shapes = _param_shapes(tree.get("param_shapes"), top.at("param_shapes"))
+    config = tree.get("ds_config")
+    config = config if isinstance(config, Mapping) else {}
+    samples = tree.get("global_samples")
+    return ModelStates(
+        file=file,
+        world_size=a_count(tree["dp_world_size"], top.at("dp_world_size"), least=1),
+        module=module,
+        buffer_names=buffers,
+        param_shapes=shapes,
+        shared=_names(tree.get("shared_params"), top.at("shared_params")),
+        frozen_shapes=_shapes(tree.get("frozen_param_shapes"), top.at("frozen_param_shapes")),
+        frozen_fragments=_tensors(tree.get("frozen_param_fragments"), top.at("frozen_param_fragments")),
+        optimizer=tree.get("optimizer"),
+        lr_scheduler=tree.get("lr_scheduler"),
+        data_sampler=tree.get("data_sampler"),
+        random_ltd=tree.get("random_ltd"),
+        global_steps=a_count(tree.get("global_steps"), top.at("global_steps")),
+        global_samples=None if samples is None else a_count(samples, top.at("global_samples")),
+        skipped_steps=a_count(tree.get("skipped_steps"), top.at("skipped_steps")),
+        bf16=_bf16(config),
+        configured_stage=_stage(config),
+        partitioned=not layout.pipeline and _is_partitioned(module, shapes, top),
+        client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
+        num_experts=_num_experts(tree, top),
+        data_before_experts=config.get("use_data_before_expert_parallelism") is True,
+        layout=layout,
+    )
+
+
+def _num_experts(tree: Mapping[Any, Any], top: Field) -> tuple[int, ...]:
+    value = tree.get("num_experts")
+    if value is None:
+        return ()
+    unknown = ""
+    if tree.get("ds_autoep_layers") or tree.get("autoep_layers"):
+        unknown = "by AutoEP"
+    elif not isinstance(value, list | tuple):
+        unknown = "in the files of an older DeepSpeed, which do not tell the layers apart"
+    elif tree["module"] is None or tree.get("mp_world_size", 1) != 1:
+        unknown = "together with pipeline or tensor parallelism"
+    if unknown:
+        raise LayoutError(
+            f"{top.file} was saved by a mixture of experts (num_experts {value}) {unknown}, which is not supported",
+            path=top.file,
+        )
+    return tuple(a_count(count, top.at("num_experts"), least=1) for count in value)
+
+
+def _param_shapes(value: Any, place: Field) -> tuple[dict[str, Shape], ...] | None:
+    if value is None:
+        return None
+    groups = tuple(_shapes(group, place.at(i)) for i, group in enumerate(a_sequence(value, place)))
+    seen: set[str] = set()
+    for index, group in enumerate(groups):
+        twice = seen & group.keys()
+        if twice:
+            raise place.at(index).wrong("each parameter in one group", sorted(twice)[0])
+        seen |= group.keys()
+    return groups
+
+
+def _shapes(value: Any, place: Field) -> dict[str, Shape]:
+    return {
+        a_name(name, place): a_shape(shape, place.at(name))
+        for name, shape in a_mapping({} if value is None else value, place).items()
+    }
+
+
+def _names(value: Any, place: Field) -> dict[str, str]:
+    found = a_mapping({} if value is None else value, place)
+    return {a_name(alias, place): a_name(owner, place.at(alias)) for alias, owner in found.items()}
+
+
+def _tensors(value: Any, place: Field) -> dict[str, LazyTensor]:
+    found = a_mapping({} if value is None else value, place)
+    return {a_name(name, place): a_tensor(tensor, place.at(name)) for name, tensor in found.items()}
+
+
+def _is_partitioned(
+    module: Mapping[str, Any], shapes: tuple[dict[str, Shape], ...] | None, top: Field
+) -> bool:
+    """Whether parameters are empty in the module; checks that the others have the shapes that are told."""
+    empty = whole = 0
+    for group in shapes or ():
+        for name, shape in group.items():
+            if EXPERTS in name and name not in module:
+                continue
+            place = top.at("module").at(name)
+            tensor = a_tensor(module.get(name), place)
+            if tensor.shape == shape:
+                whole += bool(math.prod(shape))
+            elif tensor.numel == 0:
+                empty += 1
+            else:
+                raise place.wrong(f"a tensor of shape {shape}, as param_shapes tells", tensor)
+    if empty and whole:
+        raise top.at("module").wrong("either all parameters or none", f"{whole} of {empty + whole}")
+    return empty > 0
+
+
+def _bf16(config: Mapping[Any, Any]) -> bool | None:
+    section = config.get("bf16", config.get("bfloat16"))
+    if section is None:
+        return False if config else None
+    enabled = section.get("enabled") if isinstance(section, Mapping) else None
+    return enabled if isinstance(enabled, bool) else None
+
+
+def _stage(config: Mapping[Any, Any]) -> int | None:
+    section = config.get("zero_optimization")
+    stage = section.get("stage") if isinstance(section, Mapping) else None
+    return stage if isinstance(stage, int) and 0 <= stage <= 3 else None
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """An MoE layer of this job's, and which of its experts this rank has."""
+
+    name: str
+    index: int
+    """Among the module's MoE layers: the number in the files' names."""
+    num_experts: int
+    """Of all ranks."""
+    ep_size: int
+    """Ranks that the experts are spread over."""
+    ep_rank: int
+    """This rank among them."""
+
+    @property
+    def experts(self) -> range:
+        """This rank's, by their numbers over all ranks; the module numbers them from 0 on."""
+        count = self.num_experts // self.ep_size
+        return range(self.ep_rank * count, (self.ep_rank + 1) * count)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of this rank's experts' weights, relative to the tag folder."""
+        return tuple(expert_file(self.index, expert) for expert in self.experts)

@@ -1,0 +1,88 @@
+"""Where checkpoints lie: one interface over local files, http(s), fsspec's file systems and object stores.
+
+A store hands out whole objects by name. Nothing here ever lists: names are derived by the caller. Every error
+that a backend raises is mapped to ``rankload.loader.errors`` inside the store, with secrets taken out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from .sums import StoredSum
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so
+that what it raises stops the transfer promptly), negative where a broken transfer starts again."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says about one object."""
+
+    name: str
+    size_bytes: int | None
+    """None where the store does not tell before the object is read."""
+    version: str | None = None
+    """Changes when the content does (ETag, generation, modification time); None where the store has none."""
+    is_folder: bool = False
+    certain: bool = True
+    """False where the store can't tell without a download whether the object is there at all."""
+
+
+class Store(Protocol):
+    """Objects by name. Methods block; all may be called from several threads, and in a forked child."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether objects are files on this node, used where they lie (`local_path`)."""
+
+    @property
+    def identity(self) -> str:
+        """Tells stores apart whose objects could have equal names; holds no secret in clear."""
+
+    def describe(self, name: str) -> str:
+        """`name` for messages and receipts: the URI without user info, and a URL without its query."""
+
+    def join(self, name: str, child: str) -> str:
+        """The name of `child` (may hold ``/``) under the folder `name`."""
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        """None where there is no such object. Raises `AccessError` where the store refuses to say."""
+
+    def download(
+        self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
+    ) -> None:
+        """Writes the whole object to `target_path`, which comes to be only once its size has been checked.
+
+        `expected` is what `stat` said. Raises `NotFoundError`, `AccessError`, or `CorruptError` for a body
+        that is shorter or longer than the store said, and whatever `on_bytes` raises; no partial file stays.
+        """
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        """The whole object, in memory. `CorruptError` where it holds more than `limit` bytes."""
+
+    def local_path(self, name: str) -> str:
+        """The file on this node (local stores only)."""
+
+    def link_targets(self, link_name: str, text: str) -> list[str]:
+        """The names that `text`, found in the link `link_name`, may stand for, the likeliest first.
+
+        Raises `UnsafeError` where it names another store.
+        """
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        """Checksums that the store tells of the whole object; may ask for them. What fails tells none."""
+
+    def close(self) -> None:
+        """Gives back connections; the store can be used again afterwards."""
+
+
+def path_scheme(path: str) -> str | None:
+    """``s3`` for ``s3://bucket/key`` and ``zip`` for ``zip::s3://...``; None for a local path."""
+    match = _SCHEME.match(path)
+    return match[0].lower() if match else None

@@ -1,0 +1,244 @@
+"""Every other URI: whatever fsspec opens, chained file systems included."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import NotFoundError, OptionError, UnsafeError
+from ..store_errors import redact_text, redact_uri, store_error
+from .base import ObjectInfo, OnBytes, Store, path_scheme
+from .local import LocalStore, within_limit
+from .sums import StoredSum, in_info
+from .transfer import Meter, bytes_on_disk, receive, run_watched
+
+_EXTRAS = {
+    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
+    "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
+    "hf": "hf",
+}  # fmt: skip
+_WITH_BUCKETS = frozenset(
+    {
+        "s3",
+        "s3a",
+        "gs",
+        "gcs",
+        "az",
+        "abfs",
+        "abfss",
+        "oss",
+        "oci",
+        "tos",
+        "hf",
+        "r2",
+        "obs",
+        "cos",
+        "cosn",
+        "b2",
+    }
+)
+ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+"""Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
+_VERSION_FIELDS = (
+    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
+    "LastModified", "last_modified", "mtime", "modified", "created",
+)  # fmt: skip
+
+
+class FsspecStore:
+    """Names are the file system's own, without the protocol (``bucket/key``)."""
+
+    is_local = False
+
+    def __init__(self, filesystem: Any, reopen: tuple[str, Mapping[str, Any]] | None = None) -> None:
+        self._filesystem = filesystem
+        self._reopen = reopen
+        self._pid = os.getpid()
+        protocol = filesystem.protocol
+        self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
+        self._own = threading.local()
+        self._own.filesystem = self._pid, filesystem
+        self._sums: dict[ObjectInfo, tuple[StoredSum, ...]] = {}
+        settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
+        self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+
+    def describe(self, name: str) -> str:
+        return redact_uri(f"{self.protocol}://{name}")
+
+    def join(self, name: str, child: str) -> str:
+        return f"{name.rstrip('/')}/{child}"
+
+    def link_targets(self, link_name: str, text: str) -> list[str]:
+        root = f"{link_name.split('/', 1)[0]}/" if self.protocol in _WITH_BUCKETS else ""
+        scheme = path_scheme(text)
+        if scheme is not None:
+            target = str(self.files()._strip_protocol(text))
+            if scheme not in self.protocols() or not target.startswith(root):
+                raise UnsafeError(
+                    f"{self.describe(link_name)}: the link names another store, {redact_text(text)}",
+                    path=self.describe(link_name),
+                )
+            return [target]
+        folder = link_name.rpartition("/")[0]
+        beside = f"{folder}/{text}" if folder else text
+        return list(dict.fromkeys([root + text.lstrip("/") if root else text, beside]))
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        try:
+            info = self.files().info(name)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name))
+            if isinstance(mapped, NotFoundError):
+                return None
+            raise mapped from mapped.__cause__
+        size = info.get("size")
+        is_folder = info.get("type") == "directory"
+        version = next((str(info[key]) for key in _VERSION_FIELDS if info.get(key)), None)
+        found = ObjectInfo(
+            name=name,
+            size_bytes=size if isinstance(size, int) and not is_folder else None,
+            version=version,
+            is_folder=is_folder,
+        )
+        self._sums[found] = in_info(self.protocols(), info)
+        return found
+
+    def download(
+        self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
+    ) -> None:
+        meter = Meter(on_bytes)
+        described = self.describe(name)
+        size = expected.size_bytes if expected is not None else None
+
+        def write(part: str) -> None:
+            callback = _callback(meter)
+
+            def poll() -> None:
+                # Backends that call nothing back are followed by what is on the disk.
+                if not callback.called:
+                    meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
+
+            run_watched(lambda: self.files().get_file(name, part, callback=callback), meter, poll)
+            if os.path.exists(part):
+                meter.reach(os.path.getsize(part))
+                meter.report()
+
+        try:
+            receive(target_path, described, size, write)
+        except Exception as error:
+            mapped = store_error(error, described)
+            raise mapped from mapped.__cause__
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        described = self.describe(name)
+        try:
+            with self.files().open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
+                data: bytes = file.read(limit + 1)
+        except Exception as error:
+            mapped = store_error(error, described)
+            raise mapped from mapped.__cause__
+        return within_limit(data, limit, described)
+
+    def local_path(self, name: str) -> str:
+        raise NotImplementedError("not a local store")
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        if {"s3", "s3a"} & set(self.protocols()):
+            from .s3_sums import ask_s3
+
+            return ask_s3(self.files(), info.name, info.version)
+        return self._sums.get(info, ())
+
+    def close(self) -> None:
+        """fsspec closes its sessions when the file system is collected."""
+
+    def protocols(self) -> tuple[str, ...]:
+        protocol = self._filesystem.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def files(self) -> Any:
+        """The file system, opened anew in a forked child, whose connections would be the parent's."""
+        if self.protocol in ONE_CONNECTION:
+            return self._of_this_thread()
+        if self._pid != os.getpid() and self._reopen is not None:
+            self._filesystem = _open(*self._reopen)[0]
+            self._pid = os.getpid()
+        return self._filesystem
+
+    def _of_this_thread(self) -> Any:
+        pid, filesystem = getattr(self._own, "filesystem", (None, None))
+        if pid != os.getpid():
+            given = self._filesystem
+            options = {**given.storage_options, "skip_instance_cache": True}
+            filesystem = type(given)(*given.storage_args, **options)
+            self._own.filesystem = os.getpid(), filesystem
+        return filesystem
+
+
+def open_fsspec(uri: str, storage_options: Mapping[str, Any]) -> tuple[Store, str]:
+    """The store and name of an fsspec URI. Raises `OptionError` as `store.open_store` does."""
+    filesystem, name = _open(uri, storage_options)
+    return FsspecStore(filesystem, (uri, storage_options)), name
+
+
+def store_of_filesystem(filesystem: Any, path: str) -> tuple[Store, str]:
+    """The store and name where the user gave the file system itself."""
+    name = str(filesystem._strip_protocol(path)) if "://" in path else path
+    protocol = filesystem.protocol
+    if "file" in ((protocol,) if isinstance(protocol, str) else protocol):
+        return LocalStore(), name
+    return FsspecStore(filesystem), name
+
+
+def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    shown = redact_uri(uri)
+    try:
+        filesystem, name = url_to_fs(uri, **storage_options)
+    except ImportError as error:
+        raise OptionError(f"{shown}: {_how_to_install(uri, error)}", path=shown) from error
+    except TypeError as error:
+        raise OptionError(f"{shown}: storage_options do not fit: {error}", path=shown) from error
+    except ValueError as error:
+        if "rotocol" not in str(error):
+            raise store_error(error, shown) from None
+        raise OptionError(
+            f"{shown}: unknown protocol {path_scheme(uri)!r}; expected a local path, http(s), "
+            "or a protocol that fsspec knows",
+            path=shown,
+        ) from error
+    except Exception as error:
+        mapped = store_error(error, shown)
+        raise mapped from mapped.__cause__
+    return filesystem, str(name)
+
+
+def _how_to_install(uri: str, error: ImportError) -> str:
+    schemes = re.findall(r"([A-Za-z][A-Za-z0-9+.-]*)(?=://|::)", uri)
+    for scheme in schemes:
+        if scheme.lower() in _EXTRAS:
+            extra = _EXTRAS[scheme.lower()]
+            return f"reading {scheme}:// needs a package that is missing; pip install 'rankload[{extra}]'"
+    return f"a package that {schemes[0] if schemes else 'its protocol'}:// needs is missing: {error}"
+
+
+def _callback(meter: Meter) -> Any:
+    from fsspec.callbacks import Callback
+
+    class Count(Callback):  # type: ignore[misc]
+        called = False
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.called = True
+            meter.add(inc)
+
+        def absolute_update(self, value: int) -> None:
+            self.called = True
+            meter.reach(value)
+
+    return Count()

@@ -1,0 +1,147 @@
+"""Stores that the user hands in as ``object_store``: objects that can download by name, and no more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CorruptError, NotFoundError, OptionError
+from ..store_errors import redact_url, store_error
+from .base import ObjectInfo, OnBytes, Store
+from .local import within_limit
+from .sums import StoredSum
+from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
+
+ATTEMPTS = 3
+_TRANSIENT = "ObjectStoreTransientError"
+
+
+class GivenStore:
+    """`backend` offers ``download_object`` (an object store) or ``download_file`` (a logger destination)."""
+
+    is_local = False
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._by_object = hasattr(backend, "download_object")
+        self.identity = f"{type(backend).__module__}.{type(backend).__qualname__}"
+
+    def describe(self, name: str) -> str:
+        try:
+            return redact_url(str(self._backend.get_uri(name)))
+        except Exception:
+            # get_uri is optional, and a message must not fail.
+            return f"{type(self._backend).__name__}:{name}"
+
+    def join(self, name: str, child: str) -> str:
+        return f"{name.rstrip('/')}/{child}"
+
+    def link_targets(self, link_name: str, text: str) -> list[str]:
+        folder = link_name.rpartition("/")[0]
+        return list(dict.fromkeys([text, f"{folder}/{text}" if folder else text]))
+
+    def stat(self, name: str) -> ObjectInfo | None:
+        if not hasattr(self._backend, "get_object_size"):
+            return ObjectInfo(name=name, size_bytes=None, certain=False)
+        try:
+            size = self._retry(lambda: self._backend.get_object_size(name))
+        except NotImplementedError:
+            return ObjectInfo(name=name, size_bytes=None, certain=False)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name))
+            if isinstance(mapped, NotFoundError):
+                return None
+            raise mapped from mapped.__cause__
+        return ObjectInfo(name=name, size_bytes=int(size))
+
+    def download(
+        self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
+    ) -> None:
+        meter = Meter(on_bytes)
+        size = expected.size_bytes if expected is not None else None
+        told = False
+
+        def callback(arrived: int, total: int) -> None:
+            nonlocal told
+            told = True
+            meter.reach(arrived)
+
+        def write(part: str) -> None:
+            def poll() -> None:
+                if not told:
+                    on_disk = bytes_on_disk(os.path.dirname(part))
+                    meter.reach(on_disk if size is None else min(on_disk, size))
+
+            run_watched(lambda: self._retry(lambda: self._fetch(name, part, callback)), meter, poll)
+            if os.path.exists(part):
+                meter.reach(os.path.getsize(part))
+                meter.report()
+
+        try:
+            receive_through_folder(target_path, self.describe(name), size, write)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name))
+            raise mapped from mapped.__cause__
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        import tempfile
+
+        info = self.stat(name)
+        if info is not None and info.size_bytes is not None and info.size_bytes > limit:
+            raise CorruptError(
+                f"{self.describe(name)}: expected a small text of at most {limit} bytes, got "
+                f"{info.size_bytes}",
+                path=self.describe(name),
+            )
+        with tempfile.TemporaryDirectory(prefix="rankload-") as folder:
+            path = os.path.join(folder, "object")
+            self.download(name, path, lambda n: None, info)
+            with open(path, "rb") as file:
+                return within_limit(file.read(limit + 1), limit, self.describe(name))
+
+    def local_path(self, name: str) -> str:
+        raise NotImplementedError("not a local store")
+
+    def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
+        return ()
+
+    def close(self) -> None:
+        """The user's to close."""
+
+    def _fetch(self, name: str, part: str, callback: Callable[[int, int], None]) -> None:
+        if self._by_object:
+            self._backend.download_object(name, part, overwrite=True, callback=callback)
+        else:
+            self._backend.download_file(name, part, overwrite=True, progress_bar=False)
+
+    def _retry(self, work: Callable[[], Any]) -> Any:
+        for attempt in range(ATTEMPTS):
+            try:
+                return work()
+            except Exception as error:
+                if type(error).__name__ != _TRANSIENT or attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def open_object_store(object_store: object, path: str) -> tuple[Store, str]:
+    """The store and name where the user gave an object store. Raises `OptionError` where it is none."""
+    if "fsspec" in sys.modules:
+        from fsspec import AbstractFileSystem
+
+        if isinstance(object_store, AbstractFileSystem):
+            from .fsspec import store_of_filesystem
+
+            return store_of_filesystem(object_store, path)
+    if callable(getattr(object_store, "download_object", None)) or callable(
+        getattr(object_store, "download_file", None)
+    ):
+        return GivenStore(object_store), path
+    raise OptionError(
+        f"object_store is a {type(object_store).__name__}: expected an fsspec file system, an object with "
+        "download_object(object_name, filename, overwrite, callback) and "
+        "get_object_size(object_name), or a logger destination with "
+        "download_file(remote_file_name, destination, overwrite, progress_bar)"
+    )

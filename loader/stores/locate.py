@@ -1,0 +1,168 @@
+"""Finding what a path names: a file, a DeepSpeed folder with ``latest``, or one of its tag folders.
+
+Names are derived and asked for one by one, so that stores that cannot list do as well as those that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import AccessError, CorruptError, FormatError, NotFoundError, UnsafeError
+
+if TYPE_CHECKING:
+    from .base import Store
+
+UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
+"""Files, relative to the tag folder, that tell a universal checkpoint: it has native-looking model files too."""
+
+
+_FILE_SUFFIXES = (
+    ".pt", ".pth", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
+    ".safetensors",
+)  # fmt: skip
+_LATEST = "latest"
+_LATEST_LIMIT = 4096
+"""Bytes of a ``latest`` file that are read: it holds a folder's name."""
+
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""The first rank's model file: of stages 0 to 2, and of stage 3."""
+
+_OTHER_KINDS = {
+    ".metadata": "a torch.distributed.checkpoint (DCP) folder",
+    "latest_universal": "a DeepSpeed universal checkpoint",
+    "model.safetensors.index.json": "a sharded safetensors model",
+    "model.safetensors": "a safetensors model",
+}
+"""Files that tell a folder of a kind that is recognised and not read."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a checkpoint lies in its store."""
+
+    form: str
+    """``file`` or ``folder``."""
+    name: str
+    """The file's object name, or the tag folder's."""
+    first: str
+    """Object name of the file to read first: the file itself, or the first rank's model file."""
+    tag: str | None = None
+    by_latest: bool = False
+    """Whether the folder was named by the ``latest`` of the one above."""
+
+
+def locate(store: Store, name: str) -> Located:
+    """What `name` (expanded for rank 0) names in `store`. One rank asks, for all.
+
+    Raises `NotFoundError` where it names nothing, `FormatError` where it names a folder of a kind that is not
+    read, `CorruptError` or `UnsafeError` where ``latest`` cannot be a folder's name.
+    """
+    looks_like_file = name.endswith(_FILE_SUFFIXES)
+    finders = (_as_file, _as_folder) if looks_like_file else (_as_folder, _as_file)
+    for finder in finders:
+        found = finder(store, name)
+        if found is not None:
+            return found
+    raise NotFoundError(
+        f"{store.describe(name)} is neither a file nor a DeepSpeed folder: there is no such object, no "
+        f"{_LATEST!r} in it, and no {' or '.join(MODEL_STATES)}",
+        path=store.describe(name),
+    )
+
+
+def _as_file(store: Store, name: str) -> Located | None:
+    from .symlinks import resolve
+
+    found = resolve(store, name)
+    if found is None or found.info.is_folder:
+        return None
+    return Located("file", found.info.name, found.info.name)
+
+
+def _as_folder(store: Store, name: str) -> Located | None:
+    latest = store.join(name, _LATEST)
+    if _exists(store, latest):
+        tag = read_tag(store, latest)
+        folder = store.join(name, tag)
+        found = _model_file(store, folder)
+        if found is None:
+            _refuse_other_kinds(store, folder)
+            raise NotFoundError(
+                f"{store.describe(latest)} names the tag {tag!r}, but {store.describe(folder)} holds no "
+                f"{' or '.join(MODEL_STATES)}",
+                path=store.describe(folder),
+            )
+        return Located("folder", folder, found, tag, by_latest=True)
+    found = _model_file(store, name)
+    if found is not None:
+        return Located("folder", name.rstrip("/"), found, name.rstrip("/").rsplit("/", 1)[-1])
+    _refuse_other_kinds(store, name)
+    return None
+
+
+def _model_file(store: Store, folder: str) -> str | None:
+    for candidate in MODEL_STATES:
+        name = store.join(folder, candidate)
+        if _exists(store, name):
+            _refuse_universal(store, folder)
+            return name
+    return None
+
+
+def _refuse_universal(store: Store, folder: str) -> None:
+    """Only files that the conversion adds can tell: the model files are copies of the native ones.
+
+    ``universal_checkpoint_info`` does not: native model files may hold that key, and must to be converted.
+    """
+    for marker in UNIVERSAL_MARKERS:
+        try:
+            is_universal = _exists(store, store.join(folder, marker))
+        except AccessError:
+            continue  # some stores answer so for what is not there
+        if is_universal:
+            raise FormatError(
+                f"{store.describe(folder)} is a DeepSpeed universal checkpoint (it holds {marker}), which is not "
+                "supported; pass the native folder that it was converted from",
+                path=store.describe(folder),
+            )
+
+
+def _exists(store: Store, name: str) -> bool:
+    """Whether there is such an object; asked by beginning to read it where the store cannot tell otherwise."""
+    info = store.stat(name)
+    if info is None or info.is_folder:
+        return False
+    if info.certain:
+        return True
+    try:
+        store.read_small(name, _LATEST_LIMIT)
+    except NotFoundError:
+        return False
+    except CorruptError:
+        return True  # longer than the limit, so it is there
+    return True
+
+
+def _refuse_other_kinds(store: Store, folder: str) -> None:
+    for marker, kind in _OTHER_KINDS.items():
+        if _exists(store, store.join(folder, marker)):
+            raise FormatError(
+                f"{store.describe(folder)} is {kind} (it holds {marker}), which is not supported; pass a torch "
+                "file, a Composer archive or a native DeepSpeed folder",
+                path=store.describe(folder),
+            )
+
+
+def read_tag(store: Store, latest: str) -> str:
+    """The tag that a ``latest`` file names: one folder's name, never a path."""
+    shown = store.describe(latest)
+    try:
+        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{shown} is not text: {error}", path=shown) from error
+    if not tag:
+        raise CorruptError(f"{shown} is empty, expected a tag", path=shown)
+    if "/" in tag or "\\" in tag or tag in (".", "..") or any(ord(char) < 32 for char in tag):
+        raise UnsafeError(f"{shown} holds {tag[:80]!r}, expected the name of a folder beside it", path=shown)
+    return tag

@@ -1,0 +1,139 @@
+"""The tensors that DeepSpeed's optimizers update on this rank, each as what of which parameter lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from ...errors import LayoutError
+from ...saved.intervals import Piece, Place, cut
+from ...sources.zero.layout import share_pieces
+
+
+@dataclass(frozen=True, eq=False)
+class MasterFlat:
+    """A tensor that the engine's optimizer updates on this rank, and what lies in it."""
+
+    master: torch.Tensor
+    """Contiguous. The key of the optimizer's state."""
+    param_group: int
+    slots: tuple[tuple[str, Piece], ...]
+    """(parameter, place in ``master``); ``place`` is (rank of this job, index of the flat)."""
+
+
+def _name(name_of: dict[int, str], parameter: torch.Tensor) -> str:
+    found = name_of.get(id(parameter))
+    if found is None:
+        raise LayoutError(
+            f"the engine's optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in its module"
+        )
+    return found
+
+
+Built = tuple[list[MasterFlat], list[list[str]]]
+
+
+def zero_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
+    flats = []
+    for group, members in enumerate(optimizer.round_robin_bit16_groups):
+        paddings = getattr(optimizer, "round_robin_bit16_padding", None)
+        place = _group_place(optimizer, group, rank, world_size)
+        flats.append(
+            _row_flat(
+                optimizer.single_partition_of_fp32_groups[group], group, members, name_of, *place,
+                paddings[group] if paddings else None,
+            )
+        )  # fmt: skip
+    return flats, [[_name(name_of, p) for p in members] for members in optimizer.bit16_groups]
+
+
+def bf16_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
+    flats = [
+        _row_flat(
+            optimizer.fp32_groups_flat_partition[group], group, members, name_of,
+            *_group_place(optimizer, group, rank, world_size), None,
+        )
+        for group, members in enumerate(optimizer.bf16_groups)
+    ]  # fmt: skip
+    return flats, [[_name(name_of, p) for p in members] for members in optimizer.bf16_groups]
+
+
+def _group_place(optimizer: Any, group: int, rank: int, world_size: int) -> tuple[int, int]:
+    """This rank among those that a parameter group is cut over, and how many they are.
+
+    All ranks, but for experts: those that have the same ones.
+    """
+    processes = getattr(optimizer, "real_dp_process_group", None)
+    if not processes or not torch.distributed.is_initialized():
+        return rank, world_size
+    return torch.distributed.get_rank(processes[group]), torch.distributed.get_world_size(processes[group])
+
+
+def _row_flat(
+    master: torch.Tensor,
+    group: int,
+    members: Sequence[torch.Tensor],
+    name_of: dict[int, str],
+    rank: int,
+    world_size: int,
+    paddings: Sequence[int] | None,
+) -> MasterFlat:
+    """One partition of a group that is cut into equal ones."""
+    slots = []
+    offset = 0
+    for position, parameter in enumerate(members):
+        for piece in cut(offset, parameter.numel(), master.numel(), world_size, group):
+            if piece.place.rank == rank:
+                slots.append((_name(name_of, parameter), piece))
+        offset += parameter.numel() + (paddings[position] if paddings is not None else 0)
+    return MasterFlat(master, group, tuple(slots))
+
+
+def zero3_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
+    flats = []
+    groups: list[list[str]] = [[] for _ in optimizer.optimizer.param_groups]
+    for index, members in enumerate(optimizer.fp16_groups):
+        slots = []
+        offset = 0
+        for parameter in members:
+            name = _name(name_of, parameter)
+            share = parameter.partition_numel()
+            for piece in share_pieces(parameter.ds_numel, world_size, index, offset):
+                if piece.place.rank == rank:
+                    slots.append((name, piece))
+            if share != -(-parameter.ds_numel // world_size):
+                raise LayoutError(
+                    f"{name} is partitioned into shares of {share} elements, expected {parameter.ds_numel} over "
+                    f"{world_size} ranks (MiCS and other hierarchical partitions are not supported)"
+                )
+            offset += share
+            groups[optimizer.sub_group_to_group_id[index]].append(name)
+        group = optimizer.sub_group_to_group_id[index]
+        flats.append(MasterFlat(optimizer.fp32_partitioned_groups_flat[index], group, tuple(slots)))
+    return flats, groups
+
+
+def unfused_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
+    groups = [[_name(name_of, p) for p in members] for members in optimizer.fp16_groups]
+    return _whole_flats(optimizer.fp32_groups, groups), groups
+
+
+def plain_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: int) -> Built:
+    members = [group["params"] for group in optimizer.param_groups]
+    groups = [[_name(name_of, p) for p in group] for group in members]
+    return _whole_flats(members, groups), groups
+
+
+def _whole_flats(
+    masters: Sequence[Sequence[torch.Tensor]], groups: Sequence[Sequence[str]]
+) -> list[MasterFlat]:
+    flats: list[MasterFlat] = []
+    for index, (tensors, names) in enumerate(zip(masters, groups, strict=True)):
+        for tensor, name in zip(tensors, names, strict=True):
+            slot = Piece(Place(0, len(flats)), 0, 0, tensor.numel())
+            flats.append(MasterFlat(tensor, index, ((name, slot),)))
+    return flats

@@ -1,0 +1,97 @@
+"""Where this rank stands in a DeepSpeed engine's layout: which part of the model it has, and which files that has.
+
+Nothing is changed and no collective is used here, and DeepSpeed is never imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed
+
+from ...sources.zero.layers import LayerFile
+from ...sources.zero.model_parallel import UNSPLIT, ParallelLayout, Position
+
+_STAGES = ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size")
+_TENSOR = (
+    "get_tensor_model_parallel_world_size", "get_slice_parallel_world_size", "get_model_parallel_world_size",
+)  # fmt: skip
+"""What an ``mpu`` may call them, in the order in which DeepSpeed asks when it saves."""
+
+
+def engine_position(engine: Any) -> Position:
+    """This rank's place in `engine`: the part of the model, and the data-parallel group that partitions it."""
+    parts = int(getattr(engine, "mp_world_size", 1))
+    pipeline = is_pipeline(engine.module)
+    mpu = getattr(engine, "mpu", None)
+    if parts > 1 or pipeline:
+        layout = ParallelLayout(parts, _asked(mpu, _STAGES), _asked(mpu, _TENSOR), pipeline)
+    else:
+        layout = UNSPLIT
+    rank, world_size = data_parallel_place(engine)
+    return Position(rank, world_size, int(getattr(engine, "checkpoint_mp_rank", 0)), layout)
+
+
+def data_parallel_place(engine: Any) -> tuple[int, int]:
+    """This rank within the group that partitions, and its size."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    group = getattr(engine.optimizer, "dp_process_group", None)
+    if group is None:
+        # Stage 0 in fp32 partitions nothing; its ranks stand as in any other stage.
+        group = getattr(engine, "seq_data_parallel_group", None)
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+
+def _asked(mpu: Any, names: tuple[str, ...]) -> int:
+    for name in names:
+        if hasattr(mpu, name):
+            return int(getattr(mpu, name)())
+    return 1
+
+
+def is_pipeline(module: Any) -> bool:
+    """Whether `module` is a DeepSpeed ``PipelineModule``."""
+    kind = getattr(sys.modules.get("deepspeed.runtime.pipe.module"), "PipelineModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
+def layer_files(module: Any) -> tuple[LayerFile, ...]:
+    """The files of the layers that this stage of the pipeline `module` has, tied ones too, each once."""
+    start = module._local_start
+    found: dict[str, LayerFile] = {}
+    tied = {id(layer): key for key, layer in module.tied_modules.items()}
+    for local, layer in enumerate(module.forward_funcs):
+        # As DeepSpeed's own rule: functions have no file.
+        if not hasattr(layer, "state_dict"):
+            continue
+        key = tied.get(id(layer))
+        prefix = f"{start + local}." if key is None else _tied_prefix(key)
+        found.setdefault(prefix, LayerFile(_name(module, local), prefix))
+    for key in tied.values():
+        # Here it is only used by a function; another stage may have it as a layer.
+        for index, spec in enumerate(module._layer_specs):
+            if getattr(spec, "key", None) == key and getattr(spec, "forward_fn", "") is None:
+                prefix = _tied_prefix(key)
+                found.setdefault(prefix, LayerFile(_name(module, index - start), prefix))
+    return tuple(found.values())
+
+
+def _tied_prefix(key: str) -> str:
+    return f"tied_modules.{key}."
+
+
+def _name(module: Any, local: int) -> str:
+    """DeepSpeed's own name, which a subclass may have changed; it counts layers from the stage's first one."""
+    return str(module.ckpt_layer_path("", local)).rsplit("/", 1)[-1]
+
+
+def unsaved_prefixes(module: Any) -> tuple[str, ...]:
+    """What the names of a pipeline's submodules begin with that are in no file, such as a loss function's."""
+    if not is_pipeline(module):
+        return ()
+    return tuple(
+        f"{name}." for name, _ in module.named_children() if not name.isdecimal() and name != "tied_modules"
+    )

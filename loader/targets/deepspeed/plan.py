@@ -1,0 +1,245 @@
+"""How a checkpoint's tensors become a DeepSpeed engine's: everything checked, nothing changed.
+
+The target's layout is the engine's own, the source's the checkpoint's; parameters are matched by name, and what is
+left to do is interval arithmetic, so any two layouts fit as long as the files that it leads to were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import LayoutError
+from ...saved.intervals import CoverageError, Piece, Place, intersect
+from ...saved.mismatch import Mismatch, dtype_problem
+from ...saved.names import match_names
+from ...saved.values import LazyTensor
+from ...sources.zero.contents import FROZEN, ShardedTensor, ZeroContents
+from ...sources.zero.optim_states import MASTER
+from .target import EngineTarget
+
+Saved = LazyTensor | ShardedTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """Elements of the checkpoint that go into one of the engine's tensors."""
+
+    name: str
+    """What messages call it: ``model/NAME``, ``fp32/NAME``, ``exp_avg/NAME``."""
+    source: LazyTensor
+    source_start: int
+    target_start: int
+    length: int
+
+
+@dataclass
+class EnginePlan:
+    """A restore into an engine, checked and not yet begun."""
+
+    target: EngineTarget
+    zero: ZeroContents | None
+    weights_only: bool
+    mismatch: Mismatch = field(default_factory=Mismatch)
+    renamed: dict[str, str] = field(default_factory=dict)
+    cast: dict[str, str] = field(default_factory=dict)
+    """``model/NAME`` to ``source dtype -> target dtype``."""
+    low: list[tuple[Any, Fill]] = field(default_factory=list)
+    """(destination, what goes there): what the module computes with, one-dimensional or whole."""
+    whole: dict[str, Saved] = field(default_factory=dict)
+    """Parameters that this rank computes with whole, to what those weights come from; all of it is in ``low`` too."""
+    masters: list[tuple[int, Fill]] = field(default_factory=list)
+    """(index of the flat, what goes there)."""
+    filled_masters: set[str] = field(default_factory=set)
+    """Parameters whose masters on this rank all come from saved ones."""
+    states: list[tuple[int, str, Fill]] = field(default_factory=list)
+    """(index of the flat, state key, what goes there)."""
+    shared: set[str] = field(default_factory=set)
+    """Parameters whose low-precision weights this rank's node gets once; they are not in ``low`` any more."""
+    low_from_master: list[tuple[str, Piece]] = field(default_factory=list)
+    """Stage 3: shares that are cast from this rank's own masters."""
+    master_from_low: list[tuple[str, int, Piece]] = field(default_factory=list)
+    """Masters that are cast from the module's own elements."""
+    buffers: dict[str, LazyTensor] = field(default_factory=dict)
+    extra_state: dict[str, Any] = field(default_factory=dict)
+    fresh_keys: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Index of the flat to the state keys that the optimizer needs there, with the dtype saved."""
+    scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Index of the flat to ``step`` and the like, lazy; those that are wanted."""
+    all_scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The same, wanted or not: a state that is made anew needs all of its keys."""
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The engine's parameter group to the hyperparameters it gets, lazy."""
+    scheduler: Any = None
+    counters: dict[str, Any] = field(default_factory=dict)
+    not_restored: list[str] = field(default_factory=list)
+    saved_names: dict[int, str] = field(default_factory=dict)
+    """``id`` of what the model file holds to its name there."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank reads."""
+        fills = [fill for _, fill in self.low] + [fill for _, fill in self.masters]
+        fills += [fill for *_, fill in self.states]
+        return sum(fill.length * fill.source.itemsize for fill in fills) + sum(
+            tensor.nbytes for tensor in self.buffers.values()
+        )
+
+
+def plan_model(
+    plan: EnginePlan, saved: Mapping[str, Any], kept: Iterable[str], rename: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Plans module, buffers and masters; returns the engine's parameters to their names in the checkpoint.
+
+    `saved` is everything the checkpoint has, `kept` the names that were not ignored.
+    """
+    target = plan.target
+    names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
+    match = match_names(saved, names, rename)
+    source_of = {new: old for old, new in match.target_of.items()}
+    first_of = {name: target.aliases.get(name, name) for name in names}
+    matched = {first_of[name] for name in source_of}
+    plan.renamed.update(match.renamed)
+    wanted = set(kept)
+    plan.mismatch.missing.extend(
+        f"model/{name}"
+        for name in match.missing
+        if first_of[name] not in matched and name not in target.extra_state
+    )
+    plan.mismatch.unexpected.extend(
+        f"model/{name}"
+        for name in match.unexpected
+        if name in wanted and not _is_alias(plan, name, source_of)
+    )
+    if plan.zero is not None:
+        module = plan.zero.model_of(target.rank).module
+        plan.saved_names.update({id(value): name for name, value in module.items()})
+    found: dict[str, str] = {}
+    for name in target.shapes:
+        mine = [name, *(alias for alias, first in target.aliases.items() if first == name)]
+        sources = [source_of[one] for one in mine if one in source_of]
+        if not sources:
+            continue
+        found[name] = sources[0]
+        left = [source for source in sources if source in wanted]
+        if left:
+            _plan_parameter(plan, name, saved[left[0]])
+    for name, buffer in target.buffers.items():
+        source = source_of.get(name)
+        if source in wanted and _fits(plan, name, saved[source], tuple(buffer.shape), _dtype(buffer)):
+            plan.buffers[name] = saved[source]
+    plan.extra_state.update(
+        {name: saved[source_of[name]] for name in target.extra_state if source_of.get(name) in wanted}
+    )
+    return found
+
+
+def _is_alias(plan: EnginePlan, name: str, source_of: Mapping[str, str]) -> bool:
+    """Whether `name` is another name of something that was matched, tied in the checkpoint."""
+    if plan.zero is None:
+        return False
+    parameter = plan.zero.checkpoint.find(name)
+    used = set(source_of.values())
+    aliases = plan.zero.checkpoint.aliases
+    return parameter is not None and any(
+        one in used
+        for one in (parameter.name, *(a for a, owner in aliases.items() if owner == parameter.name))
+    )
+
+
+def _fits(plan: EnginePlan, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> bool:
+    if not isinstance(value, LazyTensor | ShardedTensor):
+        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
+        return False
+    if value.shape != shape:
+        plan.mismatch.wrong.append(f"model/{name}: expected shape {shape}, got {value.shape}")
+        return False
+    problem = dtype_problem(value.dtype, dtype)
+    if problem:
+        plan.mismatch.wrong.append(f"model/{name}: {problem}")
+        return False
+    return True
+
+
+def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
+    """Where the module's elements of `name`, and its fp32 masters, come from."""
+    target = plan.target
+    dtype = target.dtypes[name]
+    if not _fits(plan, name, value, target.shapes[name], dtype):
+        return
+    master = _master_source(plan, value)
+    exact = value.dtype == dtype or master is None
+    sharded_master = isinstance(value, ShardedTensor) and value.kind == MASTER
+    if value.dtype != dtype and not sharded_master:
+        plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
+    slots = target.slots_of.get(name, ())
+    owned = name in target.owned
+    # In another precision than saved, the masters tell more than the module does.
+    low_source = value if exact or master is None else master
+    if owned and name not in target.shared_memory:
+        if master is not None:
+            _fill_masters(plan, name, master, slots)
+            plan.filled_masters.add(name)
+        elif value.dtype == dtype:
+            plan.master_from_low.extend((name, index, slot) for index, slot in slots)
+        else:
+            _fill_masters(plan, name, value, slots)
+    if owned and target.kind == "zero3" and isinstance(low_source, ShardedTensor):
+        if name in target.shared_memory:
+            _fill_masters(plan, name, low_source, slots)
+        else:
+            plan.low_from_master.extend((name, slot) for _, slot in slots)
+        return
+    if all(low.flat.dim() == 1 and low.slot.length == low.flat.numel() for low in target.low[name]):
+        plan.whole[name] = low_source
+    for low in target.low[name]:
+        for fill in fills_of(plan, f"model/{name}", low_source, [low.slot]):
+            plan.low.append((low.flat, fill))
+
+
+def _master_source(plan: EnginePlan, value: Saved) -> ShardedTensor | None:
+    """The saved fp32 master weights of what `value` is a parameter's saved value of."""
+    if isinstance(value, ShardedTensor):
+        return value if value.kind == MASTER else None
+    if plan.zero is None or not plan.zero.optims or MASTER not in plan.zero.checkpoint.kinds:
+        return None
+    parameter = plan.zero.checkpoint.find(plan.saved_names.get(id(value), ""))
+    if parameter is None or parameter.frozen:
+        return None
+    pieces = tuple(plan.zero.checkpoint.pieces(parameter.name))
+    return ShardedTensor(parameter.name, MASTER, "float32", parameter.shape, pieces)
+
+
+def _fill_masters(plan: EnginePlan, name: str, source: Saved, slots: Sequence[tuple[int, Piece]]) -> None:
+    for index, slot in slots:
+        plan.masters.extend((index, fill) for fill in fills_of(plan, f"fp32/{name}", source, [slot]))
+
+
+def fills_of(plan: EnginePlan, name: str, source: Saved, slots: Sequence[Piece]) -> list[Fill]:
+    if isinstance(source, LazyTensor):
+        whole = [Piece(Place(0, 0), 0, 0, source.numel)] if source.numel else []
+        return [
+            Fill(name, source, copy.source_start, copy.target_start, copy.length)
+            for copy in intersect(whole, slots)
+        ]
+    zero = plan.zero
+    if zero is None:
+        raise LayoutError(f"{name} is sharded, but no DeepSpeed files were read")
+    try:
+        copies = intersect(source.pieces, slots)
+    except CoverageError as error:
+        raise LayoutError(f"{name}: {error}") from error
+    fills = []
+    for copy in copies:
+        piece = Piece(copy.source, copy.source_start, 0, copy.length)
+        tensor = zero.tensor(source.kind, source.name, piece)
+        if tensor is None:
+            what = "share" if source.kind == FROZEN else "state"
+            raise LayoutError(f"{name}: saved rank {copy.source.rank} has no {what} for it")
+        fills.append(Fill(name, tensor, copy.source_start, copy.target_start, copy.length))
+    return fills
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

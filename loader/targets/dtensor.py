@@ -1,0 +1,103 @@
+"""The part of a tensor that this rank keeps: all of an ordinary one, one box of a DTensor. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import LayoutError
+from ..materialize.tensors import CopyRequest, Reader, read_tensor, torch_dtype
+from ..saved.assembled import SavedTensor, parts_of, whole_box
+from ..saved.strided import Box
+from ..saved.values import LazyTensor
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether `tensor` is spread over a device mesh (by FSDP2 or tensor parallelism)."""
+    # By name first: importing DTensor costs time that nobody else needs to spend.
+    if type(tensor).__name__ != "DTensor":
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: torch.Tensor, name: str) -> tuple[Box, torch.Tensor]:
+    """Which box of the whole `tensor` this rank keeps, and its memory there; no rank waits for another.
+
+    `name` is what messages call it. Raises `LayoutError` for a DTensor whose shard is not one box that ``Shard``
+    and ``Replicate`` tell.
+    """
+    if not is_dtensor(tensor):
+        return whole_box(tuple(tensor.shape)), tensor.detach()
+    box = dtensor_box(tensor, name)
+    with torch.no_grad():
+        local: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    if box.numel == 0 and local.numel() == 0:
+        return box, local
+    if tuple(local.shape) != box.sizes:
+        raise LayoutError(
+            f"{name}: this rank keeps a shard of shape {tuple(local.shape)}, expected {box.sizes} of "
+            f"{tuple(tensor.shape)} by its placements {getattr(tensor, 'placements', ())}"
+        )
+    return box, local
+
+
+def dtensor_box(tensor: Any, name: str) -> Box:
+    """The box of the DTensor `tensor` on this rank: each ``Shard`` cuts what the placements before it left, as
+    ``torch.chunk`` does. Empty where the rank is not in the tensor's mesh."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    starts, sizes = [0] * tensor.ndim, list(tensor.shape)
+    if coordinate is None:
+        return Box(tuple(starts), (0,) * tensor.ndim)
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard:
+            raise LayoutError(
+                f"{name} is a DTensor placed as {tensor.placements}; only Shard and Replicate can be restored. Load "
+                "before the module is sharded that way"
+            )
+        dim = placement.dim % tensor.ndim
+        share = -(-sizes[dim] // mesh.size(mesh_dim))
+        first = min(sizes[dim], coordinate[mesh_dim] * share)
+        starts[dim] += first
+        sizes[dim] = min(share, sizes[dim] - first)
+    return Box(tuple(starts), tuple(sizes))
+
+
+def fill_requests(source: SavedTensor, target: torch.Tensor, name: str) -> Iterator[CopyRequest]:
+    """What to read to fill this rank's part of `target`, of the shape of `source`, in place."""
+    if isinstance(source, LazyTensor) and not is_dtensor(target):
+        # Its shape may differ by what was checked elsewhere (a parameter that is not initialised yet).
+        yield CopyRequest(source, target.detach(), name)
+        return
+    box, local = local_part(target, name)
+    for part, place in parts_of(source, box):
+        view = local
+        for dim, (start, size) in enumerate(zip(place.starts, place.sizes, strict=True)):
+            view = view.narrow(dim, start, size)
+        yield CopyRequest(part, view, name)
+
+
+def read_whole(source: SavedTensor, *, reader: Reader, name: str) -> torch.Tensor:
+    """A new CPU tensor with all elements of `source`."""
+    if isinstance(source, LazyTensor):
+        return read_tensor(source, reader=reader, name=name)
+    whole = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
+    reader.copy(list(fill_requests(source, whole, name)))
+    return whole
+
+
+def read_like(source: SavedTensor, target: torch.Tensor | None, *, reader: Reader, name: str) -> torch.Tensor:
+    """A new tensor with the elements of `source`, spread over ranks as `target` is where that is a DTensor."""
+    if target is None or not is_dtensor(target) or tuple(target.shape) != source.shape:
+        return read_whole(source, reader=reader, name=name)
+    result = torch.empty_like(target.detach(), dtype=torch_dtype(source.dtype))
+    reader.copy(list(fill_requests(source, result, name)))
+    return result

@@ -1,0 +1,266 @@
+"""Restoring a torch module: what goes where is planned first, then read straight into the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..materialize.objects import realise
+from ..materialize.tensors import CopyRequest, Reader
+from ..saved.assembled import AssembledTensor, SavedTensor
+from ..saved.mismatch import Mismatch, dtype_problem
+from ..saved.names import match_names
+from ..state import unwrap
+from .dtensor import fill_requests, is_dtensor, local_part, read_like
+from .fsdp import give_shards_memory, has_dtensors, show_shards
+from .module_hooks import load_through_hooks, loading_overrides
+
+NoteChange = Callable[[str], None]
+
+
+@dataclass
+class ModulePlan:
+    """How a checkpoint's tensors become a module's, checked and not yet begun."""
+
+    module: nn.Module
+    sources: dict[str, Any]
+    """The module's own names to what the checkpoint has for them: saved tensors, or values of extra state."""
+    mismatch: Mismatch
+    renamed: dict[str, str] = field(default_factory=dict)
+    cast: dict[str, str] = field(default_factory=dict)
+    through_hooks: bool = False
+    """The module overrides how it is loaded, so its own ``load_state_dict`` must run."""
+    from_masters: list[str] = field(default_factory=list)
+    """The module's own names of weights that come from saved fp32 masters, not from what the job computed with."""
+
+    @property
+    def tensors(self) -> dict[str, SavedTensor]:
+        return {name: value for name, value in self.sources.items() if isinstance(value, SavedTensor)}
+
+    @property
+    def spread(self) -> bool:
+        """Whether tensors come in pieces or go to shards, so that only this module's functions can place them."""
+        pieces = any(isinstance(value, AssembledTensor) for value in self.sources.values())
+        return pieces or has_dtensors(self.module)
+
+    excused: frozenset[str] = frozenset()
+    """The module's names that it does without: ignored, tied to one that is there, or made by torch itself."""
+    metadata: Any = None
+    """Versions of the saved parts, which a part's own loading may ask for."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_module(
+    model: Any,
+    saved: Mapping[str, Any],
+    *,
+    all_names: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+    masters: Mapping[int, SavedTensor] | None = None,
+) -> ModulePlan:
+    """Matches `saved` (name to saved tensor) with the module inside `model`; changes no value.
+
+    Parameters may be DTensors, of which each rank gets its own shard. `all_names` is `saved` before
+    ``ignore_keys``: names that were ignored do not count as missing. `masters` has by ``id`` of a value in `saved`
+    the fp32 weights that it was cast from; they go where the module's dtype is another than the saved one.
+    Raises `LayoutError` for modules that FSDP flattened, and for placements that are not of ``Shard`` and
+    ``Replicate``.
+    """
+    module = unwrap(model)
+    show_shards(module)
+    targets = module_tensors(module)
+    match = match_names(all_names if all_names is not None else saved, targets, rename)
+    hooks = tuple(loading_overrides(module))
+    plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=bool(hooks))
+    plan.metadata = getattr(all_names if all_names is not None else saved, "_metadata", None)
+    for source_name, target_name in match.target_of.items():
+        if source_name not in saved:
+            continue
+        value = _best_source(plan, target_name, saved[source_name], targets[target_name], masters or {})
+        plan.sources[target_name] = value
+        if source_name != target_name:
+            plan.renamed[source_name] = target_name
+        if not (hooks and target_name.startswith(hooks)):
+            _check_tensor(plan, target_name, value, targets[target_name])
+    _share_masters(plan, targets)
+    satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
+    plan.excused = frozenset(
+        name
+        for name, target in targets.items()
+        if name not in plan.sources
+        and (name not in match.missing or id(target) in satisfied or _counts_batches(plan, name))
+    )
+    plan.mismatch.missing.extend(f"model/{name}" for name in match.missing if name not in plan.excused)
+    plan.mismatch.unexpected.extend(f"model/{name}" for name in match.unexpected if name in saved)
+    if hooks and (plan.mismatch.missing or plan.mismatch.unexpected):
+        # Hooks may rename what they are given, so only the part itself can tell.
+        told = tuple(f"model/{prefix}" for prefix in hooks)
+        plan.sources.update(
+            {name: saved[name] for name in match.unexpected if name in saved and name.startswith(hooks)}
+        )
+        plan.mismatch.missing = [name for name in plan.mismatch.missing if not name.startswith(told)]
+        plan.mismatch.unexpected = [name for name in plan.mismatch.unexpected if not name.startswith(told)]
+    if not hooks:
+        _refuse_unfillable(plan, module)
+    return plan
+
+
+def _counts_batches(plan: ModulePlan, name: str) -> bool:
+    """Whether `name` is the batch count that normalisation layers keep since their version 2: as in torch, a
+    checkpoint from before leaves it as it is."""
+    prefix, _, key = name.rpartition(".")
+    if key != "num_batches_tracked" or not isinstance(
+        plan.module.get_submodule(prefix), nn.modules.batchnorm._NormBase
+    ):
+        return False
+    version = plan.metadata.get(prefix, {}).get("version") if isinstance(plan.metadata, Mapping) else None
+    return version is None or version < 2
+
+
+def _best_source(
+    plan: ModulePlan,
+    name: str,
+    value: Any,
+    target: torch.Tensor | None,
+    masters: Mapping[int, SavedTensor],
+) -> Any:
+    """The fp32 master of `value` where the module has another precision: it tells more, or as much."""
+    master = masters.get(id(value))
+    if master is None or target is None or dtype_name(target.dtype) == value.dtype:
+        return value
+    plan.from_masters.append(name)
+    return master
+
+
+def _share_masters(plan: ModulePlan, targets: Mapping[str, torch.Tensor | None]) -> None:
+    """A tied weight's other names take the master too, where the checkpoint tells it for one of them only."""
+    master_of = {id(targets[name]): plan.sources[name] for name in plan.from_masters}
+    for name in plan.sources.keys() - set(plan.from_masters):
+        if targets.get(name) is not None and id(targets[name]) in master_of:
+            plan.sources[name] = master_of[id(targets[name])]
+            plan.cast.pop(f"model/{name}", None)
+            plan.from_masters.append(name)
+
+
+def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
+    if target is None:
+        return  # extra state: the module's own business
+    if not isinstance(value, SavedTensor):
+        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
+        return
+    if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
+        if isinstance(value, AssembledTensor):
+            plan.mismatch.wrong.append(
+                f"model/{name}: is not initialised; run the module once before the load"
+            )
+        return
+    if tuple(target.shape) != value.shape:
+        plan.mismatch.wrong.append(f"model/{name}: expected shape {tuple(target.shape)}, got {value.shape}")
+        return
+    dtype = dtype_name(target.dtype)
+    problem = dtype_problem(value.dtype, dtype)
+    if problem:
+        plan.mismatch.wrong.append(f"model/{name}: {problem}")
+    elif value.dtype != dtype:
+        plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
+    if is_dtensor(target):
+        local_part(target, f"model/{name}")
+
+
+def apply_module(
+    plan: ModulePlan,
+    reader: Reader,
+    note_change: NoteChange,
+    *,
+    strict: bool,
+    realise_options: Mapping[str, Any],
+) -> None:
+    """Carries out `plan`. Meta tensors are materialised first, as the same objects, on the default device."""
+    if not plan.sources:
+        return
+    extra = {name: value for name, value in plan.sources.items() if not isinstance(value, SavedTensor)}
+    extra = realise(extra, reader=reader, path="state/model", **realise_options)
+    note_change("model")
+    materialise_meta(plan.module)
+    targets = module_tensors(plan.module)
+    if plan.through_hooks:
+        real = {
+            name: extra[name]
+            if name in extra
+            else read_like(value, targets.get(name), reader=reader, name=f"model/{name}")
+            for name, value in plan.sources.items()
+        }
+        load_through_hooks(plan.module, real, plan.metadata, plan.excused, strict=strict)
+        return
+    requests: dict[int, list[CopyRequest]] = {}
+    for name, value in plan.sources.items():
+        target = targets[name]
+        if target is not None:
+            # Tied names are one tensor: the last one stands, as in torch's own loading.
+            requests[id(target)] = list(fill_requests(value, target, f"model/{name}"))
+    reader.copy([request for each in requests.values() for request in each])
+    for name, value in extra.items():
+        owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
+        owner.set_extra_state(value)
+
+
+def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Parameters and persistent buffers by name, tied ones under each; None for a module's extra state."""
+    persistent = module.state_dict(keep_vars=True)
+    own: dict[str, torch.Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {
+        name: own.get(name, value) if isinstance(value, torch.Tensor) else None
+        for name, value in persistent.items()
+    }
+
+
+def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
+    """A buffer on the meta device that no checkpoint holds could only be filled with garbage."""
+    saved = module_tensors(module)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in saved:
+            plan.mismatch.wrong.append(
+                f"model/{name}: a non-persistent buffer on the meta device, which no checkpoint holds; "
+                "create it on a real device"
+            )
+    for name, target in saved.items():
+        if target is not None and target.is_meta and name not in plan.sources:
+            alias = any(saved[other] is target for other in plan.sources)
+            if not alias:
+                plan.mismatch.wrong.append(
+                    f"model/{name}: on the meta device, and the checkpoint has nothing to fill it with"
+                )
+
+
+def materialise_meta(module: nn.Module) -> None:
+    """Gives every meta parameter and buffer memory on the default device (shards: on their mesh's), without changing
+    their identity."""
+    give_shards_memory(module)
+    device = torch.get_default_device()
+    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
+        if not tensor.is_meta or is_dtensor(tensor):
+            continue
+        real = torch.empty_like(tensor, device=device)
+        if isinstance(tensor, nn.Parameter):
+            real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parameter_names(model: Any) -> dict[int, str]:
+    """Each parameter's name by its ``id``; the first name of tied ones."""
+    return {id(parameter): name for name, parameter in unwrap(model).named_parameters()}

@@ -1,0 +1,299 @@
+"""Restoring a torch optimizer: the saved state is matched to this job's parameters, then handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..materialize.objects import realise
+from ..materialize.tensors import Reader
+from ..saved.assembled import AssembledTensor, SavedTensor
+from ..saved.mismatch import Mismatch
+from ..saved.names import match_names
+from .dtensor import is_dtensor
+from .module import NoteChange, parameter_names
+from .optimizer_entries import STEP, Zeros, cast_of, check_entry, real_entries
+
+TELLING = ("betas", "momentum", "eps", "rho")
+"""Hyperparameters that tell kinds of optimizers apart, whoever wrote them."""
+
+
+@dataclass
+class OptimizerPlan:
+    """A saved optimizer state under this optimizer's own indexes, checked and not yet begun."""
+
+    optimizer: Any
+    name: str
+    state: dict[int, dict[str, Any]]
+    """Position of the parameter in the optimizer to its lazy entries."""
+    param_groups: list[dict[str, Any]]
+    mismatch: Mismatch
+    reset: list[str] = field(default_factory=list)
+    """Ignored entries without which the rest cannot be used: set to zero."""
+    cast: dict[str, str] = field(default_factory=dict)
+    """Entries whose dtype changes: ``optimizers/CLASS/state/NAME/KEY`` to ``source dtype -> target dtype``."""
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The optimizer's, by position."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    keep: set[int] = field(default_factory=set)
+    """Positions whose own state stays: the checkpoint does not know the parameter, or its state was ignored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensors as they were saved."""
+        return sum(
+            value.nbytes
+            for entries in self.state.values()
+            for value in entries.values()
+            if isinstance(value, SavedTensor)
+        )
+
+    @property
+    def spread(self) -> bool:
+        """Whether state comes in pieces or goes to shards, so that only `apply_optimizer` can place it."""
+        values = (value for entries in self.state.values() for value in entries.values())
+        return any(isinstance(value, AssembledTensor) for value in values) or any(
+            map(is_dtensor, self.parameters)
+        )
+
+
+def plan_optimizer(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    saved: Mapping[str, Any],
+    *,
+    parameter_names: Mapping[int, str],
+    unfiltered: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> OptimizerPlan:
+    """Matches the optimizer state `saved` with `optimizer`'s parameters; changes nothing.
+
+    Parameters are matched by name where the checkpoint tells names (Composer's keys, torch's ``param_names``),
+    by position otherwise. `unfiltered` is `saved` before ``ignore_keys``. `parameter_names` maps ``id(param)``.
+    """
+    whole = unfiltered if unfiltered is not None else saved
+    plan = OptimizerPlan(optimizer, name, {}, [], Mismatch())
+    at = f"optimizers/{name}"
+    own_groups = optimizer.param_groups
+    own = plan.parameters
+    saved_state = saved.get("state", {})
+    whole_state = whole.get("state", {})
+    if not isinstance(saved_state, Mapping) or not isinstance(whole_state, Mapping):
+        plan.mismatch.wrong.append(f"{at}/state: expected a dict, got a {type(saved_state).__name__}")
+        return plan
+    groups = _groups(whole, at, plan.mismatch)
+    if groups is None:
+        return plan
+    _check_kind(groups, own_groups, at, plan)
+    names = _saved_names(groups, whole_state)
+    if names is not None:
+        keys = _match_by_name(own, own_groups, names, groups, parameter_names, rename, at, plan)
+    else:
+        keys = _match_by_position(own_groups, groups, at, plan)
+    if "param_groups" not in saved:
+        plan.param_groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
+    elif not plan.mismatch.wrong:
+        _fill_groups(plan, saved["param_groups"], groups)
+    ignored = "state" in whole and "state" not in saved
+    plan.keep.update(position for position in range(len(own)) if ignored or position not in keys)
+    for position, key in keys.items():
+        if key not in whole_state:
+            continue
+        entries = _entries(plan, saved_state.get(key), whole_state[key], own[position], f"{at}/state/{key}")
+        if entries is not None:
+            _take_step(entries, groups, key)
+            plan.state[position] = entries
+        else:
+            plan.keep.add(position)
+    return plan
+
+
+def _groups(saved: Mapping[str, Any], at: str, mismatch: Mismatch) -> list[dict[str, Any]] | None:
+    groups = saved.get("param_groups")
+    if not isinstance(groups, list) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups
+    ):
+        mismatch.wrong.append(f"{at}/param_groups: expected a list of dicts with params")
+        return None
+    return [dict(group) for group in groups]
+
+
+def _check_kind(
+    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], at: str, plan: OptimizerPlan
+) -> None:
+    """DeepSpeed and hand-written files do not name the optimizer's class; its hyperparameters tell."""
+    theirs = [key for key in TELLING if any(key in group for group in groups)]
+    mine = [key for key in TELLING if any(key in group for group in own_groups)]
+    if theirs and mine and theirs != mine:
+        plan.mismatch.wrong.append(
+            f"{at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind than "
+            f"{type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{at}"
+        )
+
+
+def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
+    """Some of DeepSpeed's optimizers count their steps by group; torch's look for it in each parameter's state."""
+    if STEP not in entries:
+        for group in groups:
+            if STEP in group and key in group["params"]:
+                entries[STEP] = group[STEP]
+
+
+def _saved_names(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> dict[str, tuple[int, Any]] | None:
+    """Parameter name to (group, key of its state), where the checkpoint tells names."""
+    found: dict[str, tuple[int, Any]] = {}
+    for index, group in enumerate(groups):
+        names = group.get("param_names")
+        if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
+            names = group["params"]
+        if not all(isinstance(name, str) for name in names):
+            return None
+        for name, key in zip(names, group["params"], strict=True):
+            found[name] = (index, key)
+    # Composer 0.32 writes names in ``state``; where a parameter has none there, its group still lists it.
+    return found if found or not state else None
+
+
+def _match_by_name(
+    own: Sequence[torch.Tensor],
+    own_groups: Sequence[Mapping[str, Any]],
+    names: Mapping[str, tuple[int, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    parameter_names: Mapping[int, str],
+    rename: Mapping[str, str] | None,
+    at: str,
+    plan: OptimizerPlan,
+) -> dict[int, Any]:
+    own_names = [
+        parameter_names.get(id(parameter), f"(unnamed parameter {i})") for i, parameter in enumerate(own)
+    ]
+    match = match_names(names, own_names, rename)
+    source_of = {target: source for source, target in match.target_of.items()}
+    # What is not trained has no state anywhere; some jobs give it to the optimizer all the same.
+    untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
+    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing if name not in untrained)
+    plan.mismatch.unexpected.extend(f"{at}/{name}" for name in match.unexpected)
+    keys: dict[int, Any] = {}
+    position = 0
+    for group in own_groups:
+        origins: list[int] = []
+        for _ in group["params"]:
+            source = source_of.get(own_names[position])
+            if source is not None:
+                origin, keys[position] = names[source]
+                if origin not in origins:
+                    origins.append(origin)
+            position += 1
+        hyper = [_hyperparameters(groups[origin]) for origin in origins]
+        if any(other != hyper[0] for other in hyper[1:]):
+            plan.mismatch.wrong.append(
+                f"{at}: one parameter group of this job takes parameters from the checkpoint's groups "
+                f"{', '.join(map(str, sorted(origins)))}, whose hyperparameters differ; group the parameters as "
+                "they were grouped when the checkpoint was saved"
+            )
+        plan.param_groups.append({"from": origins[0]} if origins else {})
+    return keys
+
+
+def _match_by_position(
+    own_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    at: str,
+    plan: OptimizerPlan,
+) -> dict[int, Any]:
+    expected = [len(group["params"]) for group in own_groups]
+    got = [len(group["params"]) for group in groups]
+    if expected != got:
+        plan.mismatch.wrong.append(
+            f"{at}: expected parameter groups of {expected} parameters, got {got}; the checkpoint does not name "
+            "its optimizer's parameters, so they can only be matched by position"
+        )
+        return {}
+    plan.param_groups = [{"from": index} for index in range(len(groups))]
+    keys = [key for group in groups for key in group["params"]]
+    return dict(enumerate(keys))
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``.
+
+    `left` are the saved `groups` that were not ignored: told by their parameters, since the others have moved up.
+    """
+    kept = {
+        str(group["params"]): group
+        for group in (left if isinstance(left, list) else ())
+        if isinstance(group, Mapping) and "params" in group
+    }
+    filled = []
+    for origin, current in zip(plan.param_groups, plan.optimizer.state_dict()["param_groups"], strict=True):
+        group = dict(current)
+        if "from" in origin:
+            group.update(_hyperparameters(kept.get(str(groups[origin["from"]]["params"]), {})))
+        filled.append(group)
+    plan.param_groups = filled
+
+
+def _entries(
+    plan: OptimizerPlan, saved: Any, whole: Any, parameter: torch.Tensor, at: str
+) -> dict[str, Any] | None:
+    """One parameter's entries: the checkpoint's; where some were ignored, this optimizer's own, or zeros."""
+    if not isinstance(whole, Mapping):
+        plan.mismatch.wrong.append(f"{at}: expected a dict, got a {type(whole).__name__}")
+        return None
+    if not saved:
+        return None
+    entries: dict[str, Any] = {}
+    current = plan.optimizer.state.get(parameter, {})
+    for key, value in whole.items():
+        if key in saved:
+            entries[key] = saved[key]
+        elif key in current:
+            entries[key] = current[key]
+        elif isinstance(value, SavedTensor):
+            entries[key] = Zeros(value.shape, value.dtype)
+            plan.reset.append(f"{at}/{key}")
+        elif isinstance(value, int | float):
+            entries[key] = type(value)(0)
+            plan.reset.append(f"{at}/{key}")
+        check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
+        cast = cast_of(entries.get(key), key, parameter)
+        if cast is not None:
+            plan.cast[f"{at}/{key}"] = cast
+    return entries
+
+
+def optimizer_groups(state: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Name and shape of each parameter of each group of the first optimizer in `state`; [] where it has none."""
+    optimizers = getattr(state, "optimizers", None)
+    first = next(iter(optimizers), None) if isinstance(optimizers, list | tuple) else optimizers
+    names = parameter_names(state.model)
+    return [
+        [(names.get(id(parameter), "(unnamed)"), tuple(parameter.shape)) for parameter in group["params"]]
+        for group in getattr(first, "param_groups", ())
+    ]
+
+
+def apply_optimizer(plan: OptimizerPlan, reader: Reader, note_change: NoteChange, **realising: Any) -> None:
+    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
+
+    A parameter that the checkpoint does not know, or whose state was ignored, keeps the one that it has; one that
+    had none when it was saved has none.
+    """
+    current = plan.optimizer.state_dict()["state"]
+    kept = {position: entries for position, entries in current.items() if position in plan.keep}
+    fresh = real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **realising)
+    groups = realise(plan.param_groups, reader=reader, **realising)
+    note_change(f"optimizer {plan.name}")
+    plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})

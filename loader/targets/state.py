@@ -1,0 +1,274 @@
+"""Restoring a `State`: everything is checked first, then each part is filled, in one fixed order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..materialize.objects import realise
+from ..materialize.tensors import Reader
+from ..saved.assembled import SavedTensor
+from ..saved.contents import Contents
+from ..saved.mismatch import Mismatch
+from ..state import PLAIN_PARTS, State, by_class_name
+from .module import ModulePlan, NoteChange, apply_module, parameter_names, plan_module
+from .optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
+
+_OWN_PARTS = frozenset(
+    {"model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", *PLAIN_PARTS}
+)
+_RECORDS = frozenset({"integrations", "metadata", "is_model_ddp", "is_model_deepspeed"})
+"""Parts of Composer's layout that describe the checkpoint and restore nothing."""
+
+
+@dataclass
+class StatePlan:
+    """How the contents of a checkpoint become a `State`'s, checked and not yet begun."""
+
+    state: State
+    contents: Contents
+    module: ModulePlan | None
+    optimizers: list[OptimizerPlan]
+    objects: list[tuple[str, Any, Any]]
+    """(label, object with ``load_state_dict``, lazy state)."""
+    values: dict[str, Any]
+    """Attribute to lazy plain value."""
+    mismatch: Mismatch
+    not_restored: list[str] = field(default_factory=list)
+
+
+def plan_state(
+    state: State,
+    contents: Contents,
+    unfiltered: Contents,
+    *,
+    weights_only: bool,
+    rename: Mapping[str, str] | None = None,
+    with_model: bool = True,
+    masters: Mapping[int, SavedTensor] | None = None,
+) -> StatePlan:
+    """Matches a checkpoint's contents with `state`; changes nothing.
+
+    `unfiltered` is `contents` before ``ignore_keys``. With `with_model` False the model and the optimizers are
+    somebody else's to restore (a DeepSpeed engine brings its own way). `masters` is `plan_module`'s.
+    """
+    plan = StatePlan(state, contents, None, [], [], {}, Mismatch())
+    saved = contents.state
+    if with_model:
+        _plan_model(plan, unfiltered, rename, masters)
+    if weights_only:
+        return plan
+    if with_model:
+        _plan_optimizers(plan, unfiltered, rename)
+    _plan_objects(plan, "schedulers", "scheduler")
+    _plan_objects(plan, "scaler", "scaler")
+    _plan_objects(plan, "callbacks", "callback")
+    _plan_timestamp(plan)
+    for part in PLAIN_PARTS:
+        if part in saved:
+            _plan_plain(plan, part, saved[part])
+    plan.not_restored.extend(
+        f"state/{part}" for part in saved if part not in _OWN_PARTS and part not in _RECORDS
+    )
+    return plan
+
+
+def _plan_model(
+    plan: StatePlan,
+    unfiltered: Contents,
+    rename: Mapping[str, str] | None,
+    masters: Mapping[int, SavedTensor] | None,
+) -> None:
+    whole = unfiltered.state.get("model")
+    if whole is None:
+        plan.mismatch.missing.append("model: the checkpoint has no weights")
+        return
+    if "model" not in plan.contents.state:
+        return  # ignored as a whole
+    saved = plan.contents.state.get("model", {})
+    if not isinstance(saved, Mapping) or not isinstance(whole, Mapping):
+        plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {type(saved).__name__}")
+        return
+    plan.module = plan_module(plan.state.model, saved, all_names=whole, rename=rename, masters=masters)
+    plan.mismatch.extend(plan.module.mismatch)
+
+
+def _plan_optimizers(plan: StatePlan, unfiltered: Contents, rename: Mapping[str, str] | None) -> None:
+    saved = plan.contents.state.get("optimizers") or {}
+    whole = unfiltered.state.get("optimizers") or {}
+    names = parameter_names(plan.state.model)
+    own = by_class_name(plan.state.optimizers)
+    for name, optimizer in own.items():
+        if name in saved and not hasattr(optimizer, "param_groups"):
+            plan.objects.append((f"optimizer {name}", optimizer, saved[name]))
+        elif name in saved:
+            found = plan_optimizer(
+                optimizer, name, saved[name], parameter_names=names, unfiltered=whole[name], rename=rename
+            )
+            plan.optimizers.append(found)
+            plan.mismatch.extend(found.mismatch)
+        elif name not in whole:
+            has = f"the checkpoint has {', '.join(map(str, whole))}" if whole else "the checkpoint has none"
+            plan.mismatch.missing.append(f"optimizers/{name}: {has}")
+    plan.not_restored.extend(f"state/optimizers/{name}" for name in saved if name not in own)
+
+
+def _plan_objects(plan: StatePlan, part: str, kind: str) -> None:
+    saved = plan.contents.state.get(part)
+    if not isinstance(saved, Mapping):
+        return
+    claimed = set()
+    own = getattr(plan.state, part)
+    for name, target in by_class_name(own).items():
+        key = _key_for(name, target, saved)
+        if key is None:
+            warnings.warn(f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2)
+            continue
+        if part == "schedulers" and not _same_schedule(target, saved[key]):
+            warnings.warn(
+                f"The checkpoint's {kind} {key} is of another kind than {name}, which stays as it is",
+                stacklevel=2,
+            )
+            continue
+        claimed.add(key)
+        if not callable(getattr(target, "load_state_dict", None)):
+            target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
+        elif not saved[key] and kind == "scaler":
+            # A disabled GradScaler saves nothing, and an enabled one refuses to load that.
+            warnings.warn(f"The checkpoint's {name} was disabled; this job's stays as it is", stacklevel=2)
+            continue
+        plan.objects.append((f"{kind} {name}", target, saved[key]))
+    plan.not_restored.extend(f"state/{part}/{key}" for key in saved if key not in claimed and saved[key])
+
+
+@dataclass(frozen=True)
+class _PlainItem:
+    """A plain value among a state's objects: it is replaced where it stands."""
+
+    items: list[Any]
+    index: int
+
+    def load_state_dict(self, value: Any) -> None:
+        self.items[self.index] = value
+
+
+def _key_for(name: str, target: Any, saved: Mapping[Any, Any]) -> Any | None:
+    """The key of `target`'s state: its class name, Lightning's ``state_key``, or ``Class{arguments}``."""
+    if name in saved:
+        return name
+    own = getattr(target, "state_key", None)
+    if own in saved:
+        return own
+    base = type(target).__qualname__
+    similar = [key for key in saved if isinstance(key, str) and key.startswith(base + "{")]
+    return similar[0] if len(similar) == 1 else None
+
+
+def _same_schedule(target: Any, saved: Any) -> bool:
+    """DeepSpeed does not name the scheduler's class: one of its own kinds must not be loaded as one of torch's."""
+    own = target.state_dict() if callable(getattr(target, "state_dict", None)) else None
+    if not isinstance(own, Mapping) or not isinstance(saved, Mapping) or "last_epoch" not in own:
+        return True
+    return "last_epoch" in saved or not saved
+
+
+def _plan_timestamp(plan: StatePlan) -> None:
+    saved = plan.contents.state.get("timestamp")
+    if saved is None:
+        return
+    if isinstance(saved, Mapping) and len(saved) == 1:
+        inner = next(iter(saved.values()))
+        saved = inner if isinstance(inner, Mapping) else saved
+    _plan_plain(plan, "timestamp", saved)
+
+
+def _plan_plain(plan: StatePlan, part: str, saved: Any) -> None:
+    own = getattr(plan.state, part)
+    if callable(getattr(own, "load_state_dict", None)):
+        plan.objects.append((part, own, saved))
+    elif isinstance(own, Mapping) and isinstance(saved, Mapping) and _has_objects(own):
+        for key, target in own.items():
+            if key not in saved:
+                continue
+            if callable(getattr(target, "load_state_dict", None)):
+                plan.objects.append((f"{part}/{key}", target, _metric_state(saved[key])))
+            elif isinstance(target, Mapping) and isinstance(saved[key], Mapping):
+                plan.objects.extend(
+                    (f"{part}/{key}/{name}", metric, _metric_state(saved[key][name]))
+                    for name, metric in target.items()
+                    if name in saved[key] and callable(getattr(metric, "load_state_dict", None))
+                )
+    elif part == "run_name" and own is not None:
+        return  # this run's own name stands
+    else:
+        plan.values[part] = saved
+
+
+def _has_objects(own: Mapping[Any, Any]) -> bool:
+    return any(
+        callable(getattr(value, "load_state_dict", None))
+        or (isinstance(value, Mapping) and _has_objects(value))
+        for value in own.values()
+    )
+
+
+def _metric_state(saved: Any) -> Any:
+    """Composer keeps a metric as ``{"state_dict": ..., "_computed": ...}``."""
+    return saved["state_dict"] if isinstance(saved, Mapping) and "state_dict" in saved else saved
+
+
+def apply_state(
+    plan: StatePlan,
+    reader: Reader,
+    note_change: NoteChange,
+    *,
+    strict: bool,
+    realise_options: Mapping[str, Any],
+    progress: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Carries out `plan`; returns the parts that were restored, for the receipt."""
+    restored = []
+    if plan.module is not None and plan.module.sources:
+        apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
+        restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
+    progress()
+    for optimizer in plan.optimizers:
+        apply_optimizer(optimizer, reader, note_change, **realise_options)
+        restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")
+        progress()
+    for label, target, saved in plan.objects:
+        real = realise(saved, reader=reader, **realise_options)
+        note_change(label)
+        target.load_state_dict(real)
+        restored.append(label)
+        progress()
+    for part, saved in plan.values.items():
+        real = realise(saved, reader=reader, **realise_options)
+        note_change(part)
+        setattr(plan.state, part, real)
+        restored.append(part)
+    return restored
+
+
+def optimizer_classes(state: Any) -> Sequence[str]:
+    """Class names of a state's optimizers, in order."""
+    return list(by_class_name(_objects(state, "optimizers")))
+
+
+def scheduler_classes(state: Any) -> Sequence[str]:
+    """Class names of a state's schedulers, in order."""
+    return list(by_class_name(_objects(state, "schedulers")))
+
+
+def scaler_class(state: Any) -> str:
+    """Class name of a state's loss scaler; torch's own where there is none."""
+    return next(iter(by_class_name(_objects(state, "scaler"))), "GradScaler")
+
+
+def _objects(state: Any, part: str) -> list[Any]:
+    value = getattr(state, part, None)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
