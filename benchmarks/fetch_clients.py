@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankload.loader.byte_ranges import ByteRange
-from rankload.loader.ranges.engine import Reading, read_ranges
+from rankload.loader.ranges.engine import ObjectRead, read_ranges
 from rankload.loader.ranges.open import open_range_source
 from rankload.loader.ranges.targets import FileTarget, MemoryTarget, Target
 from rankload.loader.stores.open import open_store
@@ -69,7 +69,7 @@ def _ours(place: Place, make_target: Callable[[], Target]) -> Fetch:
         if source is None:
             raise SystemExit(f"{place.url} does no ranges")
         target = make_target()
-        read_ranges([Reading(source, [ByteRange(0, place.size)], target)], lambda n_bytes: None)
+        read_ranges([ObjectRead(source, [ByteRange(0, place.size)], target)], lambda n_bytes: None)
         source.close()
 
     return fetch

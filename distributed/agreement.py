@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from .courier import AGREED, BEAT_S, Courier, decision_key
 from .errors import PeerError, RankloadError, StalledError, from_record
-from .mailbox import Mailbox
+from .key_value import KeyValue
+from .store_thread import AGREED, BEAT_S, StoreThread, decision_key
 
 T = TypeVar("T")
 Combine = Callable[[Sequence[bytes]], bytes | list[bytes]]
@@ -29,7 +29,7 @@ class Agreement:
     """This rank's part in the agreements of one channel. Any exception here is for the channel to
     announce."""
 
-    def __init__(self, courier: Courier, rank: int, world_size: int, stall_timeout_s: float) -> None:
+    def __init__(self, courier: StoreThread, rank: int, world_size: int, stall_timeout_s: float) -> None:
         self._courier = courier
         self._rank = rank
         self._world_size = world_size
@@ -59,13 +59,13 @@ class Agreement:
     def _lead(self, index: int, name: str, combine: Combine | None) -> bytes:
         keys = self._post_keys(index)
 
-        def posts(mailbox: Mailbox, outcome: str | None) -> list[bytes | None] | None:
+        def posts(mailbox: KeyValue, outcome: str | None) -> list[bytes | None] | None:
             return mailbox.peek_all(keys) if outcome is None and mailbox.has_all(keys) else None
 
         parts = _matching(name, [post or b"\0" for post in self._await(index, name, posts)])
         made = None if combine is None else combine(parts)
 
-        def conclude(mailbox: Mailbox) -> str:
+        def conclude(mailbox: KeyValue) -> str:
             if made is not None:
                 self._hand_out(mailbox, index, made)
             return mailbox.settle(decision_key(index), AGREED)
@@ -76,7 +76,7 @@ class Agreement:
             self._courier.call_later(lambda mailbox: mailbox.forget(self.spent_keys(index - 1)))
         return made[0] if isinstance(made, list) else made or b""
 
-    def _hand_out(self, mailbox: Mailbox, index: int, made: bytes | list[bytes]) -> None:
+    def _hand_out(self, mailbox: KeyValue, index: int, made: bytes | list[bytes]) -> None:
         if not isinstance(made, list):
             mailbox.put(_result_key(index), made)
             return
@@ -85,7 +85,7 @@ class Agreement:
             mailbox.put(_result_key(index, rank), own)
 
     def _follow(self, index: int, name: str, combine: Combine | None) -> bytes:
-        def result(mailbox: Mailbox, outcome: str | None) -> bytes | None:
+        def result(mailbox: KeyValue, outcome: str | None) -> bytes | None:
             if outcome is None:
                 return None
             if combine is None:
@@ -95,12 +95,12 @@ class Agreement:
 
         return self._await(index, name, result)
 
-    def _await(self, index: int, name: str, find: Callable[[Mailbox, str | None], T | None]) -> T:
+    def _await(self, index: int, name: str, find: Callable[[KeyValue, str | None], T | None]) -> T:
         """What `find` finds, given that the agreement is settled as agreed, or not settled (None).
 
         Raises the error that it was settled as."""
 
-        def look(mailbox: Mailbox) -> tuple[str | None, T | None]:
+        def look(mailbox: KeyValue) -> tuple[str | None, T | None]:
             outcome = mailbox.settled(decision_key(index))
             return outcome, find(mailbox, outcome) if outcome in (None, AGREED) else None
 

@@ -21,12 +21,12 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from .agreement import Agreement, Combine, join_bytes, join_json, split_bytes
-from .courier import AGREED, Courier, StoreLostError, beat_key, decision_key
 from .errors import RankloadError, StalledError, TopologyError, from_record, to_record
 from .failures import as_rankload_error, bounded, store_lost
+from .key_value import KeyValue
 from .liveness import this_process
-from .mailbox import Mailbox
-from .stores import mailbox_opener
+from .store_thread import AGREED, StoreLostError, StoreThread, decision_key, heartbeat_key
+from .stores import key_value_opener
 
 LINGER_S = 10.0
 LINGER_AFTER_FAILURE_S = 2.0
@@ -46,14 +46,14 @@ class Channel:
     """One rank's end of the channel; see `open_channel`. Used by one thread; `progress` by any."""
 
     def __init__(
-        self, open_mailbox: Callable[[], Mailbox], rank: int, world_size: int, stall_timeout_s: float
+        self, open_mailbox: Callable[[], KeyValue], rank: int, world_size: int, stall_timeout_s: float
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.stall_timeout_s = stall_timeout_s
         self._process = this_process()
         self.host = self._process.host
-        self._courier = Courier(open_mailbox, self._process, rank, world_size, stall_timeout_s)
+        self._courier = StoreThread(open_mailbox, self._process, rank, world_size, stall_timeout_s)
         self._agreement = Agreement(self._courier, rank, world_size, stall_timeout_s)
         self._failure: BaseException | None = None
         self._courier.start()
@@ -200,7 +200,7 @@ class Channel:
         return mine if settled in (None, record) else from_record(str(settled))
 
     def _announce(self, record: str) -> str | None:
-        def settle(mailbox: Mailbox) -> str:
+        def settle(mailbox: KeyValue) -> str:
             index = self._courier.index
             outcome = mailbox.settle(decision_key(index), record)
             # Agreed already, and only this rank has not seen it: the others wait in the next one, so it
@@ -212,7 +212,7 @@ class Channel:
         except (StoreLostError, RankloadError):
             return None  # The others will notice that this rank has ended.
 
-    def _leave(self, mailbox: Mailbox) -> None:
+    def _leave(self, mailbox: KeyValue) -> None:
         self._courier.close_beat(mailbox)
         mailbox.count("left", 1)
 
@@ -225,7 +225,7 @@ class Channel:
             time.sleep(0.01)
         if left == self.world_size:
             ranks = range(self.world_size)
-            spent = [beat_key(rank) for rank in ranks] + [f"claim/{rank}" for rank in ranks]
+            spent = [heartbeat_key(rank) for rank in ranks] + [f"claim/{rank}" for rank in ranks]
             index = self._courier.index
             for last in (index, index - 1):
                 spent += self._agreement.spent_keys(last)
@@ -258,7 +258,7 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         StalledError: nothing moved for ``stall_timeout_s``.
     """
     channel = Channel(
-        mailbox_opener(topology.world_size, store), topology.rank, topology.world_size, stall_timeout_s
+        key_value_opener(topology.world_size, store), topology.rank, topology.world_size, stall_timeout_s
     )
     try:
         channel.claim_rank()

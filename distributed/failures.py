@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import time
 
-from .beats import place
-from .courier import BEAT_S, Courier, StoreLostError
 from .errors import PeerError, RankloadError
+from .heartbeat import place
 from .liveness import ProcessIdentity
+from .store_thread import BEAT_S, StoreLostError, StoreThread
 
 MESSAGE_LIMIT = 1 << 19
 
@@ -34,7 +34,9 @@ def bounded(error: RankloadError) -> RankloadError:
     return error
 
 
-def store_lost(courier: Courier, error: StoreLostError, rank: int, process: ProcessIdentity) -> RankloadError:
+def store_lost(
+    courier: StoreThread, error: StoreLostError, rank: int, process: ProcessIdentity
+) -> RankloadError:
     """Why the store can't be reached: most often because rank 0, which hosts it, has ended. Takes up to a
     second."""
     watch = courier.watches.get(0)

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from .errors import PeerError
-from .rendezvous import MeetingPoint, await_all, meeting_point, open_store
+from .rendezvous import MeetingPoint, await_all, meeting_point, open_meeting_store
 from .topology import Topology, group_topology
 
 LINGER_S = 10.0
@@ -58,7 +58,7 @@ def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
     point = meeting_point(topology)
     # An agent's server outlives the group, and has the keys of earlier ones.
     number = next(_groups) if point.hosted else 0
-    server = open_store(point, topology, timeout_s)
+    server = open_meeting_store(point, topology, timeout_s)
     farewell: socket.socket | None = None
     failed = True
     try:

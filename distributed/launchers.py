@@ -201,8 +201,8 @@ def _read_slurm(environ: Environ, argv: Sequence[str]) -> Claim | None:
     )
 
 
-Reader = Callable[[Environ, Sequence[str]], Claim | None]
-READERS: tuple[Reader, ...] = (
+LauncherReader = Callable[[Environ, Sequence[str]], Claim | None]
+READERS: tuple[LauncherReader, ...] = (
     _read_torchrun,
     _read_deepspeed,
     _read_composer,

@@ -86,7 +86,7 @@ def first_of_nodes(node_list: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head)
 
 
-def open_store(point: MeetingPoint, topology: Topology, timeout_s: float) -> Any:
+def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float) -> Any:
     """A TCPStore at the meeting point, hosted by rank 0 where nobody does yet.
 
     Raises:

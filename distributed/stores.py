@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import TopologyError
-from .mailbox import Mailbox
+from .key_value import KeyValue
 
 _loads = itertools.count()
 
 
-def mailbox_opener(world_size: int, store: Any = None) -> Callable[[], Mailbox]:
+def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValue]:
     """Opens this rank's connection for the next load; what it returns is called by the thread that is to use
     it.
 
@@ -26,10 +26,10 @@ def mailbox_opener(world_size: int, store: Any = None) -> Callable[[], Mailbox]:
     number = next(_loads)
     shared = store if store is not None else _default_store(world_size)
 
-    def open_mailbox() -> Mailbox:
+    def open_mailbox() -> KeyValue:
         from torch.distributed.distributed_c10d import PrefixStore
 
-        return Mailbox(PrefixStore(f"rankload/{number}", _own_connection(shared)))
+        return KeyValue(PrefixStore(f"rankload/{number}", _own_connection(shared)))
 
     return open_mailbox
 

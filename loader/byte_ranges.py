@@ -63,7 +63,7 @@ def subtract(wanted: Iterable[tuple[int, int]], have: Iterable[tuple[int, int]])
     return tuple(missing)
 
 
-def intersect(one: Iterable[ByteRange], other: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+def overlap(one: Iterable[ByteRange], other: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
     """The bytes that are in both."""
     kept = union(one)
     return subtract(kept, subtract(kept, other))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .materialize.objects import realise
+from .materialize.objects import materialize
 from .materialize.safe_types import require_safe
-from .materialize.tensors import Reader
+from .materialize.tensors import TensorReader
 from .request import LoadRequest
 from .rng import RngState, check_state
 from .saved.contents import Contents
@@ -23,7 +23,7 @@ class Checked:
 
     contents: Contents
     prepared: Prepared
-    reader: Reader
+    reader: TensorReader
     rng: list[RngState | None] | None
     """By rank; None at those that were ignored."""
     extra: dict[str, Any]
@@ -36,7 +36,7 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
         contents = checkpoint.contents.with_tree(ignored.tree)
         options: dict[str, Any] = {"safe_types": request.options.safe_types, "file": checkpoint.name}
         verify = request.options.verify or "during"
-        reader = Reader(
+        reader = TensorReader(
             verify=verify,
             on_bytes=watch.count,
             comes_in_parts=checkpoint.opening.remote.known.__contains__,
@@ -52,14 +52,14 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch:
         extra: dict[str, Any] = {}
         if not request.weights_only:
             if contents.rng is not None:
-                real = realise(contents.rng, reader=reader, path="rng", **options)
+                real = materialize(contents.rng, reader=reader, path="rng", **options)
                 for rank in _ignored_ranks(ignored):
                     real.insert(rank, None)
                 rng = [
                     None if state is None else check_state(state, f"{checkpoint.name}: rng/{rank}")
                     for rank, state in enumerate(real)
                 ]
-            extra = realise(contents.extra, reader=reader, **options)
+            extra = materialize(contents.extra, reader=reader, **options)
     return Checked(contents, prepared, reader, rng, extra, options)
 
 

@@ -80,7 +80,7 @@ class Opening:
     """Files of which only the index is fetched at first."""
 
     @property
-    def straight(self) -> bool:
+    def direct(self) -> bool:
         """Whether bytes may come straight from the store into a rank's tensors."""
         options = self.request.options
         return not self.store.is_local and options.mode in ("direct", "auto") and options.verify != "before"

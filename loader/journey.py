@@ -16,16 +16,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from .check import Checked, check
 from .checkpoint import Checkpoint
-from .errors import OptionError
-from .fetch.parts import bringer, fetch_now, fetching, restore_parts, small_parts
+from .errors import OptionError, TimestampError, after_first_change, partial_once_begun
+from .fetch.parts import fetch_now, fetcher, fetching, restore_parts, small_parts
+from .fetch.whole_checks import NOTHING
 from .opening import open_checkpoint
 from .options import LoadOptions, resolve_options
-from .partial import after_first_change, partial_once_begun
-from .proof import make_receipt
-from .receipt import Receipt, log_receipt
+from .receipt import FileRecord, Receipt, StageRecord, combine, log_receipt, trace_events, write_trace
 from .request import LoadRequest, check_arguments, check_same
 from .rng import RngState, accepted, complete_states, offered
 from .saved.ignore import Ignored, IgnoreKeys, ignore
@@ -33,8 +33,6 @@ from .stages import Stopwatch
 from .targets.algorithms import AlgorithmPass
 from .targets.deepspeed.engine import finish_engine
 from .targets.restore import apply_restore
-from .timestamps import agree_on_timestamp
-from .trace import trace_events, write_trace
 from .verify.checks import deal_checks, verify_after, verify_before
 from .verify.weights import plan_weights, share_weights
 
@@ -164,7 +162,7 @@ def load(
         with fetching(checkpoint, checked.reader, parts, "fetch parts"):
             begun.append(checkpoint.name)
             restored = _restore(request, checkpoint, checked, watch)
-            share_weights(weights, checkpoint, checked, session, watch, bringer(checkpoint), verify=verify)
+            share_weights(weights, checkpoint, checked, session, watch, fetcher(checkpoint), verify=verify)
             verify_after(verification, checkpoint, checked, session, watch)
         _finish(checkpoint, checked, watch)
         agree_on_timestamp(request.state, session.channel)
@@ -258,3 +256,126 @@ def _rng(
             stacklevel=3,
         )
     return states, derived
+
+
+def make_receipt(
+    request: LoadRequest,
+    checkpoint: Checkpoint,
+    ignored: Ignored,
+    checked: Checked,
+    restored: list[str],
+    derived: tuple[str, ...],
+    notes: list[str],
+    session: Session,
+    watch: Stopwatch,
+) -> Receipt:
+    """The same receipt on every rank, from what each rank did."""
+    prepared, remote = checked.prepared, checkpoint.opening.remote
+    own = {
+        "ignored": list(ignored.paths),
+        "missing": prepared.mismatch.missing,
+        "unexpected": prepared.mismatch.unexpected,
+        "renamed": prepared.renamed,
+        "cast": prepared.cast,
+        "derived": [*derived, *(f"{name} (zeros)" for name in prepared.reset)],
+        "not_restored": [] if request.weights_only else list(prepared.not_restored),
+        "restored": restored,
+        "notes": notes,
+        "parts": remote.fetched_by_path(),
+        "streamed": remote.streamed,
+        "node": session.topology.node_rank,
+        "host": session.channel.host,
+        "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
+        "files": [
+            [
+                file.name,
+                file.size_bytes,
+                file.fetched_bytes,
+                remote.known.own_bytes(checkpoint.paths.get(file.name, "")),
+                file.verified,
+                checkpoint.paths.get(file.name, ""),
+                *compared(checkpoint, file),
+            ]
+            for file in checkpoint.files
+        ],
+    }
+    verify = request.options.verify or "during"
+    everybody = session.channel.gather("receipt", own)
+    # Every rank of a node tells what the node fetched for it; of what came in parts, the rank that fetched knows best.
+    parts = {(one["node"], path): count for one in everybody for path, count in one["parts"].items()}
+    cost: dict[str, dict[int, int]] = {}
+    direct: dict[str, int] = {}
+    files: dict[str, FileRecord] = {}
+    for one in everybody:
+        for name, size, told, own_bytes, verified, path, by, left_out in one["files"]:
+            direct[name] = direct.get(name, 0) + own_bytes
+            by_node = cost.setdefault(name, {})
+            fetched = parts.get((one["node"], path), told)
+            by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
+            known = files.get(name)
+            files[name] = FileRecord(
+                name,
+                size,
+                sum(by_node.values()) + direct[name],
+                verified and (not known or known.verified),
+                tuple(dict.fromkeys((*(known.verified_by if known else ()), *by))) if verify != "off" else (),
+                tuple(dict.fromkeys((*(known.not_compared if known else ()), *left_out))),
+            )
+    streamed = dict.fromkeys(name for one in everybody for name in one["streamed"])
+    return Receipt(
+        path=checkpoint.name,
+        kind=checkpoint.kind,
+        layout=checkpoint.contents.layout,
+        saved_world_size=checkpoint.saved_world_size,
+        world_size=session.topology.world_size,
+        n_nodes=session.topology.n_nodes,
+        weights_only=request.weights_only,
+        verify=verify,
+        cache_dir=checkpoint.cache_dir,
+        restored=tuple(everybody[0]["restored"]),
+        **combine(everybody),
+        unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
+        notes=(
+            *checkpoint.notes,
+            *prepared.notes,
+            *everybody[0]["notes"],
+            *(f"server without ranges: {name} was read as one stream" for name in streamed),
+        ),
+        files=tuple(files.values()),
+        hosts=tuple(one["host"] for one in everybody),
+        nodes=tuple(one["node"] for one in everybody),
+        stages=tuple(
+            StageRecord(rank, stage, seconds, count, begin_s)
+            for rank, one in enumerate(everybody)
+            for stage, seconds, count, begin_s in one["laps"]
+        ),
+    )
+
+
+def compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[str]]:
+    """What `file` was compared with by now on this rank, and what it was not."""
+    whole = checkpoint.opening.remote.compared(checkpoint.paths.get(file.name, "")) or NOTHING
+    return [*file.verified_by, *whole.by], [*file.not_compared, *whole.left_out]
+
+
+def agree_on_timestamp(state: Any, channel: Channel) -> None:
+    """Raises `TimestampError` on every rank unless all restored the same batch. Every rank must call."""
+
+    def compare(batches: list[Any]) -> None:
+        known = [batch for batch in batches if batch is not None]
+        if known and (min(known) != max(known) or len(known) != len(batches)):
+            told = ", ".join(f"rank {rank}: {batch}" for rank, batch in list(enumerate(batches))[:16])
+            raise TimestampError(
+                f"timestamp.batch differs between ranks after the restore ({told}): they did not load the same "
+                "checkpoint"
+            )
+
+    channel.decide("timestamp", batch_of(state), compare)
+
+
+def batch_of(state: Any) -> int | None:
+    """A state's batch count: Composer's ``timestamp.batch.value``, or a plain dict's ``batch``."""
+    timestamp = getattr(state, "timestamp", None)
+    batch = timestamp.get("batch") if isinstance(timestamp, Mapping) else getattr(timestamp, "batch", None)
+    batch = getattr(batch, "value", batch)
+    return int(batch) if isinstance(batch, int) else None

@@ -25,7 +25,7 @@ from .sources.zero.open import ZeroFiles, gather_files, zero_parts
 from .stages import Stopwatch
 from .stores.base import Store
 from .stores.locate import Located, locate
-from .stores.manifest_find import find_manifests, known_sums
+from .stores.manifest import find_manifests, known_sums
 from .stores.open import open_store
 from .targets.state import optimizer_classes, scaler_class, scheduler_classes
 from .template import expand_for_rank_zero

@@ -69,10 +69,10 @@ def restore_rng(rng_states: Sequence[RngState] | None) -> None:
             f"{topology.world_size}: pass what load_checkpoint or gather_rng returned in this world",
             rank=topology.rank,
         )
-    apply_state(rng_states[topology.rank])
+    apply_rng(rng_states[topology.rank])
 
 
-def apply_state(state: Mapping[str, Any]) -> None:
+def apply_rng(state: Mapping[str, Any]) -> None:
     """Sets this process's generators from one rank's states."""
     checked = check_state(state)
     if "python" in checked:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.tensors import Reader
+from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.contents import Contents
 from rankload.loader.saved.ignore import ignore
 from rankload.loader.sources.zero.contents import ZeroContents, zero_contents, zero_tree
@@ -103,7 +103,7 @@ def restore(
     plan = plan_engine(engine, zero, kept, whole, weights_only=weights_only)
     plan.mismatch.raise_if_any(str(folder), strict=True)
     changed: list[str] = []
-    plan_restored = apply_engine(plan, Reader(verify="during"), changed.append)
+    plan_restored = apply_engine(plan, TensorReader(verify="during"), changed.append)
     assert "model" in changed, changed
     assert plan_restored
     torch.distributed.barrier()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rankload.loader import LoadOptions, LoadResult, State, load
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.tensors import Reader
+from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.assembled import AssembledTensor, Run
 from rankload.loader.targets.dtensor import dtensor_box, fill_requests
 from squeezing_model import Squeezing
@@ -328,7 +328,7 @@ def boxes(folder: str) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
-    reader = Reader()
+    reader = TensorReader()
     for shape in ((7, 5), (2, 3), (1,), (4,), (3, 1, 5), (5, 4, 2), ()):
         numel = torch.Size(shape).numel()
         path = Path(folder, f"{'-'.join(map(str, shape))}.{RANK}.pt")

@@ -34,7 +34,7 @@ _LINEAR = functional.linear
 
 # So that tensors of this size are handled as those of real models are: summed and brought to a node together.
 engine_weights.MIN_REGION_BYTES = 1
-verification.SMALL_BYTES = verification.SHARED_FROM_BYTES = 0
+verification.ALONE_BYTES = verification.SHARED_FROM_BYTES = 0
 
 _LEGACY = {"config": {"checkpoint": {"checkpoint_serialization": False}}}
 _SGD: dict[str, Any] = {"optimizer": "SGD", "config": {"zero_allow_untested_optimizer": True}}

@@ -73,15 +73,6 @@ def test_unpacks(tmp_path: Path, kind: str, root: str) -> None:
     assert sum(seen) == sum(map(len, FILES.values()))
 
 
-def test_only_what_is_wanted(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(composer_like())
-    folder = tmp_path / "out"
-    folder.mkdir()
-    assert unpack(str(path), str(folder), limit=LIMIT, wanted=lambda name: name == "latest") == ["latest"]
-    assert not (folder / "composer_states.pt").exists()
-
-
 def test_two_archives_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

@@ -26,8 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.objects import realise
-from rankload.loader.materialize.tensors import Reader
+from rankload.loader.materialize.objects import materialize
+from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.tree import check_tree, iterate
 from rankload.loader.saved.values import InertObject
 from torch_files import fixture_files, legacy_with, outcome, read_whole, zip_with
@@ -133,7 +133,7 @@ def test_an_unknown_global_in_an_ignored_part_does_no_harm(tmp_path: Path) -> No
     tree = read_index(tmp_path / "f.pt").tree
     assert isinstance(tree["callbacks"], InertObject)
     del tree["callbacks"]
-    assert realise(tree, reader=Reader())["model"]["w"].tolist() == [1.0, 1.0]
+    assert materialize(tree, reader=TensorReader())["model"]["w"].tolist() == [1.0, 1.0]
     assert not canary.exists()
 
 

@@ -16,8 +16,8 @@ import pytest
 from processes import Finished, run_ranks
 from rankload.distributed.channel import Channel, open_channel
 from rankload.distributed.errors import PeerError, RankloadError, StalledError, TopologyError
+from rankload.distributed.key_value import VALUE_BYTES, KeyValue
 from rankload.distributed.liveness import how_ended, this_process
-from rankload.distributed.mailbox import CHUNK_BYTES, Mailbox
 
 THIS = "tests/test_channel.py"
 
@@ -40,7 +40,7 @@ def in_threads(
     outcomes: list[Any] = [None] * world_size
 
     def rank_main(rank: int) -> None:
-        channel = Channel(lambda: Mailbox(shared), rank, world_size, stall_timeout_s)
+        channel = Channel(lambda: KeyValue(shared), rank, world_size, stall_timeout_s)
         try:
             outcomes[rank] = work(channel)
             channel.close()
@@ -69,7 +69,7 @@ def test_all_ranks_agree_and_keys_are_removed() -> None:
     def work(channel: Channel) -> Any:
         with channel.stage("outer"):
             gathered = channel.gather("inner", {"rank": channel.rank, "none": None})
-        big = channel.gather_bytes("bytes", bytes([channel.rank]) * (2 * CHUNK_BYTES + channel.rank))
+        big = channel.gather_bytes("bytes", bytes([channel.rank]) * (2 * VALUE_BYTES + channel.rank))
         total = channel.decide("sum", channel.rank, sum)
         own = channel.deal("shares", channel.rank, lambda ranks: [[rank, sum(ranks)] for rank in ranks])
         assert own == [channel.rank, 3]
@@ -77,7 +77,7 @@ def test_all_ranks_agree_and_keys_are_removed() -> None:
 
     outcomes = in_threads(3, work, store=store)
     gathered = [{"rank": rank, "none": None} for rank in range(3)]
-    sizes = [(2 * CHUNK_BYTES + rank, bytes([rank])) for rank in range(3)]
+    sizes = [(2 * VALUE_BYTES + rank, bytes([rank])) for rank in range(3)]
     assert outcomes == [(gathered, sizes, 3)] * 3
     assert store.num_keys() == 0
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import CorruptError
-from rankload.loader.checksums import crc32, crc32_combine
-from rankload.loader.range_sums import RangeSums, crc32_joined
+from rankload.loader.checksums import RangeSums, crc32, crc32_combine, crc32_joined
 from rankload.loader.verify import joint as joint_checks
-from rankload.loader.verify.joint import JointCheck, Reading, decode_readings, encode_readings
+from rankload.loader.verify.joint import JointCheck, StorageRead, decode_readings, encode_readings
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -69,7 +68,8 @@ STORAGE = ("f.pt", "data/0")
 
 def told(data: bytes, reads: list[list[tuple[int, int]] | None], crc: int) -> list[Any]:
     readings = [
-        {} if one is None else {STORAGE: Reading(len(data), crc, tuple(one), ("model/a",))} for one in reads
+        {} if one is None else {STORAGE: StorageRead(len(data), crc, tuple(one), ("model/a",))}
+        for one in reads
     ]
     return [decode_readings(encode_readings(one)) for one in readings]
 
@@ -143,6 +143,6 @@ def test_ranks_that_read_the_same_share_the_work() -> None:
 
 
 def test_different_files_of_one_name() -> None:
-    readings = [{STORAGE: Reading(10, 1, ((0, 10),))}, {STORAGE: Reading(10, 2, ((0, 10),))}]
+    readings = [{STORAGE: StorageRead(10, 1, ((0, 10),))}, {STORAGE: StorageRead(10, 2, ((0, 10),))}]
     with pytest.raises(CorruptError, match="different files of this name"):
         JointCheck(readings, [0, 1])

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.byte_ranges import ByteRange, once, total_bytes, union
 from rankload.loader.fetch.plan import (
-    Wish,
-    deal_errands,
-    decode_errand,
-    decode_wish,
-    encode_errand,
-    encode_wish,
+    FetchRequest,
+    decode_plan,
+    decode_request,
+    encode_plan,
+    encode_request,
+    plan_fetch,
 )
 from rankload.loader.options import Mode
 
@@ -20,7 +20,7 @@ SIZE = 60
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> list[Wish]:
+def requests(draw: st.DrawFn) -> list[FetchRequest]:
     spans = st.lists(
         st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda two: ByteRange(min(two), max(two))),
         max_size=5,
@@ -29,8 +29,8 @@ def wishes(draw: st.DrawFn) -> list[Wish]:
     for node in draw(st.lists(st.integers(0, 2), min_size=1, max_size=6)):
         wanted = {name: union(draw(spans)) for name in ("a", "b")}
         # Some of it, cut where wanted ranges are.
-        straight = {name: [one for one in ranges if draw(st.booleans())] for name, ranges in wanted.items()}
-        found.append(Wish(node, wanted, straight))
+        direct = {name: [one for one in ranges if draw(st.booleans())] for name, ranges in wanted.items()}
+        found.append(FetchRequest(node, wanted, direct))
     return found
 
 
@@ -44,63 +44,63 @@ def wanted_bytes(ranges: object) -> set[tuple[str, int]]:
     return bytes_of({name: list(spans) for name, spans in ranges.items()})  # type: ignore[attr-defined]
 
 
-@given(wishes(), st.sampled_from(["node", "direct", "auto", "job"]))
-def test_every_node_gets_what_its_ranks_want(told: list[Wish], mode: Mode) -> None:
-    errands = deal_errands(told, mode)
-    assert [decode_errand(encode_errand(one)) for one in errands] == errands
+@given(requests(), st.sampled_from(["node", "direct", "auto", "job"]))
+def test_every_node_gets_what_its_ranks_want(told: list[FetchRequest], mode: Mode) -> None:
+    plans = plan_fetch(told, mode)
+    assert [decode_plan(encode_plan(one)) for one in plans] == plans
     from_store: list[tuple[str, int]] = []
-    for node in {wish.node for wish in told}:
-        ranks = [rank for rank, wish in enumerate(told) if wish.node == node]
+    for node in {request.node for request in told}:
+        ranks = [rank for rank, request in enumerate(told) if request.node == node]
         leader = ranks[0]
         wanted = set().union(*(wanted_bytes(told[rank].wanted) for rank in ranks))
-        comes = bytes_of(errands[leader].bring)
+        comes = bytes_of(plans[leader].bring)
         for rank in ranks:
-            assert rank == leader or not (errands[rank].bring or errands[rank].take)
-        taken = [(giver, bytes_of(ranges)) for giver, ranges in errands[leader].take.items()]
+            assert rank == leader or not (plans[rank].bring or plans[rank].take)
+        taken = [(giver, bytes_of(ranges)) for giver, ranges in plans[leader].take.items()]
         for giver, some in taken:
             assert mode == "job"
             assert not comes & some
-            assert some <= bytes_of(errands[giver].bring), "is taken from a rank that does not have it"
+            assert some <= bytes_of(plans[giver].bring), "is taken from a rank that does not have it"
             comes |= some
-        straight = [bytes_of(errands[rank].straight) for rank in ranks]
-        for rank, own in zip(ranks, straight, strict=True):
+        direct = [bytes_of(plans[rank].direct) for rank in ranks]
+        for rank, own in zip(ranks, direct, strict=True):
             assert mode in ("direct", "auto") or not own
-            assert own <= wanted_bytes(told[rank].straight)
+            assert own <= wanted_bytes(told[rank].direct)
             assert not own & set().union(*(wanted_bytes(told[r].wanted) for r in ranks if r != rank))
             assert not own & comes
             if mode == "direct":
-                private = wanted_bytes(told[rank].straight) - set().union(
+                private = wanted_bytes(told[rank].direct) - set().union(
                     *(wanted_bytes(told[r].wanted) for r in ranks if r != rank)
                 )
                 assert own == private
-        assert comes | set().union(*straight) == wanted
-        from_store += [*bytes_of(errands[leader].bring), *(one for own in straight for one in own)]
+        assert comes | set().union(*direct) == wanted
+        from_store += [*bytes_of(plans[leader].bring), *(one for own in direct for one in own)]
     if mode == "job":
         assert len(from_store) == len(set(from_store)), "leaves the store twice"
 
 
 def test_long_ranges_go_straight_and_short_ones_do_not_with_auto() -> None:
     long, short = ByteRange(0, 1 << 20), ByteRange(2 << 20, (3 << 20) - 1)
-    (errand,) = deal_errands([Wish(0, {"a": [long, short]}, {"a": [long, short]})], "auto")
-    assert errand.straight == {"a": [long]}
-    assert errand.bring == {"a": [short]}
+    (plan,) = plan_fetch([FetchRequest(0, {"a": [long, short]}, {"a": [long, short]})], "auto")
+    assert plan.direct == {"a": [long]}
+    assert plan.bring == {"a": [short]}
 
 
 def test_nodes_share_the_work_of_what_all_want() -> None:
     whole = {"a": [ByteRange(0, 100 << 20)]}
-    errands = deal_errands([Wish(node, whole) for node in (0, 0, 1, 2, 2)], "job")
-    own = [total_bytes(errands[rank].bring["a"]) for rank in (0, 2, 3)]
+    plans = plan_fetch([FetchRequest(node, whole) for node in (0, 0, 1, 2, 2)], "job")
+    own = [total_bytes(plans[rank].bring["a"]) for rank in (0, 2, 3)]
     assert sum(own) == 100 << 20
     assert max(own) - min(own) <= 16 << 20
 
 
-@given(wishes())
-def test_wishes_survive_the_way_between_ranks(told: list[Wish]) -> None:
-    for wish in told:
-        again = decode_wish(encode_wish(wish))
-        assert again.node == wish.node
-        assert wanted_bytes(again.wanted) == wanted_bytes(wish.wanted)
-        assert wanted_bytes(again.straight) == wanted_bytes(wish.straight)
+@given(requests())
+def test_requests_survive_the_way_between_ranks(told: list[FetchRequest]) -> None:
+    for request in told:
+        again = decode_request(encode_request(request))
+        assert again.node == request.node
+        assert wanted_bytes(again.wanted) == wanted_bytes(request.wanted)
+        assert wanted_bytes(again.direct) == wanted_bytes(request.direct)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda two: (min(two), max(two)))))
@@ -113,8 +113,8 @@ def test_once_is_what_lies_in_one_range_alone(spans: list[tuple[int, int]]) -> N
 
 @pytest.mark.parametrize("mode", ["node", "job"])
 def test_one_node_fetches_for_itself(mode: Mode) -> None:
-    (first, second) = deal_errands(
-        [Wish(7, {"a": [ByteRange(0, 5)]}), Wish(7, {"a": [ByteRange(3, 9)]})], mode
+    (first, second) = plan_fetch(
+        [FetchRequest(7, {"a": [ByteRange(0, 5)]}), FetchRequest(7, {"a": [ByteRange(3, 9)]})], mode
     )
     assert first.bring == {"a": [ByteRange(0, 9)]}
     assert not first.take

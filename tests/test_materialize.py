@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, NotFoundError, OptionError, UnsafeError
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.objects import realise
+from rankload.loader.materialize.objects import materialize
 from rankload.loader.materialize.safe_types import require_safe
 from rankload.loader.materialize.storages import STAGING_BYTES
-from rankload.loader.materialize.tensors import CopyRequest, Reader, read_tensor
+from rankload.loader.materialize.tensors import CopyRequest, TensorReader, read_tensor
 from rankload.loader.saved.strided import Layout, bounded_boxes, row_major_boxes
 from rankload.loader.saved.tree import find_unknown
 from rankload.loader.saved.values import LazyTensor
@@ -58,7 +58,7 @@ def test_any_part_of_any_layout_into_any_layout(
         sizes = [source.shape[d] for d in to_dims]
         destination = torch.full(sizes, -1.0, dtype=cast).permute(back)
         assert destination.shape == source.shape
-    Reader().copy([CopyRequest(lazy, destination, "t", start, length)])
+    TensorReader().copy([CopyRequest(lazy, destination, "t", start, length)])
     want = source.reshape(-1)[start : start + length].to(cast).view(destination.shape)
     assert torch.equal(destination, want)
 
@@ -97,7 +97,7 @@ def test_equal_dtypes_are_read_straight_into_place(tmp_path: Path) -> None:
     lazy = save(tmp_path, t=torch.arange(10.0))["t"]
     parameter = torch.nn.Parameter(torch.zeros(2, 5))
     before = parameter.data_ptr()
-    Reader().copy([CopyRequest(lazy, parameter, "t")])
+    TensorReader().copy([CopyRequest(lazy, parameter, "t")])
     assert parameter.data_ptr() == before
     assert parameter.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert parameter.requires_grad
@@ -115,7 +115,7 @@ def test_larger_than_the_buffer(tmp_path: Path) -> None:
         torch.empty(count),
     )
     read = []
-    Reader(on_bytes=read.append).copy(
+    TensorReader(on_bytes=read.append).copy(
         [
             CopyRequest(tree["big"], straight, "big"),
             CopyRequest(tree["big"], cast, "cast"),
@@ -138,7 +138,7 @@ def test_bytes_between_are_read_only_to_be_summed(tmp_path: Path) -> None:
     for verify, expected in (("during", base.nbytes), ("off", 60)):
         read = []
         a, b = torch.empty(10), torch.empty(5)
-        reader = Reader(verify=verify, on_bytes=read.append)
+        reader = TensorReader(verify=verify, on_bytes=read.append)
         reader.copy([CopyRequest(tree["b"], b, "b"), CopyRequest(tree["a"], a, "a")])
         assert sum(read) == expected
         assert torch.equal(a, base[10:20])
@@ -164,27 +164,27 @@ def test_a_flipped_byte_is_told_with_file_record_and_tensor(tmp_path: Path) -> N
     flip(path, lazy.storage.offset + 3000)
     destination = torch.empty(10)
     with pytest.raises(CorruptError) as caught:
-        Reader().copy([CopyRequest(lazy, destination, "model/a")])
+        TensorReader().copy([CopyRequest(lazy, destination, "model/a")])
     message = str(caught.value)
     for part in (str(path), "data/0", "model/a", f"{lazy.storage.crc32:08x}"):
         assert part in message
     with pytest.raises(CorruptError, match="data/0"):
-        Reader(verify="before").verify([lazy.storage])
-    Reader(verify="off").copy([CopyRequest(lazy, destination, "model/a")])
+        TensorReader(verify="before").verify([lazy.storage])
+    TensorReader(verify="off").copy([CopyRequest(lazy, destination, "model/a")])
     assert torch.equal(destination, base[:10])
-    Reader().copy([CopyRequest(tree["other"], torch.empty(3), "other")])
+    TensorReader().copy([CopyRequest(tree["other"], torch.empty(3), "other")])
 
 
 def test_verified_before_is_not_summed_again(tmp_path: Path) -> None:
     base = torch.arange(1000.0)
     lazy = save(tmp_path, a=base[:10])["a"]
     read = []
-    reader = Reader(verify="before", on_bytes=read.append)
+    reader = TensorReader(verify="before", on_bytes=read.append)
     reader.verify([lazy.storage])
     assert sum(read) == 4000
     reader.copy([CopyRequest(lazy, torch.empty(10), "a")])
     assert sum(read) == 4040
-    fresh = Reader(verify="before")
+    fresh = TensorReader(verify="before")
     flip(tmp_path / "f.pt", lazy.storage.offset + 3000)
     with pytest.raises(CorruptError):
         fresh.copy([CopyRequest(lazy, torch.empty(10), "a")])
@@ -196,10 +196,10 @@ def test_a_file_that_shrinks_or_goes(tmp_path: Path) -> None:
     os.truncate(path, lazy.storage.offset + 100)
     for verify in ("during", "off"):
         with pytest.raises(CorruptError, match="truncated since"):
-            Reader(verify=verify).copy([CopyRequest(lazy, torch.empty(1000), "a")])
+            TensorReader(verify=verify).copy([CopyRequest(lazy, torch.empty(1000), "a")])
     path.unlink()
     with pytest.raises(NotFoundError, match="gone"):
-        Reader().copy([CopyRequest(lazy, torch.empty(1000), "a")])
+        TensorReader().copy([CopyRequest(lazy, torch.empty(1000), "a")])
 
 
 def test_requests_that_do_not_fit(tmp_path: Path) -> None:
@@ -257,14 +257,14 @@ def test_unknown_types_need_to_be_allowed(tmp_path: Path) -> None:
     assert ("state/callbacks/mine", f"{__name__}.Callback") in found
     assert ("state/kind", f"{__name__}.Point") in found
     with pytest.raises(UnsafeError) as caught:
-        realise(index.tree, reader=Reader(), file="s3://b/f.pt")
+        materialize(index.tree, reader=TensorReader(), file="s3://b/f.pt")
     message = str(caught.value)
     for part in ("s3://b/f.pt", "state/callbacks/mine", f"{__name__}.Callback", "safe_types", "ignore_keys"):
         assert part in message
     with pytest.raises(UnsafeError, match="state/callbacks/mine/values/1"):
         require_safe(index.tree, safe_types=[Callback], file="f")
     for allowed in ([Callback, Point], [f"{__name__}.Callback", f"{__name__}.Point"]):
-        got = realise(index.tree, reader=Reader(), safe_types=allowed)
+        got = materialize(index.tree, reader=TensorReader(), safe_types=allowed)
         mine = got["state"]["callbacks"]["mine"]
         assert type(mine) is Callback
         assert mine.owner is mine
@@ -277,7 +277,7 @@ def test_unknown_types_need_to_be_allowed(tmp_path: Path) -> None:
     hostile = read_index(tmp_path / "g.pt").tree
     hostile["a"].global_name = "no_such_package.Type"
     with pytest.raises(OptionError, match="no_such_package"):
-        realise(hostile, reader=Reader(), safe_types=["no_such_package.Type"])
+        materialize(hostile, reader=TensorReader(), safe_types=["no_such_package.Type"])
 
 
 def test_objects_that_refer_to_each_other(tmp_path: Path) -> None:
@@ -300,10 +300,10 @@ def test_other_devices_are_copied_to(tmp_path: Path) -> None:
     for lazy, want in ((tree["t"], base), (tree["v"], base.t())):
         for dtype in (torch.float32, torch.float16):
             there = torch.empty(want.shape, device="cuda", dtype=dtype)
-            Reader().copy([CopyRequest(lazy, there, "t")])
+            TensorReader().copy([CopyRequest(lazy, there, "t")])
             assert torch.equal(there.cpu(), want.to(dtype))
     assert torch.equal(read_tensor(tree["v"], device="cuda").cpu(), base.t())
-    got = realise(tree, reader=Reader(), device="cuda")
+    got = materialize(tree, reader=TensorReader(), device="cuda")
     assert torch.equal(got["v"].cpu(), base.t())
 
 

@@ -20,7 +20,7 @@ from rankload.loader.sources.zero.model_parallel import (
     UNSPLIT,
     ParallelLayout,
     check_layout,
-    check_part,
+    check_model_part,
     saved_layout,
 )
 from rankload.loader.sources.zero.model_states import ModelStates, read_model_states
@@ -145,10 +145,10 @@ def test_older_files_fit_where_the_number_of_parts_does() -> None:
 
 def test_parts_of_other_checkpoints_are_refused() -> None:
     first, other = stage_states(0, {}), stage_states(1, {})
-    check_part(first, other)
+    check_model_part(first, other)
     for change in ({"global_steps": 4}, {"dp_world_size": 3}, {"mp_world_size": 3}):
         with pytest.raises(LayoutError, match=r"mp_rank_01 and mp_rank_00 differ .* not saved together"):
-            check_part(first, stage_states(1, {}, **change))
+            check_model_part(first, stage_states(1, {}, **change))
 
 
 # --- real engines ----------------------------------------------------------------------------------------------------

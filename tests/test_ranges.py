@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import checksums
-from rankload.loader.byte_ranges import ByteRange, coalesce, intersect, split, subtract, total_bytes, union
+from rankload.loader.byte_ranges import ByteRange, coalesce, overlap, split, subtract, total_bytes, union
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 200), st.integers(0, 40)).map(lambda one: ByteRange(one[0], one[0] + one[1])),
@@ -30,7 +30,7 @@ def test_sets_of_bytes(one: list[ByteRange], other: list[ByteRange]) -> None:
     results = (
         (union(one, other), as_set(one) | as_set(other)),
         (subtract(one, other), as_set(one) - as_set(other)),
-        (intersect(one, other), as_set(one) & as_set(other)),
+        (overlap(one, other), as_set(one) & as_set(other)),
     )
     for ranges, expected in results:
         assert as_set(ranges) == expected

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, Fault, bad_server
+from file_source import FileSource
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_ranks
@@ -25,13 +26,10 @@ from rankload.loader.byte_ranges import ByteRange
 from rankload.loader.errors import RankloadError
 from rankload.loader.fetch.archive import unpack
 from rankload.loader.fetch.remote_file import RemoteFile
-from rankload.loader.fetch.tar_headers import SMALL_BYTES, read_members
-from rankload.loader.fetch.tars import open_archive
+from rankload.loader.fetch.tars import SMALL_MEMBER_BYTES, open_archive, read_members
 from rankload.loader.http.answers import Arrived
-from rankload.loader.ranges.engine import Reading, read_ranges
-from rankload.loader.ranges.local import LocalSource
-from rankload.loader.ranges.open import open_range_source
-from rankload.loader.ranges.servers import RangeServers
+from rankload.loader.ranges.engine import ObjectRead, read_ranges
+from rankload.loader.ranges.open import RangeServers, open_range_source
 from rankload.loader.ranges.targets import MemoryTarget
 from rankload.loader.ranges.window import WindowSource
 from rankload.loader.stores.base import ObjectInfo
@@ -39,10 +37,10 @@ from rankload.loader.stores.http import HttpStore
 from test_archive import HOSTILE, PLAIN, SIZE, TYPE, entry, patched_header, tar_bytes
 from test_fetch_ranges import MODEL_BYTES, TESTS, a_module, load_local, moved, saved  # noqa: F401
 
-LARGE = SMALL_BYTES + 1000
+LARGE = SMALL_MEMBER_BYTES + 1000
 
 
-class Counting(LocalSource):
+class Counting(FileSource):
     """A file as if it were far away."""
 
     requests = 0
@@ -78,7 +76,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = st.lists(
     st.text(alphabet="abé", min_size=1, max_size=60), min_size=1, max_size=5
 ).map("/".join)  # fmt: skip
-SIZES = st.sampled_from([0, 1, 511, 512, 513, 1024, 70_000, SMALL_BYTES, LARGE])
+SIZES = st.sampled_from([0, 1, 511, 512, 513, 1024, 70_000, SMALL_MEMBER_BYTES, LARGE])
 FORMS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 
 
@@ -424,7 +422,7 @@ def test_windows_share_the_connections_of_the_whole(tmp_path: Path) -> None:
         window = WindowSource(source, base, 100_000, object_name="a", described=f"a:{base}")
         got.append(bytearray(100_000))
         target = MemoryTarget([(0, memoryview(got[-1]))])
-        readings.append(Reading(window, [ByteRange(0, 100_000)], target))
+        readings.append(ObjectRead(window, [ByteRange(0, 100_000)], target))
     read_ranges(readings, quiet, chunk_bytes=10_000)
     assert b"".join(got) == data
     assert source.most_at_once == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rankload.loader.errors import LayoutError, MismatchError
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.tensors import Reader
+from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.ignore import ignore
 from rankload.loader.sources.single_file import read_layout
 from rankload.loader.state import State
@@ -77,7 +77,7 @@ def restore(
     plan = plan_state(state, contents, whole, weights_only=False, **options)
     plan.mismatch.raise_if_any(str(path), strict=strict)
     changes: list[str] = []
-    apply_state(plan, Reader(), changes.append, strict=strict, realise_options={"file": str(path)})
+    apply_state(plan, TensorReader(), changes.append, strict=strict, realise_options={"file": str(path)})
     return plan, changes
 
 

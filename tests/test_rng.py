@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rankload.loader.errors import FormatError
-from rankload.loader.rng import apply_state, capture_rng, complete_states, decode, encode, restore_rng
+from rankload.loader.rng import apply_rng, capture_rng, complete_states, decode, encode, restore_rng
 
 
 def draws() -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ def test_capture_and_apply_repeat_the_draws() -> None:
     assert set(state) >= {"python", "numpy", "torch"}
     first = draws()
     assert draws() != first
-    apply_state(state)
+    apply_rng(state)
     assert draws() == first
 
 
@@ -38,7 +38,7 @@ def test_the_way_between_ranks_keeps_every_bit() -> None:
     state = capture_rng()
     sent = decode(encode(state))
     first = draws()
-    apply_state(sent)
+    apply_rng(sent)
     assert draws() == first
     assert sent["python"] == state["python"]
     assert torch.equal(sent["torch"], state["torch"])
@@ -52,7 +52,7 @@ def test_lists_and_other_integers_are_taken_as_states() -> None:
         "torch": state["torch"].tolist(),
     }
     first = draws()
-    apply_state(loose)
+    apply_rng(loose)
     assert draws() == first
 
 
@@ -69,9 +69,9 @@ def test_lists_and_other_integers_are_taken_as_states() -> None:
 def test_a_broken_state_changes_no_generator(broken: dict[str, Any]) -> None:
     state = capture_rng()
     with pytest.raises(FormatError, match=f"rng/{next(iter(broken))} is no random state"):
-        apply_state({**state, **broken})
+        apply_rng({**state, **broken})
     first = draws()
-    apply_state(state)
+    apply_rng(state)
     assert draws() == first
 
 
@@ -85,9 +85,9 @@ def test_states_that_lack_are_derived_the_same_every_time_and_all_differ(seed: i
     assert [text.split(" (")[0] for text in derived] == [f"rng of rank {rank}" for rank in (1, 2, 3)]
     seen = []
     for state, other in zip(states, again, strict=True):
-        apply_state(state)
+        apply_rng(state)
         first = draws()
-        apply_state(other)
+        apply_rng(other)
         assert draws() == first
         assert first not in seen
         seen.append(first)
@@ -128,7 +128,7 @@ def test_without_any_state_none_is_made_up(saved: list[None]) -> None:
 def test_nothing_to_restore_is_warned_of() -> None:
     state = capture_rng()
     first = draws()
-    apply_state(state)
+    apply_rng(state)
     with pytest.warns(UserWarning, match="no RNG states to restore"):
         restore_rng(None)
     assert draws() == first

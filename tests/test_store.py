@@ -33,7 +33,7 @@ def nothing(n_bytes: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_http, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(store_http, "DOWNLOAD_BACKOFF_S", 0.01)
 
 
 # ---------------------------------------------------------------- which store
@@ -138,7 +138,7 @@ def test_statuses(tmp_path: Path) -> None:
             assert server.gets(path) == 1
         with pytest.raises(AccessError, match="500"):
             store.download(server.url("/broken"), target, nothing)
-        assert server.gets("/broken") == store_http.ATTEMPTS
+        assert server.gets("/broken") == store_http.DOWNLOAD_ATTEMPTS
     assert os.listdir(tmp_path) == []
 
 

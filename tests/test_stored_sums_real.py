@@ -90,7 +90,7 @@ def test_s3_in_parts(seaweedfs_server: Any, tmp_path: Path, algorithm: str, kind
 def test_s3_of_parts_whose_ends_are_not_told(
     seaweedfs_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankload.loader.stores import s3_sums
+    from rankload.loader.stores import sums as s3_sums
 
     monkeypatch.setattr(s3_sums, "_part_sizes", lambda files, place: ())
     url = put_s3(seaweedfs_server, "parts-unknown", "CRC32C", "COMPOSITE")

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rankload.loader import State, load
-from rankload.loader.receipt import StageRecord
-from rankload.loader.trace import trace_events, write_trace
+from rankload.loader.receipt import StageRecord, trace_events, write_trace
 
 
 def test_events_of_two_nodes() -> None:

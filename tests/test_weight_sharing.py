@@ -14,7 +14,7 @@ from processes import run_ranks
 from rankload.loader.byte_ranges import union
 from rankload.loader.cache.homes import available_bytes
 from rankload.loader.verify import weight_regions
-from rankload.loader.verify.shared_memory import NodeImage
+from rankload.loader.verify.shared_memory import SharedMemory
 from rankload.loader.verify.weight_regions import APART, FILE, MASTERS, RegionOffer, deal_regions
 from test_journey import ENVIRONMENT, needs_deepspeed
 from test_reshard import save
@@ -72,16 +72,18 @@ def test_regions_do_not_overlap_in_the_image() -> None:
 
 
 def test_an_image_is_seen_by_another_process_and_leaves_nothing(tmp_path: Path) -> None:
-    with NodeImage.make(10_000) as image:
+    with SharedMemory.make(10_000) as image:
         pid = os.fork()
         if pid == 0:
-            with NodeImage.open(image.handle.replace(str(os.getpid()), str(os.getppid())), 10_000) as other:
+            with SharedMemory.open(
+                image.handle.replace(str(os.getpid()), str(os.getppid())), 10_000
+            ) as other:
                 other.memory[9_999:] = b"x"
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         assert image.memory[9_998:] == b"\0x"
         with pytest.raises(OSError, match="expected 9999"):
-            NodeImage.open(image.handle, 9_999)
+            SharedMemory.open(image.handle, 9_999)
         handle = image.handle
     assert not os.path.exists(handle)
     assert available_bytes() > 0

@@ -19,7 +19,7 @@ from rankload.loader.stores import digests as digest_module
 from rankload.loader.stores.digests import new_digest
 from rankload.loader.stores.local import LocalStore
 from rankload.loader.stores.locate import locate
-from rankload.loader.stores.manifest_find import find_manifests, key_of, known_sums
+from rankload.loader.stores.manifest import find_manifests, key_of, known_sums
 
 NAME = "/folder/model file.pt.gz"
 URL = NAME.replace(" ", "%20")

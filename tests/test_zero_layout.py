@@ -18,7 +18,7 @@ from rankload.loader.saved.values import InertObject, LazyTensor, StorageRef
 from rankload.loader.sources.zero.contents import (
     ShardedTensor,
     ZeroContents,
-    wanted_of,
+    kept_parts,
     zero_contents,
     zero_tree,
 )
@@ -213,7 +213,7 @@ def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
     adam = tree["state"]["optimizers"]["AdamW"]
     assert adam["state"]["odd"]["exp_avg"].shape == (7,)
     assert [group["params"][0] for group in adam["param_groups"]] == ["wte.weight", "odd"]
-    everything = wanted_of(tree, contents)
+    everything = kept_parts(tree, contents)
     assert ("odd", "step") in everything.states
     kept = ignore(
         tree,
@@ -226,7 +226,7 @@ def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
             "state/engine/overflow",
         ],
     ).tree
-    wanted = wanted_of(kept, contents)
+    wanted = kept_parts(kept, contents)
     assert everything.model - wanted.model == {"frozen.weight"}
     assert everything.states - wanted.states == {("odd", "exp_avg")}
     assert list(wanted.groups) == [1]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from rankload.loader.errors import RankloadError
 from rankload.loader.formats.torch_file import read_index
-from rankload.loader.materialize.objects import realise
-from rankload.loader.materialize.tensors import Reader
+from rankload.loader.materialize.objects import materialize
+from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.values import InertObject
 
 DATA = Path(__file__).parent / "data"
@@ -39,7 +39,7 @@ def fixture_files(folder: Path) -> Iterator[Path]:
 
 
 def read_whole(path: Path | str, **options: Any) -> Any:
-    return realise(read_index(str(path)).tree, reader=Reader(), file=str(path), **options)
+    return materialize(read_index(str(path)).tree, reader=TensorReader(), file=str(path), **options)
 
 
 def same(got: Any, want: Any, where: str = "") -> None:

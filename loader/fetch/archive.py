@@ -88,12 +88,11 @@ def unpack(
     described: str | None = None,
     limit: int,
     on_bytes: OnBytes | None = None,
-    wanted: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """Unpacks the tar at `path` (plain or compressed) into `folder`; the names of its regular files.
 
     `folder` must exist; several archives may be unpacked into one, as long as no file occurs twice. At most
-    `limit` bytes are written. `wanted` chooses members by name. Modes, owners and times are not kept.
+    `limit` bytes are written. Modes, owners and times are not kept.
 
     Raises `UnsafeError` for a member that does not belong into a checkpoint, `CorruptError` for a damaged or
     truncated archive, `FormatError` where `path` is no tar. What was written by then is left to the caller.
@@ -102,8 +101,6 @@ def unpack(
     names = []
     with _opened(path, shown, limit=limit) as (source, checked):
         for info, name in checked:
-            if wanted is not None and not info.isdir() and not wanted(name):
-                continue
             target = os.path.join(folder, *name.split("/")) if name else folder
             if info.isdir():
                 _make_folder(target, name, shown)

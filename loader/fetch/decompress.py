@@ -68,11 +68,6 @@ class Expanded:
     ) -> None:
         self._file.close()
 
-    @property
-    def consumed(self) -> int:
-        """Bytes of the compressed file taken in so far."""
-        return self._file.tell()
-
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes, fewer at the end only."""
         parts = []

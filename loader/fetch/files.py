@@ -18,7 +18,7 @@ from ..ranges.workers import Stop, run_jobs
 from ..stores.base import Store
 from ..stores.symlinks import resolve
 from .needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
-from .origin import Origin
+from .remote_files import ObjectPart
 from .room_check import agree_on_room
 from .whole import Tally, obtain, whole_bytes
 
@@ -51,7 +51,7 @@ class FetchedFile:
     seconds: float
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
-    parts: Mapping[str, Origin] = field(default_factory=dict)
+    parts: Mapping[str, ObjectPart] = field(default_factory=dict)
     """Where it comes from, if its index alone is there (under ``""``); of an archive, its members of which that is so.
     The rest comes by `fetch_ranges`."""
     compared_by: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ def fetch_files(
 
 
 def _from_record(record: Mapping[str, Any]) -> FetchedFile:
-    parts = {member: Origin(**origin) for member, origin in record["parts"].items()}
+    parts = {member: ObjectPart(**origin) for member, origin in record["parts"].items()}
     return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "parts": parts})
 
 
@@ -220,11 +220,6 @@ class FetchWatch:
         # A stall is told above, so this may be called whether or not something moved: it is how a failure of
         # another rank gets here.
         self._channel.progress(**self.tally.counters())
-
-
-def _value(told: Any) -> Any:
-    """A field as it was before it was JSON."""
-    return tuple(told) if isinstance(told, list) else told
 
 
 def _job(work: Any, name: str) -> Any:

@@ -28,66 +28,66 @@ Ranges = Mapping[str, Sequence[ByteRange]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class FetchRequest:
     """What one rank wants."""
 
     node: int
     wanted: Ranges
-    straight: Ranges = field(default_factory=dict)
+    direct: Ranges = field(default_factory=dict)
     """Of `wanted`, what it can take into its own memory as it is."""
 
 
 @dataclass(slots=True)
-class Errand:
+class FetchPlan:
     """What one rank is to do. All but `straight` is empty on ranks that do not fetch for their node."""
 
     bring: dict[str, list[ByteRange]] = field(default_factory=dict)
     """From the store into the node's file."""
     take: dict[int, dict[str, list[ByteRange]]] = field(default_factory=dict)
     """From the node's file of another rank, by that rank, into the own node's."""
-    straight: dict[str, list[ByteRange]] = field(default_factory=dict)
+    direct: dict[str, list[ByteRange]] = field(default_factory=dict)
     """From the store into this rank's memory, as it restores."""
 
 
-def deal_errands(wishes: Sequence[Wish], mode: Mode) -> list[Errand]:
+def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
     """Each rank's errand, by rank. The first rank of each node fetches for it."""
-    errands = [Errand() for _ in wishes]
+    plans = [FetchPlan() for _ in requests]
     leaders: dict[int, int] = {}
     members: dict[int, list[int]] = {}
-    for rank, wish in enumerate(wishes):
-        leaders.setdefault(wish.node, rank)
-        members.setdefault(wish.node, []).append(rank)
+    for rank, request in enumerate(requests):
+        leaders.setdefault(request.node, rank)
+        members.setdefault(request.node, []).append(rank)
     for node, ranks in members.items():
         if mode in ("direct", "auto"):
-            _deal_straight(wishes, ranks, errands, AUTO_FROM_BYTES if mode == "auto" else 1)
-        bring = errands[leaders[node]].bring
-        for file in dict.fromkeys(name for rank in ranks for name in wishes[rank].wanted):
-            wanted = union(*(wishes[rank].wanted.get(file, ()) for rank in ranks))
-            direct = union(*(errands[rank].straight.get(file, ()) for rank in ranks))
-            left = subtract(wanted, direct)
+            _plan_direct(requests, ranks, plans, AUTO_FROM_BYTES if mode == "auto" else 1)
+        bring = plans[leaders[node]].bring
+        for file in dict.fromkeys(name for rank in ranks for name in requests[rank].wanted):
+            wanted = union(*(requests[rank].wanted.get(file, ()) for rank in ranks))
+            taken_direct = union(*(plans[rank].direct.get(file, ()) for rank in ranks))
+            left = subtract(wanted, taken_direct)
             if left:
                 bring[file] = list(left)
     if mode == "job" and len(leaders) > 1:
-        _share_out(errands, sorted(leaders.values()))
-    return errands
+        _share_out(plans, sorted(leaders.values()))
+    return plans
 
 
-def _deal_straight(
-    wishes: Sequence[Wish], ranks: Sequence[int], errands: Sequence[Errand], least: int
+def _plan_direct(
+    requests: Sequence[FetchRequest], ranks: Sequence[int], plans: Sequence[FetchPlan], least: int
 ) -> None:
     for rank in ranks:
-        for file, straight in wishes[rank].straight.items():
-            others = [wishes[other].wanted.get(file, ()) for other in ranks if other != rank]
-            private = [one for one in subtract(straight, union(*others)) if one.length >= least]
+        for file, direct in requests[rank].direct.items():
+            others = [requests[other].wanted.get(file, ()) for other in ranks if other != rank]
+            private = [one for one in subtract(direct, union(*others)) if one.length >= least]
             if private:
-                errands[rank].straight[file] = private
+                plans[rank].direct[file] = private
 
 
-def _share_out(errands: Sequence[Errand], leaders: Sequence[int]) -> None:
+def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
     """Leaves each byte in one leader's `bring`, and puts it into the others' `take`."""
     load = dict.fromkeys(leaders, 0)
-    for file in dict.fromkeys(name for rank in leaders for name in errands[rank].bring):
-        by_rank = {rank: errands[rank].bring.pop(file, []) for rank in leaders}
+    for file in dict.fromkeys(name for rank in leaders for name in plans[rank].bring):
+        by_rank = {rank: plans[rank].bring.pop(file, []) for rank in leaders}
         starts = {rank: [one.start for one in ranges] for rank, ranges in by_rank.items()}
         cuts = {edge for ranges in by_rank.values() for one in ranges for edge in one}
         low, high = min(cuts), max(cuts)
@@ -103,36 +103,36 @@ def _share_out(errands: Sequence[Errand], leaders: Sequence[int]) -> None:
             giver = min(wanting, key=lambda rank: load[rank])
             load[giver] += stop - start
             for rank in wanting:
-                errand = errands[rank]
-                taken = errand.bring if rank == giver else errand.take.setdefault(giver, {})
+                plan = plans[rank]
+                taken = plan.bring if rank == giver else plan.take.setdefault(giver, {})
                 taken.setdefault(file, []).append(ByteRange(start, stop))
     for rank in leaders:
-        for own in (errands[rank].bring, *errands[rank].take.values()):
+        for own in (plans[rank].bring, *plans[rank].take.values()):
             for file, pieces in own.items():
                 own[file] = list(union(pieces))
 
 
-def encode_wish(wish: Wish) -> Any:
+def encode_request(request: FetchRequest) -> Any:
     """As JSON types, for the way between ranks."""
-    return [wish.node, _encode(wish.wanted), _encode(wish.straight)]
+    return [request.node, _encode(request.wanted), _encode(request.direct)]
 
 
-def decode_wish(record: Any) -> Wish:
-    """What `encode_wish` made."""
-    node, wanted, straight = record
-    return Wish(node, _decode(wanted), _decode(straight))
+def decode_request(record: Any) -> FetchRequest:
+    """What `encode_request` made."""
+    node, wanted, direct = record
+    return FetchRequest(node, _decode(wanted), _decode(direct))
 
 
-def encode_errand(errand: Errand) -> Any:
+def encode_plan(plan: FetchPlan) -> Any:
     """As JSON types, for the way between ranks."""
-    take = [[rank, _encode(ranges)] for rank, ranges in errand.take.items()]
-    return [_encode(errand.bring), take, _encode(errand.straight)]
+    take = [[rank, _encode(ranges)] for rank, ranges in plan.take.items()]
+    return [_encode(plan.bring), take, _encode(plan.direct)]
 
 
-def decode_errand(record: Any) -> Errand:
-    """What `encode_errand` made."""
-    bring, take, straight = record
-    return Errand(_decode(bring), {rank: _decode(ranges) for rank, ranges in take}, _decode(straight))
+def decode_plan(record: Any) -> FetchPlan:
+    """What `encode_plan` made."""
+    bring, take, direct = record
+    return FetchPlan(_decode(bring), {rank: _decode(ranges) for rank, ranges in take}, _decode(direct))
 
 
 def _encode(ranges: Ranges) -> dict[str, list[int]]:

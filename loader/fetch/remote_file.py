@@ -16,7 +16,7 @@ from ..cache.records import PARTS, product_name
 from ..checksums import crc32
 from ..errors import RankloadError
 from ..ranges.base import RangeSource
-from ..ranges.engine import Reading, read_ranges
+from ..ranges.engine import ObjectRead, read_ranges
 from ..ranges.targets import FileTarget
 from ..stores.base import ObjectInfo, OnBytes, Store
 
@@ -61,7 +61,7 @@ class RemoteFile:
         """How much of it is not here."""
         return sum(one.length for one in self._partial.missing([ByteRange(0, self.source.size_bytes)]))
 
-    def reading(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> Reading | None:
+    def reading(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> ObjectRead | None:
         """What is to be read, of the store or of `peer`, so that `ranges` are here; None where all of them are."""
         whole = ByteRange(0, self.source.size_bytes)
         missing = self._partial.missing(
@@ -70,8 +70,8 @@ class RemoteFile:
         if not missing:
             return None
         if peer is not None:
-            return Reading(peer, missing, self._target, self._taken, reads_along=False)
-        return Reading(self.source, missing, self._target, self._landed)
+            return ObjectRead(peer, missing, self._target, self._taken, reads_along=False)
+        return ObjectRead(self.source, missing, self._target, self._landed)
 
     def adopt(self, other: RemoteFile, base: int) -> None:
         """Takes over what has landed of `other`, in which this object begins at byte `base`."""

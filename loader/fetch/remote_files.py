@@ -6,26 +6,25 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..cache.holes import Landed
+from ..errors import CorruptError
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
 from ..http.connections import Connections
 from ..ranges.base import RangeSource
-from ..ranges.engine import Reading, ReadReport, read_ranges
-from ..ranges.open import open_range_source
-from ..ranges.servers import RangeServers
+from ..ranges.engine import ObjectRead, ReadReport, read_ranges
+from ..ranges.open import RangeServers, open_range_source
 from ..ranges.targets import FileTarget
+from ..ranges.window import WindowSource
 from ..ranges.workers import Stop
 from ..store_errors import TryAgainError
 from ..stores.base import ObjectInfo, OnBytes, Store
-from .begun import Begun, origin_of
-from .known_parts import KnownParts
 from .remote_file import RemoteFile, open_remote_file
 from .tars import RemoteArchive, open_archive
 from .whole_checks import Compared, WholeChecks
@@ -52,7 +51,7 @@ class RemoteFiles:
         self.checks = checks or WholeChecks("off")
         self._compared: dict[str, Compared] = {}
         self._files: dict[str, RemoteFile] = {}
-        self._begun: dict[tuple[str, str], Begun] = {}
+        self._begun: dict[tuple[str, str], InParts] = {}
         """By store and object."""
         self._archives: dict[str, RemoteArchive] = {}
         self._indexes: dict[str, FileIndex] = {}
@@ -88,7 +87,7 @@ class RemoteFiles:
         cache: NodeCache,
         load_id: str,
         on_bytes: OnBytes,
-    ) -> Begun | None:
+    ) -> InParts | None:
         """Opens a torch zip, or a tar that may hold some, and brings its index here; None for anything else.
 
         One that was begun before, for another rank, is told of as it is. Called from several threads. None for stores
@@ -107,7 +106,7 @@ class RemoteFiles:
 
     def _begin(
         self, store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, on_bytes: OnBytes
-    ) -> Begun | None:
+    ) -> InParts | None:
         described = store.describe(info.name)
         if not self.may_come_in_parts(info):
             return None
@@ -130,7 +129,7 @@ class RemoteFiles:
                 index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
                 with self._lock:
                     self._files[file.path], self._indexes[file.path] = file, index
-                begun = Begun(file.path, "file", size, file.fetched_bytes, (), {"": origin_of(info, source)})
+                begun = InParts(file.path, "file", size, file.fetched_bytes, (), {"": part_of(info, source)})
             elif kind == "tar" and size > SMALL_ARCHIVE_BYTES:
                 archive = open_archive(file, info.name, described, HEAD_AND_TAIL_BYTES, on_bytes)
                 if archive is not None:
@@ -138,14 +137,14 @@ class RemoteFiles:
                         self._files |= {file.path: file, **archive.files}
                         self._indexes |= archive.indexes
                         self._archives[archive.path] = archive
-                    begun = Begun(
+                    begun = InParts(
                         archive.path,
                         "archive",
                         size,
                         archive.fetched_bytes,
                         archive.members,
                         {
-                            name: origin_of(info, archive.files[os.path.join(archive.path, name)].source)
+                            name: part_of(info, archive.files[os.path.join(archive.path, name)].source)
                             for name in archive.parts
                         },
                     )
@@ -166,7 +165,7 @@ class RemoteFiles:
         try:
             target = FileTarget(path, source.size_bytes)
             try:
-                read_ranges([Reading(source, [ByteRange(0, source.size_bytes)], target)], on_bytes)
+                read_ranges([ObjectRead(source, [ByteRange(0, source.size_bytes)], target)], on_bytes)
             finally:
                 target.close()
             return True
@@ -276,3 +275,127 @@ class RemoteFiles:
 def _smallest(info: ObjectInfo) -> int:
     """The size up to which an object comes whole."""
     return SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPart:
+    """An object at one version, or a part of it, for other ranks to open, too."""
+
+    object_name: str
+    size_bytes: int
+    """Of the whole object."""
+    told_version: str | None
+    """As the store tells it (`store.ObjectInfo`)."""
+    version: str | None
+    """As its range source does."""
+    base: int = 0
+    """Where the file begins in the object: an archive's member."""
+    nbytes: int | None = None
+    """Of the file; None where it is the whole object."""
+
+
+@dataclass(frozen=True)
+class InParts:
+    """An object that comes in parts."""
+
+    path: str
+    """On this node: its file, or an archive's folder."""
+    kind: Literal["file", "archive"]
+    size_bytes: int
+    fetched_bytes: int
+    """So far, by this load."""
+    members: tuple[str, ...] = ()
+    """An archive's regular files, relative to `path`."""
+    parts: Mapping[str, ObjectPart] = field(default_factory=dict)
+    """Where those of them come from that come in parts; of a file that does, itself, under ``""``."""
+
+
+def part_of(info: ObjectInfo, source: RangeSource) -> ObjectPart:
+    """Where a source's bytes come from, for other ranks."""
+    if not isinstance(source, WindowSource):
+        return ObjectPart(info.name, source.size_bytes, info.version, source.version)
+    whole = source.whole
+    return ObjectPart(
+        info.name, whole.size_bytes, info.version, whole.version, source.base, source.size_bytes
+    )
+
+
+class KnownParts:
+    """Filled as files are fetched; `connections` gives those that all sources share."""
+
+    def __init__(self, connections: Callable[[], Connections]) -> None:
+        self._connections = connections
+        self._known: dict[str, tuple[str, ObjectPart]] = {}
+        self._path_of: dict[str, str] = {}
+        self._sources: dict[str, RangeSource] = {}
+        self._own_bytes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def note(self, path: str, name: str, origin: ObjectPart) -> None:
+        """The node's file at `path` comes in parts. `name` is what the whole job calls it."""
+        self._known[path] = (name, origin)
+        self._path_of[name] = path
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._known
+
+    def name_of(self, path: str) -> str:
+        """What the whole job calls the file at `path`."""
+        return self._known[path][0]
+
+    def path_of(self, name: str) -> str:
+        """Where the file is on this node."""
+        return self._path_of[name]
+
+    def find(self, name: str) -> str | None:
+        """The same; None where this node does not have it."""
+        return self._path_of.get(name)
+
+    def open_source(self, store: Store, path: str) -> RangeSource:
+        """The bytes behind the node's file at `path`, for this rank to read itself.
+
+        Raises as `open_range_source` does, and `CorruptError` where the object is another version by now.
+        """
+        name, origin = self._known[path]
+        with self._lock:
+            if origin.object_name not in self._sources:
+                self._sources[origin.object_name] = self._open(store, name, origin)
+            source = self._sources[origin.object_name]
+        if origin.nbytes is None:
+            return source
+        return WindowSource(
+            source, origin.base, origin.nbytes, object_name=origin.object_name, described=name
+        )
+
+    def add_fetched(self, by_path: Mapping[str, int]) -> None:
+        """Notes what this rank read of files past the node's."""
+        for path, n_bytes in by_path.items():
+            self._own_bytes[path] = self._own_bytes.get(path, 0) + n_bytes
+
+    def own_bytes(self, path: str) -> int:
+        """What this rank read for itself alone of the file at `path`, or of the archive whose folder that is."""
+        return sum(
+            n_bytes
+            for each, n_bytes in self._own_bytes.items()
+            if path and (each == path or each.startswith(f"{path}/"))
+        )
+
+    def close(self) -> None:
+        """Closes the sources."""
+        for source in self._sources.values():
+            source.close()
+
+    def _open(self, store: Store, name: str, origin: ObjectPart) -> RangeSource:
+        info = ObjectInfo(origin.object_name, origin.size_bytes, origin.told_version)
+        try:
+            source = open_range_source(store, info, self._connections())
+        except TryAgainError as error:
+            raise error.error from error
+        if source is None or (source.version, source.size_bytes) != (origin.version, origin.size_bytes):
+            got = "nothing" if source is None else f"{source.size_bytes} bytes, version {source.version}"
+            raise CorruptError(
+                f"{name}: changed while it was loaded: expected {origin.size_bytes} bytes, version "
+                f"{origin.version}, got {got}",
+                path=name,
+            )
+        return source

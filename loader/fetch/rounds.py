@@ -14,11 +14,19 @@ from ..ranges.direct import DirectReads
 from ..ranges.peer import PeerSource
 from ..ranges.workers import Stop, run_jobs
 from .files import FetchWatch
-from .plan import Errand, Wish, deal_errands, decode_errand, decode_wish, encode_errand, encode_wish
+from .plan import (
+    FetchPlan,
+    FetchRequest,
+    decode_plan,
+    decode_request,
+    encode_plan,
+    encode_request,
+    plan_fetch,
+)
 from .room_check import agree_on_room
 from .whole import Tally
 
-Wanted = dict[str, list[ByteRange]]
+WantedRanges = dict[str, list[ByteRange]]
 """Path on this node to the ranges of its file."""
 
 
@@ -26,19 +34,19 @@ Wanted = dict[str, list[ByteRange]]
 class Parts:
     """What one rank wants of remote files."""
 
-    wanted: Wanted = field(default_factory=dict)
-    straight: Wanted = field(default_factory=dict)
+    wanted: WantedRanges = field(default_factory=dict)
+    direct: WantedRanges = field(default_factory=dict)
     """Of `wanted`, what can come straight into this rank's tensors."""
 
 
 @dataclass
-class Bringing:
+class FetchRound:
     """What this rank is to fetch: for its node, and for itself."""
 
     opening: Opening
-    bring: Wanted
+    bring: WantedRanges
     """From the store to the node's files."""
-    take: list[tuple[int, PeerAddress, Wanted]]
+    take: list[tuple[int, PeerAddress, WantedRanges]]
     """From other nodes' first ranks."""
     direct: DirectReads
     """What this rank reads from the store as it restores."""
@@ -80,7 +88,7 @@ class Bringing:
         return sum(brought)
 
     def _taking(
-        self, rank: int, address: PeerAddress, wanted: Wanted, tally: Tally
+        self, rank: int, address: PeerAddress, wanted: WantedRanges, tally: Tally
     ) -> Callable[[Stop], None]:
         remote, host = self.opening.remote, self.opening.session.channel.host
         sources: list[PeerSource] = []
@@ -104,7 +112,7 @@ class Bringing:
         return take
 
 
-def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
+def plan_round(opening: Opening, parts: Parts, stage: str) -> FetchRound:
     """What this rank is to do so that all ranks get what they want. Every rank must call.
 
     Raises, on all ranks alike, `AccessError` where a node has no room for it.
@@ -112,22 +120,24 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
     session, remote = opening.session, opening.remote
     mode = opening.request.options.mode or "node"
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
-    wish = Wish(session.topology.node_rank, _named(opening, parts.wanted), _named(opening, parts.straight))
+    request = FetchRequest(
+        session.topology.node_rank, _named(opening, parts.wanted), _named(opening, parts.direct)
+    )
     address = remote.serve(session.channel.host).as_record() if serves else None
 
     def deal(told: Sequence[Any]) -> list[Any]:
-        errands = deal_errands([decode_wish(wish) for wish, _ in told], mode)
-        return [[encode_errand(one), [[rank, told[rank][1]] for rank in one.take]] for one in errands]
+        plans = plan_fetch([decode_request(request) for request, _ in told], mode)
+        return [[encode_plan(one), [[rank, told[rank][1]] for rank in one.take]] for one in plans]
 
-    dealt, addresses = session.channel.deal(f"{stage}: ranges", [encode_wish(wish), address], deal)
-    errand: Errand = decode_errand(dealt)
+    dealt, addresses = session.channel.deal(f"{stage}: ranges", [encode_request(request), address], deal)
+    plan: FetchPlan = decode_plan(dealt)
     peers = {rank: PeerAddress.from_record(record) for rank, record in addresses}
-    bringing = Bringing(
+    fetch_round = FetchRound(
         opening,
-        _placed(opening, errand.bring),
-        [(rank, peers[rank], _placed(opening, wanted)) for rank, wanted in errand.take.items()],
+        _placed(opening, plan.bring),
+        [(rank, peers[rank], _placed(opening, wanted)) for rank, wanted in plan.take.items()],
         DirectReads(
-            _placed(opening, errand.straight),
+            _placed(opening, plan.direct),
             lambda path: remote.known.open_source(opening.store, path),
             _telling(opening),
             n_neighbours=session.topology.local_world_size,
@@ -137,17 +147,17 @@ def plan_bringing(opening: Opening, parts: Parts, stage: str) -> Bringing:
         session.channel,
         session.topology.node_rank,
         opening.cache,
-        bringing.room(),
+        fetch_round.room(),
         stage,
-        beside=bringing.direct.nbytes,
+        beside=fetch_round.direct.nbytes,
     )
     if session.topology.rank == 0:
         # Known here at once, while what the others count comes with their beats.
         session.channel.progress(bytes_planned=planned)
-    return bringing
+    return fetch_round
 
 
-def _named(opening: Opening, wanted: Wanted) -> Wanted:
+def _named(opening: Opening, wanted: WantedRanges) -> WantedRanges:
     """By what the whole job calls the files, those that come in parts."""
     return {
         opening.remote.known.name_of(path): ranges
@@ -156,7 +166,7 @@ def _named(opening: Opening, wanted: Wanted) -> Wanted:
     }
 
 
-def _placed(opening: Opening, ranges: Wanted) -> Wanted:
+def _placed(opening: Opening, ranges: WantedRanges) -> WantedRanges:
     return {opening.remote.known.path_of(name): pieces for name, pieces in ranges.items()}
 
 

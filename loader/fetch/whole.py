@@ -18,7 +18,7 @@ from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.symlinks import resolve_link
 from .archive import is_tar, unpack
 from .decompress import COMPRESSED, Expanded
-from .origin import Origin
+from .remote_files import ObjectPart
 from .whole_checks import NOTHING, Compared, WholeChecks, from_details
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Obtained:
     members: tuple[str, ...]
     partial: bool = False
     """Whether it was not fetched whole (`remote_files`)."""
-    parts: Mapping[str, Origin] = field(default_factory=dict)
+    parts: Mapping[str, ObjectPart] = field(default_factory=dict)
     """Where those files come from of which the index alone was fetched so far; see `fetch.FetchedFile`."""
     compared: Compared = NOTHING
 

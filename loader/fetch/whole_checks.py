@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CorruptError, RankloadError
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.digests import Digest, new_digest, packages_of
-from ..stores.manifest_find import KnownSum, key_of
+from ..stores.manifest import KnownSum, key_of
 from ..stores.sums import StoredSum, fastest_first
 
 _READ_BYTES = 4 << 20

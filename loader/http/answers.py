@@ -70,7 +70,7 @@ def content_length(headers: Headers) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def check_part(headers: Headers, start: int, stop: int, pin: Pin, described: str) -> int:
+def check_partial_answer(headers: Headers, start: int, stop: int, pin: Pin, described: str) -> int:
     """How many bytes from `start` on a 206 answer carries: ``stop - start``, or fewer but one at least.
 
     Raises `CorruptError` for an object that has changed, `AccessError` for an answer to some other question.
@@ -94,7 +94,7 @@ def check_part(headers: Headers, start: int, stop: int, pin: Pin, described: str
     return got_stop - start
 
 
-def check_whole(headers: Headers, pin: Pin, described: str) -> None:
+def check_whole_answer(headers: Headers, pin: Pin, described: str) -> None:
     """Raises `CorruptError` where a 200 answer is not the object that `pin` fixes."""
     check_unchanged(headers, pin, described)
     _check_identity(headers, described)

@@ -15,21 +15,20 @@ import torch
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..formats.pickle.arrays import SealedDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
-from ..formats.pickle.known import ATTRIBUTE_DICT, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
+from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
 from ..saved.tree import join_path, tensors
 from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor, StorageRef
-from .numpy_random import realise_random
 from .safe_types import SafeTypes, require_safe, unsafe
-from .tensors import CopyRequest, Reader, torch_dtype
+from .tensors import CopyRequest, TensorReader, torch_dtype
 
 MAX_DEPTH = 300
 _ALIGNMENT = 16
 
 
-def realise(
+def materialize(
     tree: Any,
     *,
-    reader: Reader,
+    reader: TensorReader,
     safe_types: Sequence[str | type] = (),
     path: str = "",
     file: str = "",
@@ -51,7 +50,7 @@ def realise(
 
 
 def _read_storages(
-    tree: Any, path: str, reader: Reader, device: str | torch.device
+    tree: Any, path: str, reader: TensorReader, device: str | torch.device
 ) -> dict[StorageRef, tuple[int, torch.Tensor]]:
     """For each storage, the part of it that its tensors reach, as (first byte, bytes)."""
     extents: dict[StorageRef, tuple[int, int, str]] = {}
@@ -270,6 +269,41 @@ _PLAIN_TYPES: dict[str, type] = {
     for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
 }
 
+
+def random_generator(value: InertObject) -> Any:
+    """The generator that a pickled one of ``numpy.random`` stands for; its seed sequence is left out.
+
+    ``value`` has real fields. What is neither a generator nor a bit generator stays as it is. Raises
+    `CorruptError` where the state does not fit, as NumPy finds.
+    """
+    name = value.global_name.rpartition(".")[2]
+    if name == "__randomstate_ctor":
+        made: Any = np.random.RandomState(_bit_generator(value.args[0] if value.args else "MT19937"))
+    elif name == "__generator_ctor":
+        made = np.random.Generator(_bit_generator(value.args[0] if value.args else "MT19937"))
+    elif name == "__bit_generator_ctor" or name in BIT_GENERATORS:
+        made = _bit_generator(value.args[0] if value.args else name)
+    else:
+        return value
+    state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+    if isinstance(state, dict):
+        target = made.bit_generator if isinstance(made, np.random.Generator) else made
+        if isinstance(made, np.random.RandomState):
+            made.set_state(state)
+        else:
+            target.state = state
+    return made
+
+
+def _bit_generator(kind: Any) -> Any:
+    if isinstance(kind, np.random.BitGenerator):
+        return kind
+    name = kind.name.rpartition(".")[2] if isinstance(kind, GlobalName) else kind
+    if name not in BIT_GENERATORS:
+        raise CorruptError("a NumPy generator of an unknown kind")
+    return getattr(np.random, name)()
+
+
 _KNOWN_OBJECTS: dict[str, Callable[[InertObject], Any]] = {
     "argparse.Namespace": lambda value: argparse.Namespace(**_attributes(value)),
     "types.SimpleNamespace": lambda value: types.SimpleNamespace(**_attributes(value)),
@@ -284,5 +318,5 @@ _KNOWN_OBJECTS: dict[str, Callable[[InertObject], Any]] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     **dict.fromkeys(ENUMS, lambda value: value.args[0]),
-    **dict.fromkeys(NUMPY_RANDOM, realise_random),
+    **dict.fromkeys(NUMPY_RANDOM, random_generator),
 }

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
-from ..checksums import crc32
+from ..checksums import RangeSums, crc32
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..options import Verify
-from ..range_sums import RangeSums
 from ..ranges.direct import DirectReads, OnLanded, Placement
 from ..saved.values import StorageRef
 
@@ -28,7 +27,7 @@ _SUMMED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StorageSlice:
     """Bytes of a storage that are wanted; ``start`` counts from the storage's first byte.
 
     They are read into ``view`` or, where that is None, into the staging buffer (at most ``STAGING_BYTES`` of
@@ -41,7 +40,7 @@ class Piece:
     use: Callable[[], None] | None = None
 
 
-_Planned = list[tuple[StorageRef, list[Piece]]]
+_Planned = list[tuple[StorageRef, list[StorageSlice]]]
 
 
 class StorageReader:
@@ -124,7 +123,7 @@ class StorageReader:
         if storage.crc32 is not None and storage not in self._checked:
             _Pass(self, storage, (), summed=True).run(())
 
-    def read(self, storage: StorageRef, pieces: Iterable[Piece], names: Sequence[str]) -> None:
+    def read(self, storage: StorageRef, pieces: Iterable[StorageSlice], names: Sequence[str]) -> None:
         """Reads `pieces`, each into its place; ``names`` says for messages whose they are.
 
         Raises `CorruptError` where the file ends first, or the checksum differs: some pieces have been
@@ -135,8 +134,8 @@ class StorageReader:
         _Pass(self, storage, names, summed=summed).run(sorted(pieces, key=lambda piece: piece.start))
 
     def place(
-        self, planned: Sequence[tuple[StorageRef, list[Piece]]]
-    ) -> list[tuple[StorageRef, list[Piece]]]:
+        self, planned: Sequence[tuple[StorageRef, list[StorageSlice]]]
+    ) -> list[tuple[StorageRef, list[StorageSlice]]]:
         """Reads those pieces, of all storages at once, that come straight from the store; returns those that are left.
 
         Raises as `read_ranges` does: some pieces have been written by then.
@@ -178,7 +177,7 @@ class _Pass:
         finally:
             os.close(self.file)
 
-    def run(self, pieces: Sequence[Piece]) -> None:
+    def run(self, pieces: Sequence[StorageSlice]) -> None:
         self.file = self._open()
         try:
             for piece in pieces:
@@ -221,7 +220,7 @@ class _Pass:
         while done < len(view):
             part = view[done : done + step]
             first = self.storage.offset + start + done
-            part, count = self._straight(first, part)
+            part, count = self._direct(first, part)
             if count == 0:
                 self.reader.wait_for(self.storage.file, first, first + len(part))
                 try:
@@ -240,7 +239,7 @@ class _Pass:
             if self.reader.on_bytes is not None:
                 self.reader.on_bytes(count)
 
-    def _straight(self, first: int, view: memoryview) -> tuple[memoryview, int]:
+    def _direct(self, first: int, view: memoryview) -> tuple[memoryview, int]:
         """Reads from the store what of `view`, with the file's bytes from `first` on, never comes to the file.
 
         What of it is to be done now, and how many bytes of that were read so.
@@ -274,7 +273,7 @@ class _Pass:
 
 def divide(
     direct: DirectReads,
-    planned: Sequence[tuple[StorageRef, Sequence[Piece]]],
+    planned: Sequence[tuple[StorageRef, Sequence[StorageSlice]]],
     shares: Mapping[StorageRef, RangeSums],
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[_Planned, dict[str, Placement]]:
@@ -286,7 +285,7 @@ def divide(
     placements: dict[str, Placement] = {}
     storages: dict[str, list[StorageRef]] = {}
     for storage, pieces in planned:
-        kept: list[Piece] = []
+        kept: list[StorageSlice] = []
         placement = placements.get(storage.file) or Placement()
         before = len(placement.pieces)
         for piece in pieces:
@@ -302,7 +301,9 @@ def divide(
     return left, placements
 
 
-def _leave(direct: DirectReads, storage: StorageRef, piece: Piece, placement: Placement) -> Iterator[Piece]:
+def _leave(
+    direct: DirectReads, storage: StorageRef, piece: StorageSlice, placement: Placement
+) -> Iterator[StorageSlice]:
     """Puts what of `piece` comes straight from the store into `placement`; yields the rest."""
     first, view = storage.offset + piece.start, piece.view
     spans = direct.of(storage.file, first, first + piece.nbytes) if view is not None else ()

@@ -14,7 +14,7 @@ from ..options import Verify
 from ..ranges.direct import DirectReads
 from ..saved.strided import Layout, bounded_boxes, row_major_boxes
 from ..saved.values import LazyTensor, StorageRef
-from .storages import STAGING_BYTES, Piece, StorageReader
+from .storages import STAGING_BYTES, StorageReader, StorageSlice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +51,7 @@ class CopyRequest:
         return self.source.numel if self.length is None else self.source_start + self.length
 
 
-class Reader:
+class TensorReader:
     """Reads storages into tensors, and compares them with their checksums.
 
     ``verify`` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each
@@ -87,10 +87,10 @@ class Reader:
         """Returns once bytes ``[start, stop)`` of the file at `path` are there."""
         self._storages.wait_for(path, start, stop)
 
-    def unsummed(self) -> Reader:
+    def unsummed(self) -> TensorReader:
         """One that compares no checksums, and waits as this one does."""
         storages = self._storages
-        other = Reader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
+        other = TensorReader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
         other.waiting(self._storages.on_wait, self._storages.coming)
         other.reading_direct(self._storages.direct)
         return other
@@ -137,7 +137,7 @@ class Reader:
                 by_storage.setdefault(request.source.storage, []).append(request)
         staging = self._buffer(requests)
         with torch.no_grad():
-            planned: list[tuple[StorageRef, list[Piece]]] = []
+            planned: list[tuple[StorageRef, list[StorageSlice]]] = []
             finishers: dict[StorageRef, list[Callable[[], None]]] = {}
             for storage in _in_file_order(by_storage):
                 last = finishers.setdefault(storage, [])
@@ -153,7 +153,7 @@ class Reader:
 def read_tensor(
     source: LazyTensor,
     *,
-    reader: Reader | None = None,
+    reader: TensorReader | None = None,
     device: str | torch.device = "cpu",
     name: str = "tensor",
 ) -> torch.Tensor:
@@ -162,7 +162,7 @@ def read_tensor(
     A tensor that repeats elements of its storage takes no more memory than that; any other is contiguous.
     Without ``reader``, checksums are compared as the bytes are read.
     """
-    reader = Reader() if reader is None else reader
+    reader = TensorReader() if reader is None else reader
     layout = Layout(source.shape, source.stride, source.storage_offset)
     dtype = torch_dtype(source.dtype)
     if layout.span < source.numel:
@@ -193,7 +193,7 @@ def _in_file_order(storages: Iterable[StorageRef]) -> list[StorageRef]:
 
 def _pieces(
     request: CopyRequest, staging: torch.Tensor, finishers: list[Callable[[], None]]
-) -> Iterator[Piece]:
+) -> Iterator[StorageSlice]:
     """What to read for `request`; ``finishers`` gets what is to be done after the storage was read."""
     source, destination = request.source, request.destination.detach()
     dtype = torch_dtype(source.dtype)
@@ -203,7 +203,7 @@ def _pieces(
             # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
             flat = destination.as_strided((destination.numel(),), (1,))
             memory = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            yield Piece(start, len(memory), memory)
+            yield StorageSlice(start, len(memory), memory)
         else:
             yield from _staged(destination, start, dtype, staging)
         return
@@ -228,7 +228,7 @@ def is_plain(destination: torch.Tensor) -> bool:
 
 def _staged(
     destination: torch.Tensor, start: int, dtype: torch.dtype, staging: torch.Tensor
-) -> Iterator[Piece]:
+) -> Iterator[StorageSlice]:
     """A contiguous source into any destination, through the buffer."""
     step = STAGING_BYTES // dtype.itemsize
     shape = tuple(destination.shape)
@@ -246,12 +246,12 @@ def _staged(
                 target.copy_(elements[done : done + box.numel].view(box.sizes))
                 done += box.numel
 
-        yield Piece(start + first * dtype.itemsize, nbytes, use=use)
+        yield StorageSlice(start + first * dtype.itemsize, nbytes, use=use)
 
 
 def _gathered(
     request: CopyRequest, destination: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
-) -> Iterator[Piece]:
+) -> Iterator[StorageSlice]:
     """A strided source, in parts of the buffer's size, into a contiguous or equally shaped destination."""
     source = request.source
     layout = Layout(source.shape, source.stride, source.storage_offset)
@@ -272,7 +272,7 @@ def _gathered(
                 elements = staging[: inner.span * dtype.itemsize].view(dtype)
                 view.copy_(elements.as_strided(inner.shape, inner.stride))
 
-            yield Piece(inner.offset * dtype.itemsize, inner.span * dtype.itemsize, use=use)
+            yield StorageSlice(inner.offset * dtype.itemsize, inner.span * dtype.itemsize, use=use)
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:

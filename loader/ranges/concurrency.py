@@ -28,7 +28,7 @@ SPARE_S = 1.0
 """After a server said that it has too much to do, for so long it is not taken to say so again."""
 
 
-class Pace:
+class Concurrency:
     """Multiplies the connections while that brings more, goes back as far as it does not, and looks again later."""
 
     def __init__(self, start: int = START, most: int = MOST) -> None:

@@ -11,8 +11,8 @@ from typing import BinaryIO, cast
 from ..byte_ranges import ByteRange, total_bytes, union
 from ..stores.base import OnBytes
 from .base import RangeSource
-from .concurrency import MOST, START, Pace
-from .engine import Reading, ReadReport, read_ranges
+from .concurrency import MOST, START, Concurrency
+from .engine import ObjectRead, ReadReport, read_ranges
 from .targets import MemoryTarget
 
 SINGLE_CHUNK_BYTES = 2 << 20
@@ -28,7 +28,7 @@ class Placement:
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
     headers: list[ByteRange] = field(default_factory=list)
     landed: OnLanded | None = None
-    """As in `range_engine.Reading`."""
+    """As in `range_engine.ObjectRead`."""
 
 
 class DirectReads:
@@ -91,7 +91,9 @@ class DirectReads:
                     memory = self._headers[path, header.start] = bytearray(header.length)
                     pieces.append((header.start, memoryview(memory)))
             spans = union((start, start + view.nbytes) for start, view in pieces)
-            readings.append(Reading(self._open_source(path), spans, MemoryTarget(pieces), placement.landed))
+            readings.append(
+                ObjectRead(self._open_source(path), spans, MemoryTarget(pieces), placement.landed)
+            )
             self._add(path, total_bytes(spans))
         if readings:
             self._settle(next(iter(wanted)), read_ranges(readings, self._on_bytes, pace=self._pace()))
@@ -99,7 +101,7 @@ class DirectReads:
     def read(self, path: str, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, which are among `of`'s, now."""
         span = ByteRange(start, start + view.nbytes)
-        reading = Reading(self._open_source(path), [span], MemoryTarget([(start, view)]))
+        reading = ObjectRead(self._open_source(path), [span], MemoryTarget([(start, view)]))
         self._add(path, span.length)
         self._settle(path, read_ranges([reading], self._on_bytes, chunk_bytes=SINGLE_CHUNK_BYTES))
 
@@ -110,10 +112,10 @@ class DirectReads:
             return None
         return lambda _: cast(BinaryIO, _At(bytes(kept), start))
 
-    def _pace(self) -> Pace:
+    def _pace(self) -> Concurrency:
         """A node's ranks together begin with about as many connections as one that fetches for all, and may come to
         twice as many: they have more processors."""
-        return Pace(max(2, START // self._n_neighbours), max(8, 2 * MOST // self._n_neighbours))
+        return Concurrency(max(2, START // self._n_neighbours), max(8, 2 * MOST // self._n_neighbours))
 
     def _add(self, path: str, n_bytes: int) -> None:
         self.fetched_bytes[path] = self.fetched_bytes.get(path, 0) + n_bytes

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from ..byte_ranges import CHUNK_BYTES, union
+from ..byte_ranges import CHUNK_BYTES, ByteRange, coalesce, overlap, split, union
 from ..store_errors import TryAgainError
 from ..stores.base import OnBytes
-from .concurrency import Pace
+from .base import RangeSource
+from .concurrency import Concurrency
 from .retries import Retries
-from .runs import Filling, Reading, Run, chunks
+from .targets import Target
 from .window import shared_source
 from .workers import Stop, run_jobs
 
-__all__ = ["ReadReport", "Reading", "read_ranges"]
+__all__ = ["ObjectRead", "ReadReport", "read_ranges"]
 
 MAX_RUN_BYTES = 64 << 20
 _WAIT_S = 0.05
@@ -42,11 +44,11 @@ class ReadReport:
 
 
 def read_ranges(
-    readings: Iterable[Reading],
+    readings: Iterable[ObjectRead],
     on_bytes: OnBytes,
     *,
     chunk_bytes: int = CHUNK_BYTES,
-    pace: Pace | None = None,
+    pace: Concurrency | None = None,
 ) -> ReadReport:
     """Reads everything that `readings` want, and calls `on_bytes` (as `store.OnBytes` says) in this thread.
 
@@ -54,14 +56,15 @@ def read_ranges(
     beginning. The first error stops all: `NotFoundError`, `AccessError`, `CorruptError`, or what a callback raised.
     At most as many runs of 64 MiB are under way as `pace` has connections.
     """
-    engine = _Engine(list(readings), on_bytes, chunk_bytes, pace or Pace())
+    engine = _Engine(list(readings), on_bytes, chunk_bytes, pace or Concurrency())
     return engine.run()
 
 
 class _Engine:
-    def __init__(self, readings: list[Reading], on_bytes: OnBytes, chunk_bytes: int, pace: Pace) -> None:
+    def __init__(
+        self, readings: list[ObjectRead], on_bytes: OnBytes, chunk_bytes: int, pace: Concurrency
+    ) -> None:
         self._on_bytes = on_bytes
-        self._chunk_bytes = chunk_bytes
         self._pace = pace
         self._readings = [one for one in readings if union(one.ranges)]
         self._queue = deque(chunks(self._readings, chunk_bytes))
@@ -113,7 +116,7 @@ class _Engine:
                     self._by_source[id(shared_source(run.reading.source))] -= 1
                     self._ready.notify()
 
-    def _take(self, stop: Stop) -> Run | None:
+    def _take(self, stop: Stop) -> RangeRequest | None:
         """The next run, once there is a connection for it; None where nothing is left."""
         while True:
             stop.check()
@@ -130,7 +133,7 @@ class _Engine:
                     return run
                 self._ready.wait(_WAIT_S)
 
-    def _next_run(self) -> Run | None:
+    def _next_run(self) -> RangeRequest | None:
         """Adjacent chunks of the first object that may have one more connection."""
         free = (
             index
@@ -142,7 +145,7 @@ class _Engine:
         if index is None:
             return None
         self._queue.rotate(-index)
-        run = Run(self._queue[0].reading)
+        run = RangeRequest(self._queue[0].reading)
         source = run.reading.source
         length = 0
         # As if the connections that there may be soon were at work: on links where each is slow, a long run that one of
@@ -159,7 +162,7 @@ class _Engine:
         self._left_bytes -= length
         return run
 
-    def _read(self, run: Run, stop: Stop) -> None:
+    def _read(self, run: RangeRequest, stop: Stop) -> None:
         source = run.reading.source
         position = run.start
         attempt = 0
@@ -209,3 +212,120 @@ def _sleep(seconds: float, stop: Stop) -> None:
     while (left := end - time.monotonic()) > 0:
         stop.check()
         time.sleep(min(left, _WAIT_S))
+
+
+_TRASH_BYTES = 64 << 10
+
+OnLanded = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ObjectRead:
+    """What is wanted of one object, and where it goes."""
+
+    source: RangeSource
+    ranges: Sequence[ByteRange]
+    target: Target
+    landed: OnLanded | None = None
+    """Called as ``landed(start, stop)`` when those bytes are in place, every wanted byte once, in a reading thread,
+    several at a time; what it raises stops everything."""
+    reads_along: bool = True
+    """Whether small gaps may be read along; not where the source has nothing there."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of one object that land together."""
+
+    reading: ObjectRead
+    span: ByteRange
+    wanted: tuple[ByteRange, ...]
+    """The parts of `span` that are; the rest is read along."""
+
+
+@dataclass
+class RangeRequest:
+    """Adjacent chunks of one object, read by one request."""
+
+    reading: ObjectRead
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def start(self) -> int:
+        """Of the first chunk."""
+        return self.chunks[0].span.start
+
+    @property
+    def stop(self) -> int:
+        """Of the last chunk."""
+        return self.chunks[-1].span.stop
+
+    def follows(self, chunk: Chunk) -> bool:
+        """Whether `chunk` can be read by the same request."""
+        return not self.chunks or (chunk.reading is self.reading and chunk.span.start == self.stop)
+
+
+def chunks(readings: Iterable[ObjectRead], chunk_bytes: int) -> Iterator[Chunk]:
+    """What `readings` want, in their order."""
+    for reading in readings:
+        wanted = union(reading.ranges)
+        # A server without ranges is read from the beginning, whatever is wanted.
+        joined = coalesce(wanted) if reading.reads_along else wanted
+        if not reading.source.has_ranges:
+            joined = (ByteRange(0, wanted[-1].stop),)
+        starts = [one.start for one in wanted]
+        for span in split(joined, chunk_bytes=chunk_bytes):
+            first = max(bisect_right(starts, span.start) - 1, 0)
+            last = bisect_left(starts, span.stop)
+            yield Chunk(reading, span, overlap(wanted[first:last], [span]))
+
+
+class Filling:
+    """One attempt's way through the memory that the bytes of a run go into, from `position` on."""
+
+    def __init__(self, run: RangeRequest, position: int) -> None:
+        self._run = run
+        self._position = position
+        self._view = memoryview(b"")
+        self._start = 0
+        self._filled = 0
+        self._counts = False
+
+    def views(self) -> Iterator[memoryview]:
+        """Where the bytes go, in order; those that nobody wants go nowhere. For `source.read_into`."""
+        trash = memoryview(bytearray(_TRASH_BYTES))
+        position = self._position
+        for chunk in self._run.chunks:
+            for part in chunk.wanted:
+                if part.stop > position:
+                    yield from self._given(_nowhere(trash, part.start - position), position, counts=False)
+                    position = max(position, part.start)
+                    yield from self._given(
+                        self._run.reading.target.views(position, part.stop), position, counts=True
+                    )
+                    position = part.stop
+            yield from self._given(_nowhere(trash, chunk.span.stop - position), position, counts=False)
+            position = max(position, chunk.span.stop)
+
+    def arrived(self, n_bytes: int) -> None:
+        """The next bytes are in the view that was given last."""
+        self._filled += n_bytes
+        if self._filled == len(self._view):
+            self.end()
+
+    def end(self) -> None:
+        """Hands over what has come into the last view so far."""
+        if self._counts and self._filled:
+            self._run.reading.target.take(self._start, self._view[: self._filled])
+        self._view, self._filled = memoryview(b""), 0
+
+    def _given(self, views: Iterator[memoryview], position: int, *, counts: bool) -> Iterator[memoryview]:
+        for view in views:
+            self._view, self._start, self._filled, self._counts = view.cast("B"), position, 0, counts
+            position += len(self._view)
+            yield view
+
+
+def _nowhere(trash: memoryview, n_bytes: int) -> Iterator[memoryview]:
+    for start in range(0, n_bytes, len(trash)):
+        yield trash[: min(len(trash), n_bytes - start)]

@@ -11,7 +11,7 @@ from ..stores.base import ObjectInfo
 from ..stores.fsspec import FsspecStore
 from .base import pieces
 
-READ_BYTES = 8 << 20
+PART_BYTES = 8 << 20
 """One request's, and so how much memory beside the target one read takes."""
 _WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
 """Where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
@@ -48,8 +48,8 @@ class FsspecSource:
     ) -> None:
         targets = pieces(views)
         view = memoryview(b"")
-        for position in range(start, stop, READ_BYTES):
-            end = min(stop, position + READ_BYTES)
+        for position in range(start, stop, PART_BYTES):
+            end = min(stop, position + PART_BYTES)
             data = memoryview(self._read(position, end))
             got = len(data)
             while data:

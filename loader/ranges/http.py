@@ -14,8 +14,8 @@ from ..http.addresses import Address, Origin, origin_of, redirected
 from ..http.answers import (
     Arrived,
     Pin,
-    check_part,
-    check_whole,
+    check_partial_answer,
+    check_whole_answer,
     content_length,
     content_range,
     pin_of,
@@ -125,7 +125,7 @@ class HttpSource:
                         f"{self._described}: expected Content-Range bytes 0-0/SIZE, got {told}",
                         path=self._described,
                     )
-                check_part(headers, 0, 1, Pin(), self._described)
+                check_partial_answer(headers, 0, 1, Pin(), self._described)
                 answer.response.read(1)
         else:
             # The body is the whole object, or of no use.
@@ -138,7 +138,7 @@ class HttpSource:
         self.stored_sums = in_headers(headers, whole=status == 200)
         if expected is None:
             return
-        check_whole({"Content-Length": str(total)}, Pin(expected.size_bytes), self._described)
+        check_whole_answer({"Content-Length": str(total)}, Pin(expected.size_bytes), self._described)
         if expected.version and self.version and self.version != expected.version:
             raise CorruptError(
                 f"{self._described}: changed while it was loaded: expected version {expected.version}, got "
@@ -148,8 +148,8 @@ class HttpSource:
 
     def _check(self, response: http.client.HTTPResponse, start: int, stop: int) -> int:
         if response.status == 206 and self.has_ranges:
-            return check_part(response.headers, start, stop, self._pin, self._described)
-        check_whole(response.headers, self._pin, self._described)
+            return check_partial_answer(response.headers, start, stop, self._pin, self._described)
+        check_whole_answer(response.headers, self._pin, self._described)
         if start == 0 and (stop == self.size_bytes or not self.has_ranges):
             return stop
         raise AccessError(

@@ -1,15 +1,16 @@
 """The source that a store's object is read from, with the store's own options and credentials.
 
-local path  →  http(s)  →  a URL that the backend signs (S3, GCS, Azure)  →  the backend's own ranged reads
+http(s)  →  a URL that the backend signs (S3, GCS, Azure)  →  the backend's own ranged reads
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from ssl import SSLContext
 from typing import Any
 
-from ..http.addresses import address_of
+from ..http.addresses import Origin, address_of, origin_of
 from ..http.connections import Connections
 from ..stores.base import ObjectInfo, Store
 from ..stores.fsspec import FsspecStore
@@ -17,7 +18,6 @@ from ..stores.http import HttpStore
 from .base import RangeSource
 from .fsspec import open_fsspec_source
 from .http import HttpSource
-from .local import LocalSource
 from .signed import open_signed
 
 _KNOWN_OPTIONS = frozenset({"headers", "cookies", "auth", "ssl", "trust_env", "timeout", "block_size"})
@@ -33,8 +33,6 @@ def open_range_source(
     sources; whoever made them closes them. Raises `NotFoundError`, `AccessError`, `TryAgainError`, or
     `CorruptError` where the object is not the one in `info`.
     """
-    if store.is_local:
-        return LocalSource(store.local_path(info.name), info)
     if isinstance(store, HttpStore):
         return _open_http(store, info, connections)
     if isinstance(store, FsspecStore):
@@ -74,3 +72,49 @@ def _settings(options: Mapping[str, Any]) -> tuple[dict[str, str], Any] | None:
     if verify is not None and not isinstance(verify, bool | SSLContext):
         return None
     return {str(name): str(value) for name, value in headers.items()}, None if verify is True else verify
+
+
+class RangeServers:
+    """What one load learns. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.streamed: list[str] = []
+        """Objects of servers without ranges, as messages call them."""
+        self._does: dict[Origin, bool] = {}
+        self._asking: dict[Origin, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def open(
+        self, store: Store, info: ObjectInfo, open_source: Callable[[], RangeSource | None]
+    ) -> RangeSource | None:
+        """What `open_source` opens; None where ranges of the object cannot be had. Raises as that does.
+
+        The first object of a server is opened while others of it wait.
+        """
+        if not isinstance(store, HttpStore):
+            return self._with_ranges(store, info, open_source())
+        server = origin_of(info.name)
+        with self._lock:
+            asking = self._asking.setdefault(server, threading.Lock())
+        with asking:
+            if server not in self._does:
+                source = open_source()
+                if source is not None and source.size_bytes:
+                    self._does[server] = source.has_ranges
+                return self._with_ranges(store, info, source)
+        if not self._does[server]:
+            self._note(store.describe(info.name))
+            return None
+        return self._with_ranges(store, info, open_source())
+
+    def _with_ranges(self, store: Store, info: ObjectInfo, source: RangeSource | None) -> RangeSource | None:
+        if source is None or source.has_ranges:
+            return source
+        source.close()
+        self._note(store.describe(info.name))
+        return None
+
+    def _note(self, described: str) -> None:
+        with self._lock:
+            if described not in self.streamed:
+                self.streamed.append(described)

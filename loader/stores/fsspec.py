@@ -148,7 +148,7 @@ class FsspecStore:
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         if {"s3", "s3a"} & set(self.protocols()):
-            from .s3_sums import ask_s3
+            from .sums import ask_s3
 
             return ask_s3(self.files(), info.name, info.version)
         return self._sums.get(info, ())

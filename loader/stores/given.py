@@ -14,7 +14,7 @@ from .local import within_limit
 from .sums import StoredSum
 from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
 
-ATTEMPTS = 3
+DOWNLOAD_ATTEMPTS = 3
 _TRANSIENT = "ObjectStoreTransientError"
 
 
@@ -117,11 +117,11 @@ class GivenStore:
             self._backend.download_file(name, part, overwrite=True, progress_bar=False)
 
     def _retry(self, work: Callable[[], Any]) -> Any:
-        for attempt in range(ATTEMPTS):
+        for attempt in range(DOWNLOAD_ATTEMPTS):
             try:
                 return work()
             except Exception as error:
-                if type(error).__name__ != _TRANSIENT or attempt == ATTEMPTS - 1:
+                if type(error).__name__ != _TRANSIENT or attempt == DOWNLOAD_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 

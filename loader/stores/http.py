@@ -21,8 +21,8 @@ from .local import within_limit
 from .sums import StoredSum, in_headers, in_linked
 from .transfer import Meter, await_watched, receive
 
-ATTEMPTS = 3
-BACKOFF_S = 0.25
+DOWNLOAD_ATTEMPTS = 3
+DOWNLOAD_BACKOFF_S = 0.25
 CONNECT_TIMEOUT_S = 20
 
 _CHUNK = 1 << 20
@@ -147,20 +147,20 @@ class HttpStore:
 
     def _attempt(self, name: str, work: Callable[[], T], idle: Callable[[], None] | None = None) -> T:
         described = self.describe(name)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(DOWNLOAD_ATTEMPTS):
             try:
                 return work()
             except _TryAgainError as retry:
-                if attempt == ATTEMPTS - 1:
+                if attempt == DOWNLOAD_ATTEMPTS - 1:
                     raise retry.error from None
             except RankloadError:
                 raise
             except Exception as error:
-                mapped = client_error(error, described, ATTEMPTS)
-                if attempt == ATTEMPTS - 1 or not is_transient(error):
+                mapped = client_error(error, described, DOWNLOAD_ATTEMPTS)
+                if attempt == DOWNLOAD_ATTEMPTS - 1 or not is_transient(error):
                     # The cause is set, or left out, by the mapping.
                     raise mapped  # noqa: B904
-            _sleep(random.uniform(0, BACKOFF_S * 2**attempt), idle)  # noqa: S311
+            _sleep(random.uniform(0, DOWNLOAD_BACKOFF_S * 2**attempt), idle)  # noqa: S311
         raise AssertionError("unreachable")
 
     def _request(self, name: str) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class HttpStore:
                 raise _TryAgainError(
                     CorruptError(
                         f"{described}: the body ended early: expected {size} bytes, got {arrived} "
-                        f"({ATTEMPTS} attempts)",
+                        f"({DOWNLOAD_ATTEMPTS} attempts)",
                         path=described,
                     )
                 )
@@ -240,7 +240,9 @@ def _check_status(status: int, described: str) -> None:
         raise refused(described, f"HTTP {status}")
     if status in _WORTH_RETRYING:
         raise _TryAgainError(
-            AccessError(f"{described}: the server answered HTTP {status}, {ATTEMPTS} times", path=described)
+            AccessError(
+                f"{described}: the server answered HTTP {status}, {DOWNLOAD_ATTEMPTS} times", path=described
+            )
         )
     if not 200 <= status < 300:
         raise AccessError(f"{described}: the server answered HTTP {status}", path=described)

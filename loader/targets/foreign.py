@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..materialize.objects import realise
-from ..materialize.tensors import Reader
+from ..materialize.objects import materialize
+from ..materialize.tensors import TensorReader
 from ..saved.assembled import SavedTensor
 from ..saved.contents import Contents
 from ..saved.mismatch import Mismatch
@@ -155,7 +155,7 @@ def _loads_as_it_is(
 def apply_foreign(
     plan: ForeignPlan,
     logger: Any,
-    reader: Reader,
+    reader: TensorReader,
     note_change: NoteChange,
     *,
     strict: bool,
@@ -168,7 +168,7 @@ def apply_foreign(
     if plan.fill_module and plan.module is not None:
         apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
         restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
-    real = realise(plan.saved, reader=reader, **realise_options)
+    real = materialize(plan.saved, reader=reader, **realise_options)
     exclude = None if exclude_algorithms is None else list(exclude_algorithms)
     passes = None if algorithm_passes is None else list(algorithm_passes)
     logger = metrics_logger(logger)

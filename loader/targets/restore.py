@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import OptionError
-from ..materialize.tensors import Reader
+from ..materialize.tensors import TensorReader
 from ..request import LoadRequest
 from ..saved.assembled import SavedTensor
 from ..saved.contents import Contents
@@ -192,7 +192,7 @@ def apply_restore(
     prepared: Prepared,
     contents: Contents,
     unfiltered: Contents,
-    reader: Reader,
+    reader: TensorReader,
     note_change: NoteChange,
     realise_options: Mapping[str, Any],
 ) -> list[str]:

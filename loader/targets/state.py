@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..materialize.objects import realise
-from ..materialize.tensors import Reader
+from ..materialize.objects import materialize
+from ..materialize.tensors import TensorReader
 from ..saved.assembled import SavedTensor
 from ..saved.contents import Contents
 from ..saved.mismatch import Mismatch
@@ -221,31 +221,27 @@ def _metric_state(saved: Any) -> Any:
 
 def apply_state(
     plan: StatePlan,
-    reader: Reader,
+    reader: TensorReader,
     note_change: NoteChange,
     *,
     strict: bool,
     realise_options: Mapping[str, Any],
-    progress: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Carries out `plan`; returns the parts that were restored, for the receipt."""
     restored = []
     if plan.module is not None and plan.module.sources:
         apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
         restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
-    progress()
     for optimizer in plan.optimizers:
         apply_optimizer(optimizer, reader, note_change, **realise_options)
         restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")
-        progress()
     for label, target, saved in plan.objects:
-        real = realise(saved, reader=reader, **realise_options)
+        real = materialize(saved, reader=reader, **realise_options)
         note_change(label)
         target.load_state_dict(real)
         restored.append(label)
-        progress()
     for part, saved in plan.values.items():
-        real = realise(saved, reader=reader, **realise_options)
+        real = materialize(saved, reader=reader, **realise_options)
         note_change(part)
         setattr(plan.state, part, real)
         restored.append(part)

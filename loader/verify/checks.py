@@ -14,13 +14,13 @@ from ...distributed.session import Session
 from ..byte_ranges import ByteRange
 from ..check import Checked
 from ..checkpoint import Checkpoint
-from ..partial import after_first_change
+from ..errors import after_first_change
 from ..saved.values import StorageRef
 from ..stages import Stopwatch
-from .joint import JointCheck, Reading, StorageId, decode_readings, encode_readings
+from .joint import JointCheck, StorageId, StorageRead, decode_readings, encode_readings
 from .wanted_reads import WantedReads, wanted_reads
 
-SMALL_BYTES = 64 << 10
+ALONE_BYTES = 64 << 10
 """A storage up to this size is read whole by each rank that needs any of it: telling the others would cost more."""
 SHARED_FROM_BYTES = 4 << 20
 """A storage that is read whole is worth summing together from this size on."""
@@ -55,7 +55,7 @@ def deal_checks(
     if verify == "off":
         return Verification(verify, wanted)
     # A rank that is alone reads and sums a storage in one pass, but not where parts of it come in any order.
-    together_pays = session.topology.world_size > 1 or checkpoint.opening.straight
+    together_pays = session.topology.world_size > 1 or checkpoint.opening.direct
     summed = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
     together = {
         storage: one for storage, one in summed.items() if together_pays and _worth_sharing(storage, one)
@@ -82,14 +82,14 @@ def deal_checks(
 
 
 def _worth_sharing(storage: StorageRef, wanted: WantedReads) -> bool:
-    if storage.nbytes <= SMALL_BYTES:
+    if storage.nbytes <= ALONE_BYTES:
         return False
     return wanted.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
 
 
-def _reading(storage: StorageRef, wanted: WantedReads) -> Reading:
+def _reading(storage: StorageRef, wanted: WantedReads) -> StorageRead:
     crc = storage.crc32 if storage.crc32 is not None else 0
-    return Reading(storage.nbytes, crc, tuple(wanted.ranges), wanted.names)
+    return StorageRead(storage.nbytes, crc, tuple(wanted.ranges), wanted.names)
 
 
 def verify_before(

@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from ..byte_ranges import ByteRange
+from ..checksums import crc32_joined
 from ..errors import CorruptError
-from ..range_sums import crc32_joined
 
 CELL_BYTES = 8 << 20
 """Cells do not reach over multiples of this, so that ranks that read the same can share the summing."""
@@ -26,7 +26,7 @@ StorageId = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class StorageRead:
     """What one rank reads of one storage."""
 
     nbytes: int
@@ -54,7 +54,7 @@ class JointCheck:
     Raises `CorruptError` where ranks see different storages under one name: their files are not copies.
     """
 
-    def __init__(self, readings: Sequence[Mapping[StorageId, Reading]], nodes: Sequence[int]) -> None:
+    def __init__(self, readings: Sequence[Mapping[StorageId, StorageRead]], nodes: Sequence[int]) -> None:
         self._nodes = nodes
         self._load = [0] * len(readings)
         self._dealt: dict[StorageId, _Dealt] = {}
@@ -93,7 +93,7 @@ class JointCheck:
                     path=storage[0],
                 )
 
-    def _deal(self, storage: StorageId, readers: Mapping[int, Reading]) -> _Dealt:
+    def _deal(self, storage: StorageId, readers: Mapping[int, StorageRead]) -> _Dealt:
         first = next(iter(readers.values()))
         for rank, reading in readers.items():
             if (reading.nbytes, reading.crc32) != (first.nbytes, first.crc32):
@@ -143,7 +143,7 @@ def _used(names: Sequence[str]) -> str:
     return f", used by {', '.join(names[:3])}" if names else ""
 
 
-def encode_readings(readings: Mapping[StorageId, Reading]) -> list[Any]:
+def encode_readings(readings: Mapping[StorageId, StorageRead]) -> list[Any]:
     """As JSON types, for the way between ranks."""
     return [
         [*storage, one.nbytes, one.crc32, [edge for span in one.ranges for edge in span], list(one.names)]
@@ -151,9 +151,9 @@ def encode_readings(readings: Mapping[StorageId, Reading]) -> list[Any]:
     ]
 
 
-def decode_readings(record: Sequence[Any]) -> dict[StorageId, Reading]:
+def decode_readings(record: Sequence[Any]) -> dict[StorageId, StorageRead]:
     """What `encode_readings` made."""
     return {
-        (file, key): Reading(nbytes, crc, tuple(map(ByteRange, edges[::2], edges[1::2])), tuple(names))
+        (file, key): StorageRead(nbytes, crc, tuple(map(ByteRange, edges[::2], edges[1::2])), tuple(names))
         for file, key, nbytes, crc, edges, names in record
     }

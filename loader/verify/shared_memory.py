@@ -16,7 +16,7 @@ SPARE = 2
 """An image is made only where this many times its size is available."""
 
 
-class NodeImage:
+class SharedMemory:
     """`nbytes` of memory, zero at first, that several processes of a node see. Context manager."""
 
     def __init__(self, fd: int, nbytes: int) -> None:
@@ -25,7 +25,7 @@ class NodeImage:
         self.memory = mmap.mmap(fd, nbytes)
 
     @classmethod
-    def make(cls, nbytes: int) -> NodeImage:
+    def make(cls, nbytes: int) -> SharedMemory:
         """A new one. Raises `AccessError` where the system has no such files."""
         try:
             fd = os.memfd_create("rankload", os.MFD_CLOEXEC)
@@ -35,7 +35,7 @@ class NodeImage:
         return cls(fd, nbytes)
 
     @classmethod
-    def open(cls, handle: str, nbytes: int) -> NodeImage:
+    def open(cls, handle: str, nbytes: int) -> SharedMemory:
         """The one that another process of this node has as `handle`. Raises OSError where it cannot be reached."""
         fd = os.open(handle, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -52,7 +52,7 @@ class NodeImage:
         """Where other processes of this user and node find it."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
-    def __enter__(self) -> NodeImage:
+    def __enter__(self) -> SharedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:

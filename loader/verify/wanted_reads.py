@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..byte_ranges import ByteRange, intersect, once, union
+from ..byte_ranges import ByteRange, once, overlap, union
 from ..materialize.tensors import is_plain, torch_dtype
 from ..saved.assembled import AssembledTensor, SavedTensor, parts_of, whole_box
 from ..saved.strided import Layout
@@ -23,8 +23,7 @@ from ..targets.deepspeed.target import flat_view
 from ..targets.dtensor import is_dtensor, local_part
 from ..targets.foreign import ForeignPlan
 from ..targets.module import ModulePlan, module_tensors
-from ..targets.optimizer import OptimizerPlan
-from ..targets.optimizer_entries import lies_along
+from ..targets.optimizer import OptimizerPlan, lies_along
 from ..targets.restore import Prepared
 
 Read = tuple[StorageRef, ByteRange, str, bool]
@@ -39,7 +38,7 @@ class WantedReads:
     """Disjoint and in order."""
     names: tuple[str, ...] = ()
     """A few of the tensors that they are for."""
-    straight: list[ByteRange] = field(default_factory=list)
+    direct: list[ByteRange] = field(default_factory=list)
     """Of `ranges`, those that are read once, all together, as they are, into memory of their own."""
 
     @property
@@ -50,15 +49,15 @@ class WantedReads:
 def wanted_reads(prepared: Prepared) -> dict[StorageRef, WantedReads]:
     """By storage, in the order of the files."""
     found: dict[StorageRef, WantedReads] = {}
-    for storage, span, name, straight in _reads(prepared):
+    for storage, span, name, direct in _reads(prepared):
         wanted = found.setdefault(storage, WantedReads())
         wanted.ranges.append(span)
-        if straight:
-            wanted.straight.append(span)
+        if direct:
+            wanted.direct.append(span)
         if len(wanted.names) < 3 and name and name not in wanted.names:
             wanted.names = (*wanted.names, name)
     for wanted in found.values():
-        wanted.straight = list(intersect(once(wanted.ranges), union(wanted.straight)))
+        wanted.direct = list(overlap(once(wanted.ranges), union(wanted.direct)))
         wanted.ranges = list(union(wanted.ranges))
     return {one: found[one] for one in sorted(found, key=lambda storage: (storage.file, storage.offset))}
 
@@ -117,7 +116,7 @@ def _of_foreign(plan: ForeignPlan) -> Iterator[Read]:
 def _of_module(plan: ModulePlan) -> Iterator[Read]:
     targets = module_tensors(plan.module)
     for name, value in plan.tensors.items():
-        yield from _of_saved(value, targets.get(name), f"model/{name}", straight=not plan.through_hooks)
+        yield from _of_saved(value, targets.get(name), f"model/{name}", direct=not plan.through_hooks)
     yield from _of_tree([value for value in plan.sources.values() if not isinstance(value, SavedTensor)])
 
 
@@ -129,22 +128,22 @@ def _of_optimizer(plan: OptimizerPlan) -> Iterator[Read]:
             if isinstance(value, SavedTensor):
                 # Those of ordinary parameters are read one after the other.
                 along = lies_along(value, key, parameters[position])
-                yield from _of_saved(value, parameters[position], name, straight=along)
+                yield from _of_saved(value, parameters[position], name, direct=along)
             else:
                 yield from _of_tree(value)
     yield from _of_tree(plan.param_groups)
 
 
-def _of_saved(value: SavedTensor, target: Any, name: str, *, straight: bool) -> Iterator[Read]:
+def _of_saved(value: SavedTensor, target: Any, name: str, *, direct: bool) -> Iterator[Read]:
     """All of `value`, or this rank's part of it where `target` is spread over the ranks. With `straight` it is read
     together with others into memory that is as `target`'s is."""
     shared = target is not None and is_dtensor(target) and tuple(target.shape) == value.shape
     if isinstance(value, AssembledTensor) or shared:
         box, local = local_part(target, name) if shared else (whole_box(value.shape), target)
         for part, _ in parts_of(value, box):
-            yield from _of_tensor(part, name, into=local if straight else None)
+            yield from _of_tensor(part, name, into=local if direct else None)
     else:
-        yield from _of_tensor(value, name, into=target if straight else None)
+        yield from _of_tensor(value, name, into=target if direct else None)
 
 
 def _of_tree(tree: Any) -> Iterator[Read]:
@@ -169,10 +168,10 @@ def _of_tensor(
     else:
         first = source.storage_offset
         stop = first + Layout(source.shape, source.stride, 0).span
-    straight = (
+    direct = (
         into is not None
         and source.is_contiguous
         and is_plain(into)
         and into.dtype == torch_dtype(source.dtype)
     )
-    yield source.storage, ByteRange(first * source.itemsize, stop * source.itemsize), name, straight
+    yield source.storage, ByteRange(first * source.itemsize, stop * source.itemsize), name, direct

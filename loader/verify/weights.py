@@ -14,16 +14,14 @@ from ..byte_ranges import ByteRange
 from ..cache.homes import available_bytes
 from ..check import Checked
 from ..checkpoint import Checkpoint
-from ..checksums import crc32
-from ..errors import AccessError, CorruptError
-from ..partial import after_first_change
-from ..range_sums import crc32_joined
+from ..checksums import crc32, crc32_joined
+from ..errors import AccessError, CorruptError, after_first_change
 from ..saved.values import StorageRef
 from ..stages import Stopwatch
 from ..targets.deepspeed.apply import cast_masters
 from ..targets.deepspeed.weights import Region, find_regions, leave_out, offer_of, provide, read_apart, take
 from .joint import StorageId
-from .shared_memory import SPARE, NodeImage
+from .shared_memory import SPARE, SharedMemory
 from .weight_regions import APART, FILE, MASTERS, NodeShare, RegionOffer, RegionShare, deal_regions
 
 Record = Any
@@ -139,7 +137,7 @@ def share_weights(
     checked: Checked,
     session: Session,
     watch: Stopwatch,
-    bring: Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None],
+    fetch: Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None],
     *,
     verify: str,
 ) -> None:
@@ -154,7 +152,7 @@ def share_weights(
     with after_first_change(checkpoint.name, ["all parts"]), contextlib.ExitStack() as leaving:
         image = _common_image(shared, session, watch, leaving)
         if image is None:
-            bring(
+            fetch(
                 {
                     region.storage: [ByteRange(0, region.nbytes)]
                     for region in shared.regions.values()
@@ -178,7 +176,7 @@ def share_weights(
             dealt = session.channel.deal("weights again", None, lambda _: shared.dealer[0].deal())
             shared.share, _ = _from_record(dealt)
             todo = failed & shared.regions.keys()
-            bring(shared.reads)
+            fetch(shared.reads)
         with watch.stage("take weights"):
             if image.nbytes:
                 memory = torch.frombuffer(image.memory, dtype=torch.uint8)
@@ -192,23 +190,23 @@ def share_weights(
 
 def _common_image(
     shared: SharedWeights, session: Session, watch: Stopwatch, leaving: contextlib.ExitStack
-) -> NodeImage | None:
+) -> SharedMemory | None:
     """The memory that this node's ranks share; None on all ranks where some of them cannot reach theirs."""
     share, rank = shared.share, session.topology.rank
     nbytes = max(1, share.image_bytes)
-    image: NodeImage | None = None
+    image: SharedMemory | None = None
     with watch.stage("share memory"), contextlib.suppress(AccessError):
         if share.maker == rank:
-            image = leaving.enter_context(NodeImage.make(nbytes))
+            image = leaving.enter_context(SharedMemory.make(nbytes))
     handles = session.channel.gather("shared memory", image.handle if image is not None else None)
     if share.maker != rank and handles[share.maker] is not None:
         with contextlib.suppress(OSError):
-            image = leaving.enter_context(NodeImage.open(handles[share.maker], nbytes))
+            image = leaving.enter_context(SharedMemory.open(handles[share.maker], nbytes))
     return image if session.channel.decide("memory is shared", image is not None, all) else None
 
 
 def _fill(
-    shared: SharedWeights, checked: Checked, image: NodeImage, todo: set[StorageId], watch: Stopwatch
+    shared: SharedWeights, checked: Checked, image: SharedMemory, todo: set[StorageId], watch: Stopwatch
 ) -> None:
     with watch.stage("weights"):
         plan = checked.prepared.engine
@@ -223,7 +221,7 @@ def _fill(
 
 def _compare(
     shared: SharedWeights,
-    image: NodeImage,
+    image: SharedMemory,
     todo: set[StorageId],
     session: Session,
     watch: Stopwatch,

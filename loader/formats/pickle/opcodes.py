@@ -50,7 +50,7 @@ class Step:
     MEMOIZE: Final = 22
 
 
-STEP: Final = [Step.UNKNOWN] * 256
+STEPS: Final = [Step.UNKNOWN] * 256
 PUSHED: Final = [LEAF] * 256
 """What stands for the pushed object."""
 ARGUMENT_SIZE: Final = [0] * 256
@@ -64,7 +64,7 @@ COST: Final = [0] * 256
 
 def _set(opcode: bytes, step: int, cost: int, *, size: int = 0, pushed: int = LEAF) -> None:
     code = opcode[0]
-    STEP[code] = step
+    STEPS[code] = step
     COST[code] = cost
     ARGUMENT_SIZE[code] = size
     PUSHED[code] = pushed

@@ -9,24 +9,27 @@ nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
-from ...errors import CorruptError
-from .arguments import Arguments
-from .entries import DEPTH_ONE, Entries
-from .faults import Faults, TruncatedPickleError
+from ...errors import CorruptError, UnsafeError
+from .budget import MAX_CRAFTED_KEYS
 from .opcodes import (
     ARGUMENT_SIZE,
     COST,
     CRAFTED,
+    DICT,
     GLOBAL,
     KIND_MASK,
     LENGTH_SIGNED,
     LENGTH_SIZE,
+    LIST,
     MAX_NAME,
     OBJECT,
     PUSHED,
+    SET,
     STACK_PLACE,
-    STEP,
+    STEPS,
+    TUPLE,
     Step,
 )
 
@@ -85,7 +88,7 @@ def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> Pickl
     memo_length = 0
     new_calls: list[int] = []
     memory = 0
-    step_of, pushed, argument_size, cost = STEP, PUSHED, ARGUMENT_SIZE, COST
+    step_of, pushed, argument_size, cost = STEPS, PUSHED, ARGUMENT_SIZE, COST
 
     while True:
         if pos >= size:
@@ -281,3 +284,150 @@ def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> Pickl
             faults.unsafe(at, f"opcode 0x{op:02x} takes something from outside the file")
         else:
             faults.corrupt(at, f"0x{op:02x} is no opcode of a pickle")
+
+
+class TruncatedPickleError(CorruptError):
+    """The pickle goes on past the bytes at hand. Never leaves the modules that scan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Raises errors that name the file and the byte; positions count from the first scanned byte."""
+
+    name: str
+    base: int
+    """Offset of the first scanned byte in the file."""
+    size: int
+
+    def where(self, pos: int) -> str:
+        return f"{self.name}: the pickle at byte {self.base + pos:,}"
+
+    def corrupt(self, pos: int, text: str) -> NoReturn:
+        raise CorruptError(f"{self.where(pos)}: {text}. The file is damaged; fetch it again.", path=self.name)
+
+    def underflow(self, pos: int) -> NoReturn:
+        self.corrupt(pos, "it takes more from its stack than it put there")
+
+    def truncated(self, pos: int, length: int | None = None) -> NoReturn:
+        wants = "goes on" if length is None else f"asks for {length:,} bytes"
+        raise TruncatedPickleError(
+            f"{self.where(pos)}: {wants}, but only {max(0, self.size - pos):,} bytes are left. "
+            "The file is truncated or damaged; fetch it again.",
+            path=self.name,
+        )
+
+    def unsafe(self, pos: int, text: str) -> NoReturn:
+        raise UnsafeError(
+            f"{self.where(pos)}: {text}. No checkpoint is written that way: do not trust this file.",
+            path=self.name,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Reads arguments from the scanned bytes."""
+
+    data: bytes
+    faults: Faults
+
+    def text_memory(self, pos: int, length: int) -> int:
+        """Bytes that a string takes in memory: one character beyond Latin-1 widens all of them."""
+        return length if self.data[pos : pos + length].isascii() else 4 * length
+
+    def index(self, pos: int, width: int) -> tuple[int, int]:
+        """The memo index at `pos`, of that many bytes or, for 0, a line of text; and where it ends."""
+        if width:
+            return int.from_bytes(self.data[pos : pos + width], "little"), pos + width
+        end = self.line(pos, 20)
+        text = self.data[pos : end - 1]
+        if not text.isdigit():
+            self.faults.corrupt(pos, "a memo index that is no number")
+        return int(text), end
+
+    def line(self, pos: int, limit: int) -> int:
+        """Offset just past the line that begins at `pos`."""
+        end = self.data.find(b"\n", pos, pos + limit + 1)
+        if end < 0:
+            if pos + limit + 1 >= len(self.data):
+                self.faults.truncated(pos)
+            self.faults.corrupt(pos, f"a line of more than {limit} bytes")
+        return end + 1
+
+
+MAX_DEPTH = 200
+"""Containers inside one another; real checkpoints stay below 20."""
+
+_DEPTH_SHIFT = 48
+DEPTH_ONE = 1 << _DEPTH_SHIFT
+_WEIGHT_SHIFT = 4
+_WEIGHT_MASK = (1 << (_DEPTH_SHIFT - _WEIGHT_SHIFT)) - 1
+_TOO_DEEP = (MAX_DEPTH + 1) << _DEPTH_SHIFT
+
+
+class Entries:
+    """Makes entries from entries, and counts what hashing them would take."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.hash_work = 0
+        self.crafted_keys = 0
+
+    def tuple_of(self, at: int, items: list[int]) -> int:
+        weight = len(items) + 1
+        crafted = 0
+        deepest = 0
+        for item in items:
+            if item:
+                weight += (item >> _WEIGHT_SHIFT) & _WEIGHT_MASK
+                crafted |= item & CRAFTED
+                deepest = max(deepest, item)
+        return self.nested(at, deepest, min(weight, _WEIGHT_MASK) << _WEIGHT_SHIFT | crafted | TUPLE)
+
+    def nested(self, at: int, deepest: int, outer: int) -> int:
+        """`outer` at one level above the deepest of what it holds."""
+        inside = (deepest >> _DEPTH_SHIFT) << _DEPTH_SHIFT if deepest > 0 else 0
+        result = inside + DEPTH_ONE + outer
+        if result >= _TOO_DEEP:
+            self.faults.unsafe(at, f"it nests deeper than {MAX_DEPTH} levels")
+        return result
+
+    def fill(self, at: int, stack: list[int], first: int, op: int) -> int:
+        """Puts ``stack[first:]`` into the container below; returns the bytes that takes."""
+        items = stack[first:]
+        del stack[first:]
+        target = stack[-1]
+        kind = target & KIND_MASK
+        keyed = op == 0x75 or op == 0x73
+        if kind != OBJECT and kind != (DICT if keyed else SET if op == 0x90 else LIST):
+            self.faults.corrupt(at, "it fills something that is no container of that kind")
+        if keyed:
+            if len(items) % 2:
+                self.faults.corrupt(at, "it sets a key without a value")
+            self.hashed(at, items[::2])
+        elif op == 0x90:
+            self.hashed(at, items)
+        if items:
+            stack[-1] = max(target, self.nested(at, max(items), target & (DEPTH_ONE - 1)))
+        return ((60 if keyed or op == 0x90 else 9) - STACK_PLACE) * len(items)
+
+    def collected(self, at: int, items: list[int], op: int) -> int:
+        kind = {0x6C: LIST, 0x64: DICT, 0x91: OBJECT | CRAFTED}.get(op, OBJECT | CRAFTED)
+        if op == 0x64:
+            if len(items) % 2:
+                self.faults.corrupt(at, "it makes a dict with a key without a value")
+            self.hashed(at, items[::2])
+        elif op == 0x91:
+            self.hashed(at, items)
+        elif op == 0x6F and (not items or items[0] & KIND_MASK not in (GLOBAL, OBJECT)):
+            self.faults.corrupt(at, "a call of something that is no class or function")
+        return self.nested(at, max(items, default=0), kind)
+
+    def hashed(self, at: int, keys: list[int]) -> None:
+        if not any(keys):
+            return
+        for key in keys:
+            if key:
+                self.hash_work += 1 + ((key >> _WEIGHT_SHIFT) & _WEIGHT_MASK)
+                self.crafted_keys += bool(key & CRAFTED)
+        if self.hash_work > 1_000_000 + 16 * self.faults.size or self.crafted_keys > MAX_CRAFTED_KEYS:
+            self.faults.unsafe(at, "its dict keys or set members would take beyond reason to hash")

@@ -16,8 +16,6 @@ from .optim_states import MASTER, OptimStates, read_whole_optimizer
 FROZEN = "frozen"
 """`ShardedTensor.kind` of a frozen parameter at stage 3, whose shares are in the model files."""
 
-STEP = "step"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardedTensor:
@@ -234,7 +232,7 @@ def _engine(model: ModelStates, optim: OptimStates | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class KeptParts:
     """What is left of a `zero_tree` once keys were ignored."""
 
     model: frozenset[str]
@@ -246,12 +244,12 @@ class Wanted:
     engine: dict[str, Any] = field(default_factory=dict)
 
 
-def wanted_of(kept: Mapping[str, Any], contents: ZeroContents) -> Wanted:
+def kept_parts(kept: Mapping[str, Any], contents: ZeroContents) -> KeptParts:
     """Which parts are still wanted, given the tree after ``ignore_keys`` changed it."""
     state = _dict(kept.get("state"))
     optimizer = _dict(next(iter(_dict(state.get("optimizers")).values()), None))
     schedulers = _dict(state.get("schedulers"))
-    return Wanted(
+    return KeptParts(
         frozenset(_dict(state.get("model"))),
         frozenset(
             (name, kind) for name, entries in _dict(optimizer.get("state")).items() for kind in _dict(entries)

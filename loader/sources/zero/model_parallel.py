@@ -114,7 +114,7 @@ class _Part(Protocol):
     def global_steps(self) -> int: ...
 
 
-def check_part(first: _Part, other: _Part) -> None:
+def check_model_part(first: _Part, other: _Part) -> None:
     """Raises `LayoutError` where another part's model file does not belong to the `first` one."""
     for name in ("layout", "world_size", "global_steps"):
         expected, got = getattr(first, name), getattr(other, name)

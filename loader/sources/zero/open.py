@@ -12,9 +12,8 @@ from ...formats.torch_file import FileIndex
 from ...saved.contents import Contents
 from ...stores.locate import MODEL_STATES
 from ...targets.deepspeed.engine import engine_classes, engine_target, is_deepspeed_engine, name_parameters
-from ...targets.deepspeed.experts import expert_layers
-from ...targets.deepspeed.needs import wanted_slots
-from ...targets.deepspeed.parallel import engine_position, layer_files
+from ...targets.deepspeed.parallel import engine_position, expert_layers, layer_files
+from ...targets.deepspeed.target import wanted_slots
 from ...targets.state import optimizer_classes, scheduler_classes
 from ..single_file import rng_list
 from .contents import ZeroContents, zero_contents, zero_tree
@@ -23,7 +22,7 @@ from .file_names import Needed, model_file, optim_namings
 from .files import ZeroSource
 from .layers import LayerFile, check_layers, read_layer, with_layers
 from .layout import zero_checkpoint
-from .model_parallel import Position, check_layout, check_part
+from .model_parallel import Position, check_layout, check_model_part
 from .model_states import ExpertLayer, ModelStates, read_model_states
 from .needs import all_files, files_of_slots, own_files
 from .optim_states import OptimStates, read_optim_states
@@ -118,7 +117,7 @@ class ZeroFiles:
             names = [naming.name(rank, self.position.part) for naming in optim_namings(bf16=self.first.bf16)]
             self.optims[rank] = self._read(names, read_optim_states)
         if missing.models:
-            check_part(self.head, self.first)
+            check_model_part(self.head, self.first)
         for name in sorted(missing.experts):
             self.experts[name] = self._read([name], lambda tree, file: (tree, file))
         if missing.experts:

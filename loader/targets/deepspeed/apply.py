@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ...materialize.objects import realise
-from ...materialize.tensors import CopyRequest, Reader, read_tensor
+from ...materialize.objects import materialize
+from ...materialize.tensors import CopyRequest, TensorReader, read_tensor
 from ...saved.values import InertObject, LazyTensor
 from .flats import MasterFlat
 from .plan import EnginePlan, Fill
@@ -17,7 +17,7 @@ from .target import flat_view
 NoteChange = Callable[[str], None]
 
 
-def fill_tensors(plan: EnginePlan, reader: Reader) -> None:
+def fill_tensors(plan: EnginePlan, reader: TensorReader) -> None:
     """Reads everything that the plan names straight into the engine's tensors, in the order of the files."""
     target = plan.target
     requests = [_request(destination, fill) for destination, fill in plan.low]
@@ -39,7 +39,7 @@ def fill_tensors(plan: EnginePlan, reader: Reader) -> None:
     cast_masters(plan, shared=False)
     for name, value in plan.extra_state.items():
         owner = target.engine.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
-        owner.set_extra_state(realise(value, reader=reader, path=f"state/model/{name}"))
+        owner.set_extra_state(materialize(value, reader=reader, path=f"state/model/{name}"))
 
 
 def _request(destination: torch.Tensor, fill: Fill) -> CopyRequest:
@@ -91,7 +91,7 @@ def cast_masters(plan: EnginePlan, *, shared: bool) -> None:
             master[slot.start : slot.start + slot.length].copy_(low.flat[begin : begin + slot.length])
 
 
-def set_numbers(plan: EnginePlan, reader: Reader) -> None:
+def set_numbers(plan: EnginePlan, reader: TensorReader) -> None:
     """The optimizer's ``step`` and the like, and its hyperparameters."""
     target = plan.target
     for index, saved in plan.all_scalars.items():
@@ -111,7 +111,7 @@ def set_numbers(plan: EnginePlan, reader: Reader) -> None:
     for index, saved in plan.groups.items():
         own = target.optimizer.param_groups[index]
         for key, value in saved.items():
-            real = realise(value, reader=reader, path=f"param_groups/{index}/{key}")
+            real = materialize(value, reader=reader, path=f"param_groups/{index}/{key}")
             if isinstance(own.get(key), torch.Tensor) and isinstance(real, torch.Tensor | int | float):
                 own[key].fill_(float(real))
             else:
@@ -123,7 +123,7 @@ def _has_state(plan: EnginePlan, index: int) -> bool:
     return bool(plan.scalars.get(index)) or master in plan.target.optimizer.state
 
 
-def _number(value: Any, own: Any, reader: Reader, flat: MasterFlat) -> Any:
+def _number(value: Any, own: Any, reader: TensorReader, flat: MasterFlat) -> Any:
     """`value` in the form that the optimizer keeps it in: a tensor of its own, or a plain number."""
     if isinstance(value, LazyTensor):
         real = read_tensor(value, reader=reader, name="optimizer number")
@@ -133,7 +133,7 @@ def _number(value: Any, own: Any, reader: Reader, flat: MasterFlat) -> Any:
     return own.fill_(value) if isinstance(own, torch.Tensor) and value is not None else value
 
 
-def set_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> list[str]:
+def set_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) -> list[str]:
     """Loss scaler, overflow, clipping, learning-rate scheduler and counters, as DeepSpeed's own load sets them."""
     engine, optimizer = plan.target.engine, plan.target.engine.optimizer
     restored = []
@@ -166,12 +166,12 @@ def set_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> lis
     for key, owner in owners.items():
         if key in saved and hasattr(owner, "load_state_dict"):
             note_change(key)
-            owner.load_state_dict(realise(saved[key], reader=reader, path=f"state/engine/{key}"))
+            owner.load_state_dict(materialize(saved[key], reader=reader, path=f"state/engine/{key}"))
             restored.append(key)
     scheduler: Any = getattr(engine, "lr_scheduler", None)
     if plan.scheduler is not None and callable(getattr(scheduler, "load_state_dict", None)):
         note_change("lr scheduler")
-        scheduler.load_state_dict(realise(plan.scheduler, reader=reader, path="state/schedulers"))
+        scheduler.load_state_dict(materialize(plan.scheduler, reader=reader, path="state/schedulers"))
         restored.append(f"lr scheduler {type(scheduler).__name__}")
         if _set_learning_rates(plan, scheduler):
             restored.append("learning rates (from the scheduler: the optimizer's files do not hold them)")

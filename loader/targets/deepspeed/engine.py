@@ -13,14 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import CorruptError, LayoutError
-from ...materialize.tensors import Reader
+from ...materialize.tensors import TensorReader
 from ...saved.contents import Contents
-from ...sources.zero.contents import ZeroContents, wanted_of
+from ...sources.zero.contents import ZeroContents, kept_parts
 from ...sources.zero.experts import spoken_layers
 from ...sources.zero.layout import named_by_optimizer
 from .apply import NoteChange, fill_tensors, relink, set_engine, set_numbers
-from .plan import EnginePlan, plan_model
-from .plan_states import plan_states
+from .plan import EnginePlan, plan_model, plan_states
 from .target import EngineTarget, engine_target, is_deepspeed_engine
 
 __all__ = [
@@ -109,7 +108,7 @@ def plan_engine(
             f"state/optimizers/{name}" for name in contents.state.get("optimizers") or {}
         )
         return plan
-    wanted = wanted_of({"state": contents.state}, zero)
+    wanted = kept_parts({"state": contents.state}, zero)
     optimizer_class, _ = engine_classes(engine)
     plan_states(plan, found, wanted, optimizer_class)
     plan.scheduler = wanted.scheduler
@@ -146,7 +145,7 @@ def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: Engine
     return dict(saved)
 
 
-def apply_engine(plan: EnginePlan, reader: Reader, note_change: NoteChange) -> list[str]:
+def apply_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) -> list[str]:
     """Carries out `plan` on this rank; returns what was restored, for the receipt. No rank waits for another.
 
     Weights in ``plan.shared`` come afterwards, see `weight_sharing`. `note_change` is told each part before it is

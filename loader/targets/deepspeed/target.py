@@ -7,7 +7,7 @@ somebody else did.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -16,12 +16,13 @@ import torch
 
 from ...errors import LayoutError
 from ...saved.intervals import Piece, Place
-from ...sources.zero.layout import share_pieces
+from ...saved.names import match_names
+from ...saved.values import LazyTensor
+from ...sources.zero.layout import ZeroCheckpoint, share_pieces
 from ...sources.zero.model_parallel import UNSPLIT, ParallelLayout
-from ...sources.zero.model_states import ExpertLayer, Shape
-from .experts import expert_layers
+from ...sources.zero.model_states import ExpertLayer, ModelStates, Shape
 from .flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
-from .parallel import engine_position, unsaved_prefixes
+from .parallel import engine_position, expert_layers, unsaved_prefixes
 
 Kind = Literal["zero", "zero3", "bf16", "unfused", "plain", "none"]
 
@@ -253,3 +254,32 @@ def _module_rest(
 
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def wanted_slots(
+    target: EngineTarget, checkpoint: ZeroCheckpoint, model: ModelStates, rename: Mapping[str, str] | None
+) -> dict[str, list[Piece]]:
+    """The checkpoint's parameters to the slots of this rank that are filled from what ranks have apart.
+
+    `model` is rank 0's model file; what only the optimizer's files have is wanted too. Parameters that do not fit are
+    left out: the plan reports them.
+    """
+    names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
+    in_no_layer = (
+        name for name, one in checkpoint.parameters.items() if name not in model.module and not one.frozen
+    )
+    match = match_names([*model.module, *in_no_layer], names, rename)
+    wanted: dict[str, list[Piece]] = {}
+    for saved_name, name in match.target_of.items():
+        first = target.aliases.get(name, name)
+        parameter = checkpoint.find(saved_name)
+        if parameter is None or first not in target.shapes or parameter.shape != target.shapes[first]:
+            continue
+        slots = wanted.setdefault(parameter.name, [])
+        slots += [slot for _, slot in target.slots_of.get(first, ())]
+        saved = model.module.get(saved_name)
+        # In another precision than saved, what the module computes with is cast from the fp32 masters.
+        whole = isinstance(saved, LazyTensor) and saved.dtype == target.dtypes[first]
+        if checkpoint.partitioned or not whole:
+            slots += [low.slot for low in target.low[first]]
+    return wanted

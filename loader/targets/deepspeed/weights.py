@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...byte_ranges import ByteRange, union
-from ...materialize.tensors import CopyRequest, Reader
+from ...materialize.tensors import CopyRequest, TensorReader
 from ...saved.intervals import Piece, Place
 from ...saved.values import LazyTensor, StorageRef
 from ...sources.zero.model_states import EXPERTS
@@ -119,7 +119,7 @@ def leave_out(plan: EnginePlan, regions: Mapping[StorageId, Region]) -> None:
 
 
 def provide(
-    plan: EnginePlan, region: Region, share: RegionShare, image: torch.Tensor, reader: Reader
+    plan: EnginePlan, region: Region, share: RegionShare, image: torch.Tensor, reader: TensorReader
 ) -> None:
     """Puts this rank's part of `region` into its node's image (bytes), cast from its masters or read."""
     memory = image[share.offset : share.offset + region.nbytes]
@@ -163,7 +163,7 @@ def take(region: Region, share: RegionShare, image: torch.Tensor) -> None:
             weight.destination.copy_(image[start:stop].view(weight.destination.dtype))
 
 
-def read_apart(plan: EnginePlan, regions: Mapping[StorageId, Region], reader: Reader) -> None:
+def read_apart(plan: EnginePlan, regions: Mapping[StorageId, Region], reader: TensorReader) -> None:
     """Reads the regions' weights for this rank alone: where its node cannot share memory."""
     requests = []
     for region in regions.values():

@@ -12,13 +12,13 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-CHUNK_BYTES = 1 << 20
+VALUE_BYTES = 1 << 20
 BATCH_KEYS = 256
 _ABSENT = "\x00absent"
 _WHOLE, _SPLIT = b"w", b"s"
 
 
-class Mailbox:
+class KeyValue:
     """Keys and values over one connection to ``store`` (a ``torch.distributed.Store``)."""
 
     def __init__(self, store: Any) -> None:
@@ -27,12 +27,12 @@ class Mailbox:
 
     def put(self, key: str, value: bytes) -> None:
         """Sets a value; what reads the key sees all of it or nothing."""
-        if len(value) <= CHUNK_BYTES:
+        if len(value) <= VALUE_BYTES:
             self._store.set(key, _WHOLE + value)
             return
-        parts = range(0, len(value), CHUNK_BYTES)
+        parts = range(0, len(value), VALUE_BYTES)
         for number, start in enumerate(parts):
-            self._store.set(_part(key, number), value[start : start + CHUNK_BYTES])
+            self._store.set(_part(key, number), value[start : start + VALUE_BYTES])
         self._store.set(key, _SPLIT + str(len(parts)).encode())
 
     def peek(self, key: str) -> bytes | None:

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from .beats import SILENT_AFTER_S, Beat, PeerWatch, place
 from .errors import PeerError, RankloadError, StalledError, from_record, to_record
+from .heartbeat import SILENT_AFTER_S, Heartbeat, PeerWatch, place
+from .key_value import KeyValue
 from .liveness import ProcessIdentity, how_ended, is_watchable
-from .mailbox import Mailbox
 
 T = TypeVar("T")
 BEAT_S = 1.0
@@ -30,13 +30,13 @@ class StoreLostError(Exception):
 
 
 class _Job(Generic[T]):
-    def __init__(self, work: Callable[[Mailbox], T]) -> None:
+    def __init__(self, work: Callable[[KeyValue], T]) -> None:
         self.work = work
         self.done = threading.Event()
         self.answer: T | None = None
         self.error: Exception | None = None
 
-    def run(self, mailbox: Mailbox) -> None:
+    def run(self, mailbox: KeyValue) -> None:
         try:
             self.answer = self.work(mailbox)
         except Exception as error:
@@ -44,12 +44,12 @@ class _Job(Generic[T]):
         self.done.set()
 
 
-class Courier:
+class StoreThread:
     """See the module. Public attributes are written by one thread and read by the other, each at once."""
 
     def __init__(
         self,
-        open_mailbox: Callable[[], Mailbox],
+        open_mailbox: Callable[[], KeyValue],
         process: ProcessIdentity,
         rank: int,
         world_size: int,
@@ -92,7 +92,7 @@ class Courier:
         self._due = time.monotonic()
         self.call_later(lambda mailbox: None)
 
-    def call(self, work: Callable[[Mailbox], T], patience_s: float | None = None) -> T:
+    def call(self, work: Callable[[KeyValue], T], patience_s: float | None = None) -> T:
         """Runs ``work`` on the courier's thread and waits for it.
 
         Raises:
@@ -120,7 +120,7 @@ class Courier:
             raise StoreLostError(str(job.error)) from job.error
         return job.answer  # type: ignore[return-value]
 
-    def call_later(self, work: Callable[[Mailbox], object]) -> None:
+    def call_later(self, work: Callable[[KeyValue], object]) -> None:
         """Has the courier's thread run ``work`` without waiting for it; where that fails, the next `call` does."""
         self._jobs.put(_Job(work))
 
@@ -131,7 +131,7 @@ class Courier:
         self._thread.join(patience_s if self.lost is None else 0.1)
         return not self._thread.is_alive()
 
-    def close_beat(self, mailbox: Mailbox) -> None:
+    def close_beat(self, mailbox: KeyValue) -> None:
         """The last beat: says that this rank left in good order. (Work for `call`.)"""
         self._closed = True
         self._send(mailbox)
@@ -201,9 +201,9 @@ class Courier:
         except Exception as error:
             self.lost = self.lost or error
 
-    def _send(self, mailbox: Mailbox) -> None:
+    def _send(self, mailbox: KeyValue) -> None:
         self._sequence += 1
-        beat = Beat(
+        beat = Heartbeat(
             self._sequence,
             self._process,
             self.stage,
@@ -212,9 +212,9 @@ class Courier:
             self.counters,
             self._closed,
         )
-        mailbox.put(beat_key(self._rank), beat.encode())
+        mailbox.put(heartbeat_key(self._rank), beat.encode())
 
-    def _look(self, mailbox: Mailbox) -> None:
+    def _look(self, mailbox: KeyValue) -> None:
         # The index is read once: the decision of an older stage may be removed as soon as this rank has
         # posted for a newer one, and that post is carried by this thread, so not before this look is over.
         index = self.index
@@ -223,7 +223,7 @@ class Courier:
         self._last_look = now
         self._notice(mailbox.settled(decision_key(index)))
         peers = list(self.watches)
-        beats = mailbox.peek_all([beat_key(peer) for peer in peers])
+        beats = mailbox.peek_all([heartbeat_key(peer) for peer in peers])
         moved = [self.watches[peer].observe(raw, looked_for) for peer, raw in zip(peers, beats, strict=True)]
         if self._rank == 0:
             # Rank 0 alone passes on what it saw: two ranks that did would see each other move for ever.
@@ -245,7 +245,7 @@ def decision_key(index: int) -> str:
     return f"{index}/decision"
 
 
-def beat_key(rank: int) -> str:
+def heartbeat_key(rank: int) -> str:
     """Where ``rank`` leaves its beats."""
     return f"beat/{rank}"
 

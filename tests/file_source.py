@@ -1,19 +1,19 @@
-"""Ranges of a file on this node."""
+"""A file on this machine as a source of ranges: what stands for a remote object where no server is needed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 
-from ..errors import CorruptError
-from ..http.answers import Arrived
-from ..store_errors import store_error
-from ..stores.base import ObjectInfo
-from .base import pieces
+from rankload.loader.errors import CorruptError
+from rankload.loader.http.answers import Arrived
+from rankload.loader.ranges.base import pieces
+from rankload.loader.store_errors import store_error
+from rankload.loader.stores.base import ObjectInfo
 
 
-class LocalSource:
-    """`info` is what ``LocalStore.stat`` said; the file is opened here. Raises as `open_range_source` does."""
+class FileSource:
+    """`info` is what ``LocalStore.stat`` said; the file is opened here."""
 
     kind = "file"
     has_ranges = True

@@ -17,7 +17,7 @@ SILENT_AFTER_S = 8.0
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One sign of life.
 
     ``progress`` counts what the rank itself did, ``moved`` (rank 0 only) what it saw anyone do. ``closed``:
@@ -36,10 +36,10 @@ class Beat:
         return json.dumps({**vars(self), "process": self.process.as_dict()}).encode()
 
 
-def decode_beat(raw: bytes) -> Beat:
-    """What `Beat.encode` wrote."""
+def decode_heartbeat(raw: bytes) -> Heartbeat:
+    """What `Heartbeat.encode` wrote."""
     fields: dict[str, Any] = json.loads(raw)
-    return Beat(**{**fields, "process": ProcessIdentity(**fields["process"])})
+    return Heartbeat(**{**fields, "process": ProcessIdentity(**fields["process"])})
 
 
 class PeerWatch:
@@ -47,14 +47,14 @@ class PeerWatch:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.beat: Beat | None = None
+        self.beat: Heartbeat | None = None
         self.silent_s = 0.0
         self.idle_s = 0.0
 
     def observe(self, raw: bytes | None, looked_for_s: float) -> bool:
         """Takes in the latest beat (None: still none) after ``looked_for_s`` of looking; whether anything
         moved."""
-        beat = None if raw is None else decode_beat(raw)
+        beat = None if raw is None else decode_heartbeat(raw)
         fresh = beat is not None and (self.beat is None or beat.sequence != self.beat.sequence)
         moved = fresh and beat is not None and (self.beat is None or _steps(beat) != _steps(self.beat))
         self.silent_s = 0.0 if fresh else self.silent_s + looked_for_s
@@ -95,5 +95,5 @@ def place(stage: str) -> str:
     return f"in stage '{stage}'" if stage else "between stages"
 
 
-def _steps(beat: Beat) -> tuple[int, int, bool]:
+def _steps(beat: Heartbeat) -> tuple[int, int, bool]:
     return beat.progress, beat.moved, beat.closed
