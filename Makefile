@@ -14,7 +14,7 @@ RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 .PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
-	$(RUN) $(BIN)/python -m rankload.launch demo
+	$(RUN) $(BIN)/python -m rankload demo
 
 test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
@@ -35,8 +35,10 @@ servers: $(SERVERS)
 check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .cache && ln -sfn .. .cache/rankload
-	MYPYPATH=.cache $(BIN)/mypy --strict -p rankload.distributed -p rankload.loader -p rankload.launch
+	rm -rf .cache/rankload && mkdir -p .cache/rankload
+	ln -s ../../rankload/__init__.py ../../rankload/__main__.py ../../rankload/py.typed ../../distributed ../../loader ../../launch \
+		.cache/rankload/
+	MYPYPATH=.cache $(BIN)/mypy --strict -p rankload
 
 bench: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks
