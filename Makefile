@@ -11,7 +11,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-older servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
+.PHONY: demo test test-all test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -26,8 +26,18 @@ test-all: $(STAMP)
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed
-	$(RUN) $(OLDER)/bin/python -m pytest -q tests/test_engine.py tests/test_reshard.py tests/test_reshard_modules.py
+	$(RUN) $(OLDER)/bin/python -m pytest -q tests/loader/targets/deepspeed/test_engine.py \
+		tests/loader/targets/deepspeed/test_reshard.py tests/loader/targets/test_module_reshard.py
 	$(RUN) OLDER_PYTHON=$(abspath $(OLDER))/bin/python $(BIN)/python -m pytest -q tests/test_versions.py
+
+# The tests with each of these interpreters that is here, each in an environment of its own.
+PYTHONS ?= python3.10 python3.12 python3.13
+test-pythons:
+	for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null) \
+			|| { echo "$$python is not here: not tried"; continue; }; \
+		$(MAKE) test PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	done
 
 # Real servers, and the clients that reach them, for the tests that are skipped without.
 servers: $(SERVERS)
@@ -56,7 +66,7 @@ bench-checksums: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/fetch.md
 
 clean:
-	rm -rf $(VENV) $(OLDER) .cache build dist *.egg-info
+	rm -rf $(VENV) .venv-* .cache build dist *.egg-info
 
 # torch comes first: the build that the constraints name then satisfies everybody else's range.
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0), and where it cannot be installed the demo and the tests say so.

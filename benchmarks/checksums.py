@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 
 import torch  # noqa: E402
 from rankload.loader import State, load  # noqa: E402

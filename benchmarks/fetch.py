@@ -27,11 +27,11 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from rankload.benchmarks.fetch_clients import CLIENTS, DISCARD, Place
-from rankload.benchmarks.measure import peak_private_bytes
-from rankload.benchmarks.tables import REPOSITORY, table, write_between_markers
+from .fetch_clients import CLIENTS, DISCARD, Place
+from .measure import peak_private_bytes
+from .tables import REPOSITORY, table, write_between_markers
 
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
 from certificates import BUNDLES, make_certificate
 from real_servers import REGION, S3Server, counted, hadro, nginx, seaweedfs
 from server_process import ServerMissing

@@ -22,7 +22,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks are started as scripts of the tests' are.
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 
 from benchmarks.fetch_restore import BUCKET, DEADLINE_S, Source, job, layers, make, masters_of, over_http  # noqa: E402
 from benchmarks.tables import table, write_between_markers  # noqa: E402

@@ -30,7 +30,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Ranks are started as scripts of the tests' are.
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 
 from benchmarks.fetch import CAP  # noqa: E402
 from benchmarks.fetch_clients import Place, raw_ranges, touched  # noqa: E402

@@ -3,10 +3,10 @@
     python -m benchmarks.reshard_matrix [--quick] [--only engines|modules] [--work FOLDER] [--write docs/reshard.md]
 
 Every pair of a setting and a target is tried once, at world sizes chosen so that each setting meets each size on both
-sides, and each size each other. What a restore is held to is in tests/reshard_worker.py and
-tests/reshard_modules_worker.py: every tensor bit for bit against what DeepSpeed reported when it saved, the numbers,
-the random states, and the losses of two further steps. With ``--work`` results are kept in that folder, and a run
-that was interrupted goes on where it was, as if the code had not changed.
+sides, and each size each other. What a restore is held to is in tests/support/reshard_worker.py and
+tests/support/reshard_modules_worker.py: every tensor bit for bit against what DeepSpeed reported when it saved, the
+numbers, the random states, and the losses of two further steps. With ``--work`` results are kept in that folder, and a
+run that was interrupted goes on where it was, as if the code had not changed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankload.benchmarks.published import publish
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+from .published import publish
+
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
 
 from processes import run_ranks  # noqa: E402
 from reshard_modules_worker import TARGETS  # noqa: E402
@@ -53,7 +54,7 @@ class Matrix:
     targets: tuple[str, ...]
     kind_of: Callable[[str], str] | None = kind_of
     """Settings can only be restored into those of the same kind; None: into all of the targets."""
-    saver: Path = TESTS / "reshard_worker.py"
+    saver: Path = SUPPORT / "reshard_worker.py"
     """Whose ``save`` makes the checkpoints."""
     letters: bool = True
     """Whether columns go by the letters of the rows."""
@@ -70,8 +71,8 @@ def main() -> None:
     settings = QUICK_SETTINGS if arguments.quick else tuple(SETTINGS)
     sizes = QUICK_SIZES if arguments.quick else SIZES
     matrices = (
-        Matrix("engines", TESTS / "reshard_worker.py", settings),
-        Matrix("modules", TESTS / "reshard_modules_worker.py", TARGETS, None, letters=False),
+        Matrix("engines", SUPPORT / "reshard_worker.py", settings),
+        Matrix("modules", SUPPORT / "reshard_modules_worker.py", TARGETS, None, letters=False),
     )
     wanted = [matrix for matrix in matrices if arguments.only in (None, matrix.name)]
     tell([(matrix, settings, covering(matrix, settings, sizes)) for matrix in wanted], arguments)
@@ -197,7 +198,7 @@ def job(
         world_size,
         args=(function, json.dumps(request)),
         deadline_s=1500,
-        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
+        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SUPPORT)},
         fork=False,
     )
     failed = [rank for rank in finished if rank.returncode != 0]

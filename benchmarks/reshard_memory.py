@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 CASES = ((1, 4, 2, 1), (1, 2, 4, 1), (3, 4, 2, 3), (3, 2, 4, 3), (1, 4, 2, 3), (3, 4, 2, 1))
 """Stage and ranks that saved, ranks and stage that restore."""
 ALLOWED = 128 << 20
 
 
 def main() -> None:
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(SUPPORT))
     from processes import run_ranks
 
     def job(world_size: int, *arguments: object) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reshard_moe [--work FOLDER] [--write docs/reshard.md]
 
-As `benchmarks.reshard_matrix`; what a restore is held to is in tests/moe_worker.py.
+As `benchmarks.reshard_matrix`; what a restore is held to is in tests/support/moe_worker.py.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
 
 from moe_worker import SETTINGS  # noqa: E402
-from rankload.benchmarks.reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
+
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 SIZES = {1: (1, 2, 3, 4), 2: (2, 4, 8), 4: (4, 8)}
 """World sizes by the widest expert-parallel size, which divides them."""
 
 
-WORKER = TESTS / "moe_worker.py"
+WORKER = SUPPORT / "moe_worker.py"
 
 
 def layers_of(setting: str) -> str:

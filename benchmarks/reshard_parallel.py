@@ -2,7 +2,7 @@
 
     python -m benchmarks.reshard_parallel [--work FOLDER] [--write docs/reshard.md]
 
-As `benchmarks.reshard_matrix`; what a restore is held to is in tests/parallel_worker.py.
+As `benchmarks.reshard_matrix`; what a restore is held to is in tests/support/parallel_worker.py.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
 
-from rankload.benchmarks.reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
-WORKER = TESTS / "parallel_worker.py"
+WORKER = SUPPORT / "parallel_worker.py"
 SETTINGS = (
     "pipeline 0 fp32", "pipeline 1 bf16", "pipeline 1 fp32", "pipeline 1 BF16_Optimizer", "tensor 0 fp32",
     "tensor 0 bf16", "tensor 1 bf16", "tensor 2 bf16", "tensor 3 bf16", "pipeline and tensor 1 bf16",

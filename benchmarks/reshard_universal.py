@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+REPOSITORY = Path(__file__).resolve().parent.parent
+SUPPORT = REPOSITORY / "tests" / "support"
+sys.path[:0] = [str(REPOSITORY), str(SUPPORT)]
 
 from processes import run_ranks  # noqa: E402
 from reshard_worker import SETTINGS, engine_of, numbers, slug, tensors_of  # noqa: E402
@@ -112,7 +113,7 @@ def ranks(world_size: int, function: str, *arguments: str) -> list[dict[str, Any
         world_size,
         args=(function, *arguments),
         deadline_s=1500,
-        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(TESTS)},
+        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SUPPORT)},
         fork=False,
     )
     if any(rank.returncode != 0 for rank in finished):

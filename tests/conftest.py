@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import real_servers
 from certificates import Certificate, make_certificate
+from places import DATA
 from server_process import ServerMissing, or_skip
 from zero_folders import unpack_zero
-
-DATA = Path(__file__).parent / "data"
 
 # No test puts anything into the folder in memory that real loads share, unless it says so.
 os.environ["RANKLOAD_CACHE_HOME"] = "disk"

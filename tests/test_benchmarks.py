@@ -8,23 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY, SUPPORT
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
-from reshard_modules_worker import TARGETS  # noqa: E402
-from reshard_worker import SETTINGS, kind_of  # noqa: E402
+from reshard_modules_worker import TARGETS
+from reshard_worker import SETTINGS, kind_of
 
-from benchmarks.gauge import gauged  # noqa: E402
-from benchmarks.published import publish  # noqa: E402
-from benchmarks.reshard_matrix import SIZES, TESTS, Matrix, covering  # noqa: E402
+from benchmarks.gauge import gauged
+from benchmarks.published import publish
+from benchmarks.reshard_matrix import SIZES, Matrix, covering
 
 SOURCES = tuple(SETTINGS)
 
 
 @pytest.mark.parametrize(("name", "targets"), [("engines", SOURCES), ("modules", TARGETS)])
 def test_every_pair_is_tried_and_every_size_met(name: str, targets: tuple[str, ...]) -> None:
-    matrix = Matrix(name, TESTS, targets) if name == "engines" else Matrix(name, TESTS, targets, None)
+    matrix = Matrix(name, SUPPORT, targets) if name == "engines" else Matrix(name, SUPPORT, targets, None)
     cases = covering(matrix, SOURCES, SIZES)
     assert len(set(cases)) == len(cases)
     assert {(source, target) for source, _, target, _ in cases} == {

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import DATA, SUPPORT
 from processes import run_ranks
 
-TESTS = Path(__file__).parent
-WORKER = str(TESTS / "composer_worker.py")
-DATA = TESTS / "data"
+WORKER = str(SUPPORT / "composer_worker.py")
 FULL = DATA / "composer-monolithic-w2" / "ep2-ba8-rank0.pt"
 TAR = DATA / "composer-monolithic-w2" / "manual-ep2-ba8-rank0.tar"
 WEIGHTS = DATA / "composer-monolithic-w2" / "weights-ba8-rank0.pt"
@@ -43,7 +42,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 def run(function: str, world_size: int, *args: object, **environment: str | None) -> None:
     """Runs a function of the worker on every rank; all must end well."""
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     finished = run_ranks(
         f"{WORKER}:{function}",
         world_size,

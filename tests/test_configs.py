@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import INHERITED_LAUNCHERS, REPOSITORY, free_port
+from places import REPOSITORY
+from processes import INHERITED_LAUNCHERS, free_port
 from rankload.launch.children import end
 
 CONFIGS = REPOSITORY / "configs"

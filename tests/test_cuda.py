@@ -11,6 +11,7 @@ import pytest
 import torch
 from bad_server import Behaviour, bad_server
 from cuda_worker import save_large
+from places import SUPPORT
 from processes import run_ranks
 from zero_folders import unpack_zero
 
@@ -20,8 +21,6 @@ DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
 )
-
-TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +43,12 @@ def url(folders: Path) -> Iterator[str]:
 
 def run(function: str, *arguments: object, tmp_path: Path) -> None:
     (finished,) = run_ranks(
-        f"{TESTS / 'cuda_worker.py'}:{function}",
+        f"{SUPPORT / 'cuda_worker.py'}:{function}",
         1,
         args=(DEVICE, *arguments),
         deadline_s=300,
         env={
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": str(SUPPORT),
             "DS_ACCELERATOR": DEVICE,
             "RANKLOAD_CACHE_DIR": str(tmp_path / "cache"),
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

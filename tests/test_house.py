@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
@@ -83,6 +83,11 @@ UNTIL_MIDDLE = {
 }
 """Imports that the table forbids, and that one value between sources and targets will end. The list may only shrink."""
 HEAVY = ("torch", "deepspeed", "fsspec", "aiohttp", "s3fs", "numpy")
+CLIENTS = {
+    "deepspeed", "fsspec", "aiohttp", "s3fs", "botocore", "boto3", "gcsfs", "google", "adlfs", "azure", "paramiko",
+    "huggingface_hub", "requests", "zstandard", "transformers", "accelerate", "lightning", "composer", "torchtitan",
+}  # fmt: skip
+"""Stores' SDKs, and frameworks that call a load: none is imported before a load needs it."""
 MAY_IMPORT_HEAVY = {
     "loader.materialize": {"torch", "numpy"},
     "loader.targets": {"torch"},
@@ -276,19 +281,53 @@ def test_what_reads_and_plans_loads_without_torch_or_fsspec():
     assert not loaded & set(HEAVY)
 
 
+def test_the_front_door_is_two_files_that_import_our_packages_alone():
+    found = sorted((REPOSITORY / "rankload").glob("*.py"))
+    assert [path.name for path in found] == ["__init__.py", "__main__.py"]
+    for path in found:
+        for level, module, line in imported(path):
+            ours = level == 1 and module.split(".")[0] in PACKAGES
+            assert ours or module in sys.stdlib_module_names, f"{label(path)}:{line} imports {module}"
+    assert not loaded_after("import rankload") & set(HEAVY)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_is_cheap(package):
     assert not loaded_after(f"import rankload.{package}") & set(HEAVY)
 
 
-def test_public_names():
-    api = importlib.import_module("rankload.loader")
-    assert sorted(api.__all__) == sorted(PUBLIC)
+@pytest.mark.parametrize("package", ["rankload", "rankload.loader"])
+def test_public_names(package):
+    api = importlib.import_module(package)
+    assert sorted(set(api.__all__) - {"__version__"}) == sorted(PUBLIC)
+    assert ("__version__" in api.__all__) == (package == "rankload")
     for name in api.__all__:
         assert getattr(api, name) is not None
         assert name in dir(api)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = api.no_such_name
+
+
+def test_no_module_is_in_the_way_of_a_public_name():
+    code = """
+import importlib, json, pkgutil, types
+import rankload, rankload.loader, rankload.distributed, rankload.launch
+for package in (rankload.loader, rankload.distributed, rankload.launch):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+for api in (rankload, rankload.loader):
+    for name in api.__all__:
+        assert not isinstance(getattr(api, name), types.ModuleType), name
+"""
+    loaded_after(code)
+
+
+def test_resolving_load_imports_no_store_no_deepspeed_and_no_framework():
+    by_torch = loaded_after("import torch, torch.distributed, torch.distributed.tensor")
+    loaded = loaded_after("from rankload import load, State, LoadOptions, restore_rng")
+    assert "torch" in loaded
+    assert not (loaded - by_torch) & CLIENTS
 
 
 def test_every_public_name_is_documented():

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DEADLINE_S = 240
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 def run(
@@ -80,32 +82,59 @@ def python(code: str, *, path: Path, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def test_wheel_holds_the_three_packages_and_nothing_at_top_level(wheel):
+def test_wheel_holds_every_package_and_nothing_else_at_top_level(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rankload"}
-    packages = {"/".join(name.split("/")[:2]) for name in names if name.startswith("rankload/")}
-    assert packages == {"rankload/distributed", "rankload/loader", "rankload/launch"}
-    for package in packages:
-        assert f"{package}/py.typed" in names
-        assert f"{package}/__init__.py" in names
-    sources = {
-        f"rankload/{path.relative_to(REPOSITORY)}"
-        for p in packages
-        for path in REPOSITORY.glob(p[9:] + "/*.py")
+    homes = {
+        "rankload": "rankload",
+        **{f"rankload/{name}": name for name in ("distributed", "launch", "loader")},
     }
-    assert sources <= set(names)
+    for package, home in homes.items():
+        assert f"{package}/py.typed" in names
+        found = {path.relative_to(REPOSITORY / home) for path in (REPOSITORY / home).rglob("*.py")}
+        assert len(found) >= 2
+        assert {f"{package}/{path}" for path in found} <= names
 
 
 def test_wheel_works_elsewhere(installed, tmp_path):
     code = """
 import rankload.loader, rankload.distributed, rankload.launch.cli
+from rankload import State, load_checkpoint, LoadOptions
 from rankload.loader import State, load_checkpoint, LoadOptions
 print(rankload.loader.__file__)
 """
     printed = python(code, path=installed, cwd=tmp_path)
     assert Path(printed) == installed / "rankload" / "loader" / "__init__.py"
+
+
+@pytest.mark.parametrize("where", ["beside a clone", "in a clone"])
+def test_an_installed_wheel_wins_over_a_clone(installed, tmp_path, where):
+    there = clone(tmp_path / "rankload")
+    code = """
+import rankload
+from rankload import State, load
+import rankload.loader.sources.zero.layout as layout
+print(layout.__file__)
+print(callable(load), rankload.__version__)
+"""
+    printed = python(code, path=installed, cwd=there.parent if where == "beside a clone" else there)
+    file, said = printed.splitlines()
+    assert Path(file) == installed / "rankload" / "loader" / "sources" / "zero" / "layout.py"
+    assert said == "True 0.1.0"
+
+
+def test_python_m_rankload_is_the_command_line(installed, tmp_path):
+    for module in ("rankload", "rankload.launch"):
+        said = run(sys.executable, "-m", module, "--version", cwd=tmp_path, PYTHONPATH=str(installed))
+        assert (said.returncode, said.stdout.strip()) == (0, "rankload 0.1.0"), said.stderr
+
+
+def test_the_distribution_has_the_packages_version():
+    import rankload
+
+    assert metadata.version("rankload") == rankload.__version__
 
 
 def test_wheel_brings_the_command(installed, tmp_path):
@@ -116,7 +145,7 @@ def test_wheel_brings_the_command(installed, tmp_path):
 def test_wheel_restores_a_checkpoint_elsewhere(installed, tmp_path):
     code = """
 import torch
-from rankload.loader import State, load
+from rankload import State, load
 saved, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
 torch.save({"state": State(model=saved).state_dict()}, "saved.pt")
 result = load("saved.pt", State(model=fresh), load_weights_only=True)
@@ -147,16 +176,12 @@ print(rankload.distributed.__file__)
 
 def test_a_clone_of_any_name_runs_its_tests(tmp_path):
     there = clone(tmp_path / "my clone-1.0")
-    done = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_template.py", cwd=there
-    )
+    done = run(*PYTEST, "tests/loader/test_template.py", cwd=there)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
 
 def test_a_clone_of_any_name_collects_every_test(tmp_path):
     there = clone(tmp_path / "my clone-1.0")
-    done = run(
-        sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests", cwd=there
-    )
+    done = run(*PYTEST, "--collect-only", "tests", cwd=there)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

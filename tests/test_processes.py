@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import SUPPORT, TESTS
 from processes import run_ranks
 
 THIS = str(Path(__file__).resolve())
@@ -29,11 +30,10 @@ def tell(*arguments: str) -> None:
     """What a rank can see of how it was started."""
     import numpy as np
 
-    tests = str(Path(THIS).parent)
     told = {
         "arguments": [sys.argv, arguments],
         "folder": os.path.basename(os.getcwd())[:6],
-        "path": [entry for entry in sys.path if entry != tests],
+        "path": sys.path,
         "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("RANK", "X_"))},
         "session": os.getsid(0) == os.getpid(),
         "input": sys.stdin.read(),
@@ -56,6 +56,10 @@ def test_each_finds_what_it_would_find_in_a_python_of_its_own(monkeypatch: pytes
         told.append([json.loads(rank.stdout) for rank in finished])
     assert [one for one, _ in told[0]] == [one for one, _ in told[1]]
     assert told[0][0][0]["environment"]["X_MORE"] == "more"
+    # This script's folder, and what tests share: both first, and neither twice.
+    path = told[0][0][0]["path"]
+    assert path[:3] == [str(TESTS), str(SUPPORT), "/given"]
+    assert len(set(path)) == len(path)
     drawn = [tuple(drawn) for ranks in told for _, drawn in ranks]
     assert len(set(drawn)) == 4
 

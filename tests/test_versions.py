@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_reshard import Case, run
+from reshard_runs import Case, run
 
 OLDER = os.environ.get("OLDER_PYTHON", "")
 pytestmark = pytest.mark.skipif(not OLDER, reason="make test-older runs it")

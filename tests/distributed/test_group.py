@@ -1,0 +1,172 @@
+"""The default process group: made and destroyed, or used as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from processes import free_port, run_ranks
+from rankload.distributed.errors import RankloadError, TopologyError
+from rankload.distributed.group import process_group
+from rankload.distributed.rendezvous import meeting_point
+from rankload.distributed.session import open_session
+from rankload.distributed.topology import discover_topology
+
+THIS = __file__
+
+
+def sessions_then_a_group() -> None:
+    """Two loads without a group, then the user's own group at the same address, and a load over that."""
+    import torch
+    import torch.distributed as dist
+
+    for _ in range(2):
+        with open_session(stall_timeout_s=20) as session:
+            assert dist.is_initialized()
+            assert dist.get_backend() == "gloo"
+            ones = torch.ones(1)
+            dist.all_reduce(ones)
+            found = session.topology
+            assert ones.item() == found.world_size
+        assert not dist.is_initialized()
+        assert threading.active_count() == 1
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    with open_session(stall_timeout_s=20) as session:
+        assert session.channel.gather("rank", dist.get_rank()) == list(range(dist.get_world_size()))
+    assert dist.is_initialized()
+    dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps([found.rank, found.node_rank, found.local_rank, found.n_nodes, found.ranks_by_node]))
+
+
+def test_a_group_is_made_and_destroyed_and_its_address_is_free_again() -> None:
+    finished = run_ranks(f"{THIS}:sessions_then_a_group", 4, deadline_s=60, nodes=(1, 3))
+    assert [one.returncode for one in finished] == [0] * 4, finished
+    nodes = [[0], [1, 2, 3]]
+    places = [(0, 0), (1, 0), (1, 1), (1, 2)]
+    for one, (node, local) in zip(finished, places, strict=True):
+        assert json.loads(one.stdout) == [one.rank, node, local, 2, nodes]
+
+
+def open_mpi(rank: int) -> dict[str, str | None]:
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+                "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+    return {
+        **dict.fromkeys(torchrun),
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_NODE_RANK": str(rank),
+        "PMIX_NAMESPACE": f"test-{os.getpid()}",
+    }
+
+
+def one_load() -> None:
+    with open_session(stall_timeout_s=20) as session:
+        found = session.topology
+    print(json.dumps([found.launcher, found.node_rank, found.local_rank, found.ranks_by_node]))
+
+
+def test_mpi_on_one_node_needs_no_address() -> None:
+    finished = run_ranks(f"{THIS}:one_load", 2, deadline_s=60, env=open_mpi)
+    for one in finished:
+        assert one.returncode == 0, finished
+        assert json.loads(one.stdout) == ["openmpi", 0, one.rank, [[0, 1]]]
+
+
+def spawned_with_a_file_store(folder: str) -> None:
+    """A group that the user made from a FileStore, in processes without any launcher's variables."""
+    import torch.distributed as dist
+
+    rank = int(os.environ.pop("MY_RANK"))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with open_session(stall_timeout_s=20) as session:
+        found = session.topology
+        assert (found.rank, found.local_rank, found.launcher) == (rank, rank, "process group")
+        assert session.channel.gather("rank", rank) == [0, 1]
+    assert dist.is_initialized()
+    os.environ.update(RANK=str(rank + 1), WORLD_SIZE="3")
+    with pytest.raises(TopologyError, match=rf"RANK={rank + 1} and WORLD_SIZE=3.*rank {rank} of 2"):
+        open_session().__enter__()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_an_existing_group_decides_and_is_kept(tmp_path: Any) -> None:
+    def env(rank: int) -> dict[str, str | None]:
+        return {**dict.fromkeys(open_mpi(0)), "MY_RANK": str(rank)}
+
+    finished = run_ranks(f"{THIS}:spawned_with_a_file_store", 2, args=(tmp_path,), deadline_s=60, env=env)
+    assert [one.returncode for one in finished] == [0, 0], finished
+
+
+def failing_load() -> None:
+    """An error inside; the group of its own is gone after it, and so is what it listened on."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    for attempt in range(2):
+        try:
+            with open_session(stall_timeout_s=20) as session, session.channel.stage("read"):
+                if rank == 1:
+                    raise OSError(f"attempt {attempt}")
+        except RankloadError as error:
+            message = str(error)
+        assert f"OSError: attempt {attempt}" in message
+        assert not dist.is_initialized()
+        assert threading.active_count() == 1
+
+
+def test_the_group_is_destroyed_after_a_failure() -> None:
+    finished = run_ranks(f"{THIS}:failing_load", 2, deadline_s=60)
+    assert [one.returncode for one in finished] == [0, 0], finished
+    assert max(one.seconds for one in finished) < 30
+
+
+def missing_peer() -> None:
+    begin = time.monotonic()
+    try:
+        open_session(stall_timeout_s=1.5).__enter__()
+    except RankloadError as error:
+        print(type(error).__name__, error)
+        assert time.monotonic() - begin < 12
+        return
+    sys.exit(1)
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    finished = run_ranks(
+        f"{THIS}:missing_peer", 1, deadline_s=40, env={"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    )
+    assert finished[0].returncode == 0, finished
+    assert "StalledError" in finished[0].stdout
+    assert "ranks 1, 2 to join" in finished[0].stdout
+
+
+def test_one_rank_needs_no_group() -> None:
+    found = discover_topology({}, [])
+    with process_group(found) as topology:
+        assert topology == found
+    with open_session() as session:
+        assert session.topology.ranks_by_node == ((0,),)
+        assert session.channel.gather("alone", 1) == [1]
+    import torch.distributed as dist
+
+    assert not dist.is_initialized()
+
+
+def test_torchrun_agents_store_is_used() -> None:
+    port = str(free_port())
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": port}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3", "GROUP_RANK": "0"}
+    assert not meeting_point(discover_topology(environ, []), environ).hosted
+    point = meeting_point(discover_topology({**environ, **agent}, []), {**environ, **agent})
+    assert point.hosted
+    assert point.prefix.endswith("attempt_3")

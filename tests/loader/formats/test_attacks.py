@@ -1,0 +1,453 @@
+"""Hostile files: nothing in them runs or takes undue memory or time; the next file is read as ever."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import io
+import os
+import pickle
+import pickletools
+import random
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
+from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize.objects import materialize
+from rankload.loader.materialize.tensors import TensorReader
+from rankload.loader.saved.tree import check_tree, iterate
+from rankload.loader.saved.values import InertObject
+from torch_files import fixture_files, legacy_with, outcome, read_whole, zip_with
+
+SPARE = 64 << 20
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, state: Any = None) -> None:
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def text(value: str) -> bytes:
+    raw = value.encode()
+    return b"X" + len(raw).to_bytes(4, "little") + raw
+
+
+def payloads(canary: Path) -> dict[str, bytes]:
+    """Pickles of a dict ``{"a": ...}``, each of which would make the file `canary` if anything in it ran."""
+    touch = f"touch {canary}"
+    code = f"open({str(canary)!r}, 'w')"
+    command = text(touch)
+    inside = b"\x80\x02}" + text("a")
+    return {
+        "reduce os.system": pickle.dumps({"a": Call(os.system, touch)}, 2),
+        "reduce, protocol 0": pickle.dumps({"a": Call(os.system, touch)}, 0),
+        "stack global": pickle.dumps({"a": Call(os.system, touch)}, 4),
+        "eval": pickle.dumps({"a": Call(eval, code)}, 2),
+        "exec": pickle.dumps({"a": Call(exec, code)}, 5),
+        "subprocess": pickle.dumps({"a": Call(subprocess.Popen, ["touch", str(canary)])}, 2),
+        "inst": inside + b"(" + command + b"ios\nsystem\ns.",
+        "obj": inside + b"(cos\nsystem\n" + command + b"os.",
+        "newobj": inside + b"cos\nsystem\n" + command + b"\x85\x81s.",
+        "newobj_ex": inside + b"cos\nsystem\n" + command + b"\x85}\x92s.",
+        "memoised": inside + b"cos\nsystem\nq\x000h\x00" + command + b"\x85Rs.",
+        "in a persistent id": inside + b"cos\nsystem\n" + command + b"\x85RQs.",
+        "as a storage": inside
+        + b"("
+        + text("storage")
+        + b"cos\nsystem\n"
+        + command
+        + text("cpu")
+        + b"K\x01tQs.",
+        "as a tensor's function": inside
+        + b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nctorch\nTensor\n"
+        + command
+        + b"\x85}tRs.",
+        "as an array's class": inside
+        + b"cnumpy.core.multiarray\n_reconstruct\n(cos\nsystem\nK\x00\x85C\x01btRs.",
+        "as a dtype": inside + b"cnumpy\ndtype\ncos\nsystem\n" + command + b"\x85R\x85Rs.",
+        "as a factory": inside + b"ccollections\ndefaultdict\ncos\nsystem\n\x85Rs.",
+        "getattr": inside + b"c__builtin__\ngetattr\ncos\n__dict__\n" + text("system") + b"\x86Rs.",
+        "setstate": pickle.dumps({"a": Call(Call, print, state={"reduced": Call(os.system, touch)})}, 2),
+        "as a key": b"\x80\x02}cos\nsystem\n" + command + b"\x85RNs.",
+        "as a member": b"\x80\x04\x8f(cos\nsystem\n" + command + b"\x85R\x90.",
+        "partial": pickle.dumps({"a": Call(functools.partial, os.system, touch)}, 2),
+        "import hook": inside + b"crunpy\n_run_code\n(" + text(code) + b"}tRs.",
+    }
+
+
+NAMES = list(payloads(Path("x")))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("attack", NAMES)
+def test_nothing_runs(tmp_path: Path, attack: str, kind: str) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "f.pt"
+    (zip_with if kind == "zip" else legacy_with)(payloads(canary)[attack], path)
+    with contextlib.suppress(UnsafeError, CorruptError):
+        read_index(path)
+    with contextlib.suppress(UnsafeError, CorruptError):
+        read_whole(path)
+    if attack not in ("as a factory", "as a persistent id"):
+        with pytest.raises((UnsafeError, CorruptError)):
+            read_whole(path)
+    assert not canary.exists()
+
+
+def test_the_payloads_would_run(tmp_path: Path) -> None:
+    ran = 0
+    for name, data in payloads(tmp_path / "canary").items():
+        if name in ("subprocess", "exec"):
+            continue
+        with contextlib.suppress(Exception):
+            pickle.loads(data)
+        ran += (tmp_path / "canary").exists()
+        (tmp_path / "canary").unlink(missing_ok=True)
+    # The rest need torch's or numpy's own functions around them.
+    assert ran >= 8
+
+
+def test_an_unknown_global_in_an_ignored_part_does_no_harm(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "callbacks": Call(os.system, f"touch {canary}")}, tmp_path / "f.pt"
+    )
+    tree = read_index(tmp_path / "f.pt").tree
+    assert isinstance(tree["callbacks"], InertObject)
+    del tree["callbacks"]
+    assert materialize(tree, reader=TensorReader())["model"]["w"].tolist() == [1.0, 1.0]
+    assert not canary.exists()
+
+
+PATCHES = {
+    "state of a builder": b"ctorch._utils\n_rebuild_tensor_v2\n}X\x04\x00\x00\x00nameNsb0",
+    "slots of a builder": b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x05\x00\x00\x00_makeNstb0",
+    "state of a class": b"ccollections\nOrderedDict\n}X\x05\x00\x00\x00itemsNsb0",
+    "slots of a class": b"ccollections\nOrderedDict\n(N}X\x09\x00\x00\x00__class__NstbO0",
+    "slots of an object's type": b"cdatetime\ntimedelta\n(N}X\x04\x00\x00\x00daysNstb0",
+    "item of a class": b"ccollections\nOrderedDict\nX\x01\x00\x00\x00aNs0",
+    "append to a function": b"c_codecs\nencode\nNa0",
+}
+
+
+@pytest.mark.parametrize("patch", list(PATCHES))
+def test_the_next_file_is_read_as_ever(tmp_path: Path, patch: str) -> None:
+    kept = {"w": torch.arange(3.0), "o": collections.OrderedDict(a=1)}
+    torch.save(kept, tmp_path / "good.pt")
+    zip_with(b"\x80\x02" + PATCHES[patch] + b"N.", tmp_path / "bad.pt")
+    assert outcome(tmp_path / "bad.pt") in ("UnsafeError", "CorruptError")
+    got = read_whole(tmp_path / "good.pt")
+    assert got["w"].tolist() == [0.0, 1.0, 2.0]
+    assert got["o"] == {"a": 1}
+
+
+MEASURE = """
+import resource, sys, time
+import rankload.loader.formats.torch_file as t
+from rankload.loader.errors import RankloadError
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = peak(); begun = time.monotonic()
+try: t.read_index(sys.argv[1]); said = "read"
+except RankloadError as error: said = type(error).__name__
+print(said, peak() - before, time.monotonic() - begun)
+"""
+
+
+def measured(path: Path) -> tuple[str, int, float]:
+    """What a fresh process says of the file, by how much its memory grew, and the seconds it took."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    said, grown, seconds = run.stdout.split()
+    return said, int(grown), float(seconds)
+
+
+def doubling(levels: int) -> bytes:
+    """Billion laughs: a list of two of the same list, and so on."""
+    return (
+        b"\x80\x02]q\x000"
+        + b"".join(
+            b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) + b"0" for n in range(levels)
+        )
+        + b"h"
+        + bytes([levels])
+        + b"."
+    )
+
+
+def chain(links: int) -> bytes:
+    """Lists inside one another, built from inside outward so that no part of the stack is deep."""
+    parts = [b"\x80\x02]q\x000"]
+    for n in range(links):
+        parts.append(b"]r" + struct.pack("<I", n + 1) + b"j" + struct.pack("<I", n) + b"a0")
+    return b"".join(parts) + b"j" + struct.pack("<I", links) + b"."
+
+
+def late_chain(links: int) -> bytes:
+    """The same from outside inward: every list is put into the one before while both are empty."""
+    parts = [b"\x80\x02]q\x000"]
+    for n in range(links):
+        parts.append(b"j" + struct.pack("<I", n) + b"]r" + struct.pack("<I", n + 1) + b"a0")
+    return b"".join(parts) + b"j" + struct.pack("<I", 0) + b"."
+
+
+BOMBS: dict[str, bytes] = {
+    "memo index 100,000,000": b"\x80\x02Nr\x00\xe1\xf5\x05.",
+    "memo index as high as the file is long": b"\x80\x02"
+    + text("a" * 30_000_000)
+    + b"r"
+    + struct.pack("<I", 30_000_000)
+    + b".",
+    "length of 2 GiB": b"\x80\x02X\xff\xff\xff\x7fabc.",
+    "frame of an exabyte": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0fN.",
+    "a million lists deep": b"]" * 1_000_000 + b"a" * 999_999 + b".",
+    "a million tuples deep": b"N" + b"\x85" * 1_000_000 + b".",
+    "tuple to hash for ever": b"\x80\x02}K\x01\x85" + b"2\x86" * 60 + b"Ns.",
+    "billion laughs": doubling(60),
+    "chain outward": chain(100_000),
+    "chain inward": late_chain(100_000),
+    "ten million lists": b"\x80\x02(" + b"]" * 10_000_000 + b"l.",
+    "ten million dicts": b"\x80\x02(" + b"}" * 10_000_000 + b"l.",
+    "five million numbers": b"\x80\x02(" + b"J\0\1\2\3" * 5_000_000 + b"l.",
+    "ten million nothings": b"\x80\x02(" + b"N" * 10_000_000 + b"l.",
+    "a million memo entries": b"\x80\x02" + b"]q\x000" * 1_000_000 + b"N.",
+    "copies of a megabyte": b"\x80\x02"
+    + text("a" * (1 << 20))
+    + b"q\x000c_codecs\nencode\nq\x010"
+    + b"h\x01h\x00\x85R0" * 3000
+    + b"N.",
+    "bytearray of 2 GiB": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "sets of one list": b"\x80\x02]("
+    + b"K\x01" * 100_000
+    + b"eq\x000"
+    + b"c__builtin__\nset\nh\x00\x85R0" * 5000
+    + b"N.",
+    "a string that one character widens": b"\x80\x02" + text("a" * 20_000_000 + "\U0001f600") + b".",
+    "tuples through a call": b"\x80\x02c__builtin__\ntuple\nq\x000]K\x01aq\x010"
+    + b"h\x00](h\x01h\x01e\x85Rq\x010" * 60
+    + b"}h\x01Ns.",
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("bomb", list(BOMBS))
+def test_bombs(tmp_path: Path, bomb: str, kind: str) -> None:
+    path = (zip_with if kind == "zip" else legacy_with)(BOMBS[bomb], tmp_path / "f.pt")
+    said, grown, seconds = measured(path)
+    assert said in ("UnsafeError", "CorruptError", "read")
+    assert grown <= 2 * path.stat().st_size + SPARE, f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
+    assert seconds < 30
+
+
+def test_trees_that_no_walk_gets_through(tmp_path: Path) -> None:
+    for bomb, error in (("billion laughs", UnsafeError), ("chain outward", UnsafeError)):
+        zip_with(BOMBS[bomb], tmp_path / "f.pt")
+        with pytest.raises(error):
+            read_index(tmp_path / "f.pt")
+    # Inside an object of the file's, where loops are in order, walks still end.
+    loop: list[Any] = []
+    loop.append(InertObject("a.B", state={"self": loop}))
+    check_tree({"a": loop}, name="f")
+    assert len(list(iterate(loop))) < 10
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+
+
+def tensor(numel: bytes, offset: bytes, shape: bytes, stride: bytes) -> bytes:
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE
+        + numel
+        + b"tQ"
+        + offset
+        + shape
+        + stride
+        + b"\x89}tR."
+    )
+
+
+@pytest.mark.parametrize(
+    ("numel", "offset", "shape", "stride"),
+    [
+        (b"J\xff\xff\xff\x7f", b"K\x00", b"K\x01\x85", b"K\x01\x85"),
+        (b"K\x05", b"K\x00", b"K\x05\x85", b"K\x01\x85"),
+        (b"K\x04", b"K\x01", b"K\x04\x85", b"K\x01\x85"),
+        (b"K\x04", b"K\x00", b"K\x02\x85", b"K\x04\x85"),
+        (b"K\x04", b"J\xff\xff\xff\xff", b"K\x02\x85", b"K\x01\x85"),
+        (b"K\x04", b"K\x00", b"J\xff\xff\xff\xff\x85", b"K\x01\x85"),
+        (b"J\xff\xff\xff\xff", b"K\x00", b"K\x01\x85", b"K\x01\x85"),
+        (b"X\x01\x00\x00\x004", b"K\x00", b"K\x01\x85", b"K\x01\x85"),
+    ],
+)
+def test_sizes_that_lie(tmp_path: Path, numel: bytes, offset: bytes, shape: bytes, stride: bytes) -> None:
+    good = tensor(b"K\x04", b"K\x00", b"K\x04\x85", b"K\x01\x85")
+    zip_with(good, tmp_path / "g.pt", storages={"0": struct.pack("<4f", 1, 2, 3, 4)})
+    assert read_whole(tmp_path / "g.pt").tolist() == [1.0, 2.0, 3.0, 4.0]
+    bad = tensor(numel, offset, shape, stride)
+    zip_with(bad, tmp_path / "f.pt", storages={"0": struct.pack("<4f", 1, 2, 3, 4)})
+    with pytest.raises(CorruptError):
+        read_index(tmp_path / "f.pt")
+
+
+def test_a_storage_that_is_not_there(tmp_path: Path) -> None:
+    zip_with(tensor(b"K\x04", b"K\x00", b"K\x04\x85", b"K\x01\x85"), tmp_path / "f.pt")
+    with pytest.raises(CorruptError, match="not in the file"):
+        read_index(tmp_path / "f.pt")
+
+
+def directory_entry(data: bytearray, record: str) -> int:
+    return data.rindex(b"PK\1\2", 0, data.rindex(record.encode()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (42, b"\0\0\0\0"),  # header offset: that of another record
+        (24, b"\xff\xff\xff\x7f"),  # size
+        (20, b"\x01\0\0\0"),  # packed size
+        (42, b"\xff\xff\xff\x7f"),  # header beyond the file
+        (10, b"\x08\0"),  # deflated
+        (8, b"\x01\0"),  # encrypted
+    ],
+)
+def test_zip_directories_that_lie(tmp_path: Path, field: int, value: bytes) -> None:
+    torch.save({"a": torch.arange(9.0), "b": torch.ones(3)}, tmp_path / "f.pt")
+    data = bytearray((tmp_path / "f.pt").read_bytes())
+    at = directory_entry(data, "data/1") + field
+    data[at : at + len(value)] = value
+    (tmp_path / "f.pt").write_bytes(data)
+    with pytest.raises(RankloadError):
+        read_whole(tmp_path / "f.pt")
+
+
+def test_overlapping_records(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(9.0), "b": torch.ones(9)}, tmp_path / "f.pt")
+    data = bytearray((tmp_path / "f.pt").read_bytes())
+    first, second = directory_entry(data, "data/0"), directory_entry(data, "data/1")
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]
+    (tmp_path / "f.pt").write_bytes(data)
+    with pytest.raises(UnsafeError, match="overlap"):
+        read_index(tmp_path / "f.pt")
+
+
+def test_a_record_twice(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": 1}, 2))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("archive/data.pkl", pickle.dumps({"a": 2}, 2))
+    (tmp_path / "f.pt").write_bytes(stream.getvalue())
+    with pytest.raises(CorruptError, match="two records"):
+        read_index(tmp_path / "f.pt")
+
+
+def test_a_directory_of_millions(tmp_path: Path) -> None:
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    directory = entry * 1_000_000
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), 4, 0)
+    path = tmp_path / "f.pt"
+    path.write_bytes(b"PK\3\4" + directory + end)
+    said, grown, _ = measured(path)
+    assert said in ("UnsafeError", "CorruptError")
+    assert grown <= 2 * path.stat().st_size + SPARE
+
+
+def real_pickles(folder: Path) -> list[bytes]:
+    found = []
+    for path in fixture_files(folder):
+        with zipfile.ZipFile(path) as archive:
+            found.append(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+    return sorted(found, key=len)[:14]
+
+
+@pytest.fixture(scope="module")
+def pickles(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    return real_pickles(tmp_path_factory.mktemp("real"))
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(changed))
+        what = chance.randrange(5)
+        if what == 0:
+            changed[at] = chance.randrange(256)
+        elif what == 1:
+            del changed[at : at + chance.randint(1, 8)]
+        elif what == 2:
+            changed[at:at] = bytes(chance.choice(OPCODES) for _ in range(chance.randint(1, 6)))
+        elif what == 3:
+            begin = chance.randrange(len(changed))
+            changed[at:at] = changed[begin : begin + chance.randint(1, 60)]
+        else:
+            changed[at : at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0"])
+        if not changed:
+            changed = bytearray(b".")
+    return bytes(changed)
+
+
+OPCODES = [opcode.code.encode("latin1")[0] for opcode in pickletools.opcodes]
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@given(chance=st.randoms(use_true_random=False), which=st.integers(0, 13))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mutated_pickles(tmp_path: Path, pickles: list[bytes], kind: str, chance: Any, which: int) -> None:
+    """Anything may come out but another kind of error, a run-away or an import."""
+    data = mutated(pickles[which], chance)
+    path = tmp_path / "f.pt"
+    storages = {str(n): b"\0" * 4096 for n in range(40)}
+    zip_with(data, path, storages=storages) if kind == "zip" else legacy_with(data, path)
+    bounded(path)
+
+
+@given(st.lists(st.sampled_from(OPCODES) | st.integers(0, 255), max_size=200).map(bytes))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_opcodes(tmp_path: Path, data: bytes) -> None:
+    bounded(zip_with(b"\x80\x04" + data + b".", tmp_path / "f.pt"))
+
+
+@given(chance=st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mutated_files(tmp_path: Path, chance: Any) -> None:
+    whole = tmp_path / "whole.pt"
+    if not whole.exists():
+        torch.save({"a": torch.arange(30), "b": torch.ones(2, 3), "c": "text"}, whole)
+    (tmp_path / "f.pt").write_bytes(mutated(whole.read_bytes(), chance))
+    bounded(tmp_path / "f.pt")
+
+
+def bounded(path: Path) -> None:
+    """Reads the file; fails where that takes too much memory or time, or raises another kind of error."""
+    modules = set(sys.modules)
+    tracemalloc.start()
+    begun = time.monotonic()
+    try:
+        outcome(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 2 * path.stat().st_size + SPARE
+    assert time.monotonic() - begun < 20
+    grown = {name for name in set(sys.modules) - modules if not name.startswith(("torch", "numpy"))}
+    assert not grown

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from rankload.loader.errors import OptionError
+from rankload.loader.receipt import FileRecord, Receipt, StageRecord, combine, log_receipt
+from rankload.loader.request import check_logger
+
+
+def receipt(**changes: Any) -> Receipt:
+    fields: dict[str, Any] = {
+        "path": "s3://bucket/ep1-rank{rank}.tar",
+        "kind": "composer-zero",
+        "layout": "deepspeed",
+        "saved_world_size": 2,
+        "world_size": 2,
+        "n_nodes": 1,
+        "weights_only": False,
+        "verify": "during",
+        "restored": ("model (3 entries, 1,200 bytes)", "optimizer AdamW (2,400 bytes)"),
+        "renamed": {"module.w": "w"},
+        "files": (FileRecord("a", 1000, 1000, True), FileRecord("b", 500, 500, True)),
+        "stages": (StageRecord(0, "fetch", 1.5, 1500), StageRecord(1, "fetch", 1.0, 0)),
+    }
+    return Receipt(**{**fields, **changes})
+
+
+def test_as_dict_is_json_and_complete() -> None:
+    found = json.loads(json.dumps(receipt().as_dict()))
+    assert found["files"][0] == {
+        "name": "a",
+        "size_bytes": 1000,
+        "fetched_bytes": 1000,
+        "verified": True,
+        "verified_by": [],
+        "not_compared": [],
+    }
+    assert found["renamed"] == {"module.w": "w"}
+    assert set(found) == {*Receipt.__dataclass_fields__, "schema_version"}
+    assert found["schema_version"] == 1
+
+
+def test_three_lines_say_what_happened() -> None:
+    first, second, third = receipt().lines()
+    assert "composer-zero" in first
+    assert "saved by 2 ranks" in first
+    assert "optimizer AdamW" in first
+    assert "2 files, 1,500 bytes, 1,500 bytes fetched; 1.50 s" in second
+    assert "1 renamed" in third
+    assert "every byte compared" in third
+    assert "not verified: b" in receipt(unverified=("b",)).lines()[2]
+
+
+def test_loggers(caplog: pytest.LogCaptureFixture) -> None:
+    class Metrics:
+        def __init__(self) -> None:
+            self.seen: dict[str, float] = {}
+
+        def log_metrics(self, metrics: dict[str, float]) -> None:
+            self.seen = metrics
+
+    class Hyperparameters:
+        def __init__(self) -> None:
+            self.seen: dict[str, float] = {}
+
+        def log_hyperparameters(self, parameters: dict[str, float]) -> None:
+            self.seen = parameters
+
+    with caplog.at_level(logging.INFO):
+        log_receipt(receipt(), logging.getLogger("mine"))
+        assert [record.name for record in caplog.records] == ["mine"] * 3
+        caplog.clear()
+        log_receipt(receipt(), None)
+        assert [record.name for record in caplog.records] == ["rankload"] * 3
+    for logger in (Metrics(), Hyperparameters()):
+        log_receipt(receipt(), logger)
+        assert logger.seen["rankload/seconds/fetch"] == 1.5
+        assert logger.seen["rankload/fetched_bytes"] == 1500
+        check_logger(logger)
+    with pytest.raises(OptionError, match=r"expected a logging\.Logger"):
+        check_logger(object())
+
+
+def test_what_ranks_differ_in_is_united_in_the_order_of_ranks() -> None:
+    found = combine(
+        [
+            {
+                "missing": ["a", "b"],
+                "renamed": {"module.w": "w"},
+                "cast": {"w": "float32 -> bfloat16"},
+                "node": 0,
+            },
+            {
+                "missing": ["b", "c"],
+                "unexpected": ["x"],
+                "derived": ["rng of rank 1"],
+                "cast": {"v": "i", "w": "j"},
+            },
+        ]
+    )
+    assert found == {
+        "ignored": (),
+        "missing": ("a", "b", "c"),
+        "unexpected": ("x",),
+        "derived": ("rng of rank 1",),
+        "not_restored": (),
+        "renamed": {"module.w": "w"},
+        "cast": {"w": "float32 -> bfloat16", "v": "i"},
+    }
+    assert receipt(**found).missing == ("a", "b", "c")

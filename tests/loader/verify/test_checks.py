@@ -1,0 +1,103 @@
+"""Checksums compared by all ranks together, in real jobs: what each reads, and what a flipped byte does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import SUPPORT
+from processes import run_ranks
+
+WIDE = 1024
+"""4 MiB of fp32 a layer."""
+
+
+def a_module() -> torch.nn.Module:
+    torch.manual_seed(7)
+    return torch.nn.Sequential(torch.nn.Linear(WIDE, WIDE), torch.nn.Linear(WIDE, 3 * WIDE, bias=False))
+
+
+def restore(path: str, kind: str, verify: str) -> None:
+    """One rank: restores `path` into a module that is plain, or sharded; tells the error, or what was read."""
+    import torch.distributed as dist
+    from rankload.loader import RankloadError, State, load
+
+    dist.init_process_group("gloo")
+    module = a_module()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    if kind == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module)
+    told: dict[str, Any]
+    try:
+        receipt = load(path, State(module), options={"verify": verify}).receipt
+    except RankloadError as error:
+        whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in module.parameters()]
+        changed = any(bool(tensor.any()) for tensor in whole)
+        told = {"error": type(error).__name__, "message": str(error), "changed": changed}
+    else:
+        right = all(
+            torch.equal(getattr(own, "full_tensor", lambda own=own: own)(), wanted)
+            for own, wanted in zip(module.parameters(), a_module().parameters(), strict=True)
+        )
+        stages = ("verify", "restore", "checksums")
+        read = [one.bytes for one in receipt.stages if one.rank == dist.get_rank() and one.stage in stages]
+        told = {"right": right, "read": sum(read)}
+    print(json.dumps(told))
+    sys.stdout.flush()
+    # Ranks end together, and with nothing left that holds on to the group: gloo's threads may crash otherwise.
+    dist.barrier()
+
+
+def job(path: Path, kind: str, verify: str) -> list[dict[str, Any]]:
+    finished = run_ranks(
+        f"{__file__}:restore", 2, args=(path, kind, verify), deadline_s=90, env={"PYTHONPATH": str(SUPPORT)}
+    )
+    assert [rank.returncode for rank in finished] == [0, 0], finished
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in finished]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model.pt"
+    torch.save(a_module().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "verify", "most"), [
+    ("plain", "during", 1.0),
+    ("sharded", "during", 0.51),
+    ("sharded", "before", 1.01),
+])  # fmt: skip
+def test_each_rank_reads_its_own_part_once(saved: Path, kind: str, verify: str, most: float) -> None:
+    told = job(saved, kind, verify)
+    size = 4 * WIDE * WIDE * 4
+    for rank in told:
+        assert rank["right"], told
+        assert rank["read"] <= most * size + (64 << 10), told
+
+
+@pytest.mark.parametrize(
+    ("kind", "verify"), [("plain", "during"), ("sharded", "during"), ("sharded", "before")]
+)
+def test_a_flipped_byte_fails_all_ranks(saved: Path, tmp_path: Path, kind: str, verify: str) -> None:
+    """It lies in what rank 1 reads, or sums; both ranks say so."""
+    data = bytearray(saved.read_bytes())
+    data[len(data) - (2 << 20)] ^= 4
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(data)
+    first, second = job(path, kind, verify)
+    assert first["message"].partition(" ")[2] == second["message"].partition(" ")[2]
+    for rank in (first, second):
+        assert rank["error"] == ("CorruptError" if verify == "before" else "PartialRestoreError")
+        assert rank["changed"] == (verify == "during")
+        assert "flipped.pt" in rank["message"]
+        assert "CRC-32" in rank["message"]
+        assert "1.weight" in rank["message"]
