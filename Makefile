@@ -19,7 +19,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# The long tests too, and every pair of ZeRO settings at 1 to 8 ranks (docs/reshard.md): an hour on 2 cores.
+# The long tests too, and every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md): an hour on 2 cores.
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
@@ -54,16 +54,16 @@ bench: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks
 
 bench-fetch: $(SERVERS) $(CLIENTS)
-	$(RUN) $(BIN)/python -m benchmarks.fetch --write docs/fetch.md
+	$(RUN) $(BIN)/python -m benchmarks.fetch --write docs/benchmarks.md
 
 bench-restore: $(SERVERS)
-	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --params 143 --write docs/fetch.md
+	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --params 143 --write docs/benchmarks.md
 
 bench-counts: $(SERVERS)
-	$(RUN) $(BIN)/python -m benchmarks.fetch_counts --params 143 --write docs/fetch.md
+	$(RUN) $(BIN)/python -m benchmarks.fetch_counts --params 143 --write docs/benchmarks.md
 
 bench-checksums: $(SERVERS)
-	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/fetch.md
+	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) .venv-* .cache build dist *.egg-info

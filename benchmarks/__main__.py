@@ -1,4 +1,4 @@
-"""Runs the benchmarks and prints two tables.
+"""Runs the benchmarks and prints their tables.
 
 Every run is a process of its own. Methods take turns within each round (A/B/A/B), ratios are taken within a
 round, and what is shown are medians over the rounds. Nothing is asserted about speed.
@@ -42,11 +42,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("local", "http"))
+    parser.add_argument("--only", choices=("imports", "local", "http"))
     arguments = parser.parse_args()
     python = platform.python_version()
     print(f"{platform.platform()}, {os.cpu_count()} CPUs, Python {python}, torch {torch.__version__}")
 
+    if arguments.only in (None, "imports"):
+        show_imports(arguments.rounds)
+    if arguments.only == "imports":
+        return
     with tempfile.TemporaryDirectory(prefix="rankload-bench-") as name:
         folder = Path(name)
         served = folder / "served"
@@ -79,6 +83,21 @@ def main() -> None:
             )
             title = f"restore over HTTP on loopback, {RANKS} ranks of one node (the server is Python's)"
             show(title, rounds, http_restore.METHODS[0], "served bytes")
+
+
+def show_imports(rounds: int) -> None:
+    """What `from rankload import load` costs beyond torch, from compiled files."""
+    command = [sys.executable, "-m", "benchmarks.imports"]
+    found = []
+    for _ in range(rounds + 1):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+        found.append(json.loads(done.stdout))
+    # The first one may have compiled them.
+    seconds = sorted(one["seconds"] for one in found[1:])
+    print(
+        f"\nfrom rankload import load, beyond torch: {median(seconds):.3f} s ({seconds[0]:.3f}-{seconds[-1]:.3f}), "
+        f"{found[-1]['ours']} modules of its own, {found[-1]['others']} others"
+    )
 
 
 def take_turns(methods: Sequence[str], run: Callable[[str], Run], rounds: int) -> dict[str, list[Run]]:

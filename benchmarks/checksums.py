@@ -1,6 +1,6 @@
 """What comparing costs: each checksum's rate, and a load with ``verify`` off, during and before.
 
-    python -m benchmarks.checksums --megabytes 1000 --write docs/fetch.md
+    python -m benchmarks.checksums --megabytes 1000 --write docs/benchmarks.md
 
 The model is restored by one process, with a manifest beside the file: from a local file, from nginx, and from nginx in
 a tar. Settings take turns within each round; what is shown are medians. Nothing is asserted about speed.
@@ -31,7 +31,7 @@ from rankload.loader.stores.digests import ALGORITHMS, new_digest  # noqa: E402
 from real_servers import nginx  # noqa: E402
 
 from benchmarks.measure import make_model  # noqa: E402
-from benchmarks.tables import table, write_between_markers  # noqa: E402
+from benchmarks.tables import publish, table  # noqa: E402
 
 CHUNK_BYTES = 4 << 20
 VERIFY = ("off", "during", "before")
@@ -53,7 +53,7 @@ def main() -> None:
             f"{os.cpu_count()} CPUs, Python {platform.python_version()}, one thread; medians of {arguments.rounds} "
             f"rounds. Loads are of a model of {arguments.megabytes:,} MB, page cache warm.\n\n{rates}\n\n{loads}"
         )
-        write_between_markers(arguments.write, "bench-checksums", text)
+        publish(arguments.write, "bench-checksums", text)
 
 
 def rates_by_name(rounds: int) -> list[tuple[str, str]]:

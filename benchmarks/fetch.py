@@ -1,6 +1,6 @@
 """How fast one large object comes from a server: rankload beside other clients, and the limit.
 
-    python -m benchmarks.fetch --size 1000 --write docs/fetch.md
+    python -m benchmarks.fetch --size 1000 --write docs/benchmarks.md
 
 Servers are real ones on loopback. Clients take turns within each round (A/B/C, A/B/C ...), each run is a process of
 its own, and what is shown are medians. The clock runs from a client's first request to its last byte; processor time
@@ -29,7 +29,7 @@ from unittest import mock
 
 from .fetch_clients import CLIENTS, DISCARD, Place
 from .measure import peak_private_bytes
-from .tables import REPOSITORY, table, write_between_markers
+from .tables import REPOSITORY, publish, table
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
 from certificates import BUNDLES, make_certificate
@@ -80,7 +80,7 @@ def main() -> None:
                 texts.append(f"**{title}**\n\n{show(rounds, place.size)}")
             print(f"\n{texts[-1]}", flush=True)
     if arguments.write:
-        write_between_markers(arguments.write, "bench-fetch", "\n\n".join(texts))
+        publish(arguments.write, "bench-fetch", "\n\n".join(texts))
 
 
 def make_object(path: Path, size: int) -> Path:

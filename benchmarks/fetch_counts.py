@@ -1,6 +1,6 @@
 """How many bytes leave the server: after a kill, and for a job of several nodes.
 
-    python -m benchmarks.fetch_counts --params 143 --write docs/fetch.md
+    python -m benchmarks.fetch_counts --params 143 --write docs/benchmarks.md
 
 A model is saved by DeepSpeed at stage 1 by 4 ranks and restored by 4 from nginx, which counts. Every rank of a job is
 killed (SIGKILL) when so much of it has landed, and the job started again; two nodes of two ranks restore in each mode.
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 
 from benchmarks.fetch_restore import BUCKET, DEADLINE_S, Source, job, layers, make, masters_of, over_http  # noqa: E402
-from benchmarks.tables import table, write_between_markers  # noqa: E402
+from benchmarks.tables import publish, table  # noqa: E402
 
 SHARES = (0.3, 0.6, 0.9)
 N_RANKS = 4
@@ -54,7 +54,7 @@ def main() -> None:
     text = "\n\n".join(texts)
     print(text)
     if arguments.write:
-        write_between_markers(arguments.write, "bench-counts", text)
+        publish(arguments.write, "bench-counts", text)
 
 
 def killed(source: Source, work: Path, masters: list[int], params: int, need: int) -> str:

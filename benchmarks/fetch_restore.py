@@ -1,6 +1,6 @@
 """From a server into DeepSpeed engines, end to end: rankload beside the usual ways.
 
-    python -m benchmarks.fetch_restore --params 143 --write docs/fetch.md
+    python -m benchmarks.fetch_restore --params 143 --write docs/benchmarks.md
 
 A model is saved by DeepSpeed, in bf16 with AdamW, at stages 1 and 3 by 1, 2 and 4 ranks, and restored by as many from
 nginx and from SeaweedFS, with nginx before it that counts bytes. Ways take turns within each round; what is shown are
@@ -35,7 +35,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 from benchmarks.fetch import CAP  # noqa: E402
 from benchmarks.fetch_clients import Place, raw_ranges, touched  # noqa: E402
 from benchmarks.measure import peak_private_bytes  # noqa: E402
-from benchmarks.tables import table, write_between_markers  # noqa: E402
+from benchmarks.tables import publish, table  # noqa: E402
 
 OURS: Mapping[str, Mapping[str, Any]] = {
     "**rankload**": {},
@@ -122,7 +122,7 @@ def main() -> None:
     )
     print(f"\n{text}")
     if arguments.write:
-        write_between_markers(arguments.write, "bench-restore", text)
+        publish(arguments.write, "bench-restore", text)
 
 
 def compare(

@@ -1,6 +1,6 @@
 """Restores ZeRO checkpoints of every setting into engines and modules of every kind, and prints the tables.
 
-    python -m benchmarks.reshard_matrix [--quick] [--only engines|modules] [--work FOLDER] [--write docs/reshard.md]
+    python -m benchmarks.reshard_matrix [--quick] [--only engines|modules] [--work FOLDER] [--write docs/benchmarks.md]
 
 Every pair of a setting and a target is tried once, at world sizes chosen so that each setting meets each size on both
 sides, and each size each other. What a restore is held to is in tests/support/reshard_worker.py and
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .published import publish
+from .tables import publish
 
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -107,7 +107,7 @@ def tell(
                 flush=True,
             )
             if arguments.write:
-                publish(Path(arguments.write), matrix.name, text)
+                publish(arguments.write, matrix.name, text)
             failed = failed or any(results[case]["problems"] for case in cases)
     sys.exit(failed)
 

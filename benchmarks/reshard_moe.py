@@ -1,6 +1,6 @@
 """Restores mixtures of experts of every setting into engines of every setting with the same experts; prints the table.
 
-    python -m benchmarks.reshard_moe [--work FOLDER] [--write docs/reshard.md]
+    python -m benchmarks.reshard_moe [--work FOLDER] [--write docs/benchmarks.md]
 
 As `benchmarks.reshard_matrix`; what a restore is held to is in tests/support/moe_worker.py.
 """

@@ -1,6 +1,6 @@
 """Restores models split over pipeline stages and tensor-parallel ranks at other data-parallel sizes; prints the table.
 
-    python -m benchmarks.reshard_parallel [--work FOLDER] [--write docs/reshard.md]
+    python -m benchmarks.reshard_parallel [--work FOLDER] [--write docs/benchmarks.md]
 
 As `benchmarks.reshard_matrix`; what a restore is held to is in tests/support/parallel_worker.py.
 """

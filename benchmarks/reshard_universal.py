@@ -1,6 +1,6 @@
 """DeepSpeed's own way to another world size beside rankload's, in one run.
 
-    python -m benchmarks.reshard_universal [--params 200M] [--rounds 2] [--warm] [--write docs/reshard.md]
+    python -m benchmarks.reshard_universal [--params 200M] [--rounds 2] [--warm] [--write docs/benchmarks.md]
 
 Four ranks train and save with DeepSpeed; two restore. DeepSpeed's way is its offline conversion
 (``ds_to_universal``, with its defaults) and a load of what that wrote; rankload's is a load of the native files.
@@ -38,7 +38,7 @@ from zero_model import LATER_DATA_SEED, train  # noqa: E402
 
 from benchmarks.gauge import Cost, gauged, size_of  # noqa: E402
 from benchmarks.measure import drop_from_page_cache  # noqa: E402
-from benchmarks.published import publish  # noqa: E402
+from benchmarks.tables import publish  # noqa: E402
 
 SIZES = {
     "40M": {"vocabulary": 8192, "width": 1024, "blocks": 5},
@@ -71,7 +71,7 @@ def main() -> None:
     text = table(rows, arguments.params, arguments.rounds, "warm" if arguments.warm else "cold")
     print(text)
     if arguments.write:
-        publish(Path(arguments.write), f"universal {arguments.params}", text)
+        publish(arguments.write, f"universal {arguments.params}", text)
 
 
 def one(way: str, root: Path, setting: str, params: str, *, cold: bool) -> dict[str, Any]:

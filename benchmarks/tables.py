@@ -13,12 +13,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def write_between_markers(page: str, name: str, text: str) -> None:
-    """Replaces what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in `page` (from the repository's root)."""
+def publish(page: str | Path, name: str, text: str) -> None:
+    """Replaces what stands between the markers of `name` in `page`, a path from the repository's root.
+
+    Raises `SystemExit` where the markers are not there once each, in this order.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     path = REPOSITORY / page
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = path.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise SystemExit(f"{page} has no {begin} ... {end} to write between")
+    whole = path.read_text()
+    before, found, rest = whole.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest:
+        raise SystemExit(f"{path} has no place for the table: {begin} and {end}")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

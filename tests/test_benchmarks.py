@@ -16,8 +16,8 @@ from reshard_modules_worker import TARGETS
 from reshard_worker import SETTINGS, kind_of
 
 from benchmarks.gauge import gauged
-from benchmarks.published import publish
 from benchmarks.reshard_matrix import SIZES, Matrix, covering
+from benchmarks.tables import publish
 
 SOURCES = tuple(SETTINGS)
 
