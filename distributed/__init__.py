@@ -1,4 +1,26 @@
-"""Ranks: where they are, how they agree, and how they end. Importing this imports no torch."""
+"""Coordinates the ranks of a job: where each one stands, how all agree, and how one learns that another died.
+
+`open_session` does, in this order:
+
+1. `shutdown.terminable`: SIGTERM becomes an exception, so that clean-up runs.
+2. `topology.discover_topology`: this rank's place, from the variables of its launcher (`launchers`).
+3. `group.process_group`: the default process group where there is one; otherwise a gloo group for the length of the
+   session, made at the address that `rendezvous` finds.
+4. `channel.open_channel`: this rank's end of the channel. `agreement` reaches one agreement at a time; `store_thread`
+   carries it over torch's key-value store (`key_value`, in the store that `stores` picks).
+5. `topology.confirm_topology`: all ranks' places are compared.
+
+A rank learns in `store_thread` that another died: once a second it looks at heartbeats (`heartbeat`), at the processes
+on its own machine (`liveness`) and at the outcome that another rank announced. `failures` explains a lost store.
+All ranks raise the same error. `range_server`, apart from all that, sends byte ranges of files from rank to rank.
+
+Not guaranteed: that a death is seen at once (about a second on one machine, `heartbeat.SILENT_AFTER_S` across
+machines), nor that a rank hears of it outside an agreement or `Channel.progress`: native code and the user's own code
+are never interrupted. A rank that lives and does nothing is an error only after ``stall_timeout_s``. Nothing is
+encrypted. Nothing that a rank changed is undone.
+
+May import the standard library, and torch inside functions only; nothing else of rankload.
+"""
 
 from __future__ import annotations
 

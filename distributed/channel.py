@@ -1,15 +1,14 @@
 """Agreement between the ranks of a job: all go on, or all raise the same error.
 
+How one agreement works (`agreement`): each rank posts its part; rank 0 sees that all have posted, combines the parts,
+and settles the outcome at one key, in one atomic step. A rank that fails settles its error at that same key, and so
+does a rank that notices the death of another (`store_thread`). Whichever comes first is the outcome for all, so no rank
+can succeed where another failed. Agreements are numbered in program order: all ranks must go through the same ones, in
+the same order. A failure ends the channel.
+
 The channel rests on torch's key-value store, never on collectives: a collective blocks in native code until
 every rank takes part or the group's time-out kills the job, whichever rank is at fault. Here every wait is a
-short sleep in the calling thread, and ends by progress, not by the clock: nobody gives up while anything
-moves anywhere.
-
-How one agreement works: each rank posts its part; rank 0 sees that all have posted, combines the parts, and
-settles the outcome at one key, in one atomic step. A rank that fails settles its error at that same key.
-Whichever comes first is the outcome for all, so no rank can succeed where another failed. Agreements are
-numbered in program order: all ranks must go through the same ones, in the same order. A failure ends the
-channel.
+short sleep in the calling thread, and no rank gives up while any rank makes progress.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ from .store_thread import AGREED, StoreLostError, StoreThread, decision_key, hea
 from .stores import key_value_opener
 
 LINGER_S = 10.0
+"""How long rank 0 waits at the end for the others to leave: it may host the store."""
 LINGER_AFTER_FAILURE_S = 2.0
+"""The same after a failure; also how long announcing an error and leaving wait for an answer of the store."""
 
 
 class Placed(Protocol):
@@ -42,208 +43,12 @@ class Placed(Protocol):
     def world_size(self) -> int: ...
 
 
-class Channel:
-    """One rank's end of the channel; see `open_channel`. Used by one thread; `progress` by any."""
-
-    def __init__(
-        self, open_mailbox: Callable[[], KeyValue], rank: int, world_size: int, stall_timeout_s: float
-    ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.stall_timeout_s = stall_timeout_s
-        self._process = this_process()
-        self.host = self._process.host
-        self._courier = StoreThread(open_mailbox, self._process, rank, world_size, stall_timeout_s)
-        self._agreement = Agreement(self._courier, rank, world_size, stall_timeout_s)
-        self._failure: BaseException | None = None
-        self._courier.start()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A block that all ranks run; they leave it together, or all raise the same error.
-
-        What the block raises on one rank is raised on all: a RankloadError with its type and message, any
-        other exception as a RankloadError that names it (with the original as ``__cause__`` on the rank that
-        had it). KeyboardInterrupt and SystemExit go on as they are on their own rank, and are a PeerError on
-        the others. A block that works for long calls `progress`: nothing else counts as progress. Every rank
-        must enter."""
-        with self._announcing(name):
-            yield
-            self._agreement.reach(f"stage '{name}'", b"", None)
-
-    def gather(self, name: str, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank, on every rank. Values are what JSON can hold. Every rank must
-        call."""
-        return list(json.loads(self._combined(f"gather '{name}'", name, _encode(value), join_json)))
-
-    def gather_bytes(self, name: str, payload: bytes) -> list[bytes]:
-        """Every rank's ``payload``, by rank, on every rank. Every rank must call."""
-        return split_bytes(self._combined(f"gather_bytes '{name}'", name, lambda: payload, join_bytes))
-
-    def decide(self, name: str, value: Any, decider: Callable[[list[Any]], Any]) -> Any:
-        """Runs ``decider`` on rank 0 over every rank's ``value``; what it returns (JSON) is returned on every
-        rank, and what it raises is raised on every rank. Every rank must call."""
-
-        def combine(parts: Sequence[bytes]) -> bytes:
-            return json.dumps(decider([json.loads(part) for part in parts])).encode()
-
-        return json.loads(self._combined(f"decide '{name}'", name, _encode(value), combine))
-
-    def deal(self, name: str, value: Any, dealer: Callable[[list[Any]], list[Any]]) -> Any:
-        """As `decide`, but ``dealer`` returns a list with one value for each rank, and each rank gets its own."""
-
-        def combine(parts: Sequence[bytes]) -> list[bytes]:
-            dealt = dealer([json.loads(part) for part in parts])
-            if len(dealt) != self.world_size:
-                raise ValueError(f"{name}: dealt {len(dealt)} values to {self.world_size} ranks")
-            return [json.dumps(one).encode() for one in dealt]
-
-        return json.loads(self._combined(f"deal '{name}'", name, _encode(value), combine))
-
-    def progress(self, **counters: float) -> None:
-        """Says that this rank moves, and keeps ``counters`` as its latest. Sends nothing itself: call it
-        often.
-
-        Raises:
-            RankloadError: the failure of another rank, about a second after it was announced."""
-        courier = self._courier
-        if counters:
-            courier.counters = {**courier.counters, **counters}
-        courier.move()
-        self.check()
-
-    def check(self) -> None:
-        """Raises the failure of another rank, as `progress` does, and does not say that this one moves: for waiting."""
-        self._raise_if_over()
-        try:
-            self._courier.check_answering()
-        except (StoreLostError, StalledError) as error:
-            raise self._end(error, self._courier.stage) from error
-
-    def counters(self) -> dict[int, dict[str, float]]:
-        """The counters of `progress` by rank, as last heard of, about a second old. All ranks' on rank 0;
-        elsewhere only the own and rank 0's."""
-        known = {self.rank: dict(self._courier.counters)}
-        for peer, watch in self._courier.watches.items():
-            if watch.beat is not None:
-                known[peer] = dict(watch.beat.counters)
-        return dict(sorted(known.items()))
-
-    def claim_rank(self) -> None:
-        """Takes this rank's place; a second process with the same rank is an error on all ranks."""
-        mine = json.dumps(self._process.as_dict())
-        with self._announcing(""):
-            held = self._courier.call(lambda mailbox: mailbox.settle(f"claim/{self.rank}", mine))
-            if held != mine:
-                other = json.loads(held)
-                raise TopologyError(
-                    f"two processes say that they are rank {self.rank}: pid {other['pid']} on host "
-                    f"{other['host']} and pid {self._process.pid} on host {self.host}; check RANK, or the "
-                    "launcher's own variable"
-                )
-
-    def close(self, error: BaseException | None = None) -> BaseException | None:
-        """Leaves the channel, telling the others of ``error``; returns what to raise in its place.
-
-        Rank 0 lingers until all have left, for a bounded time: it may host the store, and others may still
-        have to read there what was decided."""
-        courier = self._courier
-        outcome = None if error is None else self._end(error, courier.stage)
-        failed = self._failure is not None
-        try:
-            # Whoever needed an answer has its error by now; leaving needs none.
-            with suppress(StoreLostError, RankloadError):
-                courier.call(self._leave, LINGER_AFTER_FAILURE_S)
-                if self.rank == 0:
-                    self._linger(LINGER_AFTER_FAILURE_S if failed else LINGER_S)
-        finally:
-            courier.stop(LINGER_AFTER_FAILURE_S)
-            self._failure = self._failure or RuntimeError("this channel is closed")
-        return outcome
-
-    def _combined(self, label: str, name: str, part: Callable[[], bytes], combine: Combine) -> bytes:
-        with self._announcing(name):
-            return self._agreement.reach(label, part(), combine)
-
-    @contextmanager
-    def _announcing(self, stage: str) -> Iterator[None]:
-        """What is raised inside ends the channel for all, and leaves here as the error that all raise."""
-        self._raise_if_over()
-        outer = self._courier.stage
-        self._courier.stage = stage or outer
-        try:
-            yield
-        except BaseException as error:
-            outcome = self._end(error, stage)
-            if outcome is error:
-                raise
-            raise outcome from error
-        finally:
-            self._courier.stage = outer
-
-    def _end(self, error: BaseException, stage: str) -> BaseException:
-        """Announces ``error``; returns what this rank raises: the first cause, which may be another
-        rank's."""
-        if self._failure is None:
-            self._failure = self._first_cause(error, stage)
-        return self._failure if isinstance(error, Exception) else error
-
-    def _first_cause(self, error: BaseException, stage: str) -> RankloadError:
-        announced = self._courier.announced
-        if announced is not None:
-            return announced
-        if isinstance(error, StoreLostError):
-            return store_lost(self._courier, error, self.rank, self._process)
-        mine = bounded(as_rankload_error(error, self.rank, self._process, stage))
-        record = to_record(mine)
-        settled = self._announce(record)
-        return mine if settled in (None, record) else from_record(str(settled))
-
-    def _announce(self, record: str) -> str | None:
-        def settle(mailbox: KeyValue) -> str:
-            index = self._courier.index
-            outcome = mailbox.settle(decision_key(index), record)
-            # Agreed already, and only this rank has not seen it: the others wait in the next one, so it
-            # fails.
-            return outcome if outcome != AGREED else mailbox.settle(decision_key(index + 1), record)
-
-        try:
-            return self._courier.call(settle, LINGER_AFTER_FAILURE_S)
-        except (StoreLostError, RankloadError):
-            return None  # The others will notice that this rank has ended.
-
-    def _leave(self, mailbox: KeyValue) -> None:
-        self._courier.close_beat(mailbox)
-        mailbox.count("left", 1)
-
-    def _linger(self, longest_s: float) -> None:
-        until = time.monotonic() + longest_s
-        while (left := self._courier.call(lambda mailbox: mailbox.count("left", 0))) < self.world_size:
-            alive = [w for w in self._courier.watches.values() if not w.closed and w.death() is None]
-            if time.monotonic() > until or not alive:
-                return
-            time.sleep(0.01)
-        if left == self.world_size:
-            ranks = range(self.world_size)
-            spent = [heartbeat_key(rank) for rank in ranks] + [f"claim/{rank}" for rank in ranks]
-            index = self._courier.index
-            for last in (index, index - 1):
-                spent += self._agreement.spent_keys(last)
-            self._courier.call(lambda mailbox: mailbox.forget([*spent, "left"]))
-
-    def _raise_if_over(self) -> None:
-        if self._failure is None:
-            self._failure = self._courier.announced
-        if self._failure is not None:
-            raise self._failure
-
-
 @contextmanager
 def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any = None) -> Iterator[Channel]:
     """The channel of one load, over ``store`` or, by default, the default process group's store.
 
-    Every rank of the world must call, and as often as every other: it is the same channel that way. Alone
-    (world size 1) no group is needed. What is raised inside the block, in a stage or between stages, ends it
+    Every rank of the world must call, as often as every other: the n-th call opens the same channel on all ranks.
+    Alone (world size 1) no group is needed. What is raised inside the block, in a stage or between stages, ends it
     for all; the block should end with a stage, so that no rank leaves while another still works. No thread is
     left behind, unless the store's host is stopped: then it ends with that host.
 
@@ -253,7 +58,7 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         store: a ``torch.distributed.Store`` to use instead.
 
     Raises:
-        TopologyError: no process group is there to talk over, it has another size, or a rank is there twice.
+        TopologyError: there is no process group, it has another size or no store, or two processes claim one rank.
         PeerError: another rank died or was interrupted.
         StalledError: nothing moved for ``stall_timeout_s``.
     """
@@ -270,6 +75,209 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         raise outcome from error
     else:
         channel.close()
+
+
+class Channel:
+    """One rank's end of the channel; see `open_channel`. Used by one thread; `progress` by any."""
+
+    def __init__(
+        self, open_key_value: Callable[[], KeyValue], rank: int, world_size: int, stall_timeout_s: float
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.stall_timeout_s = stall_timeout_s
+        self._process = this_process()
+        self.host = self._process.host
+        self._store_thread = StoreThread(open_key_value, self._process, rank, world_size, stall_timeout_s)
+        self._agreement = Agreement(self._store_thread, rank, world_size, stall_timeout_s)
+        self._failure: BaseException | None = None
+        self._store_thread.start()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A block that all ranks run; they leave it together, or all raise the same error.
+
+        What the block raises on one rank is raised on all: a RankloadError with its type and message, any
+        other exception as a RankloadError that names it (with the original as ``__cause__`` on the rank that
+        had it). KeyboardInterrupt and SystemExit go on as they are on their own rank, and are a PeerError on
+        the others. A block that works for long calls `progress`: nothing else counts as progress. Every rank
+        must enter.
+        """
+        with self._announcing(name):
+            yield
+            self._agreement.reach(f"stage '{name}'", b"", None)
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank, on every rank. Values are what JSON can hold. Every rank must call."""
+        return list(json.loads(self._combined(f"gather '{name}'", name, _encode(value), join_json)))
+
+    def gather_bytes(self, name: str, payload: bytes) -> list[bytes]:
+        """Every rank's ``payload``, by rank, on every rank. Every rank must call."""
+        return split_bytes(self._combined(f"gather_bytes '{name}'", name, lambda: payload, join_bytes))
+
+    def decide(self, name: str, value: Any, decider: Callable[[list[Any]], Any]) -> Any:
+        """Runs ``decider`` on rank 0 over every rank's ``value``, by rank; every rank gets what it returns (JSON), or
+        raises what it raises. Every rank must call."""
+
+        def combine(parts: Sequence[bytes]) -> bytes:
+            return json.dumps(decider([json.loads(part) for part in parts])).encode()
+
+        return json.loads(self._combined(f"decide '{name}'", name, _encode(value), combine))
+
+    def deal(self, name: str, value: Any, dealer: Callable[[list[Any]], list[Any]]) -> Any:
+        """As `decide`, but ``dealer`` returns a list with one value for each rank, and each rank gets its own. Every
+        rank must call."""
+
+        def combine(parts: Sequence[bytes]) -> list[bytes]:
+            dealt = dealer([json.loads(part) for part in parts])
+            if len(dealt) != self.world_size:
+                raise ValueError(f"{name}: dealt {len(dealt)} values to {self.world_size} ranks")
+            return [json.dumps(one).encode() for one in dealt]
+
+        return json.loads(self._combined(f"deal '{name}'", name, _encode(value), combine))
+
+    def progress(self, **counters: float) -> None:
+        """Counts a step of progress of this rank, and keeps ``counters`` as its latest; the next heartbeat sends them.
+
+        Sends nothing itself: call it often. Any rank may, at any time.
+
+        Raises:
+            RankloadError: the failure of another rank, about a second after it was announced.
+        """
+        store_thread = self._store_thread
+        if counters:
+            store_thread.counters = {**store_thread.counters, **counters}
+        store_thread.move()
+        self.check()
+
+    def check(self) -> None:
+        """Raises the failure of another rank, as `progress` does, but counts no progress: for a rank that waits."""
+        self._raise_if_over()
+        try:
+            self._store_thread.check_answering()
+        except (StoreLostError, StalledError) as error:
+            raise self._end(error, self._store_thread.stage) from error
+
+    def counters(self) -> dict[int, dict[str, float]]:
+        """The latest counters of `progress` by rank, about a second old: of all ranks on rank 0, elsewhere of this rank
+        and rank 0."""
+        known = {self.rank: dict(self._store_thread.counters)}
+        for peer, watch in self._store_thread.watches.items():
+            if watch.heartbeat is not None:
+                known[peer] = dict(watch.heartbeat.counters)
+        return dict(sorted(known.items()))
+
+    def claim_rank(self) -> None:
+        """Claims this rank for this process. Every rank calls it once, before anything else.
+
+        Raises `TopologyError`, on all ranks, where another process has claimed the same rank.
+        """
+        mine = json.dumps(self._process.as_dict())
+        with self._announcing(""):
+            held = self._store_thread.call(lambda key_value: key_value.settle(f"claim/{self.rank}", mine))
+            if held != mine:
+                other = json.loads(held)
+                raise TopologyError(
+                    f"two processes say that they are rank {self.rank}: pid {other['pid']} on host "
+                    f"{other['host']} and pid {self._process.pid} on host {self.host}; check RANK, or the "
+                    "launcher's own variable"
+                )
+
+    def close(self, error: BaseException | None = None) -> BaseException | None:
+        """Leaves the channel and announces ``error`` to the others; returns what to raise in its place.
+
+        Rank 0 waits until all have left, `LINGER_S` at most: it may host the store, and others may still have to read
+        there what was decided.
+        """
+        store_thread = self._store_thread
+        outcome = None if error is None else self._end(error, store_thread.stage)
+        failed = self._failure is not None
+        try:
+            # A store that is lost has failed the channel already; leaving needs no answer.
+            with suppress(StoreLostError, RankloadError):
+                store_thread.call(self._leave, LINGER_AFTER_FAILURE_S)
+                if self.rank == 0:
+                    self._linger(LINGER_AFTER_FAILURE_S if failed else LINGER_S)
+        finally:
+            store_thread.stop(LINGER_AFTER_FAILURE_S)
+            self._failure = self._failure or RuntimeError("this channel is closed")
+        return outcome
+
+    def _combined(self, label: str, name: str, part: Callable[[], bytes], combine: Combine) -> bytes:
+        with self._announcing(name):
+            return self._agreement.reach(label, part(), combine)
+
+    @contextmanager
+    def _announcing(self, stage: str) -> Iterator[None]:
+        """Announces what the block raises, which ends the channel for all; raises the error that all ranks raise."""
+        self._raise_if_over()
+        outer = self._store_thread.stage
+        self._store_thread.stage = stage or outer
+        try:
+            yield
+        except BaseException as error:
+            outcome = self._end(error, stage)
+            if outcome is error:
+                raise
+            raise outcome from error
+        finally:
+            self._store_thread.stage = outer
+
+    def _end(self, error: BaseException, stage: str) -> BaseException:
+        """Announces ``error``; returns what this rank raises: the first failure, which may be another rank's."""
+        if self._failure is None:
+            self._failure = self._first_cause(error, stage)
+        return self._failure if isinstance(error, Exception) else error
+
+    def _first_cause(self, error: BaseException, stage: str) -> RankloadError:
+        announced = self._store_thread.announced
+        if announced is not None:
+            return announced
+        if isinstance(error, StoreLostError):
+            return store_lost(self._store_thread, error, self.rank, self._process)
+        mine = bounded(as_rankload_error(error, self.rank, self._process, stage))
+        record = to_record(mine)
+        settled = self._announce(record)
+        return mine if settled in (None, record) else from_record(str(settled))
+
+    def _announce(self, record: str) -> str | None:
+        def settle(key_value: KeyValue) -> str:
+            index = self._store_thread.index
+            outcome = key_value.settle(decision_key(index), record)
+            # This agreement was reached before this rank saw it; the others wait in the next one, so that one fails.
+            return outcome if outcome != AGREED else key_value.settle(decision_key(index + 1), record)
+
+        try:
+            return self._store_thread.call(settle, LINGER_AFTER_FAILURE_S)
+        except (StoreLostError, RankloadError):
+            return None  # The others will notice that this rank's process has ended.
+
+    def _leave(self, key_value: KeyValue) -> None:
+        self._store_thread.send_last_heartbeat(key_value)
+        key_value.count("left", 1)
+
+    def _linger(self, longest_s: float) -> None:
+        until = time.monotonic() + longest_s
+        while (
+            left := self._store_thread.call(lambda key_value: key_value.count("left", 0))
+        ) < self.world_size:
+            alive = [w for w in self._store_thread.watches.values() if not w.closed and w.death() is None]
+            if time.monotonic() > until or not alive:
+                return
+            time.sleep(0.01)
+        if left == self.world_size:
+            ranks = range(self.world_size)
+            spent = [heartbeat_key(rank) for rank in ranks] + [f"claim/{rank}" for rank in ranks]
+            index = self._store_thread.index
+            for last in (index, index - 1):
+                spent += self._agreement.spent_keys(last)
+            self._store_thread.call(lambda key_value: key_value.forget([*spent, "left"]))
+
+    def _raise_if_over(self) -> None:
+        if self._failure is None:
+            self._failure = self._store_thread.announced
+        if self._failure is not None:
+            raise self._failure
 
 
 def _encode(value: Any) -> Callable[[], bytes]:

@@ -1,4 +1,4 @@
-"""The root of the error tree, and the errors that coordination itself can meet.
+"""The root of the error tree, the errors of coordination itself, and how an error travels between ranks.
 
     RankloadError
     ├── TopologyError       the launcher's variables are missing or contradict each other
@@ -44,7 +44,7 @@ class RankloadError(Exception):
         return f"{self.message} [{', '.join(where)}]" if where else self.message
 
     def located(self, rank: int, host: str | None = None) -> RankloadError:
-        """Fills in who met the error, where that is not said yet; returns the same error."""
+        """Fills in which rank met the error, where that is not set yet; returns the same error."""
         if self.rank is None:
             self.rank = rank
             self.host = host if host is not None else socket.gethostname()
@@ -52,7 +52,7 @@ class RankloadError(Exception):
 
 
 class TopologyError(RankloadError):
-    """Rank, world size or node cannot be told, or two sources contradict each other."""
+    """Rank, world size or node cannot be determined, or two sources contradict each other."""
 
 
 class PeerError(RankloadError):
@@ -60,7 +60,7 @@ class PeerError(RankloadError):
 
 
 class StalledError(RankloadError):
-    """Nothing that this rank waits for moved for ``stall_timeout_s``."""
+    """Nothing that this rank waits for made progress for ``stall_timeout_s``."""
 
 
 def to_record(error: RankloadError) -> str:

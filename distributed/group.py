@@ -1,4 +1,4 @@
-"""The default process group: the user's as it is, or one of our own for the length of a block."""
+"""The default process group for the length of a block: the user's as it is, or a gloo group made and destroyed here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .rendezvous import MeetingPoint, await_all, meeting_point, open_meeting_sto
 from .topology import Topology, group_topology
 
 LINGER_S = 10.0
+"""How long rank 0 keeps the store's server at the end for the others to leave, and they wait until it is closed."""
 LINGER_AFTER_FAILURE_S = 2.0
 _groups = itertools.count()
+"""Numbers the groups made by this process: their keys in a store that outlives them stay apart."""
 
 
 @contextmanager
@@ -31,13 +33,13 @@ def process_group(topology: Topology, timeout_s: float = 120.0) -> Iterator[Topo
 
     Args:
         topology: as discovered.
-        timeout_s: seconds for which a rank that has not come is waited for, and the time-out of a group made
+        timeout_s: seconds for which a rank that has not joined is waited for, and the time-out of a group made
             here.
 
     Raises:
-        TopologyError: the group and the environment contradict each other, or no meeting point can be told.
-        StalledError: a rank did not come.
-        PeerError: a rank came and went away.
+        TopologyError: the group and the environment contradict each other, or no meeting point is known.
+        StalledError: a rank did not join.
+        PeerError: a rank joined and ended.
     """
     if _is_initialised():
         import torch.distributed as dist
@@ -86,9 +88,9 @@ def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
         if _is_initialised():
             dist.destroy_process_group()
         longest_s = LINGER_AFTER_FAILURE_S if failed else LINGER_S
-        # Once a rank goes on, the user may make a group at the same address: no rank may then still find the
-        # server of this one there. So rank 0 closes it when all have left, and the others wait until it did.
-        # A thread asks, because a server whose process is stopped never answers.
+        # Once a rank leaves the block, the user may make a group at the same address, where no rank may then still
+        # find the server of this one. So rank 0 closes it when all have left, and the others wait until it has.
+        # A thread asks the server, because one whose process is stopped never answers.
         leaving: Any = threading.Thread(
             target=_leave, args=(server, topology, number, longest_s), daemon=True
         )
@@ -102,9 +104,10 @@ def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
 
 
 def _leave(store: Any, topology: Topology, number: int, longest_s: float) -> None:
+    """Counts this rank as left; on rank 0 waits until all are."""
     key = f"left/{number}"
     until = time.monotonic() + longest_s
-    # Where the store is lost, nobody can wait for this rank there.
+    # Where the store is lost, no rank can wait for this one there.
     with suppress(RuntimeError):
         left = store.add(key, 1)
         while topology.rank == 0 and left < topology.world_size and time.monotonic() < until:
@@ -113,10 +116,11 @@ def _leave(store: Any, topology: Topology, number: int, longest_s: float) -> Non
 
 
 def _open_farewell(store: Any, topology: Topology, point: MeetingPoint) -> socket.socket | None:
-    """A socket that ends when rank 0 closes its own: that of rank 0 is the listener, all others are
-    connected.
+    """A socket that ends when rank 0 closes its own: rank 0's is the listener, all others are connected to it.
 
-    Connections to the store's server don't tell this: they can end before its port is free again."""
+    None where an agent hosts the store, or rank 0 can't be reached. A connection to the store's server won't do: it
+    can end before the server's port is free again.
+    """
     if point.hosted:
         return None
     if topology.rank == 0:
@@ -129,6 +133,7 @@ def _open_farewell(store: Any, topology: Topology, point: MeetingPoint) -> socke
 
 
 def _await_end(connection: socket.socket, longest_s: float) -> None:
+    """Returns when rank 0 has closed `connection`, or after `longest_s`."""
     connection.settimeout(0.05)
     until = time.monotonic() + longest_s
     while time.monotonic() < until:

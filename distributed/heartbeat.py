@@ -1,7 +1,8 @@
-"""Signs of life: what a rank says about itself once a second, and what its watchers make of it.
+"""A rank's heartbeat, and what a rank that watches it concludes: alive, dead (`PeerWatch.death`), or without progress.
 
-Times are measured by the watcher's own monotonic clock, and only while the watcher itself was looking: a
-process that slept (stopped, suspended, starved) does not take its own sleep for the silence of others.
+`store_thread` sends the heartbeats and feeds the watches. Times are measured by the watcher's own monotonic clock, and
+only while the watcher itself was looking: a process that slept (stopped, suspended, starved) does not take its own
+sleep for the silence of others.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Any
 from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
 
 SILENT_AFTER_S = 8.0
-"""Seconds without a beat after which a rank that can't be watched by its pid counts as dead."""
+"""Seconds without a heartbeat after which a rank that can't be watched by its pid counts as dead."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One sign of life.
+    """What a rank reports of itself once a second.
 
-    ``progress`` counts what the rank itself did, ``moved`` (rank 0 only) what it saw anyone do. ``closed``:
-    the rank has left the channel in good order and sends no further beats.
+    ``sequence`` counts its heartbeats, ``progress`` its own steps, ``moved`` (rank 0 only) how often it saw
+    another rank move. ``closed``: the rank has left the channel in good order and sends no further heartbeats.
     """
 
     sequence: int
@@ -33,6 +34,7 @@ class Heartbeat:
     closed: bool = False
 
     def encode(self) -> bytes:
+        """JSON; `decode_heartbeat` reads it."""
         return json.dumps({**vars(self), "process": self.process.as_dict()}).encode()
 
 
@@ -43,57 +45,65 @@ def decode_heartbeat(raw: bytes) -> Heartbeat:
 
 
 class PeerWatch:
-    """What one rank knows of another."""
+    """What one rank knows of another: its last heartbeat, and for how long it sent none or made no progress."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.beat: Heartbeat | None = None
+        self.heartbeat: Heartbeat | None = None
         self.silent_s = 0.0
         self.idle_s = 0.0
 
     def observe(self, raw: bytes | None, looked_for_s: float) -> bool:
-        """Takes in the latest beat (None: still none) after ``looked_for_s`` of looking; whether anything
-        moved."""
-        beat = None if raw is None else decode_heartbeat(raw)
-        fresh = beat is not None and (self.beat is None or beat.sequence != self.beat.sequence)
-        moved = fresh and beat is not None and (self.beat is None or _steps(beat) != _steps(self.beat))
+        """Takes in the latest heartbeat (None: none so far) after ``looked_for_s`` of looking.
+
+        Returns whether the peer made progress, saw progress, or left since the heartbeat before.
+        """
+        heartbeat = None if raw is None else decode_heartbeat(raw)
+        fresh = heartbeat is not None and (
+            self.heartbeat is None or heartbeat.sequence != self.heartbeat.sequence
+        )
+        moved = (
+            fresh
+            and heartbeat is not None
+            and (self.heartbeat is None or _steps(heartbeat) != _steps(self.heartbeat))
+        )
         self.silent_s = 0.0 if fresh else self.silent_s + looked_for_s
         self.idle_s = 0.0 if moved else self.idle_s + looked_for_s
-        self.beat = beat if fresh else self.beat
+        self.heartbeat = heartbeat if fresh else self.heartbeat
         return moved
 
     @property
     def closed(self) -> bool:
-        return self.beat is not None and self.beat.closed
+        return self.heartbeat is not None and self.heartbeat.closed
 
     def death(self) -> str | None:
         """How the peer died, in words; None while it may live, has not arrived yet, or left in good order.
 
         On this machine the pid decides: a stopped or starved process is silent, but not dead."""
-        if self.beat is None or self.beat.closed:
+        if self.heartbeat is None or self.heartbeat.closed:
             return None
-        ended = how_ended(self.beat.process)
-        if ended is None and not is_watchable(self.beat.process) and self.silent_s >= SILENT_AFTER_S:
+        ended = how_ended(self.heartbeat.process)
+        if ended is None and not is_watchable(self.heartbeat.process) and self.silent_s >= SILENT_AFTER_S:
             return f"no sign of life for {self.silent_s:.0f} s (process, machine or network is gone)"
         return ended
 
     def describe(self) -> str:
         """Which rank it is, where it runs, and how far it was when last heard of."""
-        if self.beat is None:
+        if self.heartbeat is None:
             return f"rank {self.rank} (never heard of: it has not started, or not reached this load)"
-        process = self.beat.process
+        process = self.heartbeat.process
         stopped = "; the process is stopped" if is_stopped(process) else ""
-        counters = "".join(f", {name}={value:g}" for name, value in sorted(self.beat.counters.items()))
+        counters = "".join(f", {name}={value:g}" for name, value in sorted(self.heartbeat.counters.items()))
         return (
-            f"rank {self.rank} (host {process.host}, pid {process.pid}, {place(self.beat.stage)}; "
+            f"rank {self.rank} (host {process.host}, pid {process.pid}, {place(self.heartbeat.stage)}; "
             f"last progress {self.idle_s:.0f} s ago{counters}{stopped})"
         )
 
 
 def place(stage: str) -> str:
-    """Where a rank is, in words."""
+    """Where a rank is, in words, for messages."""
     return f"in stage '{stage}'" if stage else "between stages"
 
 
-def _steps(beat: Heartbeat) -> tuple[int, int, bool]:
-    return beat.progress, beat.moved, beat.closed
+def _steps(heartbeat: Heartbeat) -> tuple[int, int, bool]:
+    return heartbeat.progress, heartbeat.moved, heartbeat.closed

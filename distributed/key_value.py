@@ -1,9 +1,9 @@
-"""What coordination needs of a torch store, in calls that never wait for a key.
+"""Reads and writes keys of a torch store in calls that never wait for a key.
 
 A ``get`` or ``wait`` of torch's stores blocks until the key is there, can't be interrupted, and logs a
-warning when it times out. Every call here returns at once: a key that is not there is an answer, not a reason
-to wait. All ranks use the same keys; who may write which is the caller's matter. Values of any size are split
-so that no message exceeds what TCPStore's server accepts (8 MiB; more and it closes the connection).
+warning when it times out. Every call here returns at once, and a key that is not there is None. All ranks share the
+keys; the caller decides which rank writes which. Large values are split so that no message exceeds what TCPStore's
+server accepts (8 MiB; more and it closes the connection).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 VALUE_BYTES = 1 << 20
+"""A longer value is split into parts of this size."""
 BATCH_KEYS = 256
+"""Keys that one message asks for."""
 _ABSENT = "\x00absent"
 _WHOLE, _SPLIT = b"w", b"s"
 
@@ -26,7 +28,7 @@ class KeyValue:
         self._batched = bool(store.has_extended_api())
 
     def put(self, key: str, value: bytes) -> None:
-        """Sets a value; what reads the key sees all of it or nothing."""
+        """Sets a value; a reader sees all of it or none."""
         if len(value) <= VALUE_BYTES:
             self._store.set(key, _WHOLE + value)
             return
@@ -41,7 +43,7 @@ class KeyValue:
         return None if raw is None else self._whole(key, raw)
 
     def peek_all(self, keys: Sequence[str]) -> list[bytes | None]:
-        """The values of many keys; in one message each `BATCH_KEYS` where the store can and all are there."""
+        """The values of many keys; in one message for each `BATCH_KEYS` where the store can and all are there."""
         values: list[bytes | None] = []
         for start in range(0, len(keys), BATCH_KEYS):
             batch = list(keys[start : start + BATCH_KEYS])
@@ -57,7 +59,7 @@ class KeyValue:
         return bool(self._store.check(list(keys)))
 
     def settle(self, key: str, outcome: str) -> str:
-        """Sets ``key`` where nobody has set it; the value that stands, ours or the earlier one."""
+        """Sets ``key`` unless it is set, in one atomic step; returns the value that stands, ours or the earlier one."""
         return bytes(self._store.compare_set(key, "", outcome)).decode()
 
     def settled(self, key: str) -> str | None:
@@ -70,7 +72,7 @@ class KeyValue:
         return int(self._store.add(key, amount))
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Removes keys that nobody reads any more, where the store can."""
+        """Removes keys that no rank reads any more, where the store can."""
         for key in keys:
             raw = self._peek_raw(key)
             if raw is None:

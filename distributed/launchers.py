@@ -1,10 +1,12 @@
-"""What each launcher says in the environment of a rank. Pure: no torch, nothing but the mapping that is
-given.
+"""Reads a rank's place from the environment variables of its launcher. Pure: no torch, nothing but the given mapping.
 
-`READERS` is the order of preference; the first that finds itself decides. Launchers that start one process
-per node, which then starts the ranks (torchrun, deepspeed, Composer's), stand first: what MPI or Slurm say
-beneath them is about those agents and no contradiction. Elsewhere two launchers that describe the same rank
-must agree.
+`READERS` is the order of preference: the first reader that finds its launcher's variables decides. Launchers whose
+agent on each node starts the ranks (`AGENTS`) stand first: the variables of an MPI or Slurm beneath them describe those
+agents, and are no contradiction. Otherwise two launchers that describe the same rank must agree.
+
+The names are those that the launchers set for the processes they start (torchrun: torch's elastic documentation;
+deepspeed: ``launcher/launch.py``; Composer: ``composer/cli/launcher.py``; srun: its manual page; MPI: Open MPI, MVAPICH
+and Hydra).
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from dataclasses import dataclass
 from .errors import TopologyError
 
 Environ = Mapping[str, str]
+AGENTS = ("torchrun", "deepspeed", "composer")
+"""Launchers that start one process for each node, which then starts the ranks."""
+_SIZES = frozenset({"world_size", "local_world_size", "n_nodes"})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one launcher says; None where it says nothing. ``names`` tells which variable gave which field."""
+    """A rank's place by one launcher's variables; None where no variable gives it. ``names``: field to variable.
+
+    Raises `TopologyError` where a rank is not below its size, or a part exceeds the whole.
+    """
 
     launcher: str
     rank: int
@@ -40,7 +48,7 @@ class Claim:
         self._not_above("n_nodes", "world_size")
 
     def named(self, field: str) -> str:
-        """``VARIABLE=value`` for one field."""
+        """``VARIABLE=value`` for one field, for messages."""
         return f"{(self.names or {}).get(field, field)}={getattr(self, field)}"
 
     def _below(self, index: str, size: str) -> None:
@@ -56,8 +64,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Variables:
-    """One launcher's names, field by field; several names for a field are alternatives, the first one set
-    counts."""
+    """One launcher's variables for each field of `Claim`; of several for one field, those that are set must agree."""
 
     launcher: str
     rank: tuple[str, ...]
@@ -85,7 +92,7 @@ COMPOSER = Variables("composer", _RANK, _WORLD, ("LOCAL_RANK",), ("LOCAL_WORLD_S
 GENERIC = Variables(
     "environment", _RANK, _WORLD, ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), ("NODE_RANK",)
 )
-# Open MPI's own NODE_RANK is a rank within the node, so its nodes are told from the hosts.
+# Open MPI's own NODE_RANK is a rank within the node, so its nodes are taken from the hosts.
 OPEN_MPI = Variables(
     "openmpi",
     ("OMPI_COMM_WORLD_RANK",),
@@ -119,7 +126,7 @@ SLURM = Variables(
 
 
 def read_claim(environ: Environ, argv: Sequence[str]) -> Claim | None:
-    """What the launcher says that comes first in the order of preference; None under plain python.
+    """The place by the launcher that comes first in the order of preference; None under plain python.
 
     Raises:
         TopologyError: a variable is no number, or contradicts another one; both are named with their values.
@@ -173,7 +180,7 @@ def _read_mvapich(environ: Environ, argv: Sequence[str]) -> Claim | None:
 
 
 def _read_hydra(environ: Environ, argv: Sequence[str]) -> Claim | None:
-    # PMIX_RANK is also set by Open MPI and by srun, which give no size beside it: they are read on their own.
+    # Open MPI and srun set PMIX_RANK too, but no size with it: their own readers read them.
     sized = "PMI_SIZE" in environ or ("WORLD_SIZE" in environ and "RANK" not in environ)
     if not sized or not ({"PMI_RANK", "PMIX_RANK"} & set(environ)):
         return None
@@ -212,7 +219,6 @@ READERS: tuple[LauncherReader, ...] = (
     _read_hydra,
     _read_slurm,
 )
-AGENTS = ("torchrun", "deepspeed", "composer")
 
 
 def _claim(variables: Variables, environ: Environ) -> Claim:
@@ -234,9 +240,6 @@ def _claim(variables: Variables, environ: Environ) -> Claim:
         missing = variables.rank[0] if rank is None else variables.world_size[0]
         raise TopologyError(f"{there} is set, but {missing} is not: set both, or neither")
     return Claim(variables.launcher, rank, world_size, **values, names=names)
-
-
-_SIZES = frozenset({"world_size", "local_world_size", "n_nodes"})
 
 
 def _number(name: str, text: str, *, least: int) -> int:

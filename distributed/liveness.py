@@ -1,7 +1,8 @@
-"""Who a process is, and whether a process on this machine still lives.
+"""Whether a process on this machine still lives, and how it ended, from ``/proc`` (Linux: proc(5)).
 
 Two processes can watch each other only where both see the same process table: the same boot of the same
-machine and the same pid namespace. Elsewhere (another node, another container) nothing is claimed.
+machine and the same pid namespace. Of a process elsewhere (another node, another container) nothing is known here, and
+its watcher goes by heartbeats alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """One process: ``started`` (clock ticks since boot; 0 where unknown) tells it from a later one with its
+    """One process: ``started`` (clock ticks since boot; 0 where unknown) distinguishes it from a later one with its
     pid, and ``machine`` names the process table that ``pid`` belongs to ("" where unknown)."""
 
     host: str
@@ -38,7 +39,7 @@ def this_process() -> ProcessIdentity:
 
 @lru_cache(maxsize=1)
 def machine_identity() -> str:
-    """Names this boot of this machine and its pid namespace; "" where /proc does not tell."""
+    """The id of this boot of this machine and its pid namespace; "" where /proc has neither."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -47,12 +48,12 @@ def machine_identity() -> str:
 
 
 def is_watchable(process: ProcessIdentity) -> bool:
-    """Whether `how_ended` can tell anything about `process` from here."""
+    """Whether `process` is in the process table that this process sees, so that `how_ended` knows of its end."""
     return process.started > 0 and process.machine != "" and process.machine == machine_identity()
 
 
 def how_ended(process: ProcessIdentity) -> str | None:
-    """How `process` ended, in words; None while it lives (a stopped one lives) or where it can't be told."""
+    """How `process` ended, in words; None while it lives (a stopped one lives) or where it is not watchable."""
     if not is_watchable(process):
         return None
     stat = _read_stat(process.pid)
@@ -76,7 +77,7 @@ def is_stopped(process: ProcessIdentity) -> bool:
 
 
 def _read_stat(pid: int) -> tuple[str, int, int] | None:
-    """State, start time and exit status of a process from its stat line; None where there is none."""
+    """State, start time and exit status of a process (fields 3, 22 and 52 of its stat); None where it is gone."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             # The command's name stands in parentheses and may hold anything, parentheses too.

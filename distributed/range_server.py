@@ -1,14 +1,18 @@
-"""Byte ranges of files from one rank's process to others', over TCP connections of their own.
+"""Sends byte ranges of files, even of files still being written, from one rank's process to others' over TCP.
+
+`RangeServer` serves, `PeerConnection` asks. Our own protocol, big-endian:
+
+    request   4-byte length, then as much JSON: token, key, start, stop
+    answer    frames until all bytes have come: 1 byte of kind, an 8-byte number, and what the kind adds
+              "d" data: the number of bytes, then the bytes of the file
+              "w" the bytes are not there yet: a number that grows while the server's file does
+              "e" an error: the number of bytes, then its text
 
 Collectives are not used: one that waits for a peer that is gone blocks in native code. Here a reader hears from the
 server twice a second, also while the bytes that it wants are not there yet, and may give up at any time.
 
-    request   length, then JSON: token, key, start, stop
-    answer    frames until all bytes have come: what it is, a number, and with "d" as many bytes of the file
-              "d" data   "w" not there yet; the number grows while the server's file does   "e" an error's text
-
-Only who knows the token, which the ranks tell each other over the channel, is answered. Nothing is encrypted, as
-between torch's own processes.
+Only requests with the server's token are answered; the ranks exchange tokens over the channel. Nothing is encrypted,
+as between torch's own processes.
 """
 
 from __future__ import annotations
@@ -30,26 +34,28 @@ _REQUEST = struct.Struct("!I")
 _FRAME = struct.Struct("!cQ")
 _MAX_REQUEST_BYTES = 64 << 10
 _POLL_S = 0.005
-_TELL_S = 0.5
+_WAIT_FRAME_S = 0.5
+"""Between two "w" frames; also after what silence a reader calls `on_wait`."""
 _DATA_BYTES = 64 << 20
+"""Of the file, in one frame at most."""
 PATIENCE_S = 30.0
-"""How long a reader waits for a server that says nothing at all."""
+"""After what silence of the other side a connection breaks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A file that is handed out, while it grows."""
+    """A file that the server serves, which may still grow."""
 
     path: str
     reach: Callable[[int, int], int]
-    """``reach(start, stop)``: up to where, from `start` on, the bytes are there by now."""
+    """``reach(start, stop)``: the end of the bytes that are there by now from `start` on, `stop` at most."""
     progress: Callable[[], int]
     """A number that grows as long as the file does."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """How to reach a server; told over the channel."""
+    """How to reach a rank's `RangeServer`: host name, addresses to try in order, port, and the token to show."""
 
     host: str
     addresses: tuple[str, ...]
@@ -57,7 +63,7 @@ class PeerAddress:
     token: str
 
     def as_record(self) -> Any:
-        """As JSON types."""
+        """As JSON types, for the channel."""
         return [self.host, list(self.addresses), self.port, self.token]
 
     @classmethod
@@ -68,7 +74,10 @@ class PeerAddress:
 
 
 class RangeServer:
-    """Serves until it is closed, in threads of its own. `find` tells the file behind a key; None: there is none."""
+    """Serves this rank's files until it is closed, in threads of its own.
+
+    `find(key)` returns the file for a key, or None where there is none; it is called in the server's threads.
+    """
 
     def __init__(self, find: Callable[[str], Served | None], host: str) -> None:
         self._find = find
@@ -124,7 +133,7 @@ class RangeServer:
                     length = _REQUEST.unpack(_receive(connection, _REQUEST.size))[0]
                     if length > _MAX_REQUEST_BYTES:
                         return
-                    # The next request may be long in coming, but once begun it comes at once.
+                    # Once its length has come, the rest of a request comes at once.
                     asked = json.loads(_receive(connection, length))
                     if not hmac.compare_digest(str(asked["token"]), self._token):
                         return
@@ -139,7 +148,7 @@ class RangeServer:
             text = f"this rank has no file {key}".encode()
             connection.sendall(_FRAME.pack(b"e", len(text)) + text)
             return
-        told = time.monotonic()
+        last_frame = time.monotonic()
         with open(served.path, "rb") as file:
             while start < stop and not self._closed.is_set():
                 reach = min(served.reach(start, stop), start + _DATA_BYTES)
@@ -147,9 +156,9 @@ class RangeServer:
                     connection.sendall(_FRAME.pack(b"d", reach - start))
                     connection.sendfile(file, start, reach - start)
                     start = reach
-                elif time.monotonic() - told > _TELL_S:
+                elif time.monotonic() - last_frame > _WAIT_FRAME_S:
                     connection.sendall(_FRAME.pack(b"w", served.progress()))
-                    told = time.monotonic()
+                    last_frame = time.monotonic()
                 else:
                     time.sleep(_POLL_S)
 
@@ -158,7 +167,7 @@ class PeerConnection:
     """One connection to another rank's server; used by one thread at a time."""
 
     def __init__(self, address: PeerAddress, own_host: str) -> None:
-        """Raises OSError where none of its addresses answers."""
+        """Connects; over loopback where the server is on this host. Raises OSError where no address answers."""
         self._token = address.token
         places = ("127.0.0.1", *address.addresses) if address.host == own_host else address.addresses
         failure: OSError | None = None
@@ -171,20 +180,20 @@ class PeerConnection:
         else:
             raise failure or OSError("no address")
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.settimeout(_TELL_S)
+        self._socket.settimeout(_WAIT_FRAME_S)
         self._left = 0
 
     def ask(self, key: str, start: int, stop: int) -> None:
-        """Asks for bytes ``[start, stop)`` of a file; `receive` gets them."""
+        """Asks for bytes ``[start, stop)`` of a file, which `receive` then gets in order."""
         request = json.dumps({"token": self._token, "key": key, "start": start, "stop": stop}).encode()
         self._socket.sendall(_REQUEST.pack(len(request)) + request)
 
     def receive(self, view: memoryview, on_wait: Callable[[int | None], None]) -> int:
-        """Puts the next bytes into `view`; how many.
+        """Puts the next bytes into `view`; returns how many, at least one.
 
-        `on_wait` is called about twice a second while none come, with the server's number or, while it is silent,
-        None; it may raise. Raises OSError where the connection breaks or stays silent for `PATIENCE_S`, and
-        `ValueError` with the server's text where it refuses.
+        `on_wait` is called about twice a second while none come, with the number of a "w" frame or, while the server
+        is silent, None; it may raise. Raises OSError where the connection breaks or stays silent for `PATIENCE_S`, and
+        ValueError with the server's text where it refuses.
         """
         if not self._left:
             self._left = self._next(on_wait)
@@ -196,6 +205,7 @@ class PeerConnection:
         self._socket.close()
 
     def _next(self, on_wait: Callable[[int | None], None]) -> int:
+        """The number of bytes in the next "d" frame."""
         while True:
             frame = memoryview(bytearray(_FRAME.size))
             done = 0
@@ -209,6 +219,7 @@ class PeerConnection:
             on_wait(number)
 
     def _patient(self, view: memoryview, on_wait: Callable[[int | None], None]) -> int:
+        """Receives into `view` and returns how many bytes; calls `on_wait` with None while none come."""
         since = time.monotonic()
         while True:
             try:
@@ -231,7 +242,7 @@ def _listen() -> socket.socket:
 
 
 def _own_addresses() -> tuple[str, ...]:
-    """This machine's address as the job's first host sees it, and its name."""
+    """The address from which this machine sends to MASTER_ADDR, where there is one, and its host name."""
     found = []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Sends nothing: it only asks which way a packet would go.

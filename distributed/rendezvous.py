@@ -1,7 +1,7 @@
-"""Where the ranks meet when no process group is there yet, and the store that they meet at.
+"""Brings the ranks together where there is no process group yet: an address for all, a store there, and all joined.
 
-Joining waits in short steps of its own: torch's way blocks in native code until the time-out, deaf to Ctrl-C,
-and does not say who is missing.
+`meeting_point`, `open_meeting_store`, `await_all`, in this order. Joining waits in short steps of its own: torch's way
+blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from .errors import PeerError, RankloadError, StalledError, TopologyError
 from .topology import Topology
 
 FIRST_PORT, PORTS = 20000, 12000
+"""Ports that a job's id is hashed into, where no MASTER_PORT is set."""
 MPI_LAUNCHERS = frozenset({"openmpi", "mvapich", "hydra"})
 MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "MPIRUN_ID")
+"""Variables that hold the id of an MPI job."""
 POLL_S = 0.02
 GRACE_S = 5.0
+"""Added to the wait for torch's own time-out, which says more."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class MeetingPoint:
-    """Address of the store; ``hosted``: its server runs already (torchrun's agent), so that no rank hosts
-    it."""
+    """Address of the store. ``hosted``: torchrun's agent runs its server, so no rank does; the keys of this attempt
+    then stand under ``prefix``."""
 
     host: str
     port: int
@@ -46,7 +49,7 @@ def meeting_point(topology: Topology, environ: Mapping[str, str] | None = None) 
     port from the job's and step's ids; under MPI on one node, 127.0.0.1 and a port from the job's id.
 
     Raises:
-        TopologyError: neither can be told; says what to set.
+        TopologyError: neither is known; says what to set.
     """
     given = os.environ if environ is None else environ
     slurm = given.get("SLURM_STEP_ID") is not None and given.get("SLURM_PROCID") == str(topology.rank)
@@ -75,23 +78,23 @@ def meeting_point(topology: Topology, environ: Mapping[str, str] | None = None) 
     return MeetingPoint(host, number)
 
 
-def _on_one_node(topology: Topology) -> bool:
-    told = "local_world_size" not in topology.assumed
-    return told and topology.local_world_size == topology.world_size
-
-
 def first_of_nodes(node_list: str) -> str:
     """The first host of a Slurm node list: ``gpu[003-010,12],login1`` gives ``gpu003``."""
     head = re.split(r",(?![^\[]*\])", node_list.strip(), maxsplit=1)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head)
 
 
+def _on_one_node(topology: Topology) -> bool:
+    known = "local_world_size" not in topology.assumed
+    return known and topology.local_world_size == topology.world_size
+
+
 def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float) -> Any:
-    """A TCPStore at the meeting point, hosted by rank 0 where nobody does yet.
+    """A TCPStore at the meeting point, hosted by rank 0 unless the point is ``hosted``. Every rank must call.
 
     Raises:
         TopologyError: rank 0 can't listen there.
-        StalledError: nobody listened there for ``timeout_s``.
+        StalledError: no server listened there for ``timeout_s``.
     """
     from torch._C._distributed_c10d import TCPStore
 
@@ -128,10 +131,11 @@ def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float
 
 
 def await_all(store: Any, topology: Topology, number: int, timeout_s: float) -> None:
-    """Returns when every rank has come here for the ``number``-th time.
+    """Returns when every rank has joined group ``number``. Every rank must call.
 
     Raises:
-        StalledError: for ``timeout_s`` nobody came any more; names who is missing.
+        StalledError: for ``timeout_s`` no further rank joined; names those that are missing.
+        PeerError: the store was lost meanwhile.
     """
     keys = [f"joined/{number}/{rank}" for rank in range(topology.world_size)]
     _reaching(lambda: store.set(keys[topology.rank], socket.gethostname()))
@@ -162,6 +166,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _reaching(work: Callable[[], T]) -> T:
+    """What `work` returns; PeerError where the store can't be reached."""
     try:
         return work()
     except RankloadError:

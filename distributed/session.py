@@ -1,4 +1,4 @@
-"""A session: the ranks of the job, confirmed, and a channel between them, from first word to clean-up."""
+"""Opens a session, the way in to this package: every rank's place, confirmed, and a channel between the ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_STALL_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Session:
-    """Who takes part, and how they talk."""
+    """This rank's place among the ranks of the job, and the channel between them."""
 
     topology: Topology
     channel: Channel
@@ -25,14 +25,18 @@ class Session:
 
 @contextmanager
 def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterator[Session]:
-    """All ranks of the job, in agreement on who and where they are. Every rank must enter.
+    """A session of all ranks of the job, which have agreed on each one's place. Every rank must enter.
 
     The default process group is used where there is one; otherwise one is made on gloo from the environment,
     and destroyed at the end. SIGTERM inside the block runs every clean-up before the process ends.
 
+    Args:
+        stall_timeout_s: seconds without progress of any rank after which those that wait raise StalledError.
+
     Raises:
-        TopologyError: rank, world size or node cannot be told, or contradict each other.
-        PeerError, StalledError: another rank ended, or nothing moved for `stall_timeout_s`.
+        TopologyError: rank, world size or node cannot be determined, or contradict each other.
+        PeerError: another rank died or was interrupted.
+        StalledError: nothing moved for `stall_timeout_s`.
     """
     with terminable():
         found = discover_topology()
@@ -44,7 +48,8 @@ def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterato
 
 
 def current_topology() -> Topology:
-    """This process's place, without asking anybody: the default group's word, else the launcher's variables."""
+    """This process's place, without asking the other ranks: by the default process group, else by the launcher's
+    variables. Raises `TopologyError` where the two contradict each other."""
     found = discover_topology()
     if "torch" in sys.modules:
         import torch.distributed as dist

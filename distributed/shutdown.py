@@ -1,5 +1,4 @@
-"""SIGTERM as an exception, so that clean-up runs before the process ends as the signal would have ended
-it."""
+"""Turns SIGTERM into an exception, so that clean-up runs before the process ends as the signal would have ended it."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from typing import Any
 
 
 class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM). Exit code 143, as a shell shows it; ``signal_number`` is the
-    signal."""
+    """The process was asked to end (SIGTERM). Exit code 143, as a shell shows it; ``signal_number`` is the signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
@@ -23,15 +21,15 @@ class Terminated(SystemExit):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block, SIGTERM raises `Terminated` in the main thread; when it leaves the block, every
-    clean-up
-    inside has run, and the signal is raised again under the handler that was there before: by default, that
-    ends the process as SIGTERM always does. A handler that returns lets `Terminated` go on as the SystemExit
-    that it is.
+    """Within the block, SIGTERM raises `Terminated` in the main thread.
 
-    A second SIGTERM during clean-up is ignored (SIGKILL is not). KeyboardInterrupt goes its usual way. In
-    another than the main thread, where Python allows no handlers, and where a handler set by other than
-    Python code is installed, nothing is changed.
+    When that leaves the block, every clean-up inside has run, and the signal is raised again under the handler that
+    was there before: by default, that ends the process as SIGTERM always does. A handler that returns lets
+    `Terminated` go on as the SystemExit that it is.
+
+    A second SIGTERM during clean-up is ignored (SIGKILL is not). KeyboardInterrupt goes its usual way. Nothing is
+    changed outside the main thread, where Python allows no handlers, nor where SIGTERM is ignored or has a handler
+    that is not Python code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,8 +52,7 @@ def terminable() -> Iterator[None]:
     finally:
         _restore(handle, before)
         if asked:
-            # Raised even where somebody swallowed the exception: who sent the signal wants the process to
-            # end.
+            # Raised even where the block swallowed the exception: the sender of the signal wants the process to end.
             os.kill(os.getpid(), signal.SIGTERM)
 
 

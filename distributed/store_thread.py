@@ -1,9 +1,20 @@
-"""The one thread of a rank that talks to the store: it carries what the main thread asks for, beats, and
-watches.
+"""Here a rank learns that another one died: the one thread of a rank that talks to the store, and watches its peers.
 
-The main thread never calls the store itself: a store whose host is stopped or cut off answers no call, and a
-thread inside such a call can be neither interrupted nor timed. Rank 0 watches every rank and is watched by
-all (so that nobody but rank 0 has more than a constant number of messages per second).
+Every `HEARTBEAT_S` the thread sends this rank's heartbeat and calls `StoreThread._watch_peers`. Rank 0 watches every
+rank and every rank watches rank 0, so that only rank 0's messages per second grow with the world. A rank learns of a
+death in one of three ways:
+
+    it watches the rank that died    `PeerWatch.death` says how it ended; this thread settles a PeerError as the outcome
+                                     of the current agreement, which announces it to all ranks
+    another rank watched it          that PeerError stands at the current agreement's decision key
+    the store is lost                its host died with it: calls break or get no answer (`StoreLostError`, of which
+                                     `failures.store_lost` makes the PeerError)
+
+The first two leave the error in `StoreThread.announced`, for the main thread to raise in its next agreement,
+`Channel.progress` or `Channel.check`; the third is raised where the main thread calls or checks.
+
+The main thread never calls the store itself: a store whose host is stopped or cut off answers no call, and a thread
+inside such a call can be neither interrupted nor timed. It queues its work for this thread and waits outside (`call`).
 """
 
 from __future__ import annotations
@@ -20,42 +31,57 @@ from .key_value import KeyValue
 from .liveness import ProcessIdentity, how_ended, is_watchable
 
 T = TypeVar("T")
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats, and between two looks at the peers'."""
 AGREED = "agreed"
 """What stands at an agreement's decision key when all agreed; anything else is the record of an error."""
 
 
 class StoreLostError(Exception):
-    """The store can't be reached any more (internal; the channel raises a PeerError in its place)."""
+    """The store can't be reached any more. Internal: the channel raises a PeerError in its place."""
 
 
 class _Job(Generic[T]):
+    """Work for the thread, and what came of it once ``done`` is set."""
+
     def __init__(self, work: Callable[[KeyValue], T]) -> None:
         self.work = work
         self.done = threading.Event()
         self.answer: T | None = None
         self.error: Exception | None = None
 
-    def run(self, mailbox: KeyValue) -> None:
+    def run(self, key_value: KeyValue) -> None:
         try:
-            self.answer = self.work(mailbox)
+            self.answer = self.work(key_value)
         except Exception as error:
             self.error = error
         self.done.set()
 
 
 class StoreThread:
-    """See the module. Public attributes are written by one thread and read by the other, each at once."""
+    """A rank's connection to the store, its heartbeat, and its watch over its peers.
+
+    Each public attribute is written by one thread and read by the other, in one atomic step.
+
+    Attributes:
+        watches: what this rank knows of each peer that it watches.
+        index: number of the current agreement; set by the main thread.
+        stage: name of the stage that this rank is in; set by the main thread.
+        counters: the latest of `Channel.progress`; set by the main thread.
+        announced: the failure that all ranks raise, once one was settled.
+        lost: why the connection ended, once it did.
+        still_s: seconds for which no watched peer, and not this rank either, made progress.
+    """
 
     def __init__(
         self,
-        open_mailbox: Callable[[], KeyValue],
+        open_key_value: Callable[[], KeyValue],
         process: ProcessIdentity,
         rank: int,
         world_size: int,
         stall_timeout_s: float,
     ) -> None:
-        self._open_mailbox = open_mailbox
+        self._open_key_value = open_key_value
         self._process = process
         self._rank = rank
         self._stall_timeout_s = stall_timeout_s
@@ -76,29 +102,30 @@ class StoreThread:
         self._unanswered = (self._last_look, self._last_look, 0.0)
         self._due = self._last_look
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="rankload-courier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rankload-store", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread, which opens the connection."""
         self._thread.start()
 
     def move(self) -> None:
-        """This rank did something: the stall clock starts anew, here at once and elsewhere with the next
-        beat."""
+        """Counts a step of this rank: the stall clock restarts, here at once and elsewhere with the next heartbeat."""
         self._progress += 1
         self.still_s = 0.0
 
-    def beat_now(self) -> None:
-        """Beats and looks at once, not only when it is time."""
+    def look_now(self) -> None:
+        """Has the thread send a heartbeat and look at its peers at once, rather than when the next is due."""
         self._due = time.monotonic()
-        self.call_later(lambda mailbox: None)
+        self.call_later(lambda key_value: None)
 
     def call(self, work: Callable[[KeyValue], T], patience_s: float | None = None) -> T:
-        """Runs ``work`` on the courier's thread and waits for it.
+        """Runs ``work`` on the thread, waits for it and returns its result.
 
         Raises:
             StoreLostError: the connection broke, or there was no answer for ``patience_s`` (by default
                 `SILENT_AFTER_S`).
             StalledError: no answer for ``stall_timeout_s``, while rank 0 is known to live.
+            RankloadError: what ``work`` raised, where that is one.
         """
         if self.lost is not None:
             raise StoreLostError(str(self.lost)) from self.lost
@@ -121,39 +148,40 @@ class StoreThread:
         return job.answer  # type: ignore[return-value]
 
     def call_later(self, work: Callable[[KeyValue], object]) -> None:
-        """Has the courier's thread run ``work`` without waiting for it; where that fails, the next `call` does."""
+        """Has the thread run ``work`` without waiting for it; where it fails, the next `call` raises StoreLostError."""
         self._jobs.put(_Job(work))
 
     def stop(self, patience_s: float) -> bool:
-        """Ends the thread; False where it sits in a call that the store does not answer."""
+        """Ends the thread; False where it is still in a call that the store does not answer after ``patience_s``."""
         self._jobs.put(None)
-        # What has not answered so far is not waited for again.
+        # A store that has not answered so far is not waited for again.
         self._thread.join(patience_s if self.lost is None else 0.1)
         return not self._thread.is_alive()
 
-    def close_beat(self, mailbox: KeyValue) -> None:
-        """The last beat: says that this rank left in good order. (Work for `call`.)"""
+    def send_last_heartbeat(self, key_value: KeyValue) -> None:
+        """Sends the heartbeat that says that this rank left in good order. Runs on the thread: work for `call`."""
         self._closed = True
-        self._send(mailbox)
+        self._send(key_value)
 
     def rank_zero_ended(self) -> str | None:
-        """How rank 0's process ended, where that can be told from here."""
+        """How rank 0's process ended; None while it lives or where that can't be seen from this machine."""
         watch = self.watches.get(0)
-        return None if watch is None or watch.beat is None else how_ended(watch.beat.process)
+        return None if watch is None or watch.heartbeat is None else how_ended(watch.heartbeat.process)
 
     def check_answering(self) -> None:
-        """For a rank that works and asks nothing: raises as `call` does where the store has fallen silent."""
+        """Raises as `call` does where the store has stopped answering: for a rank that works and calls nothing."""
         if self.lost is not None:
             raise StoreLostError(str(self.lost)) from self.lost
         now = time.monotonic()
         look, before, waited = self._unanswered
-        waited = waited + min(now - before, BEAT_S) if look == self._last_look else 0.0
+        waited = waited + min(now - before, HEARTBEAT_S) if look == self._last_look else 0.0
         self._unanswered = (self._last_look, now, waited)
         self._judge_silence(waited)
 
     def _judge_silence(self, waited: float) -> None:
+        """Raises where a store without an answer for ``waited`` seconds counts as lost, or as stalled."""
         if not self._connected:
-            # Connecting looks up host names: a slow name server is no sign that anybody died.
+            # Connecting looks up host names: a slow name server is no sign of a death.
             if waited > max(self._stall_timeout_s, SILENT_AFTER_S):
                 self.lost = TimeoutError(f"no connection for {waited:.0f} s")
                 raise StalledError(
@@ -161,7 +189,7 @@ class StoreThread:
                 )
             return
         watch = self.watches.get(0)
-        near = watch is not None and watch.beat is not None and is_watchable(watch.beat.process)
+        near = watch is not None and watch.heartbeat is not None and is_watchable(watch.heartbeat.process)
         if near and self.rank_zero_ended() is None:
             # Rank 0 lives on this machine; stopped or starved is not dead, and gets the stall's patience.
             if waited > max(self._stall_timeout_s, SILENT_AFTER_S / 2):
@@ -177,11 +205,11 @@ class StoreThread:
 
     def _run(self) -> None:
         try:
-            # Connecting may hang as any call may, so this thread does it; nobody else holds the connection.
-            mailbox = self._open_mailbox()
+            # Connecting may hang as any call may, so this thread does it, and alone holds the connection.
+            key_value = self._open_key_value()
             self._connected = True
             # What is left of the channel must not keep the store: its server ends with the last reference.
-            del self._open_mailbox
+            del self._open_key_value
             while True:
                 try:
                     job = self._jobs.get(timeout=max(0.0, self._due - time.monotonic()))
@@ -190,20 +218,20 @@ class StoreThread:
                 else:
                     if job is None:
                         return
-                    job.run(mailbox)
+                    job.run(key_value)
                     if job.error is not None and not isinstance(job.error, RankloadError):
                         raise job.error
                 if time.monotonic() >= self._due:
                     if not self._closed:
-                        self._send(mailbox)
-                    self._look(mailbox)
-                    self._due = time.monotonic() + BEAT_S
+                        self._send(key_value)
+                    self._watch_peers(key_value)
+                    self._due = time.monotonic() + HEARTBEAT_S
         except Exception as error:
             self.lost = self.lost or error
 
-    def _send(self, mailbox: KeyValue) -> None:
+    def _send(self, key_value: KeyValue) -> None:
         self._sequence += 1
-        beat = Heartbeat(
+        heartbeat = Heartbeat(
             self._sequence,
             self._process,
             self.stage,
@@ -212,19 +240,22 @@ class StoreThread:
             self.counters,
             self._closed,
         )
-        mailbox.put(heartbeat_key(self._rank), beat.encode())
+        key_value.put(heartbeat_key(self._rank), heartbeat.encode())
 
-    def _look(self, mailbox: KeyValue) -> None:
+    def _watch_peers(self, key_value: KeyValue) -> None:
+        """Reads the current agreement's outcome and the peers' heartbeats; announces the death of a peer."""
         # The index is read once: the decision of an older stage may be removed as soon as this rank has
         # posted for a newer one, and that post is carried by this thread, so not before this look is over.
         index = self.index
         now = time.monotonic()
-        looked_for = min(now - self._last_look, 2 * BEAT_S)
+        looked_for = min(now - self._last_look, 2 * HEARTBEAT_S)
         self._last_look = now
-        self._notice(mailbox.settled(decision_key(index)))
+        self._notice(key_value.settled(decision_key(index)))
         peers = list(self.watches)
-        beats = mailbox.peek_all([heartbeat_key(peer) for peer in peers])
-        moved = [self.watches[peer].observe(raw, looked_for) for peer, raw in zip(peers, beats, strict=True)]
+        heartbeats = key_value.peek_all([heartbeat_key(peer) for peer in peers])
+        moved = [
+            self.watches[peer].observe(raw, looked_for) for peer, raw in zip(peers, heartbeats, strict=True)
+        ]
         if self._rank == 0:
             # Rank 0 alone passes on what it saw: two ranks that did would see each other move for ever.
             self._moved += sum(moved)
@@ -233,31 +264,38 @@ class StoreThread:
             death = watch.death()
             if death is not None and self.announced is None and not self._closed:
                 error = peer_error(watch, death, self.stage)
-                self._notice(mailbox.settle(decision_key(index), to_record(error)))
+                self._notice(key_value.settle(decision_key(index), to_record(error)))
 
     def _notice(self, outcome: str | None) -> None:
+        """Keeps the first error that was settled as an outcome, for the main thread to raise."""
         if self.announced is None and outcome not in (None, AGREED):
             self.announced = from_record(str(outcome))
 
 
 def decision_key(index: int) -> str:
-    """Where the one outcome of agreement ``index`` is settled."""
+    """The key where the one outcome of agreement ``index`` is settled."""
     return f"{index}/decision"
 
 
 def heartbeat_key(rank: int) -> str:
-    """Where ``rank`` leaves its beats."""
-    return f"beat/{rank}"
+    """The key of the latest heartbeat of ``rank``."""
+    return f"heartbeat/{rank}"
 
 
 def peer_error(watch: PeerWatch, death: str, stage: str) -> PeerError:
-    """The error that the death of a peer becomes, on all ranks; `"""
-    if watch.beat is None:
+    """The error that all ranks raise for the death of a peer.
+
+    Args:
+        watch: the peer's, which gives its rank, host, pid and, where ``stage`` is empty, its last stage.
+        death: how it ended, as `PeerWatch.death` says it.
+        stage: where the rank that noticed it is.
+    """
+    if watch.heartbeat is None:
         return PeerError(f"rank {watch.rank} ended: {death}", rank=watch.rank)
-    process = watch.beat.process
+    process = watch.heartbeat.process
     return PeerError(
         f"rank {watch.rank} (host {process.host}, pid {process.pid}) ended "
-        f"{place(stage or watch.beat.stage)}: {death}",
+        f"{place(stage or watch.heartbeat.stage)}: {death}",
         rank=watch.rank,
         host=process.host,
     )

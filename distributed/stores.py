@@ -1,4 +1,4 @@
-"""Which store the ranks talk over: the default process group's, under a prefix of its own for each load."""
+"""Picks the torch store that the ranks talk over: the default process group's, under a prefix for each load."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ _loads = itertools.count()
 
 
 def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValue]:
-    """Opens this rank's connection for the next load; what it returns is called by the thread that is to use
-    it.
+    """A function that opens this rank's connection for the next load, for the thread that will use it to call.
 
-    ``store`` by default: the default process group's, or, with one rank, one in memory. Every rank calls this
-    as often
-    as every other: loads are told apart by their number.
+    ``store`` by default: the default process group's, or, with one rank, one in memory. Every rank must call this
+    as often as every other: the count of calls is the prefix that keeps loads apart.
 
     Raises:
         TopologyError: there is no process group, or it has another size or no store.
@@ -26,12 +24,12 @@ def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValu
     number = next(_loads)
     shared = store if store is not None else _default_store(world_size)
 
-    def open_mailbox() -> KeyValue:
+    def open_key_value() -> KeyValue:
         from torch.distributed.distributed_c10d import PrefixStore
 
         return KeyValue(PrefixStore(f"rankload/{number}", _own_connection(shared)))
 
-    return open_mailbox
+    return open_key_value
 
 
 def _default_store(world_size: int) -> Any:
@@ -53,7 +51,7 @@ def _default_store(world_size: int) -> Any:
 
 
 def _own_connection(store: Any) -> Any:
-    """The store over a connection that no other thread uses, where torch's version can give one."""
+    """A clone of the store with a connection that no other thread uses, where torch's version has ``clone``."""
     clone = getattr(store, "clone", None)
     if clone is None:
         return store

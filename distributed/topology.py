@@ -1,7 +1,7 @@
 """Where this process stands in the job: discovered from the environment, then confirmed among all ranks.
 
 Order of preference: torchrun, deepspeed, Composer's launcher, plain RANK and WORLD_SIZE, Open MPI, MVAPICH,
-MPICH and Intel MPI (Hydra), srun (inside a step), and else one rank. Pure: importing this needs no torch.
+MPICH and Intel MPI (Hydra), srun (inside a step), and else one rank. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from .launchers import Claim, read_claim
 from .liveness import machine_identity
 
 LAUNCHERS_OF_RANK_VARIABLES = frozenset({"torchrun", "deepspeed", "composer", "environment"})
+"""Those whose ranks have RANK and WORLD_SIZE, which a process group that says otherwise contradicts."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place.
+    """One rank's place in the job.
 
-    Until `confirm_topology` returned it, the fields named in ``assumed`` are guesses that no variable gave,
-    and ``ranks_by_node`` is empty.
+    In what `confirm_topology` returns, every field is known. Before that, the fields named in ``assumed`` are guesses
+    that no variable gave, and ``ranks_by_node`` is empty.
 
     Attributes:
         rank, world_size: in the whole job.
@@ -60,7 +61,7 @@ class Decider(Protocol):
 def discover_topology(
     environ: Mapping[str, str] | None = None, argv: Sequence[str] | None = None
 ) -> Topology:
-    """This process's place as its launcher tells it; see the module for the order of preference.
+    """This process's place by its launcher's variables; see the module for the order of preference.
 
     Args:
         environ: variables; this process's by default.
@@ -76,7 +77,7 @@ def discover_topology(
 
 
 def group_topology(rank: int, world_size: int, discovered: Topology) -> Topology:
-    """The place of a process whose default process group says ``rank`` of ``world_size``: the group decides.
+    """The place of a process whose default process group gives it ``rank`` of ``world_size``: the group decides.
 
     Raises:
         TopologyError: RANK and WORLD_SIZE are set and say something else.
@@ -93,8 +94,7 @@ def group_topology(rank: int, world_size: int, discovered: Topology) -> Topology
 
 
 def confirm_topology(topology: Topology, channel: Decider) -> Topology:
-    """Checks every rank's place against all others', and fills in what no variable told. Every rank must
-    call.
+    """Checks every rank's place against all others', and fills in what no variable gave. Every rank must call.
 
     Raises:
         TopologyError: on every rank, where the ranks contradict each other; names ranks, fields and values.
@@ -134,7 +134,7 @@ def arrange(reports: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     nodes = _numbered_nodes(reports) if _all_say(reports, "node_rank") else _host_nodes(reports)
     _check_sizes(reports, nodes)
     if not _all_say(reports, "local_rank"):
-        # Where some ranks know their local rank and others don't, nobody's is used.
+        # Where some ranks know their local rank and others don't, all are numbered anew, by rank.
         return nodes
     return [_by_local_rank([reports[rank] for rank in ranks]) for ranks in nodes]
 
@@ -205,21 +205,20 @@ def _who(report: Mapping[str, Any]) -> str:
 
 
 def _from_claim(claim: Claim) -> Topology:
-    """A launcher's word, with guesses (as if all ranks were on one node of equal ones) for what it does not
-    say."""
+    """The launcher's claim, with guesses for the fields that it lacks."""
     guesses = _guesses(claim)
-    told: dict[str, int | None] = {field: getattr(claim, field) for field in guesses}
+    claimed: dict[str, int | None] = {field: getattr(claim, field) for field in guesses}
 
     def value(field: str) -> int:
-        said = told[field]
-        return guesses[field] if said is None else said
+        own = claimed[field]
+        return guesses[field] if own is None else own
 
     return Topology(
         rank=claim.rank,
         world_size=claim.world_size,
         launcher=claim.launcher,
         host=socket.gethostname(),
-        assumed=frozenset(field for field, said in told.items() if said is None),
+        assumed=frozenset(field for field, own in claimed.items() if own is None),
         local_rank=value("local_rank"),
         local_world_size=value("local_world_size"),
         node_rank=value("node_rank"),
@@ -228,6 +227,7 @@ def _from_claim(claim: Claim) -> Topology:
 
 
 def _guesses(claim: Claim) -> dict[str, int]:
+    """The fields as they are where all nodes have equally many ranks, numbered in order; one node unless known."""
     size = claim.local_world_size or claim.world_size
     if claim.local_world_size is None and claim.n_nodes is not None:
         size = -(-claim.world_size // claim.n_nodes)

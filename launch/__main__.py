@@ -1,4 +1,4 @@
-"""``python -m rankload.launch``."""
+"""Runs the command line: ``python -m rankload.launch``."""
 
 import sys
 

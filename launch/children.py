@@ -1,4 +1,4 @@
-"""Processes that a command starts: given a deadline, and ended with all that they started."""
+"""Runs the processes that a command starts: with a deadline, and ended together with all that they started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ INHERITED = (
 )
 """Prefixes of variables that describe another job, or another load, than the one that is started."""
 ENDING_S = 5.0
+"""How long a process may take to end after SIGTERM; then it and its descendants are killed."""
 
 
 class ChildError(Exception):
@@ -74,7 +74,7 @@ def run_torchrun(ranks: int, module: str, arguments: Sequence[str], *, log: Path
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends `process` and every process below it: asked first, killed after `ENDING_S` seconds."""
+    """Ends `process` and its descendants: SIGTERM first, SIGKILL after `ENDING_S` seconds."""
     if process.poll() is not None:
         return
     family = descendants(process.pid)
@@ -89,7 +89,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes below `pid`, as far as this system tells."""
+    """The ids of the processes that `pid` started, directly or not; [] where ``/proc`` lists no children."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -99,20 +99,6 @@ def descendants(pid: int) -> list[int]:
 
 
 def last_lines(log: Path, count: int = 12) -> str:
-    """The last lines of a log that say something, indented."""
+    """The last `count` lines of a log that are not blank, indented."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(f"    | {line[:200]}" for line in lines[-count:])
-
-
-class Stopwatch:
-    """Seconds since it was made, and since it was last read."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.monotonic()
-
-    def lap(self) -> float:
-        last, self.last = self.last, time.monotonic()
-        return self.last - last
-
-    def total(self) -> float:
-        return time.monotonic() - self.begin

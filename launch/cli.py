@@ -1,4 +1,4 @@
-"""The command line's arguments, and what each command calls.
+"""Parses the command line and runs one command.
 
 Exit codes: 0 done, 1 the command found something wrong, 2 wrong arguments, 130 interrupted.
 """
@@ -15,9 +15,9 @@ COMMAND = "rankload"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Arguments are the process's own by default."""
+    """Runs the command that `argv` names (this process's arguments by default); returns its exit code."""
     arguments = parser().parse_args(argv)
-    # So that SIGTERM, too, ends what was started.
+    # So that SIGTERM, too, ends the processes that the command started.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code: int = arguments.run(arguments)
@@ -55,13 +55,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
+    """``rankload demo``."""
     from .demo import demo
 
     return demo(stage=None if arguments.plain else arguments.stage)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def version() -> str:
@@ -70,3 +67,7 @@ def version() -> str:
         return metadata.version("rankload")
     except metadata.PackageNotFoundError:
         return "(not installed)"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""The demo: a job that was never stopped against one that was restored over HTTP, loss by loss.
+"""Runs the demo: compares a job that was never stopped with one that was restored over HTTP, loss by loss.
 
-The ranks' own part is in ``demo_train``, the server in ``demo_server``. This process imports no torch.
+``demo_train`` is what each rank runs, ``demo_server`` the HTTP server. This process imports no torch.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .children import ChildError, Stopwatch, end, rank_environment, run_torchrun
+from .children import ChildError, end, rank_environment, run_torchrun
 
 RANKS = 4
 DEADLINE_S = 150.0
 SEED_SAVED, SEED_RESTORED = 17, 90210
 UNAVAILABLE = "deepspeed-unavailable.txt"
+"""The file in which a rank of ``demo_train`` writes why DeepSpeed can't be imported."""
 SERVER_DEADLINE_S = 20.0
 RECORDED = Path(__file__).parents[1] / "tests" / "data" / "composer-monolithic-w2" / "ep2-ba8-rank0.pt"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What the server counted for one file."""
+class FileTraffic:
+    """What the server counted for one file: its size, requests by method, and the bytes that were sent."""
 
     name: str
     size_bytes: int
@@ -39,13 +41,31 @@ class Served:
     sent_bytes: int
 
 
+class LapTimer:
+    """Measures seconds: since the last `lap`, and in `total` since it was made."""
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.monotonic()
+
+    def lap(self) -> float:
+        last, self.last = self.last, time.monotonic()
+        return self.last - last
+
+    def total(self) -> float:
+        return time.monotonic() - self.begin
+
+
+class DeepSpeedUnavailableError(Exception):
+    """DeepSpeed is installed and cannot be imported; the message says why."""
+
+
 def demo(stage: int | None) -> int:
     """Runs the demo with DeepSpeed ZeRO at `stage`, or plain DDP where it is None; returns the exit code.
 
     Everything is written below one temporary folder, which is removed, and every process that was started is
     ended, however the demo ends.
     """
-    watch = Stopwatch()
+    watch = LapTimer()
     if stage is not None and find_spec("deepspeed") is None:
         explain_fallback("it is not installed")
         stage = None
@@ -63,15 +83,12 @@ def demo(stage: int | None) -> int:
     return code
 
 
-class DeepSpeedUnavailableError(Exception):
-    """DeepSpeed is installed and cannot be imported; the message says why."""
-
-
 def explain_fallback(reason: str) -> None:
+    """Prints why plain DDP takes DeepSpeed's place."""
     print(f"DeepSpeed cannot be used here ({reason}): a plain DDP module stands in for it\n")
 
 
-def run(folder: Path, stage: int | None, watch: Stopwatch) -> int:
+def run(folder: Path, stage: int | None, watch: LapTimer) -> int:
     """One demonstration inside `folder`; 1 where anything that should be equal is not."""
     checkpoint, before, after, cache = (folder / name for name in ("checkpoint", "before", "after", "cache"))
     for path in (checkpoint, before, after):
@@ -110,31 +127,10 @@ def run(folder: Path, stage: int | None, watch: Stopwatch) -> int:
     return 0 if equal and fetched_once else 1
 
 
-def show_recorded() -> None:
-    """Restores a recorded checkpoint of Composer's, where this is a checkout that has it."""
-    if not RECORDED.exists():
-        return
-    command = [sys.executable, "-m", "rankload.launch.demo_fixture", str(RECORDED)]
-    try:
-        done = subprocess.run(  # noqa: S603 - our own command
-            command, env=rank_environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=True
-        )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise ChildError(f"the recorded checkpoint {RECORDED.name} was not restored") from error
-    print("5. a checkpoint that Composer 0.32.1 wrote, weights only")
-    show_lines(done.stdout.splitlines())
-    print()
-
-
-def show_lines(lines: Sequence[str]) -> None:
-    for line in lines:
-        for part in textwrap.wrap(line, 105, break_long_words=False, break_on_hyphens=False):
-            print(f"     {part}")
-
-
 def run_ranks(
     log: Path, stage: int | None, seed: int, results_folder: Path, arguments: Sequence[str]
 ) -> None:
+    """Runs ``demo_train`` on all ranks. Raises `DeepSpeedUnavailableError`, or `ChildError` with the ranks' errors."""
     job = [] if stage is None else ["--stage", str(stage)]
     common = ["--seed", str(seed), "--results", str(results_folder)]
     try:
@@ -153,7 +149,7 @@ def run_ranks(
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A process that serves `folder`, and its port. It ends with its standard input, or is ended here."""
+    """A process that serves `folder`, and its port. It ends with its standard input, or at the end of the block."""
     server = subprocess.Popen(  # noqa: S603 - our own command
         [sys.executable, "-m", "rankload.launch.demo_server", str(folder)],
         stdin=subprocess.PIPE,
@@ -171,7 +167,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         end(server)
 
 
-def counts(server: subprocess.Popen[bytes], folder: Path) -> list[Served]:
+def counts(server: subprocess.Popen[bytes], folder: Path) -> list[FileTraffic]:
     """Ends the server and returns what it counted, for each file of `folder`."""
     try:
         output, _ = server.communicate(timeout=SERVER_DEADLINE_S)
@@ -180,18 +176,19 @@ def counts(server: subprocess.Popen[bytes], folder: Path) -> list[Served]:
         raise ChildError("the HTTP server did not say what it served") from error
     nothing = {"gets": 0, "heads": 0, "bytes": 0}
     return [
-        Served(path.name, path.stat().st_size, entry["gets"], entry["heads"], entry["bytes"])
+        FileTraffic(path.name, path.stat().st_size, entry["gets"], entry["heads"], entry["bytes"])
         for path in sorted(folder.iterdir())
         for entry in [ledger.get(path.name, nothing)]
     ]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What each rank wrote, by rank."""
+    """The results that each rank wrote as JSON, by rank."""
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def show_files(folder: Path) -> None:
+    """Prints the files of `folder` and the members of its tars, with their sizes."""
     for path in sorted(folder.iterdir()):
         print(f"     {path.name}  {path.stat().st_size:>11,} bytes")
         if tarfile.is_tarfile(path):
@@ -201,11 +198,11 @@ def show_files(folder: Path) -> None:
                         print(f"         {member.size:>11,}  {member.name}")
 
 
-def show_traffic(served: Sequence[Served], metrics: dict[str, float]) -> bool:
-    """Prints what crossed the wire; whether the files' bytes crossed once.
+def show_traffic(served: Sequence[FileTraffic], metrics: dict[str, float]) -> bool:
+    """Prints requests and bytes by file; returns whether the files' bytes were sent once.
 
-    Where files come in parts, up to a hundredth may cross again, or not at all: first bytes that are asked for to see
-    what the server can do, small gaps that are read along, and padding that nobody wants.
+    Where files come in parts, up to a hundredth may be sent twice (first bytes, requested to see what the server can
+    do; small gaps between wanted ranges) or never (padding).
     """
     print(f"     {'file':<16}{'size':>12}{'served':>12}{'requests':>10}")
     for file in served:
@@ -222,8 +219,15 @@ def show_traffic(served: Sequence[Served], metrics: dict[str, float]) -> bool:
     return once
 
 
+def show_lines(lines: Sequence[str]) -> None:
+    """Prints `lines`, wrapped and indented."""
+    for line in lines:
+        for part in textwrap.wrap(line, 105, break_long_words=False, break_on_hyphens=False):
+            print(f"     {part}")
+
+
 def show_losses(uninterrupted: Sequence[dict[str, Any]], resumed: Sequence[dict[str, Any]]) -> bool:
-    """Prints both runs' losses; whether all are equal, to the last bit, and the next random numbers too."""
+    """Prints both runs' losses; returns whether they and the next random numbers are equal to the last bit."""
     print(f"     {'step':>4}{'rank':>6}{'uninterrupted':>22}{'resumed':>22}")
     equal = True
     for index in range(len(uninterrupted[0]["losses"])):
@@ -241,3 +245,19 @@ def show_losses(uninterrupted: Sequence[dict[str, Any]], resumed: Sequence[dict[
         else "     the random generators are NOT where they were"
     )
     return equal and same_draws
+
+
+def show_recorded() -> None:
+    """Restores a recorded checkpoint of Composer's, where this is a checkout that has it."""
+    if not RECORDED.exists():
+        return
+    command = [sys.executable, "-m", "rankload.launch.demo_fixture", str(RECORDED)]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own command
+            command, env=rank_environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=True
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise ChildError(f"the recorded checkpoint {RECORDED.name} was not restored") from error
+    print("5. a checkpoint that Composer 0.32.1 wrote, weights only")
+    show_lines(done.stdout.splitlines())
+    print()

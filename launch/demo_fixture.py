@@ -1,4 +1,4 @@
-"""Restores a recorded checkpoint that real Composer wrote, in one process, where no DeepSpeed can make one.
+"""Restores a recorded checkpoint that Composer wrote, in one process, so that the demo shows one without DeepSpeed.
 
 ``python -m rankload.launch.demo_fixture FILE`` restores the weights of ``ep2-ba8-rank0.pt`` (Composer 0.32.1, a
 small convolutional classifier with SqueezeExcite) and prints the receipt.
@@ -17,7 +17,7 @@ from ..loader import State, load
 
 
 def make_model() -> nn.Module:
-    """A module with the names and shapes of the recorded one's."""
+    """A module with the parameter names and shapes of the one that was saved."""
     excite = nn.Module()
     excite.pool_and_mlp = nn.Sequential(
         nn.AdaptiveAvgPool2d(1),

@@ -1,4 +1,4 @@
-"""Serves one folder over HTTP on loopback and counts what it hands out.
+"""Serves one folder over HTTP on loopback, with byte ranges, and counts requests and bytes by file.
 
 ``python -m rankload.launch.demo_server FOLDER`` prints its port on the first line, serves until its standard
 input ends, then prints the counts as one line of JSON: ``{name: {"gets": .., "heads": .., "bytes": ..}}``.
@@ -16,12 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-PIECE = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass
 class Counts:
-    """What was asked of one name, and how many bytes of it went out."""
+    """Requests for one name, by method, and the bytes of it that were sent."""
 
     gets: int = 0
     heads: int = 0
@@ -110,16 +110,17 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(start)
             while start < stop:
-                piece = file.read(min(PIECE, stop - start))
-                if not piece:
+                chunk = file.read(min(CHUNK_BYTES, stop - start))
+                if not chunk:
                     break
-                self.wfile.write(piece)
-                start += len(piece)
-                self.server.ledger.add(name, sent=len(piece))
+                self.wfile.write(chunk)
+                start += len(chunk)
+                self.server.ledger.add(name, sent=len(chunk))
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Start and stop of the range that `header` asks for; all without one; None where it cannot be had."""
+    """Start and stop of the range in a ``Range`` header (RFC 9110, one range of bytes); of the whole file without a
+    header; None where the file of `size` bytes has no such range."""
     if header is None:
         return 0, size
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())

@@ -1,8 +1,9 @@
-"""What each rank of the demo runs, under torchrun: train and save, or restore and go on.
+"""Runs one rank of the demo, under torchrun: trains and saves, or restores and goes on.
 
 ``--save FOLDER`` trains `STEPS_BEFORE` steps, writes the checkpoint into FOLDER, and trains `STEPS_AFTER`
 more without stopping. ``--load TEMPLATE`` restores into fresh weights and trains the same `STEPS_AFTER`.
-Either way each rank writes what it saw to ``RESULTS/rankN.json``.
+Either way each rank writes its losses, its next random numbers and, after a load, the receipt to
+``RESULTS/rankN.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ UNAVAILABLE = "deepspeed-unavailable.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """A model in training: what is called, what makes a step of a loss, what a load restores into."""
+    """A model in training: what gives the loss of a batch, what makes a step with it, what a load restores into, and
+    what writes a checkpoint into a folder."""
 
     model: Callable[..., torch.Tensor]
     step: Callable[[torch.Tensor], None]
@@ -115,7 +117,7 @@ def save_checkpoint(job: Job, folder: Path, seed: int, batches: int) -> None:
 
 
 class Report:
-    """Keeps what a load tells its logger: the receipt's figures here, its lines from the package's logger."""
+    """A load's logger: keeps the receipt's figures, and its lines as the package's ``logging`` logger gets them."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
@@ -173,7 +175,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """This rank's part, inside the process group."""
+    """One rank, inside the process group: trains and saves, or restores; then trains on and writes the results."""
     rank = dist.get_rank()
     job = (
         plain_job(arguments.seed)

@@ -27,7 +27,7 @@ class Checked:
     rng: list[RngState | None] | None
     """By rank; None at those that were ignored."""
     extra: dict[str, Any]
-    realise_options: dict[str, Any]
+    materialize_options: dict[str, Any]
 
 
 def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch: Stopwatch) -> Checked:

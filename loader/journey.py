@@ -1,10 +1,11 @@
-"""A load from end to end. `load` tells the journey; each stage takes a value and returns a value.
+"""A load from end to end: `load` runs the stages in order. Each takes values and returns a value.
 
     arguments → locate → fetch → read → (fetch → read)* → ignore → check → plan → restore → agree → RNG → receipt
                                                                                └── fetch parts ──┘
 
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns
-is changed before ``restore``.
+is changed before ``restore``. `opening.py` has the stages up to ``read``, `check.py` has ``check``; the rest is here,
+in the order in which it runs.
 """
 
 from __future__ import annotations
@@ -39,13 +40,19 @@ from .verify.weights import plan_weights, share_weights
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a load gives back."""
+    """What a load returns.
+
+    Attributes:
+        rng_states: one entry for each rank of this world, for `restore_rng`; None with ``load_weights_only``, or when
+            the checkpoint has none.
+        receipt: what was restored, from which bytes, and what was not; the same on every rank.
+        extra: top-level entries of the checkpoint that are no part of `State`, as real values: a hand-written file's
+            ``epoch``, DeepSpeed's ``client_state``.
+    """
 
     rng_states: list[RngState] | None
-    """One entry per rank of this world, for `restore_rng`; None with ``load_weights_only`` or without ``rng``."""
     receipt: Receipt
     extra: dict[str, Any]
-    """What the checkpoint has at its top level and nobody claims, as real values."""
 
 
 def load_checkpoint(
@@ -62,13 +69,36 @@ def load_checkpoint(
     *,
     options: LoadOptions | Mapping[str, Any] | None = None,
 ) -> list[RngState] | None:
-    """Restores the checkpoint at `path` into `state`, on every rank or on none.
+    """Restores the checkpoint at `path` into `state`, on every rank or on none; returns the random states.
 
-    Every rank of the job must call it, with the same arguments. See `load` for what they mean.
+    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ). It is `load` under
+    the name and with the result of Composer's function.
+
+    Args:
+        path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
+            ``{rank}``, ``{local_rank}``, ``{node_rank}`` and ``{run_name}`` (or ``<rank>`` and so on). A folder that
+            DeepSpeed saved is named by itself, or by one of its tags.
+        state: a `State`, or an object that loads itself as Composer's ``State`` does.
+        logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``, which rank 0 gives
+            the receipt. None: the logger named ``rankload``.
+        object_store: the store that `path` names an object of: an fsspec file system, an object with
+            ``download_object``, or one with ``download_file``. None: the store that `path` itself names.
+        load_weights_only: restore the model's weights and buffers, and nothing else.
+        strict_model_weights: whether missing and unexpected names are an error. Wrong shapes always are.
+        progress_bar: whether rank 0 shows the bytes of all nodes while a remote checkpoint is fetched.
+        ignore_keys: parts to leave out: globs over ``/``-joined keys (``state/model/head.*``, ``state/optimizers/*``,
+            ``rng``), or a callable that changes the nested dict in place.
+        exclude_algorithms: names of algorithms not to add although the checkpoint needs them.
+        algorithm_passes: functions that order the algorithms that are added.
+        options: `LoadOptions`, or a mapping of its fields.
 
     Returns:
-        The RNG states, one per rank of this world, for `restore_rng`; they are not applied. None with
-        `load_weights_only`, where the checkpoint has none, or where ``rng`` is ignored.
+        One entry for each rank of this world, for `restore_rng`; they are not applied. None with `load_weights_only`,
+        when the checkpoint has none, or when ``rng`` is ignored.
+
+    Raises:
+        RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
+            `PartialRestoreError`, or a `TimestampError` after the restore, nothing was changed.
     """
     return load(
         path,
@@ -99,28 +129,34 @@ def load(
     *,
     options: LoadOptions | Mapping[str, Any] | None = None,
 ) -> LoadResult:
-    """Restores the checkpoint at `path` into `state`, on every rank or on none; tells what it did.
+    """Restores the checkpoint at `path` into `state`, on every rank or on none; returns what it did.
 
     Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ).
 
     Args:
-        path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`; may hold
-            ``{rank}``, ``{local_rank}``, ``{node_rank}``, ``{run_name}`` (or ``<rank>`` and so on).
+        path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
+            ``{rank}``, ``{local_rank}``, ``{node_rank}`` and ``{run_name}`` (or ``<rank>`` and so on). A folder that
+            DeepSpeed saved is named by itself, or by one of its tags.
         state: a `State`, or an object that loads itself as Composer's ``State`` does.
-        logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``.
-        object_store: where `path` lies: an fsspec file system, an object with ``download_object``, or one with
-            ``download_file``.
-        load_weights_only: the model's weights and buffers, and nothing else.
+        logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``, which rank 0 gives
+            the receipt. None: the logger named ``rankload``.
+        object_store: the store that `path` names an object of: an fsspec file system, an object with
+            ``download_object``, or one with ``download_file``. None: the store that `path` itself names.
+        load_weights_only: restore the model's weights and buffers, and nothing else.
         strict_model_weights: whether missing and unexpected names are an error. Wrong shapes always are.
-        progress_bar: whether rank 0 shows the bytes of all nodes while something is downloaded.
-        ignore_keys: globs over ``/``-joined keys, or a callable that changes the nested dict.
-        exclude_algorithms: names of algorithms not to be added, although the checkpoint needs them.
-        algorithm_passes: put the added algorithms in order.
+        progress_bar: whether rank 0 shows the bytes of all nodes while a remote checkpoint is fetched.
+        ignore_keys: parts to leave out: globs over ``/``-joined keys (``state/model/head.*``, ``state/optimizers/*``,
+            ``rng``), or a callable that changes the nested dict in place.
+        exclude_algorithms: names of algorithms not to add although the checkpoint needs them.
+        algorithm_passes: functions that order the algorithms that are added.
         options: `LoadOptions`, or a mapping of its fields.
+
+    Returns:
+        The random states, the receipt, and what the checkpoint holds besides (see `LoadResult`).
 
     Raises:
         RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
-            `PartialRestoreError` (or comes after it began, a `TimestampError`), nothing was changed.
+            `PartialRestoreError`, or a `TimestampError` after the restore, nothing was changed.
     """
     try:
         resolved, problem = resolve_options(options), None
@@ -221,7 +257,7 @@ def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, wat
             checkpoint.contents,
             checked.reader,
             changed.append,
-            checked.realise_options,
+            checked.materialize_options,
         )
 
 

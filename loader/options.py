@@ -21,48 +21,56 @@ CACHE_HOME_CHOICES: tuple[str, ...] = ("auto", "memory", "disk")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options of one load; the same on every rank, apart from ``cache_dir``, ``cache_home`` and ``cache_size``.
+    """What a load can be told beyond its arguments. The same on every rank, apart from the three ``cache_`` fields.
 
-    A field left at None takes ``RANKLOAD_<FIELD>`` from the environment (``RANKLOAD_CACHE_DIR``,
-    ``RANKLOAD_CACHE_HOME``, ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``,
-    ``RANKLOAD_MODE``), then its default. A ``RANKLOAD_*`` variable that is no
-    option raises `OptionError`, and so does a value that does not fit.
+    A field left at None takes the environment's ``RANKLOAD_<FIELD>`` (``RANKLOAD_CACHE_DIR``, ``RANKLOAD_CACHE_HOME``,
+    ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``), then its default.
+
+    Attributes:
+        cache_dir: the folder on this node that fetched files lie in while they are read. It must be private to the
+            user (0700). Default: as `cache_home` says. An ``os.PathLike`` becomes its text.
+        cache_home: where that folder is when `cache_dir` is not given. ``memory``: ``rankload-<uid>`` in /dev/shm.
+            ``disk``: ``rankload-<uid>`` in the system's temporary folder. ``auto`` (default): a file goes into memory
+            when it fits in half of what is free there, else on disk; on disk when `cache_size` is above 0.
+        cache_size: bytes of fetched files that may stay on disk for later loads; above it whole checkpoints are
+            evicted, the least recently used first. A number, or text such as ``"20GB"`` or ``"20GiB"``. Default 0:
+            nothing stays.
+        stall_timeout_s: seconds without progress on any rank after which every rank raises `StalledError`. It does
+            not limit how long a load may take: each byte that arrives starts it anew. Default 120.
+        safe_types: types that a checkpoint may construct, besides the known ones: the types, or their names
+            (``package.module.Type``, imported when a checkpoint first names them). You vouch for what their
+            constructors do.
+        storage_options: credentials, endpoint and other settings for the path's file system, handed to fsspec. Never
+            shown in messages, logs or receipts.
+        rename: names in the checkpoint mapped to names in the model. A key that ends with a dot is a prefix:
+            ``{"model.": ""}``. Any other key is a whole name.
+        layout: for a hand-written file, which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,
+            ``scaler``, ``rng`` or ``timestamp``: ``{"model": "net/weights", "optimizer": "opt"}``.
+        verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
+            then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all.
+        mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
+            need once, into its cache. ``direct``: bytes that only one rank of its node needs go from the store into
+            that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
+            ``direct``, for long ranges, where it can be done. ``job``: bytes that several nodes need leave the store
+            once, and one node sends them to the others.
+        trace: a file that rank 0 writes every rank's stages to, for Perfetto or ``chrome://tracing``. An
+            ``os.PathLike`` becomes its text.
+
+    Raises:
+        OptionError: a value does not fit. An unknown field, or an unknown ``RANKLOAD_*`` variable, raises it in `load`.
     """
 
     cache_dir: str | None = None
-    """Folder on this node that fetched files are kept in while they are read, and nowhere else. Default: as
-    ``cache_home`` says. Private to the user (0700). An ``os.PathLike`` becomes its text."""
     cache_home: CacheHomeChoice | None = None
-    """Where that folder is if ``cache_dir`` is not given: ``rankload-<uid>`` in /dev/shm (``memory``), or in the
-    system's temporary folder (``disk``). Default ``auto``: in memory what fits in half of what is free there, else on
-    disk; on disk where ``cache_size`` is above 0."""
     cache_size: int | None = None
-    """Bytes of fetched files that may stay on disk once loads have ended, for later ones; whole checkpoints go, the
-    least recently used first. Default 0. A number, or text such as ``"20GB"`` or ``"20GiB"``."""
     stall_timeout_s: float | None = None
-    """Seconds without any progress anywhere after which every rank gives up. Default 120."""
     safe_types: Sequence[str | type] = ()
-    """Types that a checkpoint may construct beside the known ones: the types themselves, or their names
-    (``package.module.Type``; imported when first met). You vouch for what their constructors do."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Handed to fsspec for the path's file system (credentials, endpoint, ...); never shown."""
     rename: Mapping[str, str] = field(default_factory=dict)
-    """Names in the checkpoint to names in the model: whole names, or prefixes that end with a dot."""
     layout: Mapping[str, str] = field(default_factory=dict)
-    """For a hand-written file: which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,
-    ``scaler``, ``rng`` or ``timestamp``, as in ``{"model": "net/weights", "optimizer": "opt"}``."""
     verify: Verify | None = None
-    """When stored checksums are compared: ``before`` the first change, ``during`` the restore, or ``off``.
-    Default ``during``."""
-
     mode: Mode | None = None
-    """Which way bytes of remote torch files take. ``node`` (default): into the node's cache, once per node, for all
-    of its ranks. ``direct``: what one rank of its node needs comes straight into its tensors, everything else as with
-    ``node``; not with ``verify="before"``. ``auto``: the same for long ranges, where it can be done. ``job``: what
-    several nodes need leaves the store once, and travels between them."""
     trace: str | None = None
-    """A file that rank 0 writes the load's stages to, of all ranks, for Perfetto or ``chrome://tracing``. An
-    ``os.PathLike`` becomes its text."""
 
     def __post_init__(self) -> None:
         for name in ("cache_dir", "trace"):

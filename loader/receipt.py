@@ -1,4 +1,8 @@
-"""The proof of a load: what was restored, from which bytes, and what was not. Pure."""
+"""What a load did: the receipt, the lines and figures that loggers get of it, and the trace of its stages. Pure.
+
+`combine` joins what the ranks report, `Receipt` is the result, `log_receipt` hands it to a logger, and `write_trace`
+writes its stages as a file for Perfetto or ``chrome://tracing``: a row for each rank, a bar for each stage.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+SCHEMA_VERSION = 1
+"""Of `Receipt.as_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,10 @@ class Receipt:
     """Each rank's node, by rank."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The receipt as JSON types."""
+        """The receipt as JSON types, with `SCHEMA_VERSION` under ``schema_version``."""
         fields = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        told = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return {**told, "schema_version": SCHEMA_VERSION}
 
     @property
     def fetched_bytes(self) -> int:

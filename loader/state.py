@@ -28,14 +28,25 @@ class ForeignState(Protocol):
 
 
 class State:
-    """A training job's parts, each restored where the checkpoint has it.
+    """A training job's parts; a load restores each where the checkpoint has it.
 
-    ``model`` is a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device) or a
-    DeepSpeed engine. The others are one object or a list of objects with ``state_dict`` and ``load_state_dict``,
-    or plain values. Parts left at None are not restored, but for ``timestamp``, ``rank_zero_seed``, ``run_name``,
-    ``dataset_state`` and the metrics, which then take the checkpoint's plain values: ``state.timestamp["batch"]``.
-
-    A DeepSpeed engine brings its optimizer, lr scheduler and loss scaler with it.
+    Attributes:
+        model: a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device), or a DeepSpeed
+            engine, which brings its optimizer, lr scheduler and loss scaler with it.
+        optimizers: one, or a list. So are `schedulers`, `scaler` and `callbacks`: objects with ``state_dict`` and
+            ``load_state_dict``.
+        schedulers: lr schedulers.
+        scaler: a ``GradScaler``.
+        algorithms: algorithms that are applied to the model already (see `Algorithm`); those that the checkpoint needs
+            are added to the list.
+        callbacks: anything else with a state, restored by class name.
+        timestamp: an object with ``load_state_dict``, or None. Left at None, this part and each one below takes the
+            checkpoint's plain values: ``state.timestamp["batch"]``. The parts above are not restored when None.
+        rank_zero_seed: rank 0's seed; missing random states are derived from it.
+        run_name: stands for ``{run_name}`` in the path.
+        dataset_state: the position in the data.
+        train_metrics: metrics of the training set.
+        eval_metrics: metrics of the evaluation sets.
     """
 
     def __init__(

@@ -18,74 +18,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .loader import (
-        AccessError,
-        Algorithm,
-        AlgorithmError,
-        AlgorithmPass,
-        CorruptError,
-        Event,
-        FormatError,
-        LayoutError,
-        LoadOptions,
-        LoadResult,
-        MismatchError,
-        NotFoundError,
-        OptionError,
-        PartialRestoreError,
-        PeerError,
-        RankloadError,
-        Receipt,
-        StalledError,
-        State,
-        TemplateError,
-        TimestampError,
-        TopologyError,
-        UnsafeError,
-        capture_rng,
-        gather_rng,
-        load,
-        load_checkpoint,
-        register_algorithm,
-        restore_rng,
-    )
-
-__version__ = "0.1.0"
-
-__all__ = [
-    "AccessError",
-    "Algorithm",
-    "AlgorithmError",
-    "AlgorithmPass",
-    "CorruptError",
-    "Event",
-    "FormatError",
-    "LayoutError",
-    "LoadOptions",
-    "LoadResult",
-    "MismatchError",
-    "NotFoundError",
-    "OptionError",
-    "PartialRestoreError",
-    "PeerError",
-    "RankloadError",
-    "Receipt",
-    "StalledError",
-    "State",
-    "TemplateError",
-    "TimestampError",
-    "TopologyError",
-    "UnsafeError",
-    "__version__",
-    "capture_rng",
-    "gather_rng",
-    "load",
-    "load_checkpoint",
-    "register_algorithm",
-    "restore_rng",
-]
-
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "loader")):
     # In a clone the other packages lie elsewhere; where the current folder is the clone's own, they are the installed
     # ones.
@@ -93,12 +25,20 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "loader")):
 
     __path__ = extend_path(__path__, __name__)
 
+from . import loader
+
+if TYPE_CHECKING:
+    from .loader import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__"]
+__all__ += loader.__all__
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import loader
-
     value = getattr(loader, name)
     globals()[name] = value
     return value

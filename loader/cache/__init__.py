@@ -1,1 +1,18 @@
-"""TODO."""
+"""Cache: the folder of a node into which each object is fetched once, for all processes there.
+
+1. `homes.homes_for` chooses the folders: the one that was given, else memory or disk, as there is room.
+2. `NodeCache.entry` (in `node`) gives an object's entry, and registers this process as its user.
+3. `CacheEntry.fill`: the first process that asks claims the product, makes it in a work folder, and moves it to its
+   name; the others wait, and take over where that process dies.
+4. `holes.PartialFile` holds an object of which only ranges were fetched, and records those; `holes.Landed` reads the
+   record in other processes.
+5. When the load ends, `node` gives up its entries, and `bounds.bound` evicts down to the size that may stay.
+
+`records` reads and writes an entry's small files, and removes what dead processes left. `folder.locked` is the lock
+under which all of them decide.
+
+Not promised: a product counts as whole by the sizes of its files, and its content is not read again (ranges in a
+`PartialFile` are compared with their CRC-32). Sizes are bounds, not reservations: another program may fill the disk.
+
+May import `stores`, `byte_ranges`, `checksums` and `errors`; ``distributed.liveness``.
+"""

@@ -1,4 +1,4 @@
-"""How much stays in a cache folder: whole checkpoints go, the least recently used first, never one that is in use."""
+"""Evicts from a cache folder down to a size: whole checkpoints, the least recently used first, never one in use."""
 
 from __future__ import annotations
 
@@ -21,18 +21,43 @@ class Held:
     content: str
     """The object that it is a version of."""
     used_at: float
+    """When it was last used, in seconds by the clock of the folder's file system."""
     nbytes: int
     """What it takes on the disk: a file that came in parts has holes."""
     busy: bool = False
+    """Whether a living process uses it."""
     stays: bool = True
-    """Whether it stays once nobody uses it."""
+    """Whether it stays once no process uses it."""
+
+
+def bound(folder: str, size_bytes: int) -> None:
+    """Evicts from `folder` until what stays there fits in `size_bytes`; takes the folder's lock."""
+    with locked(folder) as now:
+        entries = _held(folder, now)
+        staying = sum(one.nbytes for one in entries if one.stays or not one.busy)
+        gone = [put_away(one.path) for one in victims(entries, staying - size_bytes)]
+    _remove(gone)
+
+
+def make_room(folder: str, nbytes: int) -> None:
+    """Evicts `nbytes` from `folder`, or as many as can be; takes the folder's lock."""
+    with locked(folder) as now:
+        gone = [put_away(one.path) for one in victims(_held(folder, now), nbytes)]
+    _remove(gone)
+
+
+def evictable_bytes(folder: str) -> int:
+    """How many bytes `make_room` could evict from `folder` now; takes the folder's lock."""
+    with locked(folder) as now:
+        entries = _held(folder, now)
+    return sum(one.nbytes for unit in _units(entries) for one in unit)
 
 
 def victims(entries: Sequence[Held], surplus_bytes: int) -> list[Held]:
-    """What is to go so that `surplus_bytes` less are held, or as many as can be.
+    """The entries to evict so that `surplus_bytes` fewer are held, or as many fewer as can be.
 
-    Older versions of what is there in a newer one go first; then whole checkpoints, by their last use. A checkpoint of
-    which anything is busy stays.
+    First go older versions of objects that are there in a newer one; then whole checkpoints, by their last use. A
+    checkpoint with a busy entry stays.
     """
     gone: list[Held] = []
     for unit in _units(entries):
@@ -44,7 +69,7 @@ def victims(entries: Sequence[Held], surplus_bytes: int) -> list[Held]:
 
 
 def _units(entries: Sequence[Held]) -> Iterable[list[Held]]:
-    """What goes together, in the order of going."""
+    """The idle entries in the order of eviction, those that go together in one list."""
     newest: dict[tuple[str, str], float] = {}
     for one in entries:
         key = (one.group, one.content)
@@ -61,45 +86,22 @@ def _units(entries: Sequence[Held]) -> Iterable[list[Held]]:
     ]
 
 
-def bound(folder: str, size_bytes: int) -> None:
-    """Evicts until what stays in `folder` fits in `size_bytes`."""
-    with locked(folder) as now:
-        entries = _held(folder, now)
-        staying = sum(one.nbytes for one in entries if one.stays or not one.busy)
-        gone = [put_away(one.path) for one in victims(entries, staying - size_bytes)]
-    _remove(gone)
-
-
-def make_room(folder: str, nbytes: int) -> None:
-    """Evicts `nbytes` from `folder`, or what can be."""
-    with locked(folder) as now:
-        gone = [put_away(one.path) for one in victims(_held(folder, now), nbytes)]
-    _remove(gone)
-
-
-def evictable_bytes(folder: str) -> int:
-    """What `make_room` could give at most."""
-    with locked(folder) as now:
-        entries = _held(folder, now)
-    return sum(one.nbytes for unit in _units(entries) for one in unit)
-
-
 def _held(folder: str, now: float) -> list[Held]:
     found = []
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if os.path.isdir(os.path.join(path, "users")) and not name.startswith("."):
-            told = about(path)
+            description = about(path)
             busy = in_use(path, now)
             found.append(
                 Held(
                     path,
-                    told.group or name,
-                    told.content,
+                    description.group or name,
+                    description.content,
                     last_use(path),
                     bytes_on_disk(path),
                     busy,
-                    told.stays,
+                    description.stays,
                 )
             )
     return found

@@ -1,4 +1,4 @@
-"""The folder that node caches live in: private to the user, with one lock for short decisions."""
+"""Makes and locks the folder that node caches lie in: private to the user, with one lock for short decisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import AccessError
 
 LOCK_NAME = ".lock"
 LOCK_TIMEOUT_S = 60.0
-"""The lock is held for moments only; a holder that is stopped meanwhile is an error for the others."""
+"""The lock is held for moments only. Where a process that holds it is stopped, the others raise after this time."""
 
 
 def default_cache_folder() -> str:
@@ -26,11 +26,11 @@ def default_cache_folder() -> str:
 def make_private_folder(path: str) -> None:
     """Makes `path` with mode 0700, or checks one that is there.
 
-    Raises `AccessError` where it is a link or no folder, belongs to somebody else, or lets others write.
+    Raises `AccessError` where it is a link or no folder, belongs to another user, or lets others write.
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        # 0700 from the start: a mode set afterwards leaves a moment for others.
+        # 0700 from the start: a mode that is set afterwards leaves a moment in which others could write.
         os.mkdir(path, 0o700)
     except FileExistsError:
         pass
@@ -41,6 +41,50 @@ def make_private_folder(path: str) -> None:
             path=path,
         ) from error
     _check_private(path)
+
+
+def folder_of(path: str) -> str | None:
+    """The cache folder that `path` lies in; None where it lies in none."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while folder != os.path.dirname(folder):
+        if os.path.exists(os.path.join(folder, LOCK_NAME)):
+            return folder
+        folder = os.path.dirname(folder)
+    return None
+
+
+def free_bytes_of(folder: str) -> int:
+    """How many bytes the file system of `folder` has left for this user."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[float]:
+    """Holds the folder's lock, across processes, threads and nodes that share it; makes the folder if needed.
+
+    Yields the present time by the clock that stamps files there, which may differ from this node's. The lock ends with
+    its process. Raises `AccessError` where the file system has no locks, or another process holds this one for a
+    minute.
+    """
+    fd = _acquire(folder)
+    try:
+        os.utime(fd)
+        yield os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+
+
+def remove_if_empty(folder: str, *, keep_folder: bool) -> None:
+    """Removes the lock file, and the folder too unless `keep_folder`, if nothing else is in there."""
+    if not os.path.isdir(folder):
+        return
+    with contextlib.suppress(OSError), locked(folder):
+        if os.listdir(folder) == [LOCK_NAME]:
+            # A process that waits for this lock sees that its file is gone, and takes the next one.
+            os.unlink(os.path.join(folder, LOCK_NAME))
+            if not keep_folder:
+                os.rmdir(folder)
 
 
 def _check_private(path: str) -> None:
@@ -59,50 +103,6 @@ def _check_private(path: str) -> None:
             f"{path}: not used as cache folder, since it {problem}; set cache_dir to a folder of your own",
             path=path,
         )
-
-
-def folder_of(path: str) -> str | None:
-    """The cache folder that `path` lies in; None where it lies in none."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while folder != os.path.dirname(folder):
-        if os.path.exists(os.path.join(folder, LOCK_NAME)):
-            return folder
-        folder = os.path.dirname(folder)
-    return None
-
-
-def free_bytes_of(folder: str) -> int:
-    """What the file system of `folder` has left for this user."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[float]:
-    """Holds the folder's lock, across processes, threads and nodes that share it; makes the folder if needed.
-
-    Yields the present time by the clock that stamps files there (another node's may differ from ours).
-    The lock ends with its process. Raises `AccessError` where the file system has no locks, or where somebody
-    holds this one for a minute.
-    """
-    fd = _acquire(folder)
-    try:
-        os.utime(fd)
-        yield os.fstat(fd).st_mtime
-    finally:
-        os.close(fd)
-
-
-def remove_if_empty(folder: str, *, keep_folder: bool) -> None:
-    """Removes the lock file, and the folder too unless `keep_folder`, if nothing else is in there."""
-    if not os.path.isdir(folder):
-        return
-    with contextlib.suppress(OSError), locked(folder):
-        if os.listdir(folder) == [LOCK_NAME]:
-            # Whoever waits for this lock sees that its file is gone, and takes the next one.
-            os.unlink(os.path.join(folder, LOCK_NAME))
-            if not keep_folder:
-                os.rmdir(folder)
 
 
 def _acquire(folder: str) -> int:

@@ -1,10 +1,11 @@
-"""A remote object of which parts are on this node: a file with holes, and a record of what has landed in it.
+"""Keeps a remote object of which only ranges are on this node: a file with holes, and a record of what has landed.
 
     <name>           as long as the object; what has not landed is a hole
     <name>.landed    a record for each range that has: start, stop, the CRC-32 of its bytes, and one of the record
 
-Bytes are written before their record, so what a record tells was there when its process ended, however it ended. The
-next process compares them with their CRC-32s and goes on with what is missing.
+`PartialFile` is for the process that fetches: it writes bytes before their record, so recorded bytes were there
+however that process ended. The next one compares them with their CRC-32s and goes on with what is missing. `Landed`
+reads the record in other processes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,113 @@ from collections.abc import Callable, Iterable, Iterator
 from ..byte_ranges import ByteRange, subtract, union
 from ..checksums import crc32
 
-RECORD = struct.Struct("<QQI")
+_RECORD = struct.Struct("<QQI")
 _CHECK = struct.Struct("<I")
-_RECORD_BYTES = RECORD.size + _CHECK.size
+_RECORD_BYTES = _RECORD.size + _CHECK.size
 _READ_BYTES = 1 << 20
 
 
+class PartialFile:
+    """The file at `path`, of `size_bytes`, with what earlier processes landed in it. Threads may share it.
+
+    One process at a time holds it. Raises `BlockingIOError` where another one does, OSError where the disk refuses.
+    """
+
+    def __init__(self, path: str, size_bytes: int, on_compared: Callable[[int], None] | None = None) -> None:
+        """`on_compared` is called with how many bytes of earlier processes were just compared with their CRC-32."""
+        self.path = path
+        self._on_compared = on_compared
+        self.size_bytes = size_bytes
+        self.landed_bytes = 0
+        """How many bytes this process landed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = threading.Lock()
+        with contextlib.ExitStack() as opening:
+            self._records = os.open(landed_record(path), flags | os.O_APPEND, 0o600)
+            opening.callback(os.close, self._records)
+            fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = os.open(path, flags, 0o600)
+            opening.callback(os.close, self._file)
+            os.ftruncate(self._file, size_bytes)
+            right = list(self._still_right())
+            self._landed = union(one for one, _ in right)
+            # Other processes rely on the record, so what was found to be wrong is taken out.
+            os.ftruncate(self._records, 0)
+            for one, crc in right:
+                self._note(one.start, one.stop, crc)
+            self.resumed_bytes = sum(one.length for one in self._landed)
+            """How many bytes earlier processes had landed, and were found to be right."""
+            opening.pop_all()
+
+    def close(self) -> None:
+        """Releases the file, so that another process may hold it; it and its record stay."""
+        os.close(self._file)
+        os.close(self._records)
+
+    def missing(self, ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+        """The bytes of `ranges` that have not landed."""
+        with self._lock:
+            return subtract(ranges, self._landed)
+
+    def landed(self, span: ByteRange) -> tuple[ByteRange, ...]:
+        """The bytes of `span` that have landed."""
+        return subtract([span], self.missing([span]))
+
+    def write(self, start: int, data: memoryview) -> None:
+        """Writes `data` at `start`; it has landed once `land` was called for it."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], start + done)
+
+    def land(self, start: int, stop: int, crc: int) -> None:
+        """Records that the bytes ``[start, stop)``, whose CRC-32 is `crc`, are in place."""
+        with self._lock:
+            self._note(start, stop, crc)
+            self._landed = union(self._landed, [ByteRange(start, stop)])
+            self.landed_bytes += stop - start
+
+    def adopt(self, start: int, data: bytes) -> None:
+        """Writes and records bytes that were on this node already; they do not count as `landed_bytes`."""
+        self.write(start, memoryview(data))
+        with self._lock:
+            self._note(start, start + len(data), crc32(data))
+            self._landed = union(self._landed, [ByteRange(start, start + len(data))])
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Up to `nbytes` from `start` on, as they are on the disk, landed or not."""
+        return os.pread(self._file, nbytes, start)
+
+    def _note(self, start: int, stop: int, crc: int) -> None:
+        record = _RECORD.pack(start, stop, crc)
+        os.write(self._records, record + _CHECK.pack(crc32(record)))
+
+    def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
+        """Ranges that are still right, with their CRC-32s. A record that was cut short, or overwritten, ends them."""
+        position = 0
+        while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
+            found = _unpack(record)
+            if found is None:
+                break
+            start, stop, crc = found
+            if stop <= self.size_bytes and self._crc_of(start, stop) == crc:
+                yield ByteRange(start, stop), crc
+            position += _RECORD_BYTES
+
+    def _crc_of(self, start: int, stop: int) -> int:
+        value = 0
+        while start < stop:
+            data = os.pread(self._file, min(_READ_BYTES, stop - start), start)
+            if not data:
+                return -1
+            value = crc32(data, value)
+            start += len(data)
+            if self._on_compared is not None:
+                self._on_compared(len(data))
+        return value
+
+
 class Landed:
-    """What has landed of the file at `path`, as its record tells it to other processes; None of them changes it."""
+    """What has landed of the file at `path`, as its record says. For processes that read it; writes nothing."""
 
     def __init__(self, path: str) -> None:
         self._record = landed_record(path)
@@ -35,13 +135,13 @@ class Landed:
         self._ranges: tuple[ByteRange, ...] = ()
 
     def has(self, start: int, stop: int) -> bool:
-        """Whether all of these bytes are there by now."""
+        """Whether all bytes ``[start, stop)`` are there by now."""
         if subtract([ByteRange(start, stop)], self._ranges):
             self._update()
         return not subtract([ByteRange(start, stop)], self._ranges)
 
     def reach(self, start: int, stop: int) -> int:
-        """Up to where, from `start` on and to `stop` at most, all bytes are there by now."""
+        """The position up to which all bytes from `start` on are there by now; `stop` at most."""
         for known in (True, False):
             if not known:
                 self._update()
@@ -66,112 +166,13 @@ class Landed:
 
 
 def landed_record(path: str) -> str:
-    """Where the record of the file at `path` is, if it comes in parts."""
+    """The path of the record of the file at `path`."""
     return f"{path}.landed"
 
 
 def _unpack(record: bytes) -> tuple[int, int, int] | None:
     """Start, stop and CRC-32; None where the record is not whole."""
-    if _CHECK.unpack(record[RECORD.size :])[0] != crc32(record[: RECORD.size]):
+    if _CHECK.unpack(record[_RECORD.size :])[0] != crc32(record[: _RECORD.size]):
         return None
-    start, stop, crc = RECORD.unpack(record[: RECORD.size])
+    start, stop, crc = _RECORD.unpack(record[: _RECORD.size])
     return (start, stop, crc) if start < stop else None
-
-
-class PartialFile:
-    """The file at `path`, of `size_bytes`, with what earlier processes landed in it. Threads may share it.
-
-    One process at a time holds it. Raises `BlockingIOError` where another one does, OSError where the disk refuses.
-    """
-
-    def __init__(self, path: str, size_bytes: int, on_compared: Callable[[int], None] | None = None) -> None:
-        """`on_compared` is told of bytes of earlier processes as they are compared with their CRC-32s."""
-        self.path = path
-        self._on_compared = on_compared
-        self.size_bytes = size_bytes
-        self.landed_bytes = 0
-        """What this process landed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = threading.Lock()
-        with contextlib.ExitStack() as opening:
-            self._records = os.open(landed_record(path), flags | os.O_APPEND, 0o600)
-            opening.callback(os.close, self._records)
-            fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file = os.open(path, flags, 0o600)
-            opening.callback(os.close, self._file)
-            os.ftruncate(self._file, size_bytes)
-            right = list(self._still_right())
-            self._landed = union(one for one, _ in right)
-            # Other processes go by the record, so it tells nothing that was found to be wrong.
-            os.ftruncate(self._records, 0)
-            for one, crc in right:
-                self._note(one.start, one.stop, crc)
-            self.resumed_bytes = sum(one.length for one in self._landed)
-            """What an earlier process had landed, and was found to be right."""
-            opening.pop_all()
-
-    def close(self) -> None:
-        """Lets go of it; the file and its record stay."""
-        os.close(self._file)
-        os.close(self._records)
-
-    def missing(self, ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-        """The bytes of `ranges` that have not landed."""
-        with self._lock:
-            return subtract(ranges, self._landed)
-
-    def landed(self, span: ByteRange) -> tuple[ByteRange, ...]:
-        """The bytes of `span` that have."""
-        return subtract([span], self.missing([span]))
-
-    def write(self, start: int, data: memoryview) -> None:
-        """Puts bytes into their place; they have landed once `land` says so."""
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._file, data[done:], start + done)
-
-    def land(self, start: int, stop: int, crc: int) -> None:
-        """Notes that the bytes ``[start, stop)``, whose CRC-32 is `crc`, are in place."""
-        with self._lock:
-            self._note(start, stop, crc)
-            self._landed = union(self._landed, [ByteRange(start, stop)])
-            self.landed_bytes += stop - start
-
-    def adopt(self, start: int, data: bytes) -> None:
-        """Puts bytes into their place that were on this node already, and notes that they are."""
-        self.write(start, memoryview(data))
-        with self._lock:
-            self._note(start, start + len(data), crc32(data))
-            self._landed = union(self._landed, [ByteRange(start, start + len(data))])
-
-    def _note(self, start: int, stop: int, crc: int) -> None:
-        record = RECORD.pack(start, stop, crc)
-        os.write(self._records, record + _CHECK.pack(crc32(record)))
-
-    def read(self, start: int, nbytes: int) -> bytes:
-        """Up to `nbytes` from `start` on, as they are on the disk."""
-        return os.pread(self._file, nbytes, start)
-
-    def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
-        """Ranges that are still right, with their CRC-32s. A record that was cut short, or overwritten, ends them."""
-        position = 0
-        while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
-            told = _unpack(record)
-            if told is None:
-                break
-            start, stop, crc = told
-            if stop <= self.size_bytes and self._crc_of(start, stop) == crc:
-                yield ByteRange(start, stop), crc
-            position += _RECORD_BYTES
-
-    def _crc_of(self, start: int, stop: int) -> int:
-        value = 0
-        while start < stop:
-            data = os.pread(self._file, min(_READ_BYTES, stop - start), start)
-            if not data:
-                return -1
-            value = crc32(data, value)
-            start += len(data)
-            if self._on_compared is not None:
-                self._on_compared(len(data))
-        return value

@@ -1,4 +1,4 @@
-"""Where a node's cache lies: in the folder that was given, else in memory or on disk, as there is room."""
+"""Chooses where a node's cache lies: in the folder that was given, else in memory or on disk, as there is room."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .records import remove, sweep
 MEMORY_FOLDER = "/dev/shm"  # noqa: S108 -- what goes there goes into a private folder
 """Linux's file system in memory."""
 SHARE = 2
-"""A load puts files into memory as long as they fit in one part out of so many of what is free."""
+"""A load puts files into memory as long as all of them fit in the free bytes divided by this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What one folder is to take, and what it has."""
+    """The bytes that one folder is to take, and those that it has."""
 
     folder: str
     needed_bytes: int
@@ -38,14 +38,17 @@ class CacheHome:
 
     folder: str
     given: bool = False
+    """Whether it is the folder that the user gave."""
     in_memory: bool = False
     takes_new: bool = True
-    """False where only what a load that was killed left behind is looked for."""
+    """False where the load only looks for what one that was killed left behind."""
     ready: bool = False
+    """Whether `prepare` was called."""
     placed_bytes: int = 0
+    """How many bytes `takes` has promised a place."""
 
     def prepare(self, group: str) -> None:
-        """Makes the folder, or checks it, and clears up after the dead; in memory, all but what is `group`'s.
+        """Makes the folder, or checks it, and calls `sweep`, once.
 
         Raises `AccessError` where it is not private to this user.
         """
@@ -56,26 +59,27 @@ class CacheHome:
         self.ready = True
 
     def sweep(self, group: str | None = None) -> None:
-        """Removes what the dead left: on disk after a day, in memory at once, but for the checkpoint `group`'s."""
+        """Removes what no living process uses: on disk after a day, in memory at once, unless it is of `group`."""
         with locked(self.folder) as now:
             gone = list(sweep(self.folder, now, spared=group, at_once=self.in_memory))
         for path in gone:
             remove(path)
 
     def takes(self, nbytes: int) -> bool:
-        """Whether a new file of `nbytes` goes here; if so, it has its place."""
+        """Whether a new file of `nbytes` goes here; where it does, its bytes count as placed."""
         if not self.takes_new or (self.placed_bytes + nbytes) * SHARE > self.free_bytes():
             return False
         self.placed_bytes += nbytes
         return True
 
     def free_bytes(self) -> int:
-        """What the file system has left for this user; in memory, no more than the node has to give."""
+        """How many bytes the file system has left for this user; in memory, no more than `available_bytes`."""
         if not self.in_memory:
             return free_bytes_of(self.folder)
         return min(free_bytes_of(os.path.dirname(self.folder)), available_bytes())
 
     def room(self, needed_bytes: int) -> Room:
+        """What there is here for `needed_bytes`; evicts nothing."""
         free = self.free_bytes()
         if needed_bytes > free and not self.in_memory:
             free += evictable_bytes(self.folder)
@@ -83,10 +87,11 @@ class CacheHome:
 
 
 def homes_for(cache_dir: str | None, home: str, *, stays: bool) -> list[CacheHome]:
-    """Where a load's files may go, in the order of trying; the last one takes whatever comes.
+    """The folders that a load's files may go to, in the order of trying; the last one takes all that others do not.
 
-    A folder that was given is the only one. ``auto`` tries memory before the disk, unless what is fetched shall stay.
-    Raises `AccessError` where ``memory`` is asked for and there is none.
+    A folder that was given (`cache_dir`) is the only one. Otherwise `home` is ``disk``, ``memory``, or ``auto``: memory
+    before the disk, unless what is fetched `stays`. Raises `AccessError` where it is ``memory`` and there is no such
+    folder that can be written.
     """
     if cache_dir is not None:
         return [CacheHome(os.path.abspath(cache_dir), given=True)]
@@ -107,7 +112,7 @@ def homes_for(cache_dir: str | None, home: str, *, stays: bool) -> list[CacheHom
 
 
 def available_bytes() -> int:
-    """Memory that this node, or this process's control group, has to give without pushing others out."""
+    """How many bytes of memory this node, or this process's control group, has left, without swapping others out."""
     found = []
     with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
         found += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")]

@@ -1,15 +1,16 @@
-"""A node's cache of fetched objects: each is made once, by whoever comes first, and used by all.
+"""Keeps a node's fetched objects: each is made once, by the first process that asks, and used by all.
 
     <home>/.lock                     held for moments, for decisions
-    <home>/<entry>/about             whose checkpoint it is part of, and whether it stays; touched by each use
-    <home>/<entry>/users/*           who uses the entry; touched while they live
-    <home>/<entry>/<slot>/claim      who is making the slot's product, and in which ``work-*`` folder
-    <home>/<entry>/<slot>/done       the product is whole, and so long
+    <home>/<entry>/about             the checkpoint it is part of, and whether it stays; touched by each use
+    <home>/<entry>/users/*           the processes that use the entry; touched while they live
+    <home>/<entry>/<slot>/claim      the process that makes the slot's product, and its ``work-*`` folder
+    <home>/<entry>/<slot>/done       the product is whole; the sizes of its files
     <home>/<entry>/<slot>/<product>  a file, or a folder of files
 
-That a product is there proves nothing; ``done`` and its sizes do. Several processes, on several nodes too,
-may share one folder. An entry goes when its last user goes, or stays until it is evicted (`cache_bounds`). Who died is
-told by its process where that can be seen from here, else by a file that was not touched for `cache_records.STALE_S`.
+A product counts as whole only where ``done`` and its sizes say so. Several processes, on several nodes too, may share
+one folder. An entry is removed with its last user, or stays until it is evicted (`bounds`). A user counts as dead where
+its process has ended, as far as that can be seen from this node, or else where its file was not touched for
+`records.STALE_S`.
 """
 
 from __future__ import annotations
@@ -51,30 +52,44 @@ from .records import (
 )
 
 HEARTBEAT_S = 5.0
-
+"""How often the files of this process are touched."""
 
 _logger = logging.getLogger("rankload")
 
 
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A product that is whole."""
+
+    path: str
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the `produce` that made it returned."""
+    made_here: bool = False
+    """False where it was there already, or another process made it meanwhile."""
+
+
 class NodeCache:
-    """Context manager around one load; gives back every entry when it ends. Threads may share it."""
+    """One process's use of the node's cache: a context manager around one load, whose end closes all entries.
+
+    Threads may share it.
+    """
 
     def __init__(self, cache_dir: str | None = None, *, size_bytes: int = 0, home: str = "disk") -> None:
-        """Touches nothing: a folder is made, or checked, when it is first needed.
+        """Makes no folder yet: that happens when one is first needed.
 
-        `size_bytes` of what is on disk may stay there once this load has ended; `home` is ``auto``, ``memory`` or
-        ``disk``. Raises `AccessError` where there is no such home.
+        `size_bytes` of what is on disk may stay there once this load has ended; `cache_dir` and `home` are as for
+        `homes.homes_for`, which may raise `AccessError`.
         """
         self._size_bytes = size_bytes
         self._homes = homes_for(cache_dir, home, stays=size_bytes > 0)
         self.load_id = uuid.uuid4().hex
-        """Tells this load from every other."""
+        """Differs between any two loads."""
         self._group = ""
         self._entries: dict[str, CacheEntry] = {}
         self._lock = threading.Lock()
         self._touched: set[str] = set()
         self._ended = threading.Event()
-        self._heart: threading.Thread | None = None
+        self._heartbeat: threading.Thread | None = None
 
     def __enter__(self) -> NodeCache:
         return self
@@ -85,8 +100,8 @@ class NodeCache:
         for entry in list(self._entries.values()):
             entry.close()
         self._ended.set()
-        if self._heart is not None:
-            self._heart.join()
+        if self._heartbeat is not None:
+            self._heartbeat.join()
         for home in self._homes:
             if not home.ready:
                 continue
@@ -98,21 +113,22 @@ class NodeCache:
 
     @property
     def folder(self) -> str:
-        """Where files go that have no better place: the folder that was given, or the one on disk."""
+        """The folder for files that do not fit elsewhere: the one that was given, or the one on disk."""
         return self._homes[-1].folder
 
     def of_checkpoint(self, *identity: object) -> None:
-        """What is fetched from here on is part of the checkpoint that `identity` tells from all others."""
+        """Says that entries from now on are part of the checkpoint `identity`: a checkpoint is evicted as a whole."""
         self._group = _digest(identity)
 
     def entry(
         self, label: str, *identity: object, nbytes: int | None = None, lasting: bool = True
     ) -> CacheEntry:
-        """The entry for what `identity` tells from everything else; in use until it is closed.
+        """The entry of the object version `identity`, the same one for the same identity; in use until it is closed.
 
-        `label` tells the object from others of its store, whatever its version, and makes the folder's name readable.
-        The same entry comes back for the same identity. What takes `nbytes` at most may go to memory; what no other
-        load can ask for is not `lasting`. Raises `AccessError` where the cache folder is not private to this user.
+        `label` names the object whatever its version, so that older versions are evicted first, and makes the folder's
+        name readable. `nbytes` is how much the entry takes at most, where that is known: only then may it go to memory.
+        It is not `lasting` where no other load could ask for it. Raises `AccessError` where the cache folder is not
+        private to this user.
         """
         stem = (
             re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(label.rstrip("/")))[:60].lstrip(".") or "object"
@@ -127,41 +143,43 @@ class NodeCache:
             return self._entries[name]
 
     def free_bytes(self, path: str = "") -> int:
-        """What this user has left where `path` is, or in `folder`."""
+        """How many bytes this user has left in the home that `path` lies in, or in `folder`."""
         with self._lock:
             home = self._home_at(path)
             home.prepare(self._group)
         return home.free_bytes()
 
     def room(self, needed: Mapping[str, int]) -> list[Room]:
-        """Whether the bytes that are `needed`, by folder, can be had there; changes nothing."""
+        """What there is for the bytes that are `needed`, by folder, what can be evicted included; changes nothing."""
         return [self._home_at(os.path.join(folder, "")).room(nbytes) for folder, nbytes in needed.items()]
 
     def make_room(self, needed: Mapping[str, int]) -> None:
-        """Evicts what nobody uses where that is the way to the bytes that are `needed`, by folder."""
+        """Evicts what no process uses where the bytes that are `needed`, by folder, are not free; not in memory."""
         for folder, nbytes in needed.items():
             home = self._home_at(os.path.join(folder, ""))
             if not home.in_memory and nbytes > home.free_bytes():
                 make_room(home.folder, nbytes - home.free_bytes())
 
     def touch(self, path: str) -> None:
-        """Keeps `path` young until `untouch`."""
+        """Touches `path` now and every `HEARTBEAT_S`, until `untouch`: its process counts as alive."""
         with contextlib.suppress(OSError):
             os.utime(path)
         self._touched.add(path)
-        if self._heart is None:
-            self._heart = threading.Thread(target=self._beat, name="rankload-cache", daemon=True)
-            self._heart.start()
+        if self._heartbeat is None:
+            self._heartbeat = threading.Thread(target=self._touch_all, name="rankload-cache", daemon=True)
+            self._heartbeat.start()
 
     def untouch(self, path: str) -> None:
+        """Ends what `touch` began."""
         self._touched.discard(path)
 
     def forget(self, entry: CacheEntry) -> None:
+        """Drops `entry`, which is being closed: the method `entry` makes another one then."""
         with self._lock:
             self._entries.pop(os.path.basename(entry.folder), None)
 
     def _home(self, name: str, nbytes: int | None) -> CacheHome:
-        """Where the entry `name` is already, else where there is room for it. Makes the folder ready."""
+        """The home that has the entry `name` already, else the first with room for it. Makes its folder ready."""
         for home in list(self._homes[:-1]):
             try:
                 if home.ready or os.path.lexists(home.folder):
@@ -174,7 +192,7 @@ class NodeCache:
                     home.prepare(self._group)
                     return home
             except AccessError as error:
-                # Somebody else's, or without locks: there is another home.
+                # Another user's folder, or without locks: there is another home.
                 _logger.info("%s", error.message)
                 self._homes.remove(home)
         self._homes[-1].prepare(self._group)
@@ -186,34 +204,18 @@ class NodeCache:
                 return home
         return self._homes[-1]
 
-    def _beat(self) -> None:
+    def _touch_all(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             for path in list(self._touched):
                 with contextlib.suppress(OSError):
                     os.utime(path)
 
 
-def _digest(identity: object) -> str:
-    parts = [str(each) for each in identity] if isinstance(identity, list | tuple) else [str(identity)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A product that is whole."""
-
-    path: str
-    details: dict[str, Any] = field(default_factory=dict)
-    """What its maker said of it."""
-    made_here: bool = False
-    """False where it was there, or somebody else made it meanwhile."""
-
-
 class CacheEntry:
     """One object and what is made of it; a context manager, in use until closed (twice is harmless)."""
 
     def __init__(self, cache: NodeCache, home: str, name: str, about: About) -> None:
-        """In the folder `home`, which is ready."""
+        """Begins the use: `home` is a folder that was made ready, `name` the entry's own in it."""
         self.home = home
         self.folder = os.path.join(home, name)
         self._cache = cache
@@ -234,7 +236,7 @@ class CacheEntry:
         self.close()
 
     def close(self) -> None:
-        """Ends the use; the last user's close removes the entry, unless it is to stay."""
+        """Ends the use; the last one removes the entry, unless it is to stay."""
         if self._closed:
             return
         self._closed = True
@@ -248,18 +250,18 @@ class CacheEntry:
             remove(gone)
 
     def has(self, slot: str, product: str) -> bool:
-        """Whether `slot`'s product is whole by now."""
+        """Whether the product of `slot` is whole by now."""
         folder = os.path.join(self.folder, slot)
         return whole(folder, os.path.join(folder, product_name(product))) is not None
 
     def fill(
         self, slot: str, product: str, produce: Callable[[str], dict[str, Any] | None], on_bytes: OnBytes
     ) -> Filled:
-        """The path of `slot`'s product, made by `produce` unless it is there, or somebody is making it.
+        """The product of `slot`, made by `produce` unless it is there, or another process is making it.
 
-        `produce` is given the path of a file or folder to make, and returns what ``details`` shall hold
-        (JSON). While somebody else makes it, `on_bytes` is told what arrives (and may raise). What `produce`
-        raises is raised here; others that wait then try for themselves.
+        `produce` gets the path of a file or folder to make, and returns what ``details`` shall hold (JSON). While
+        another process makes it, `on_bytes` is called with the bytes that arrive, and may raise. What `produce` raises
+        is raised here, and a process that waits then makes the product itself.
         """
         folder = os.path.join(self.folder, slot)
         path = os.path.join(folder, product_name(product))
@@ -289,7 +291,7 @@ class CacheEntry:
             done = {"sizes": sizes(made), "details": details}
             with locked(self.home):
                 if not claimed_for(claimed, work):
-                    # Taken for dead, and somebody else is at it now.
+                    # This process was taken for dead, and another one makes the product now.
                     return False
                 remove(path)
                 os.replace(made, path)
@@ -304,7 +306,8 @@ class CacheEntry:
 
 
 def _wait(folder: str, seen: int, on_bytes: OnBytes) -> int:
-    """Follows for a second, or until it ends, who is at work in `folder`; how many bytes have been seen."""
+    """Reports for a second, or until its claim ends, the bytes that another process makes in `folder`; returns all
+    that were seen."""
     for _ in range(round(1 / POLL_S)):
         arrived = max(seen, bytes_on_disk(folder))
         on_bytes(arrived - seen)
@@ -313,3 +316,8 @@ def _wait(folder: str, seen: int, on_bytes: OnBytes) -> int:
             break
         time.sleep(POLL_S)
     return seen
+
+
+def _digest(identity: object) -> str:
+    parts = [str(each) for each in identity] if isinstance(identity, list | tuple) else [str(identity)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -1,7 +1,7 @@
-"""What the files of a node cache say: who lives, who makes what, what is whole.
+"""Reads and writes the small files of a cache entry: which processes use it, which one fills it, and what is whole.
 
-Every function here is called with the cache folder's lock held (`cache_folder.locked`), reading ones apart.
-``now`` is the time that the lock gave.
+All functions but the reading ones and `remove` must be called with the cache folder's lock held (`folder.locked`);
+``now`` is the time that the lock yields. The files are listed in `node`.
 """
 
 from __future__ import annotations
@@ -18,37 +18,39 @@ from typing import Any
 from ...distributed.liveness import ProcessIdentity, how_ended, is_watchable, this_process
 
 STALE_S = 180.0
-"""Network file systems show a new modification time up to a minute late."""
+"""A process that cannot be watched from here counts as dead where its file was not touched for so long. Network file
+systems show a new modification time up to a minute late."""
 ORPHAN_S = 86400.0
-"""Entries that a crash left behind may serve the restart; after a day without a user they go."""
+"""Entries that a crash left behind may serve the restart; after a day without a user they are removed."""
 WORK = "work-"
-
+"""Begins the name of a folder in which a product is being made."""
 PARTS = "parts"
-"""Slot of what comes in parts; a process that finds it held makes another one, whose name begins so."""
-
+"""The slot of an object that comes in parts; a process that finds it held makes another one, whose name begins so."""
 _GONE = ".gone-"
+"""Begins the name of an entry that is being removed."""
 _ABOUT = "about"
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What an entry tells of itself."""
+    """What an entry's ``about`` file says."""
 
     group: str = ""
     """The checkpoint of its last use, as a digest."""
     content: str = ""
     """The object that it is a version of, as a digest."""
     stays: bool = False
-    """Whether it stays once nobody uses it."""
+    """Whether it stays once no process uses it."""
 
 
-def note_use(entry: str, told: About) -> None:
-    """Notes that `entry` is used now; what one load wants to stay does."""
-    stays = told.stays or about(entry).stays
-    write_json(os.path.join(entry, _ABOUT), asdict(About(told.group, told.content, stays)))
+def note_use(entry: str, use: About) -> None:
+    """Notes that `entry` is used now; it stays where this load or an earlier one wants it to."""
+    stays = use.stays or about(entry).stays
+    write_json(os.path.join(entry, _ABOUT), asdict(About(use.group, use.content, stays)))
 
 
 def about(entry: str) -> About:
+    """What the ``about`` file of `entry` says; nothing where there is none."""
     record = read_json(os.path.join(entry, _ABOUT))
     return About(str(record.get("group", "")), str(record.get("content", "")), record.get("stays") is True)
 
@@ -62,7 +64,7 @@ def last_use(entry: str) -> float:
 
 
 def end_use(entry: str) -> str | None:
-    """Leaves `entry`, which nobody uses any more, as it is to stay, or takes it out of sight; where to, if it did."""
+    """Ends the last use of `entry`: None where it is to stay, else the path it was moved to, for `remove`."""
     if not about(entry).stays:
         return put_away(entry)
     for slot in os.listdir(entry):
@@ -72,28 +74,8 @@ def end_use(entry: str) -> str | None:
     return None
 
 
-def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = False) -> Iterator[str]:
-    """Clears up after the dead; yields what is to be removed once the lock is open.
-
-    What nobody uses goes after `ORPHAN_S`, or `at_once` unless it is the checkpoint `spared`'s; not what is to stay.
-    """
-    for name in os.listdir(root):
-        path = os.path.join(root, name)
-        if name.startswith(_GONE):
-            yield path
-        elif os.path.isdir(os.path.join(path, "users")) and not in_use(path, now):
-            told = about(path)
-            if at_once:
-                orphan = spared is None or told.group != spared
-            else:
-                orphan = not told.stays and now - os.stat(path).st_mtime > ORPHAN_S
-            gone = put_away(path) if orphan else None
-            if gone is not None:
-                yield gone
-
-
 def in_use(entry: str, now: float) -> bool:
-    """Whether anybody lives who uses or fills `entry`; what the dead left half done is removed."""
+    """Whether a living process uses or fills `entry`; removes what dead ones left half done."""
     users = os.path.join(entry, "users")
     used = False
     with contextlib.suppress(FileNotFoundError):
@@ -105,17 +87,29 @@ def in_use(entry: str, now: float) -> bool:
     return used
 
 
-def _clear_slot(folder: str, now: float) -> bool:
-    claim = os.path.join(folder, "claim")
-    claimed = _lives(claim, now)
-    work = os.path.basename(str(read_json(claim).get("work", ""))) if claimed else ""
-    for name in os.listdir(folder):
-        if name.startswith(WORK) and name != work:
-            remove(os.path.join(folder, name))
-    return claimed
+def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = False) -> Iterator[str]:
+    """Moves away the entries of `root` that no living process uses; yields paths to `remove` once the lock is released.
+
+    Entries go after `ORPHAN_S` without a user, unless they are to stay; with `at_once`, all but those of the checkpoint
+    `spared` do.
+    """
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if name.startswith(_GONE):
+            yield path
+        elif os.path.isdir(os.path.join(path, "users")) and not in_use(path, now):
+            description = about(path)
+            if at_once:
+                orphan = spared is None or description.group != spared
+            else:
+                orphan = not description.stays and now - os.stat(path).st_mtime > ORPHAN_S
+            gone = put_away(path) if orphan else None
+            if gone is not None:
+                yield gone
 
 
 def claim(folder: str, work: str, now: float) -> bool:
+    """Claims the slot `folder` for this process and makes the folder `work`; False where a living one has the claim."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if _clear_slot(folder, now):
         return False
@@ -125,12 +119,91 @@ def claim(folder: str, work: str, now: float) -> bool:
     return True
 
 
-def claimed_for(claim: str, work: str) -> bool:
-    return read_json(claim).get("work") == os.path.basename(work)
+def claimed_for(path: str, work: str) -> bool:
+    """Whether the claim at `path` is still the one of the folder `work`."""
+    return read_json(path).get("work") == os.path.basename(work)
+
+
+def whole(folder: str, path: str) -> dict[str, Any] | None:
+    """What `CacheEntry.fill` noted of the product at `path` in the slot `folder`; None where it is not whole."""
+    done = read_json(os.path.join(folder, "done"))
+    try:
+        if not done or sizes(path) != done.get("sizes"):
+            return None
+    except OSError:
+        return None
+    details = done.get("details")
+    return details if isinstance(details, dict) else {}
+
+
+def sizes(path: str) -> dict[str, int]:
+    """The bytes of each file at `path`, by its name relative to it; by ``""`` where `path` is a file."""
+    if not os.path.isdir(path):
+        return {"": os.stat(path).st_size}
+    return {
+        os.path.relpath(os.path.join(folder, name), path): os.stat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(path)
+        for name in names
+    }
+
+
+def product_name(name: str) -> str:
+    """The file name for a product of the object `name`: its own, shortened to 200 bytes, never one of a record."""
+    plain = os.path.basename(name.rstrip("/")).replace("\0", "_")
+    shortened = plain.encode("utf-8", "surrogateescape")[-200:].decode("utf-8", "replace")
+    return "object" if shortened in ("", ".", "..", "claim", "done") else shortened
+
+
+def put_away(entry: str) -> str | None:
+    """Moves `entry` away in one step; returns the path to `remove`, or None where there is no such entry."""
+    gone = os.path.join(os.path.dirname(entry), _GONE + uuid.uuid4().hex)
+    try:
+        os.rename(entry, gone)
+    except FileNotFoundError:
+        return None
+    return gone
+
+
+def remove(path: str) -> None:
+    """Removes the file or folder at `path`, if there is one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def write_json(path: str, record: dict[str, Any]) -> None:
+    """Writes `record` to `path` in one step: no reader sees half of it."""
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.new"
+    with open(temporary, "x", encoding="utf-8") as file:
+        json.dump(record, file)
+    os.replace(temporary, path)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The record at `path`; empty where there is none, or it is no JSON object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _clear_slot(folder: str, now: float) -> bool:
+    """Whether a living process holds the claim of the slot `folder`; removes the work folders of dead ones."""
+    record = os.path.join(folder, "claim")
+    claimed = _lives(record, now)
+    work = os.path.basename(str(read_json(record).get("work", ""))) if claimed else ""
+    for name in os.listdir(folder):
+        if name.startswith(WORK) and name != work:
+            remove(os.path.join(folder, name))
+    return claimed
 
 
 def _lives(path: str, now: float) -> bool:
-    """Whether the process that wrote the record at `path` lives; the record of a dead one is removed."""
+    """Whether the process that wrote the record at `path` lives; removes the record of a dead one."""
     try:
         touched = os.stat(path).st_mtime
     except FileNotFoundError:
@@ -147,66 +220,3 @@ def _lives(path: str, now: float) -> bool:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     return not ended
-
-
-def whole(folder: str, path: str) -> dict[str, Any] | None:
-    """What the maker said of the product at `path`, if it is whole."""
-    done = read_json(os.path.join(folder, "done"))
-    try:
-        if not done or sizes(path) != done.get("sizes"):
-            return None
-    except OSError:
-        return None
-    details = done.get("details")
-    return details if isinstance(details, dict) else {}
-
-
-def sizes(path: str) -> dict[str, int]:
-    """Length of each file at `path`, by its name relative to it."""
-    if not os.path.isdir(path):
-        return {"": os.stat(path).st_size}
-    return {
-        os.path.relpath(os.path.join(folder, name), path): os.stat(os.path.join(folder, name)).st_size
-        for folder, _, names in os.walk(path)
-        for name in names
-    }
-
-
-def put_away(entry: str) -> str | None:
-    """Takes `entry` out of everybody's sight in one step; where to, for `_remove_all`."""
-    gone = os.path.join(os.path.dirname(entry), _GONE + uuid.uuid4().hex)
-    try:
-        os.rename(entry, gone)
-    except FileNotFoundError:
-        return None
-    return gone
-
-
-def remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def product_name(name: str) -> str:
-    plain = os.path.basename(name.rstrip("/")).replace("\0", "_")
-    shortened = plain.encode("utf-8", "surrogateescape")[-200:].decode("utf-8", "replace")
-    return "object" if shortened in ("", ".", "..", "claim", "done") else shortened
-
-
-def write_json(path: str, record: dict[str, Any]) -> None:
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.new"
-    with open(temporary, "x", encoding="utf-8") as file:
-        json.dump(record, file)
-    os.replace(temporary, path)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -1,8 +1,8 @@
-"""Tar archives from anywhere, unpacked member by member: nothing in them can leave its folder.
+"""Unpacks tars from untrusted sources, plain or compressed, so that nothing is written outside their folder.
 
-What real checkpoints hold is accepted: files, folders, and a root entry without a name. Links, devices,
-pipes, sparse files, absolute names, ``..`` and names that occur twice are refused, and every size is checked
-against the archive's own before anything is written.
+Files, folders and a root entry without a name are accepted: real checkpoints hold nothing else. Links, devices, pipes,
+sparse files, absolute names, ``..`` and names that occur twice are refused. Before a member is written, its size is
+checked against what the archive has left, where that is known, and against the room on the disk.
 """
 
 from __future__ import annotations
@@ -20,56 +20,8 @@ from .decompress import COMPRESSED, Expanded
 
 MAX_MEMBERS = 200_000
 MAX_HEADER = 1 << 20
-"""Bytes of headers that one member may take, its extended ones included."""
+"""Bytes that one member's headers may take, extended ones included."""
 _COPY = 1 << 20
-
-
-class _Source:
-    """What tarfile reads headers from: forward, a little at a time, and never more than was agreed."""
-
-    def __init__(
-        self, read: Callable[[int], bytes], described: str, skip: Callable[[int], object] | None = None
-    ) -> None:
-        self._read = read
-        self._skip = skip
-        self._described = described
-        self._position = 0
-        self._last = b""
-        self.header_budget = MAX_HEADER
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self.header_budget:
-            raise UnsafeError(
-                f"{self._described}: a header at byte {self._position} claims more than {MAX_HEADER} bytes",
-                path=self._described,
-            )
-        self.header_budget -= size
-        return self.take(size)
-
-    def take(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end."""
-        self._last = self._read(size)
-        self._position += len(self._last)
-        return self._last
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> None:
-        ahead = position - self._position
-        if ahead < 0:
-            raise CorruptError(f"{self._described}: its headers overlap", path=self._described)
-        if self._skip is not None:
-            self._skip(ahead)
-            self._position = position
-        while self._position < position:
-            if not self.take(min(_COPY, position - self._position)):
-                raise CorruptError(f"{self._described}: the archive ends early", path=self._described)
-
-    @property
-    def ended_properly(self) -> bool:
-        """Whether what was read last is the block of zeros that ends an archive."""
-        return len(self._last) == tarfile.BLOCKSIZE and not self._last.strip(b"\0")
 
 
 def is_tar(path: str) -> bool:
@@ -89,13 +41,13 @@ def unpack(
     limit: int,
     on_bytes: OnBytes | None = None,
 ) -> list[str]:
-    """Unpacks the tar at `path` (plain or compressed) into `folder`; the names of its regular files.
+    """Unpacks the tar at `path` (plain or compressed) into `folder`, and returns the names of its regular files.
 
-    `folder` must exist; several archives may be unpacked into one, as long as no file occurs twice. At most
-    `limit` bytes are written. Modes, owners and times are not kept.
+    `folder` must exist; several archives may be unpacked into one, if files of one name are equal. At most `limit`
+    bytes are written. Modes, owners and times are not kept. Errors call the archive `described`.
 
-    Raises `UnsafeError` for a member that does not belong into a checkpoint, `CorruptError` for a damaged or
-    truncated archive, `FormatError` where `path` is no tar. What was written by then is left to the caller.
+    Raises `UnsafeError` for a member that is refused or exceeds `limit`, `CorruptError` for a damaged or truncated
+    archive, `FormatError` where `path` is no tar. The caller has to remove what was written by then.
     """
     shown = described if described is not None else path
     names = []
@@ -120,9 +72,10 @@ def checked_members(
     limit: int,
     skip: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[_Source, Iterator[tuple[tarfile.TarInfo, str]]]]:
-    """The members of a plain tar of `size` bytes that `read` hands out from its beginning on, and their safe names.
+    """The members of a plain tar, in order, each with its safe name; the root's name is empty.
 
-    In order; the root's name is empty. Raises as `unpack` does, but for files that are folders too.
+    `read` returns the next bytes of the archive, `skip` passes over some; `size` is the archive's, None where it is not
+    known. Errors call it `shown`. Raises as `unpack` does, but accepts a name that is a file and a folder at once.
     """
     source = _Source(read, shown, skip)
     try:
@@ -134,14 +87,14 @@ def checked_members(
 
 
 def write_member(read: Callable[[int], bytes], folder: str, name: str, size: int, shown: str) -> None:
-    """Writes the member `name` into `folder`, from `read`. Raises as `unpack` does."""
+    """Writes the member `name` of `size` bytes, which `read` returns, into `folder`. Raises as `unpack` does."""
     target = os.path.join(folder, *name.split("/"))
     _make_folder(os.path.dirname(target), name, shown)
     _write(_Source(read, shown), target, size, name, shown, None)
 
 
 def file_and_folder(name: str, shown: str) -> UnsafeError:
-    """For the caller to raise."""
+    """The error for a name that is a file and a folder at once; the caller raises it."""
     return UnsafeError(f"{shown}: {name!r} is a file and a folder at once", path=shown)
 
 
@@ -168,10 +121,10 @@ def _opened(
 def _checked(
     source: _Source, shown: str, archive_size: int | None, limit: int
 ) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Each member and its safe name, in order; the root's name is empty."""
+    """The members as `checked_members` gives them; every check but that of the target's folder is here."""
     seen: dict[str, bool] = {}
     total = 0
-    # A tarfile over our own reader: it can't take more than headers, and can't hold on to members.
+    # Over a `_Source`, tarfile can read headers only; and below it is made to forget its members.
     with tarfile.open(fileobj=cast(IO[bytes], source), mode="r:") as archive:
         while (info := archive.next()) is not None:
             name = _safe_name(info, shown)
@@ -200,12 +153,13 @@ def _checked(
             raise CorruptError(
                 f"{shown}: the archive ends early, or is damaged after {len(seen)} members", path=shown
             )
-        # The checksum of a compressed file stands at its end.
+        # A compressed file's checksum is at its end.
         while archive_size is None and source.take(_COPY):
             pass
 
 
 def _safe_name(info: tarfile.TarInfo, shown: str) -> str:
+    """The member's name as a relative path without ``.`` and ``..``; empty for the root."""
     name = info.name
     parts = [part for part in name.split("/") if part not in ("", ".")]
     problem = None
@@ -272,7 +226,7 @@ def _write(source: _Source, target: str, size: int, name: str, shown: str, on_by
 
 
 def _compare(source: _Source, target: str, size: int, name: str, shown: str) -> None:
-    """Two archives of one checkpoint may hold the same file, if it is the same to the byte."""
+    """Raises `CorruptError` unless the file at `target`, of another archive of the checkpoint, has the same bytes."""
     with open(target, "rb") as file:
         same = os.fstat(file.fileno()).st_size == size
         for data in _contents(source, size, name, shown):
@@ -294,3 +248,52 @@ def _contents(source: _Source, size: int, name: str, shown: str) -> Iterator[byt
             )
         left -= len(data)
         yield data
+
+
+class _Source:
+    """The file that tarfile reads headers from: forward only, and no more than `header_budget` bytes of them."""
+
+    def __init__(
+        self, read: Callable[[int], bytes], described: str, skip: Callable[[int], object] | None = None
+    ) -> None:
+        """`read` returns the next bytes of the archive; `skip`, where given, passes over some faster."""
+        self._read = read
+        self._skip = skip
+        self._described = described
+        self._position = 0
+        self._last = b""
+        self.header_budget = MAX_HEADER
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.header_budget:
+            raise UnsafeError(
+                f"{self._described}: a header at byte {self._position} claims more than {MAX_HEADER} bytes",
+                path=self._described,
+            )
+        self.header_budget -= size
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end; for contents, which are no part of the budget."""
+        self._last = self._read(size)
+        self._position += len(self._last)
+        return self._last
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        ahead = position - self._position
+        if ahead < 0:
+            raise CorruptError(f"{self._described}: its headers overlap", path=self._described)
+        if self._skip is not None:
+            self._skip(ahead)
+            self._position = position
+        while self._position < position:
+            if not self.take(min(_COPY, position - self._position)):
+                raise CorruptError(f"{self._described}: the archive ends early", path=self._described)
+
+    @property
+    def ended_properly(self) -> bool:
+        """Whether the last bytes read are the block of zeros that ends an archive."""
+        return len(self._last) == tarfile.BLOCKSIZE and not self._last.strip(b"\0")

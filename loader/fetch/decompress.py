@@ -1,4 +1,4 @@
-"""Compressed files as bounded streams: gzip, bzip2, xz and zstd, by their first bytes. Never a bomb."""
+"""Expands gzip, bzip2, xz and zstd files as streams, and refuses those that expand without measure."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import Any, Protocol
 from ..errors import CorruptError, OptionError, UnsafeError
 
 COMPRESSED = frozenset({"gzip", "bzip2", "xz", "zstd"})
-"""Kinds, as `sniff.sniff` names them, that `Expanded` reads."""
+"""The kinds of `formats.sniff.sniff` that `Expanded` reads."""
 MAX_EXPANSION = 1000
-"""A checkpoint that shrank to less than a thousandth is taken for a bomb (gzip can do no more than 1032)."""
+"""A file that expands to more than this times its size is taken for a decompression bomb. Deflate's limit is 1032: two
+bits for at most 258 bytes."""
 SMALL = 16 << 20
-"""Up to this size, nobody minds the ratio: short runs of zeros do shrink that far."""
+"""A file may expand to this many bytes whatever its own size: short files of zeros shrink further."""
 
 _CHUNK = 256 << 10
 _ZSTD_CHUNK = 4 << 10
-"""Its decompressor gives all that a chunk expands to at once; so small a chunk can't hold too much."""
+"""zstd's decompressor returns all that a chunk expands to at once, so that its chunks have to be small."""
 _LZMA_MEMORY = 512 << 20
 
 
 class _Decoder(Protocol):
-    """One compressed stream (a file may hold several, one after another)."""
+    """What decodes one compressed stream; a file may hold several, one after another."""
 
     @property
     def eof(self) -> bool: ...
@@ -41,13 +42,14 @@ class _Decoder(Protocol):
 
 
 class Expanded:
-    """What a compressed file holds, read forward; a context manager.
+    """The contents of the compressed file at `path`, read forward; a context manager.
 
-    Raises `CorruptError` where the file is damaged or ends early, `UnsafeError` where it expands beyond
-    `limit` bytes or a thousand times its size, and `OptionError` where zstd is not installed.
+    Raises `CorruptError` where the file is damaged or ends early, `UnsafeError` where it expands beyond `limit` bytes
+    or `MAX_EXPANSION` times its size, and `OptionError` where it is zstd and the package is missing.
     """
 
     def __init__(self, path: str, kind: str, described: str, limit: int) -> None:
+        """`kind` is one of `COMPRESSED`; `described` is what messages call the file."""
         self._described = described
         self._kind = kind
         self._make = _decoder(kind, described)
@@ -69,7 +71,7 @@ class Expanded:
         self._file.close()
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes, fewer at the end only."""
+        """The next `size` bytes; fewer at the end only."""
         parts = []
         while size > 0:
             part = self._ready[:size] or self._some(size)
@@ -124,7 +126,7 @@ class Expanded:
 
 
 class _Gzip:
-    """zlib hands back what it has not used yet; the other decoders keep it."""
+    """Keeps the input that zlib returns unused, as the other decoders do by themselves."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(zlib.MAX_WBITS | 16)
@@ -146,6 +148,8 @@ class _Gzip:
 
 
 class _Zstd:
+    """Raises `ValueError` for zstandard's own error, which can only be named once that is imported."""
+
     needs_input = True
 
     def __init__(self, zstandard: Any) -> None:

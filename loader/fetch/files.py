@@ -1,8 +1,8 @@
-"""Fetch: each file comes to a node once, whichever ranks need it, and every rank learns where it lies.
+"""Makes the objects that ranks need files on every node, each fetched once, and gives all ranks their paths.
 
-Local rank 0 of each node (its lowest rank) works for the node; the others wait in the channel, which follows
-its progress. Plain local files are used where they lie; archives and compressed files are unpacked into the
-node's cache, once.
+The leader of each node, its lowest rank, fetches for it in a few threads; the other ranks wait in the channel, which
+follows the leader's progress. Plain local files are used where they lie; archives and compressed files are unpacked
+into the node's cache, once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import FormatError, NotFoundError, StalledError
 from ..ranges.workers import Stop, run_jobs
 from ..stores.base import Store
 from ..stores.symlinks import resolve
-from .needs import FileNeed, NeedTable, find_lacking, gather_needs, refuse, spoken_ranks
+from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, ranks_text
 from .remote_files import ObjectPart
 from .room_check import agree_on_room
 from .whole import Tally, obtain, whole_bytes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PARALLEL_FILES = 4
 _TUPLES = ("members", "compared_by", "left_out")
+"""Fields of `FetchedFile` that arrive from another rank as lists."""
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
@@ -40,40 +41,42 @@ class FetchedFile:
     name: str
     """As it was asked for."""
     source: str
-    """The object it came from, after links, without secrets."""
+    """The object it came from, after links were followed, without secrets."""
     path: str
-    """What to read: the file, decompressed where it was compressed; of an archive, its folder."""
+    """What to read: the file, expanded where it was compressed; of an archive, its folder."""
     kind: Literal["file", "archive"]
     size_bytes: int
-    """As stored; -1 where the store did not tell and the file was there already."""
+    """As stored; -1 where the store did not state it and the file was there already."""
     fetched_bytes: int
-    """Moved by this node for it: 0 for local files, and where the cache had it."""
+    """Fetched by this node for it: 0 for local files, and where the cache had it."""
     seconds: float
+    """How long the leader took to obtain it."""
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
     parts: Mapping[str, ObjectPart] = field(default_factory=dict)
-    """Where it comes from, if its index alone is there (under ``""``); of an archive, its members of which that is so.
-    The rest comes by `fetch_ranges`."""
+    """The object that the rest is fetched from, where only the index is there: under ``""``, or of an archive under
+    the names of those members. `fetch.parts` fetches the rest."""
     compared_by: tuple[str, ...] = ()
-    """What all its bytes, as stored, were compared with (`whole_checks`)."""
+    """The checksums that all its bytes, as stored, were compared with (`whole_checks`)."""
     left_out: tuple[str, ...] = ()
-    """What they could not be compared with."""
+    """The checksums that they could not be compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What one rank asked for, on its node."""
+    """The files that one rank asked for, on its node."""
 
     files: Mapping[str, FetchedFile] = field(default_factory=dict)
-    """By the name asked for; an optional one that is not there is left out."""
+    """By the name asked for; an optional file that does not exist is absent."""
 
     @property
     def paths(self) -> dict[str, str]:
-        """Local path by name."""
+        """Each file's local path, by name."""
         return {name: file.path for name, file in self.files.items()}
 
     @property
     def fetched_bytes(self) -> int:
+        """The bytes that this node fetched for all of them."""
         return sum(file.fetched_bytes for file in self.files.values())
 
 
@@ -89,14 +92,14 @@ def fetch_files(
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    Of torch files in stores that do ranges, and of those in tars there, only the index comes, and `remote` knows of
-    them (by default they come whole). What was put into `cache` lasts until its context ends; end it on all ranks only
-    when all have read. An object that was fetched by an earlier call with the same `cache` is not fetched again.
+    With `remote`, only the index is fetched of torch files in stores that do ranges, and of large ones in tars there;
+    `remote` knows them afterwards. Without it they come whole. Files in `cache` last until its context ends: end it
+    only when all ranks have read them. What an earlier call with the same `cache` fetched is not fetched again.
 
-    Raises, on every rank alike: `NotFoundError` naming each file that is missing on any node, the ranks that
-    need it, and for local paths which node has it; `AccessError`, `CorruptError`, `UnsafeError`,
-    `FormatError` as the store, the cache and the archives do; `StalledError` where nothing arrives for the
-    channel's ``stall_timeout_s``.
+    Raises, on every rank alike: `NotFoundError` that names each file that is missing on any node, the ranks that need
+    it, and for local paths the nodes that have it; `AccessError` also where a node lacks room; `CorruptError`,
+    `UnsafeError` and `FormatError` as the store, the cache and the archives do; `StalledError` where nothing arrives
+    for the channel's ``stall_timeout_s``.
     """
     table = gather_needs(channel, topology, needs, cache.load_id, stage)
     tally = Tally(channel.counters().get(channel.rank, {}))
@@ -107,7 +110,9 @@ def fetch_files(
     lacking = channel.decide(f"{stage}: find", report, lambda reports: find_lacking(table, reports))
     if lacking:
         held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
-        channel.decide(f"{stage}: missing", held, lambda reports: refuse(store, table, lacking, reports))
+        channel.decide(
+            f"{stage}: missing", held, lambda reports: raise_lacking(store, table, lacking, reports)
+        )
 
     if not store.is_local:
         needed: dict[str, int] = {}
@@ -121,17 +126,17 @@ def fetch_files(
     node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
     everything = {name: _from_record(record) for name, record in node.items()}
     for file in everything.values():
-        # Whoever fetches for the node brings parts of all its files.
-        for member, origin in file.parts.items():
+        # Also files that this rank did not ask for: the leader fetches parts of all the files of its node.
+        for member, part in file.parts.items():
             inside = (f"{file.path}/{member}", f"{file.source}:{member}")
             if remote is not None:
-                remote.known.note(*(inside if member else (file.path, file.source)), origin)
+                remote.known.note(*(inside if member else (file.path, file.source)), part)
     mine = [need.name for need in table.own]
     return Fetched({name: everything[name] for name in mine if name in everything})
 
 
 def _from_record(record: Mapping[str, Any]) -> FetchedFile:
-    parts = {member: ObjectPart(**origin) for member, origin in record["parts"].items()}
+    parts = {member: ObjectPart(**part) for member, part in record["parts"].items()}
     return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "parts": parts})
 
 
@@ -147,6 +152,13 @@ def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: Fetc
         watch.tally.moved += 1
 
     run_jobs([_job(job, name) for name in names], watch.tick, n_threads=PARALLEL_FILES)
+
+
+def _job(work: Any, name: str) -> Any:
+    def run(stop: Stop) -> None:
+        work(name)
+
+    return run
 
 
 def _fetch(
@@ -173,7 +185,7 @@ def _fetch(
             one = obtain(store, info, cache, remote, table.load_id, tally.of(name, stop))
         except NotFoundError as error:
             raise NotFoundError(
-                f"{error.message}; needed by {spoken_ranks(table.ranks_needing[name])}", path=error.path
+                f"{error.message}; needed by {ranks_text(table.ranks_needing[name])}", path=error.path
             ) from error
         tally.settle(name, one.fetched_bytes if one.partial else one.size_bytes, one.fetched_bytes)
         files[name] = FetchedFile(
@@ -190,7 +202,7 @@ def _fetch(
             left_out=one.compared.left_out,
         )
 
-    # The longest first, so that none of them is alone at the end.
+    # The largest first, so that no thread is left with a large file at the end.
     order = sorted(wanted, key=lambda name: -(wanted[name].size_bytes or 0))
     run_jobs([lambda stop, name=name: job(name, stop) for name in order], watch.tick)  # type: ignore[misc]
     watch.tick()
@@ -198,7 +210,7 @@ def _fetch(
 
 
 class FetchWatch:
-    """Tells the channel what moves, learns from it what failed elsewhere, and notices when nothing moves."""
+    """Reports a `Tally` to the channel while files are fetched, and ends the fetch when nothing moves any more."""
 
     def __init__(self, channel: Channel, tally: Tally) -> None:
         self.tally = tally
@@ -207,6 +219,7 @@ class FetchWatch:
         self._since = time.monotonic()
 
     def tick(self) -> None:
+        """To be called several times a second. Raises another rank's failure, or `StalledError`."""
         now = time.monotonic()
         if self.tally.moved != self._seen:
             self._seen, self._since = self.tally.moved, now
@@ -217,13 +230,5 @@ class FetchWatch:
                 rank=self._channel.rank,
                 host=self._channel.host,
             )
-        # A stall is told above, so this may be called whether or not something moved: it is how a failure of
-        # another rank gets here.
+        # Called whether or not anything moved, since it raises another rank's failure; stalls are found above.
         self._channel.progress(**self.tally.counters())
-
-
-def _job(work: Any, name: str) -> Any:
-    def run(stop: Stop) -> None:
-        work(name)
-
-    return run

@@ -1,4 +1,4 @@
-"""Who needs which file, and what is missing where."""
+"""Gathers which rank needs which files, and raises the error that names each missing one, its ranks and its nodes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...distributed.topology import Topology
 
 _SHOWN = 8
+"""Files, and nodes of a file, that a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +33,25 @@ class NeedTable:
     rank: int
     node: int
     leader: int
-    """The rank that works for this node."""
+    """The lowest rank of this node, which fetches for it."""
     load_id: str
     rows: tuple[Mapping[str, Any], ...]
     """By rank: ``node``, ``host``, ``required`` and ``optional`` names."""
 
     @property
     def leads(self) -> bool:
+        """Whether this rank fetches for its node."""
         return self.rank == self.leader
 
     @property
     def node_needs(self) -> list[str]:
-        """What this node's ranks need, each once, in order of rank."""
+        """The names that this node's ranks need, each once, in order of rank."""
         rows = [row for row in self.rows if row["node"] == self.node]
         return list(dict.fromkeys(name for row in rows for name in (*row["required"], *row["optional"])))
 
     @property
     def leaders(self) -> dict[int, int]:
-        """The rank that works for each node, by node."""
+        """Each node's leader, by node."""
         leaders: dict[int, int] = {}
         for rank, row in enumerate(self.rows):
             leaders.setdefault(row["node"], rank)
@@ -57,6 +59,7 @@ class NeedTable:
 
     @property
     def ranks_needing(self) -> dict[str, list[int]]:
+        """The ranks that need each file, by its name."""
         needing: dict[str, list[int]] = {}
         for rank, row in enumerate(self.rows):
             for name in (*row["required"], *row["optional"]):
@@ -82,7 +85,10 @@ def gather_needs(
 
 
 def find_lacking(table: NeedTable, reports: Sequence[Mapping[str, bool]]) -> dict[str, list[int]]:
-    """The ranks that lack each file that is missing on their node, by name, given what the leaders found."""
+    """The ranks that require a file which their node's leader did not find, by the file's name.
+
+    `reports` are by rank: whether it found a file, by name; {} of ranks that do not lead.
+    """
     lacking: dict[str, list[int]] = {}
     leaders = table.leaders
     for rank, row in enumerate(table.rows):
@@ -92,13 +98,16 @@ def find_lacking(table: NeedTable, reports: Sequence[Mapping[str, bool]]) -> dic
     return lacking
 
 
-def refuse(
+def raise_lacking(
     store: Store,
     table: NeedTable,
     lacking: Mapping[str, Sequence[int]],
     reports: Sequence[Mapping[str, bool]],
 ) -> None:
-    """Raises the `NotFoundError` for what is `lacking`; `reports` says which leader does see each of it."""
+    """Raises one `NotFoundError` for all files that are `lacking` (of `find_lacking`).
+
+    `reports` are by rank, as there: for local files the message names the nodes on which each is and is not.
+    """
     problems = [_problem(store, table, reports, name, ranks) for name, ranks in lacking.items()]
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
@@ -115,7 +124,7 @@ def _problem(
     name: str,
     ranks: Sequence[int],
 ) -> str:
-    text = f"{store.describe(name)}: not there, needed by {spoken_ranks(ranks)}"
+    text = f"{store.describe(name)}: not there, needed by {ranks_text(ranks)}"
     leaders = table.leaders
     if not store.is_local or len(leaders) == 1:
         return text
@@ -126,7 +135,7 @@ def _problem(
     return f"{text} (missing on {_nodes(lacks, hosts)}; {where})"
 
 
-def spoken_ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """``rank 3``, ``ranks 0, 1``, as messages say it."""
     shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
     return f"rank{'' if len(ranks) == 1 else 's'} {shown}"

@@ -1,9 +1,8 @@
-"""Fetching the parts of remote files that a node's ranks need: each asks, the node's first rank brings them once.
+"""Collects the parts of remote files that this rank will read, and has them fetched: before or while it restores.
 
-The wanted ranges are known once everything else is: `wanted_reads` tells what a restore reads, `joint_checks` what is
-summed beside it, and the files' own directories where that lies. Ranks read a part as soon as it has landed
-(`storage_read`), so the restore goes on while the rest is under way. `fetch_plan` tells whose errand what is,
-`fetch_bring` runs it.
+First come the `small_parts`, which are read before anything is checked. Then the `restore_parts`: what the restore
+reads (`verify.wanted_reads`) and what this rank has to sum (`verify.checks`). `fetching` runs the restore while those
+are fetched; a rank reads a range as soon as it has landed (`materialize.storages`). `rounds` plans and runs each fetch.
 """
 
 from __future__ import annotations
@@ -26,78 +25,52 @@ from ..verify.weights import SharedWeights
 from .rounds import Parts, WantedRanges, plan_round
 
 SMALL_STORAGE_BYTES = 64 << 10
-"""Storages up to this size come with the index: counters, states of random generators, biases."""
-
-
-def add_storage(wanted: WantedRanges, storage: StorageRef, ranges: Iterable[ByteRange]) -> None:
-    """Adds `ranges` of `storage`, and its header, to what is wanted of its file."""
-    mine = wanted.setdefault(storage.file, [])
-    if storage.header >= 0:
-        mine.append(ByteRange(storage.header, storage.offset))
-    mine.extend(ByteRange(storage.offset + start, storage.offset + stop) for start, stop in ranges)
-
-
-def add_whole(wanted: WantedRanges, storages: Iterable[StorageRef]) -> None:
-    """Adds all of `storages`."""
-    for storage in storages:
-        add_storage(wanted, storage, [ByteRange(0, storage.nbytes)])
+"""Storages up to this size are fetched right after the index: counters, random states, biases."""
 
 
 def small_parts(checkpoint: Checkpoint) -> WantedRanges:
-    """What is read before anything is checked: small storages, random states, and what nobody claims."""
+    """The ranges that are read before anything is checked: small storages, random states, and `Contents.extra`."""
     wanted: WantedRanges = {}
     for index in checkpoint.indexes:
-        add_whole(wanted, (storage for storage in index.storages if storage.nbytes <= SMALL_STORAGE_BYTES))
+        _add_whole(wanted, (storage for storage in index.storages if storage.nbytes <= SMALL_STORAGE_BYTES))
     contents = checkpoint.contents
-    add_whole(wanted, {tensor.storage for _, tensor in tensors([contents.rng, contents.extra])})
+    _add_whole(wanted, {tensor.storage for _, tensor in tensors([contents.rng, contents.extra])})
     return wanted
 
 
 def restore_parts(
     checkpoint: Checkpoint, checked: Checked, verification: Verification, weights: SharedWeights | None
 ) -> Parts:
-    """What the restore and its checksums read of remote files on this rank, at most."""
+    """The ranges of remote files that the restore and its checksums read on this rank; perhaps more, never fewer."""
     parts = Parts()
     if checkpoint.opening.store.is_local:
         return parts
     wanted = parts.wanted
     for storage, reads in verification.wanted.items():
-        add_storage(wanted, storage, reads.ranges)
+        _add_storage(wanted, storage, reads.ranges)
     for storage, cells in verification.shares.items():
-        add_storage(wanted, storage, cells)
-    add_whole(wanted, verification.alone)
+        _add_storage(wanted, storage, cells)
+    _add_whole(wanted, verification.alone)
     if weights is not None:
         for storage, provided in weights.reads.items():
-            add_storage(wanted, storage, provided)
+            _add_storage(wanted, storage, provided)
     if checked.prepared.algorithms:
-        # What is read of the model will be known once they have changed it.
-        add_whole(wanted, checkpoint.storages({"state": checked.contents.state}))
+        # Algorithms may change the model, and with it what is read of it.
+        _add_whole(wanted, checkpoint.storages({"state": checked.contents.state}))
     elif checkpoint.opening.direct:
         _add_direct(parts.direct, verification, weights)
         for path, ranges in parts.direct.items():
             if path in checkpoint.opening.remote.known:
-                # What came with the index, or was there before this load, is not fetched again.
+                # Bytes that are on this node already, with the index or from an earlier load, are read from there.
                 parts.direct[path] = list(Landed(path).missing(ranges))
     return parts
 
 
-def _add_direct(direct: WantedRanges, verification: Verification, weights: SharedWeights | None) -> None:
-    alone = set(verification.alone)
-    for storage, reads in verification.wanted.items():
-        if storage in alone or storage.nbytes <= SMALL_STORAGE_BYTES:
-            continue
-        # What is only summed has no memory of its own to go to.
-        summed = subtract(verification.shares.get(storage, ()), reads.ranges)
-        spans = subtract(reads.direct, summed)
-        if spans:
-            add_storage(direct, storage, spans)
-    if weights is not None:
-        for storage, provided in weights.reads.items():
-            add_storage(direct, storage, provided)
-
-
 def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> None:
-    """Brings what is wanted to each node, and waits for it. Every rank must call, whatever it wants."""
+    """Fetches the ranges that all ranks want, by path, and waits for them. Every rank must call, whatever it wants.
+
+    Raises, on all ranks alike, as `plan_round` and `FetchRound.run` do. Does nothing for a local store.
+    """
     if opening.store.is_local:
         return
     fetch_round = plan_round(opening, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
@@ -108,10 +81,10 @@ def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage
 
 @contextlib.contextmanager
 def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: str) -> Iterator[None]:
-    """Around a block that reads what is wanted while it comes; its readers wait for what has not landed.
+    """Fetches `parts` while the block inside reads them; in it `reader` waits for bytes that have not landed.
 
-    Every rank must enter, whatever it wants. What fails to come is raised in the block of the rank that fetches, and
-    so on all ranks.
+    Every rank must enter, whatever it wants. Where fetching fails, the error is raised in the block of the rank that
+    fetches, and so on all ranks. At the end, once all has landed, the headers of the storages are checked.
     """
     opening = checkpoint.opening
     if opening.store.is_local:
@@ -159,10 +132,52 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
             thread.join(10)
 
 
+def fetcher(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None]:
+    """What `verify.weights.share_weights` is to call, on all ranks, for ranges of storages that it reads."""
+
+    def fetch(reads: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
+        wanted: WantedRanges = {}
+        for storage, ranges in reads.items():
+            _add_storage(wanted, storage, ranges)
+        fetch_now(checkpoint.opening, wanted, "fetch weights")
+
+    return fetch
+
+
+def _add_direct(direct: WantedRanges, verification: Verification, weights: SharedWeights | None) -> None:
+    """Adds the ranges that can be fetched directly into this rank's tensors."""
+    alone = set(verification.alone)
+    for storage, reads in verification.wanted.items():
+        if storage in alone or storage.nbytes <= SMALL_STORAGE_BYTES:
+            continue
+        # Bytes that are only summed have no memory to be fetched into.
+        summed = subtract(verification.shares.get(storage, ()), reads.ranges)
+        spans = subtract(reads.direct, summed)
+        if spans:
+            _add_storage(direct, storage, spans)
+    if weights is not None:
+        for storage, provided in weights.reads.items():
+            _add_storage(direct, storage, provided)
+
+
+def _add_storage(wanted: WantedRanges, storage: StorageRef, ranges: Iterable[ByteRange]) -> None:
+    """Adds `ranges` of `storage`, and its header, to the ranges of its file."""
+    mine = wanted.setdefault(storage.file, [])
+    if storage.header >= 0:
+        mine.append(ByteRange(storage.header, storage.offset))
+    mine.extend(ByteRange(storage.offset + start, storage.offset + stop) for start, stop in ranges)
+
+
+def _add_whole(wanted: WantedRanges, storages: Iterable[StorageRef]) -> None:
+    """Adds all bytes of `storages`."""
+    for storage in storages:
+        _add_storage(wanted, storage, [ByteRange(0, storage.nbytes)])
+
+
 def _check_headers(
     index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], direct: DirectReads, reader: TensorReader
 ) -> None:
-    """Compares the headers of the storages that something was fetched of, wherever it went."""
+    """Compares the zip headers of the storages of which ranges were fetched, to the file or directly."""
     starts = {one.start for one in wanted.get(index.path, ())}
     for storage in index.storages:
         if storage.header not in starts:
@@ -172,18 +187,6 @@ def _check_headers(
             if kept is not None:
                 index.check_headers([storage], kept)
         else:
-            # Another process may still be bringing it.
+            # Another process may still be fetching it.
             reader.wait_for(index.path, storage.header, storage.offset)
             index.check_headers([storage])
-
-
-def fetcher(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None]:
-    """What `weight_sharing` calls on all ranks for bytes that may not be here yet."""
-
-    def fetch(reads: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
-        wanted: WantedRanges = {}
-        for storage, ranges in reads.items():
-            add_storage(wanted, storage, ranges)
-        fetch_now(checkpoint.opening, wanted, "fetch weights")
-
-    return fetch

@@ -1,10 +1,13 @@
-"""Who fetches which bytes of remote files, and where they go: dealt from what all ranks want, by rank 0. Pure.
+"""Decides which rank fetches which bytes of remote files, and where they go. Pure; rank 0 runs it for all ranks.
 
-node     every wanted byte comes to each node once, into the node's file
-direct   bytes that one rank of its node wants, and can take as they are, come straight into that rank's memory
-auto     the same, where the range is long enough to be worth a request of its own
-job      as ``node``, but bytes that several nodes want leave the store once: one node's first rank fetches them,
-         the others' take them from it
+`plan_fetch` makes each rank's `FetchPlan` from all ranks' `FetchRequest`s, by the mode (``LoadOptions.mode``):
+
+node     the leader of each node, its lowest rank, fetches what any of its ranks wants, once, into the node's file
+direct   what one rank of a node alone wants, and can take unchanged, is fetched by that rank into its own memory; all
+         else as ``node``
+auto     as ``direct``, but only ranges of at least `AUTO_FROM_BYTES`
+job      as ``node``, but what several nodes want leaves the store once: one of their leaders fetches it, and the other
+         leaders take it from that one
 """
 
 from __future__ import annotations
@@ -19,38 +22,41 @@ from ..byte_ranges import ByteRange, subtract, union
 from ..options import Mode
 
 AUTO_FROM_BYTES = 1 << 20
-"""Shorter private ranges come with the node's with ``auto``: a request costs about as much as 256 KiB do."""
+"""With ``auto``, shorter ranges go into the node's file: a request costs about as much time as 256 KiB."""
 TURN_BYTES = 16 << 20
-"""Nodes that want the same bytes fetch them for each other in turns of this many."""
+"""With ``job``, bytes that several nodes want are cut at multiples of this, so that their leaders share the work."""
 
 Ranges = Mapping[str, Sequence[ByteRange]]
-"""By the name that a file has in the whole job."""
+"""Ranges by file; each file under the name that is the same on all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchRequest:
-    """What one rank wants."""
+    """The bytes that one rank wants."""
 
     node: int
     wanted: Ranges
     direct: Ranges = field(default_factory=dict)
-    """Of `wanted`, what it can take into its own memory as it is."""
+    """The part of `wanted` that goes into this rank's memory unchanged, so that it may be fetched directly."""
 
 
 @dataclass(slots=True)
 class FetchPlan:
-    """What one rank is to do. All but `straight` is empty on ranks that do not fetch for their node."""
+    """The bytes that one rank fetches. `bring` and `take` are empty on all ranks but the leaders of nodes."""
 
     bring: dict[str, list[ByteRange]] = field(default_factory=dict)
     """From the store into the node's file."""
     take: dict[int, dict[str, list[ByteRange]]] = field(default_factory=dict)
-    """From the node's file of another rank, by that rank, into the own node's."""
+    """From another node's file into this node's, by the rank that leads the other node."""
     direct: dict[str, list[ByteRange]] = field(default_factory=dict)
-    """From the store into this rank's memory, as it restores."""
+    """From the store into this rank's memory, while it restores."""
 
 
 def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
-    """Each rank's errand, by rank. The first rank of each node fetches for it."""
+    """Each rank's plan, by rank, from the `requests` by rank.
+
+    Every byte that a rank wants is in its own `direct`, or else once in the `bring` or `take` of its node's leader.
+    """
     plans = [FetchPlan() for _ in requests]
     leaders: dict[int, int] = {}
     members: dict[int, list[int]] = {}
@@ -75,6 +81,7 @@ def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
 def _plan_direct(
     requests: Sequence[FetchRequest], ranks: Sequence[int], plans: Sequence[FetchPlan], least: int
 ) -> None:
+    """Sets the `direct` of a node's `ranks`: ranges of at least `least` bytes that no other of them wants."""
     for rank in ranks:
         for file, direct in requests[rank].direct.items():
             others = [requests[other].wanted.get(file, ()) for other in ranks if other != rank]
@@ -84,7 +91,7 @@ def _plan_direct(
 
 
 def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
-    """Leaves each byte in one leader's `bring`, and puts it into the others' `take`."""
+    """Leaves each byte in the `bring` of the leader with the least to fetch, and moves it to `take` in the others."""
     load = dict.fromkeys(leaders, 0)
     for file in dict.fromkeys(name for rank in leaders for name in plans[rank].bring):
         by_rank = {rank: plans[rank].bring.pop(file, []) for rank in leaders}
@@ -100,20 +107,20 @@ def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
                     wanting.append(rank)
             if not wanting:
                 continue
-            giver = min(wanting, key=lambda rank: load[rank])
-            load[giver] += stop - start
+            bringer = min(wanting, key=lambda rank: load[rank])
+            load[bringer] += stop - start
             for rank in wanting:
                 plan = plans[rank]
-                taken = plan.bring if rank == giver else plan.take.setdefault(giver, {})
-                taken.setdefault(file, []).append(ByteRange(start, stop))
+                into = plan.bring if rank == bringer else plan.take.setdefault(bringer, {})
+                into.setdefault(file, []).append(ByteRange(start, stop))
     for rank in leaders:
         for own in (plans[rank].bring, *plans[rank].take.values()):
-            for file, pieces in own.items():
-                own[file] = list(union(pieces))
+            for file, ranges in own.items():
+                own[file] = list(union(ranges))
 
 
 def encode_request(request: FetchRequest) -> Any:
-    """As JSON types, for the way between ranks."""
+    """As JSON types, to be sent to rank 0."""
     return [request.node, _encode(request.wanted), _encode(request.direct)]
 
 
@@ -124,7 +131,7 @@ def decode_request(record: Any) -> FetchRequest:
 
 
 def encode_plan(plan: FetchPlan) -> Any:
-    """As JSON types, for the way between ranks."""
+    """As JSON types, to be sent to its rank."""
     take = [[rank, _encode(ranges)] for rank, ranges in plan.take.items()]
     return [_encode(plan.bring), take, _encode(plan.direct)]
 
@@ -136,7 +143,7 @@ def decode_plan(record: Any) -> FetchPlan:
 
 
 def _encode(ranges: Ranges) -> dict[str, list[int]]:
-    return {file: [edge for one in union(pieces) for edge in one] for file, pieces in ranges.items()}
+    return {file: [edge for one in union(spans) for edge in one] for file, spans in ranges.items()}
 
 
 def _decode(record: Mapping[str, Sequence[int]]) -> dict[str, list[ByteRange]]:

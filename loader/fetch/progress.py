@@ -1,4 +1,4 @@
-"""How far the whole job's download is, on global rank 0: a bar on a terminal, lines now and then else."""
+"""Shows on global rank 0 how far the whole job's download is: a bar on a terminal, else a line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ POLL_S = 0.2
 LINE_EVERY_S = 10.0
 
 Counters = Callable[[], Mapping[int, Mapping[str, float]]]
+"""Returns each rank's counters, as `Channel.counters` does."""
 
 _logger = logging.getLogger("rankload")
 
 
 class JobProgress:
-    """Context manager around a load; shows nothing while nothing is downloaded.
+    """Context manager around a load; shows nothing until something is downloaded.
 
-    `counters` gives each rank's ``bytes_done`` and ``bytes_total``, and rank 0's ``bytes_planned``
-    (`Channel.counters`). Anywhere but on rank
-    0, and with `enabled` False, it does nothing. It always closes its bar and its thread.
+    `counters` returns each rank's ``bytes_done`` and ``bytes_total``, and rank 0's ``bytes_planned``. On other ranks,
+    and with `enabled` False, it does nothing. Its bar and its thread end with the context; what goes wrong in them
+    fails no load.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class JobProgress:
         now = time.monotonic()
         planned = planned_bytes(counters)
         if not self._started or planned > self._planned:
-            # Between two plans nothing is fetched, which is no part of the rate.
+            # The time between two plans, when nothing is fetched, must not lower the rate.
             self._planned, self._since, self._before = planned, now, done if self._started else 0
         if not self._started:
             self._started, self._next_line = now, now + LINE_EVERY_S
@@ -96,28 +97,28 @@ class JobProgress:
 
 
 def job_bytes(counters: Mapping[int, Mapping[str, float]]) -> tuple[int, int]:
-    """Bytes done and bytes in all, over every rank that downloads."""
+    """Bytes that all ranks have fetched, and bytes that they will have fetched in the end."""
     done = sum(int(each.get("bytes_done", 0)) for each in counters.values())
     total = sum(int(each.get("bytes_total", 0)) for each in counters.values())
     return done, max(done, total, planned_bytes(counters))
 
 
 def planned_bytes(counters: Mapping[int, Mapping[str, float]]) -> int:
-    """What all ranks' bytes will add up to by the latest plan, which knows of every node's before any moves."""
+    """The bytes of the whole job by rank 0's latest plan, which counts every node's before any is fetched."""
     return max((int(each.get("bytes_planned", 0)) for each in counters.values()), default=0)
 
 
 def progress_line(done: int, total: int, seconds: float, before: int = 0) -> str:
-    """One plain line, as logs want it; the rate is that of `seconds` since `before` bytes were done."""
+    """One line for a log. The rate is that of the last `seconds`, at whose beginning `before` bytes were done."""
     rate = max(0, done - before) / seconds if seconds > 0 else 0.0
-    left = f", {_spoken_seconds((total - done) / rate)} left" if rate and done < total else ""
+    left = f", {_seconds_text((total - done) / rate)} left" if rate and done < total else ""
     return (
         f"rankload: fetching checkpoint: {done / 1e6:.1f} of {total / 1e6:.1f} MB "
         f"({100 * done / total:.0f} %), {rate / 1e6:.1f} MB/s{left}"
     )
 
 
-def _spoken_seconds(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     """``42 s``, ``3 min 20 s``."""
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

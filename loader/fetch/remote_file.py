@@ -1,4 +1,8 @@
-"""A remote object that comes to this node in parts, as they are asked for: its source, its file, what has landed."""
+"""Fetches ranges of one remote object into a file with holes, and remembers in the cache which ones have landed.
+
+`open_remote_file` is the way in; only the node's leader calls it. Other ranks read the same file by its record
+(`cache.holes.Landed`).
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,11 @@ if TYPE_CHECKING:
     from ..cache.node import NodeCache
 
 BLOCK_BYTES = 64 << 10
-"""What an index is read in."""
+"""An index is fetched in multiples of this."""
 
 
 class RemoteFile:
-    """One object, on the rank that fetches for its node. `close` it; the file stays for as long as its cache entry.
+    """One object that comes in parts, on the rank that fetches it. The file at `path` stays when this is closed.
 
     Raises `BlockingIOError` where another process holds the file at `path`, OSError where the disk refuses.
     """
@@ -48,21 +52,16 @@ class RemoteFile:
 
     @property
     def fetched_bytes(self) -> int:
-        """What has landed from the store since it was opened."""
+        """How many bytes came from the store since this was opened; not those that other ranks gave."""
         return self._partial.landed_bytes - self._taken_bytes
 
     @property
-    def resumed_bytes(self) -> int:
-        """What an earlier process had landed."""
-        return self._partial.resumed_bytes
-
-    @property
     def missing_bytes(self) -> int:
-        """How much of it is not here."""
+        """How many bytes of the object have not landed."""
         return sum(one.length for one in self._partial.missing([ByteRange(0, self.source.size_bytes)]))
 
-    def reading(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> ObjectRead | None:
-        """What is to be read, of the store or of `peer`, so that `ranges` are here; None where all of them are."""
+    def object_read(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> ObjectRead | None:
+        """The read, from the store or from `peer`, that makes all of `ranges` land; None where they have already."""
         whole = ByteRange(0, self.source.size_bytes)
         missing = self._partial.missing(
             ByteRange(max(start, whole.start), min(stop, whole.stop)) for start, stop in ranges
@@ -74,28 +73,28 @@ class RemoteFile:
         return ObjectRead(self.source, missing, self._target, self._landed)
 
     def adopt(self, other: RemoteFile, base: int) -> None:
-        """Takes over what has landed of `other`, in which this object begins at byte `base`."""
+        """Copies what has landed of `other`, in which this object begins at byte `base`."""
         for start, stop in self._partial.missing([ByteRange(0, self.source.size_bytes)]):
             for here in other._partial.landed(ByteRange(base + start, base + stop)):
                 for at in range(here.start, here.stop, BLOCK_BYTES):
                     self._partial.adopt(at - base, other.read(at, min(BLOCK_BYTES, here.stop - at)))
 
     def ensure(self, ranges: Iterable[ByteRange], on_bytes: OnBytes) -> None:
-        """Brings `ranges` here now. Raises as `read_ranges` does."""
-        reading = self.reading(ranges)
-        if reading is not None:
-            read_ranges([reading], on_bytes)
+        """Fetches what is missing of `ranges`, now. Raises as `read_ranges` does."""
+        object_read = self.object_read(ranges)
+        if object_read is not None:
+            read_ranges([object_read], on_bytes)
 
     def opener(self, on_bytes: OnBytes) -> Callable[[str], BinaryIO]:
-        """What opens it for reading, as a file whose parts come when they are read."""
+        """A function like ``open`` for this object: reading the file that it returns fetches what is missing."""
 
         def open_file(path: str) -> BinaryIO:
-            return cast(BinaryIO, io.BufferedReader(_Fetching(self, on_bytes), BLOCK_BYTES))
+            return cast(BinaryIO, io.BufferedReader(_FetchingFile(self, on_bytes), BLOCK_BYTES))
 
         return open_file
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Bytes that are here."""
+        """Bytes that have landed."""
         return self._partial.read(start, nbytes)
 
     def close(self) -> None:
@@ -112,35 +111,6 @@ class RemoteFile:
         self._partial.land(start, stop, self._target.sum_of(start, stop))
 
 
-class _SummedTarget(FileTarget):
-    """Sums what is written while it is in the processor's cache."""
-
-    def __init__(self, path: str, size_bytes: int) -> None:
-        super().__init__(path, size_bytes)
-        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
-        """Thread, and where its run of bytes ends so far, to where it begins and its CRC-32."""
-
-    def take(self, start: int, view: memoryview) -> None:
-        super().take(start, view)
-        thread = threading.get_ident()
-        begin, value = self._sums.pop((thread, start), (start, 0))
-        self._sums[thread, start + len(view)] = (begin, crc32(view, value))
-
-    def sum_of(self, start: int, stop: int) -> int:
-        """The CRC-32 of bytes that this thread has written, of which those up to `stop` were the last."""
-        begin, value = self._sums.pop((threading.get_ident(), stop), (-1, 0))
-        return value if begin == start else self._read_again(start, stop)
-
-    def _read_again(self, start: int, stop: int) -> int:
-        """For what was not written in one go: a stream that began anew."""
-        value = 0
-        with open(self.path, "rb") as file:
-            for position in range(start, stop, BLOCK_BYTES):
-                file.seek(position)
-                value = crc32(file.read(min(BLOCK_BYTES, stop - position)), value)
-        return value
-
-
 def open_remote_file(
     store: Store,
     info: ObjectInfo,
@@ -150,14 +120,17 @@ def open_remote_file(
     described: str,
     on_bytes: OnBytes,
 ) -> RemoteFile:
-    """The object's file in `cache`, with what an earlier load landed in it. Raises as `RemoteFile` does."""
+    """The object's file in `cache`, with what an earlier load landed in it.
+
+    Where another process holds that file, this one gets a file of its own. Raises OSError where the disk refuses.
+    """
 
     def compared(count: int) -> None:
-        # Something moves, and nothing was fetched.
+        # Shows that something moves, without counting as fetched.
         on_bytes(count)
         on_bytes(-count)
 
-    # What has no version can't be told from what it was yesterday.
+    # Without a version, nothing shows that the object is still the same in another load.
     version = source.version or f"load {load_id}"
     size = source.size_bytes
     entry = cache.entry(
@@ -172,14 +145,43 @@ def open_remote_file(
     for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        # Where another job on this node is at it, this one has a file of its own.
+        # BlockingIOError: another job on this node holds the first.
         with contextlib.suppress(BlockingIOError):
             return RemoteFile(source, os.path.join(folder, product_name(described)), compared)
     raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
 
 
-class _Fetching(io.RawIOBase):
-    """A position in a remote file; reading brings what is read here, in whole blocks."""
+class _SummedTarget(FileTarget):
+    """Computes the CRC-32 of what is written, while the bytes are in the processor's cache."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        super().__init__(path, size_bytes)
+        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
+        """Of each thread's consecutive bytes: (thread, end so far) to (start, CRC-32)."""
+
+    def take(self, start: int, view: memoryview) -> None:
+        super().take(start, view)
+        thread = threading.get_ident()
+        begin, value = self._sums.pop((thread, start), (start, 0))
+        self._sums[thread, start + len(view)] = (begin, crc32(view, value))
+
+    def sum_of(self, start: int, stop: int) -> int:
+        """The CRC-32 of ``[start, stop)``, which this thread has just written."""
+        begin, value = self._sums.pop((threading.get_ident(), stop), (-1, 0))
+        return value if begin == start else self._read_again(start, stop)
+
+    def _read_again(self, start: int, stop: int) -> int:
+        """The same, of bytes that were not written consecutively: a stream that began anew."""
+        value = 0
+        with open(self.path, "rb") as file:
+            for position in range(start, stop, BLOCK_BYTES):
+                file.seek(position)
+                value = crc32(file.read(min(BLOCK_BYTES, stop - position)), value)
+        return value
+
+
+class _FetchingFile(io.RawIOBase):
+    """A position in a remote file; reading fetches what has not landed, in whole blocks."""
 
     def __init__(self, file: RemoteFile, on_bytes: OnBytes) -> None:
         super().__init__()

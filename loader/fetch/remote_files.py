@@ -1,4 +1,9 @@
-"""The remote files of one load that come in parts: begun by the rank that fetches for its node, known to all of it."""
+"""Keeps the remote files of one load that come in parts: on the rank that fetches them, and on all ranks of the node.
+
+`RemoteFiles.begin` fetches an object's index, `RemoteFiles.fetch` ranges of objects; only the leader of a node calls
+them. `KnownParts` is what every rank knows: which files come in parts (an `ObjectPart` each), so that a rank may read
+one itself, directly. `InParts` is what `begin` found of one object.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +38,60 @@ if TYPE_CHECKING:
     from ..cache.node import NodeCache
 
 HEAD_AND_TAIL_BYTES = 256 << 10
-"""What is read of a file at first from each end: its pickle and its directory, mostly."""
+"""The first request for a file, from each end: mostly enough for its pickle and its directory."""
 PARALLEL_FROM_BYTES = 32 << 20
-"""From this size on several connections bring a whole object sooner than one."""
+"""From this size on, a whole object is fetched over several connections."""
 GAPS_BYTES = 64 << 10
-"""With so little missing a file may as well be whole: what a full restore leaves is between the records."""
+"""With ``verify="before"``, if no more than this is missing of an object, the rest is fetched too, so that the object's
+own checksum can be compared: a full restore leaves only the gaps between the records."""
 SMALL_ARCHIVE_BYTES = 1 << 20
 """Archives up to this size come whole."""
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
-"""Names of what comes whole, so that the store need not be asked what it can do."""
+"""Suffixes of objects that come whole; for them no range source is opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPart:
+    """Where a file's bytes are: in one version of an object, as the whole of it or (an archive's member) a part."""
+
+    object_name: str
+    size_bytes: int
+    """Of the whole object."""
+    store_version: str | None
+    """The version that the store states (`stores.base.ObjectInfo`)."""
+    version: str | None
+    """The version that the object's range source states."""
+    base: int = 0
+    """Where the file begins in the object."""
+    nbytes: int | None = None
+    """The file's size; None where it is the whole object."""
+
+
+@dataclass(frozen=True)
+class InParts:
+    """An object that comes in parts, of which the index is here."""
+
+    path: str
+    """On this node: its file, or an archive's folder."""
+    kind: Literal["file", "archive"]
+    size_bytes: int
+    fetched_bytes: int
+    """How many bytes this load fetched of it so far."""
+    members: tuple[str, ...] = ()
+    """An archive's regular files, relative to `path`."""
+    parts: Mapping[str, ObjectPart] = field(default_factory=dict)
+    """Of an archive: the members that come in parts, by name. Of a file: the file itself, under ``""``."""
 
 
 class RemoteFiles:
-    """Context manager around a load. On ranks that do not fetch, it only knows which files come in parts."""
+    """Context manager around a load. On ranks that do not fetch for their node, only `known` is filled."""
 
     def __init__(self, checks: WholeChecks | None = None) -> None:
+        """`checks` compare objects that came whole; by default they compare nothing."""
         self.checks = checks or WholeChecks("off")
         self._compared: dict[str, Compared] = {}
         self._files: dict[str, RemoteFile] = {}
-        self._begun: dict[tuple[str, str], InParts] = {}
+        self._in_parts: dict[tuple[str, str], InParts] = {}
         """By store and object."""
         self._archives: dict[str, RemoteArchive] = {}
         self._indexes: dict[str, FileIndex] = {}
@@ -61,7 +101,7 @@ class RemoteFiles:
         self._connections: Connections | None = None
         self._servers = RangeServers()
         self.stopping = Stop()
-        """Set where what is under way is not wanted any more."""
+        """Set when the reads that are under way are to end."""
         self.known = KnownParts(self._shared_connections)
 
     def __enter__(self) -> RemoteFiles:
@@ -77,7 +117,7 @@ class RemoteFiles:
             self._connections.close()
 
     def may_come_in_parts(self, info: ObjectInfo) -> bool:
-        """False where an object comes whole for sure, by its name or its size."""
+        """False where the object's name or size shows that it comes whole."""
         return not (info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info))
 
     def begin(
@@ -88,21 +128,22 @@ class RemoteFiles:
         load_id: str,
         on_bytes: OnBytes,
     ) -> InParts | None:
-        """Opens a torch zip, or a tar that may hold some, and brings its index here; None for anything else.
+        """Opens a torch zip, or a tar that may hold some, and fetches its index.
 
-        One that was begun before, for another rank, is told of as it is. Called from several threads. None for stores
-        without ranges, too. Raises as the store, `read_index` and `archive.unpack` do.
+        None for any other object, and where the store does no ranges: it has to come whole then. An object that was
+        begun before is returned with 0 `fetched_bytes`. May be called from several threads. Raises as the store,
+        `read_index` and `archive.unpack` do.
         """
         with self._lock:
-            begun = self._begun.get((store.identity, info.name))
-        if begun is not None:
-            return replace(begun, fetched_bytes=0)
-        begun = self._begin(store, info, cache, load_id, on_bytes)
-        if begun is not None:
+            in_parts = self._in_parts.get((store.identity, info.name))
+        if in_parts is not None:
+            return replace(in_parts, fetched_bytes=0)
+        in_parts = self._begin(store, info, cache, load_id, on_bytes)
+        if in_parts is not None:
             with self._lock:
-                self._begun[store.identity, info.name] = begun
-                self._objects[begun.path] = store, info
-        return begun
+                self._in_parts[store.identity, info.name] = in_parts
+                self._objects[in_parts.path] = store, info
+        return in_parts
 
     def _begin(
         self, store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, on_bytes: OnBytes
@@ -123,13 +164,15 @@ class RemoteFiles:
             undoing.callback(file.close)
             file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
             kind = sniff(file.read(0, HEAD_BYTES))
-            begun = None
+            in_parts = None
             if kind == "torch-zip":
                 file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
                 index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
                 with self._lock:
                     self._files[file.path], self._indexes[file.path] = file, index
-                begun = InParts(file.path, "file", size, file.fetched_bytes, (), {"": part_of(info, source)})
+                in_parts = InParts(
+                    file.path, "file", size, file.fetched_bytes, (), {"": _part_of(info, source)}
+                )
             elif kind == "tar" and size > SMALL_ARCHIVE_BYTES:
                 archive = open_archive(file, info.name, described, HEAD_AND_TAIL_BYTES, on_bytes)
                 if archive is not None:
@@ -137,25 +180,26 @@ class RemoteFiles:
                         self._files |= {file.path: file, **archive.files}
                         self._indexes |= archive.indexes
                         self._archives[archive.path] = archive
-                    begun = InParts(
+                    in_parts = InParts(
                         archive.path,
                         "archive",
                         size,
                         archive.fetched_bytes,
                         archive.members,
                         {
-                            name: part_of(info, archive.files[os.path.join(archive.path, name)].source)
+                            name: _part_of(info, archive.files[os.path.join(archive.path, name)].source)
                             for name in archive.parts
                         },
                     )
-            if begun is not None:
+            if in_parts is not None:
                 undoing.pop_all()
-            return begun
+            return in_parts
 
     def download(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> bool:
-        """Brings a whole object into a new file at `path`; False where that is not done in ranges.
+        """Downloads a whole object in parallel ranges, into a new file at `path`.
 
-        Raises as `read_ranges` does; what is at `path` then is not all of it.
+        False, and nothing done, where the object is too small for that or its store does no ranges. Raises as
+        `read_ranges` does, and leaves an incomplete file then.
         """
         if 0 <= (info.size_bytes or -1) < PARALLEL_FROM_BYTES:
             return False
@@ -173,11 +217,11 @@ class RemoteFiles:
             source.close()
 
     def stop(self) -> None:
-        """Ends what is under way."""
+        """Ends the reads that are under way."""
         self.stopping.set()
 
     def serve(self, host: str) -> PeerAddress:
-        """Hands out what has landed here to the ranks that fetch for other nodes, until the load ends."""
+        """Serves what has landed here to the leaders of other nodes, until the load ends; the address to ask."""
         if self._server is None:
             self._server = RangeServer(self._served, host)
         return self._server.address
@@ -190,7 +234,7 @@ class RemoteFiles:
         return Served(path, landed.reach, lambda: sum(file.fetched_bytes for file in self._files.values()))
 
     def index(self, path: str, name: str) -> FileIndex:
-        """The index of a local file, or of one that comes in parts, once it was begun."""
+        """The index of a local file, or of one that comes in parts, once it was begun. Messages call it `name`."""
         if path in self._indexes:
             return self._indexes.pop(path)
         return read_index(path, name=name, partial=path in self.known)
@@ -201,16 +245,17 @@ class RemoteFiles:
         on_bytes: OnBytes,
         peer: Callable[[str, int], RangeSource] | None = None,
     ) -> ReadReport:
-        """Brings the `wanted` ranges here, by path; in parallel, over all files. Raises as `read_ranges` does.
+        """Fetches the `wanted` ranges, by path, of all files in parallel. Raises as `read_ranges` does.
 
-        They come from the store, or from what `peer` opens by the file's name and size.
+        They come from the store, or from the source that ``peer(name, size_bytes)`` opens. A file that is whole then is
+        compared with its checksums.
         """
-        readings = []
+        object_reads = []
         for path, ranges in wanted.items():
             file = self._files[path]
             source = peer(self.known.name_of(path), file.source.size_bytes) if peer is not None else None
-            readings.append(file.reading(ranges, source))
-        report = read_ranges([one for one in readings if one is not None], on_bytes)
+            object_reads.append(file.object_read(ranges, source))
+        report = read_ranges([one for one in object_reads if one is not None], on_bytes)
         for path in wanted:
             self._compare_if_whole(path, on_bytes)
         return report
@@ -218,7 +263,7 @@ class RemoteFiles:
     def _compare_if_whole(self, path: str, on_bytes: OnBytes) -> None:
         file = self._files[path]
         if path not in self._objects:
-            # An archive's member: what is told is of the whole archive.
+            # An archive's member: checksums are known of whole objects only.
             return
         if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
             file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)
@@ -226,43 +271,43 @@ class RemoteFiles:
             self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
 
     def compared(self, path: str) -> Compared | None:
-        """What this rank compared all of the file at `path` with; None where it is none of its own."""
+        """What this rank compared all of the file at `path` with; None where this rank did not begin that file."""
         if path not in self._objects:
             return None
         return self._compared.get(path) or Compared((), self.checks.left_out_of_parts(*self._objects[path]))
 
     def missing_bytes(self, wanted: Mapping[str, Sequence[ByteRange]]) -> int:
-        """How many bytes `fetch` would bring."""
+        """How many bytes `fetch` would fetch."""
         return sum(self.missing_by_folder(wanted).values())
 
     def missing_by_folder(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, int]:
-        """How many bytes `fetch` would bring into each cache folder."""
+        """How many bytes `fetch` would put into each cache folder."""
         needed: dict[str, int] = {}
         for path, ranges in wanted.items():
-            reading = self._files[path].reading(ranges)
+            object_read = self._files[path].object_read(ranges)
             folder = folder_of(path) or os.path.dirname(path)
-            missing = sum(stop - start for start, stop in reading.ranges) if reading is not None else 0
+            missing = sum(one.length for one in object_read.ranges) if object_read is not None else 0
             needed[folder] = needed.get(folder, 0) + missing
         return needed
 
     def fetched_by_path(self) -> dict[str, int]:
-        """What this rank brought so far of each file and archive that it began, by its path on this node."""
+        """How many bytes this rank has fetched of each file and archive that it began, by the path on this node."""
         files = {path: file.fetched_bytes for path, file in self._files.items()}
         return files | {path: archive.fetched_bytes for path, archive in self._archives.items()}
 
     @property
     def streamed(self) -> list[str]:
-        """What this rank fetched whole because its server does no ranges, without secrets."""
+        """The objects that came whole because their server does no ranges, as messages call them."""
         return list(self._servers.streamed)
 
     def _source(self, store: Store, info: ObjectInfo) -> RangeSource | None:
-        """None where ranges cannot be had."""
+        """The object's range source; None where its store does no ranges."""
         try:
             return self._servers.open(
                 store, info, lambda: open_range_source(store, info, self._shared_connections())
             )
         except TryAgainError:
-            # The plain way has its own attempts, and tells what it met.
+            # A plain download makes its own attempts, and raises what it meets.
             return None
 
     def _shared_connections(self) -> Connections:
@@ -272,58 +317,11 @@ class RemoteFiles:
             return self._connections
 
 
-def _smallest(info: ObjectInfo) -> int:
-    """The size up to which an object comes whole."""
-    return SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectPart:
-    """An object at one version, or a part of it, for other ranks to open, too."""
-
-    object_name: str
-    size_bytes: int
-    """Of the whole object."""
-    told_version: str | None
-    """As the store tells it (`store.ObjectInfo`)."""
-    version: str | None
-    """As its range source does."""
-    base: int = 0
-    """Where the file begins in the object: an archive's member."""
-    nbytes: int | None = None
-    """Of the file; None where it is the whole object."""
-
-
-@dataclass(frozen=True)
-class InParts:
-    """An object that comes in parts."""
-
-    path: str
-    """On this node: its file, or an archive's folder."""
-    kind: Literal["file", "archive"]
-    size_bytes: int
-    fetched_bytes: int
-    """So far, by this load."""
-    members: tuple[str, ...] = ()
-    """An archive's regular files, relative to `path`."""
-    parts: Mapping[str, ObjectPart] = field(default_factory=dict)
-    """Where those of them come from that come in parts; of a file that does, itself, under ``""``."""
-
-
-def part_of(info: ObjectInfo, source: RangeSource) -> ObjectPart:
-    """Where a source's bytes come from, for other ranks."""
-    if not isinstance(source, WindowSource):
-        return ObjectPart(info.name, source.size_bytes, info.version, source.version)
-    whole = source.whole
-    return ObjectPart(
-        info.name, whole.size_bytes, info.version, whole.version, source.base, source.size_bytes
-    )
-
-
 class KnownParts:
-    """Filled as files are fetched; `connections` gives those that all sources share."""
+    """Which files of this node come in parts, as every rank of the node knows it."""
 
     def __init__(self, connections: Callable[[], Connections]) -> None:
+        """`connections` returns those that all range sources of this rank share."""
         self._connections = connections
         self._known: dict[str, tuple[str, ObjectPart]] = {}
         self._path_of: dict[str, str] = {}
@@ -331,49 +329,47 @@ class KnownParts:
         self._own_bytes: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def note(self, path: str, name: str, origin: ObjectPart) -> None:
-        """The node's file at `path` comes in parts. `name` is what the whole job calls it."""
-        self._known[path] = (name, origin)
+    def note(self, path: str, name: str, part: ObjectPart) -> None:
+        """Says that the node's file at `path` comes in parts; `name` is the same on all ranks of the job."""
+        self._known[path] = (name, part)
         self._path_of[name] = path
 
     def __contains__(self, path: str) -> bool:
         return path in self._known
 
     def name_of(self, path: str) -> str:
-        """What the whole job calls the file at `path`."""
+        """The name, the same on all ranks, of the file at `path`."""
         return self._known[path][0]
 
     def path_of(self, name: str) -> str:
-        """Where the file is on this node."""
+        """The path on this node of the file `name`. Raises `KeyError` where this node does not have it."""
         return self._path_of[name]
 
     def find(self, name: str) -> str | None:
-        """The same; None where this node does not have it."""
+        """As `path_of`; None where this node does not have the file."""
         return self._path_of.get(name)
 
     def open_source(self, store: Store, path: str) -> RangeSource:
-        """The bytes behind the node's file at `path`, for this rank to read itself.
+        """The bytes of the file at `path`, from the store, for this rank to read itself; closed with `KnownParts`.
 
         Raises as `open_range_source` does, and `CorruptError` where the object is another version by now.
         """
-        name, origin = self._known[path]
+        name, part = self._known[path]
         with self._lock:
-            if origin.object_name not in self._sources:
-                self._sources[origin.object_name] = self._open(store, name, origin)
-            source = self._sources[origin.object_name]
-        if origin.nbytes is None:
+            if part.object_name not in self._sources:
+                self._sources[part.object_name] = self._open(store, name, part)
+            source = self._sources[part.object_name]
+        if part.nbytes is None:
             return source
-        return WindowSource(
-            source, origin.base, origin.nbytes, object_name=origin.object_name, described=name
-        )
+        return WindowSource(source, part.base, part.nbytes, object_name=part.object_name, described=name)
 
     def add_fetched(self, by_path: Mapping[str, int]) -> None:
-        """Notes what this rank read of files past the node's."""
+        """Adds the bytes that this rank read directly, by the path of their file on this node."""
         for path, n_bytes in by_path.items():
             self._own_bytes[path] = self._own_bytes.get(path, 0) + n_bytes
 
     def own_bytes(self, path: str) -> int:
-        """What this rank read for itself alone of the file at `path`, or of the archive whose folder that is."""
+        """How many bytes this rank read directly of the file at `path`, or of the archive whose folder that is."""
         return sum(
             n_bytes
             for each, n_bytes in self._own_bytes.items()
@@ -381,21 +377,36 @@ class KnownParts:
         )
 
     def close(self) -> None:
-        """Closes the sources."""
+        """Closes the sources that `open_source` opened."""
         for source in self._sources.values():
             source.close()
 
-    def _open(self, store: Store, name: str, origin: ObjectPart) -> RangeSource:
-        info = ObjectInfo(origin.object_name, origin.size_bytes, origin.told_version)
+    def _open(self, store: Store, name: str, part: ObjectPart) -> RangeSource:
+        info = ObjectInfo(part.object_name, part.size_bytes, part.store_version)
         try:
             source = open_range_source(store, info, self._connections())
         except TryAgainError as error:
             raise error.error from error
-        if source is None or (source.version, source.size_bytes) != (origin.version, origin.size_bytes):
+        if source is None or (source.version, source.size_bytes) != (part.version, part.size_bytes):
             got = "nothing" if source is None else f"{source.size_bytes} bytes, version {source.version}"
             raise CorruptError(
-                f"{name}: changed while it was loaded: expected {origin.size_bytes} bytes, version "
-                f"{origin.version}, got {got}",
+                f"{name}: changed while it was loaded: expected {part.size_bytes} bytes, version "
+                f"{part.version}, got {got}",
                 path=name,
             )
         return source
+
+
+def _smallest(info: ObjectInfo) -> int:
+    """The size up to which an object of this name comes whole."""
+    return SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
+
+
+def _part_of(info: ObjectInfo, source: RangeSource) -> ObjectPart:
+    """Where the bytes of `source` are, for other ranks to open."""
+    if not isinstance(source, WindowSource):
+        return ObjectPart(info.name, source.size_bytes, info.version, source.version)
+    whole = source.whole
+    return ObjectPart(
+        info.name, whole.size_bytes, info.version, whole.version, source.base, source.size_bytes
+    )

@@ -1,4 +1,4 @@
-"""Before bytes move: every node tells what it is to fetch, into which folder, and whether that has room."""
+"""Checks on all nodes, before anything is fetched, that each cache folder has room for what is to go into it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ def agree_on_room(
     needed: Mapping[str, int],
     stage: str,
     *,
-    beside: int = 0,
+    direct_bytes: int = 0,
 ) -> int:
-    """Makes room for the bytes that are `needed` on this node, by folder; the whole job's bytes, done and to come.
+    """Makes room for the `needed` bytes of this node, by folder. Returns all bytes of the job, fetched and planned.
 
-    This rank fetches bytes `beside` those, which need no room in a folder.
+    `direct_bytes` are those that this rank will fetch into its own memory: they count, and need no room in a folder.
 
-    Every rank must call; those that do not fetch for their node with nothing. Raises, on every rank, one `AccessError`
-    that names each node and folder whose room does not suffice, with what can be evicted counted in. Nothing has been
-    evicted then.
+    Every rank must call; those that do not fetch for their node give {}. Raises, on every rank, one `AccessError` that
+    names each node and folder whose room does not suffice even after eviction. Nothing has been evicted then.
     """
     done = int(channel.counters().get(channel.rank, {}).get("bytes_done", 0))
     report = {
         "node": node,
         "host": channel.host,
-        "done": done + beside,
+        "done": done + direct_bytes,
         "rooms": [asdict(room) for room in cache.room(needed)],
     }
     planned = channel.decide(f"{stage}: room", report, lambda reports: _judge(stage, reports))
@@ -47,21 +46,21 @@ def agree_on_room(
 
 
 def _judge(stage: str, reports: Sequence[Mapping[str, Any]]) -> int:
-    told = [(one["node"], one["host"], Room(**room)) for one in reports for room in one["rooms"]]
-    short = [one for one in told if not one[2].fits]
+    rooms = [(one["node"], one["host"], Room(**room)) for one in reports for room in one["rooms"]]
+    short = [one for one in rooms if not one[2].fits]
     if short:
         raise AccessError(
-            f"{stage}: {'; '.join(_spoken(*one) for one in short)}; nothing was changed; set "
+            f"{stage}: {'; '.join(_room_text(*one) for one in short)}; nothing was changed; set "
             f"{_remedy([room for _, _, room in short])}",
             path=short[0][2].folder,
         )
-    for node, host, room in told:
+    for node, host, room in rooms:
         if room.needed_bytes:
-            _logger.info("%s: %s", stage, _spoken(node, host, room))
-    return sum(int(one["done"]) for one in reports) + sum(room.needed_bytes for _, _, room in told)
+            _logger.info("%s: %s", stage, _room_text(node, host, room))
+    return sum(int(one["done"]) for one in reports) + sum(room.needed_bytes for _, _, room in rooms)
 
 
-def _spoken(node: int, host: str, room: Room) -> str:
+def _room_text(node: int, host: str, room: Room) -> str:
     return (
         f"node {node} ({host}) is to fetch {room.needed_bytes:,} bytes into {room.folder}, where "
         f"{room.free_bytes:,} are free"

@@ -1,4 +1,8 @@
-"""One round of fetching parts: dealt to the ranks by rank 0, and brought by those that fetch for their nodes."""
+"""Plans and runs one round of fetching parts: all ranks state what they want, rank 0 plans, nodes' leaders fetch.
+
+`plan_round` is the agreement, in which `plan.plan_fetch` decides; the `FetchRound` that it returns is this rank's share
+of the work.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +31,29 @@ from .room_check import agree_on_room
 from .whole import Tally
 
 WantedRanges = dict[str, list[ByteRange]]
-"""Path on this node to the ranges of its file."""
+"""Ranges of files, by the files' paths on this node."""
 
 
 @dataclass
 class Parts:
-    """What one rank wants of remote files."""
+    """The ranges of remote files that one rank wants."""
 
     wanted: WantedRanges = field(default_factory=dict)
     direct: WantedRanges = field(default_factory=dict)
-    """Of `wanted`, what can come straight into this rank's tensors."""
+    """The part of `wanted` that can be fetched directly into this rank's tensors."""
 
 
 @dataclass
 class FetchRound:
-    """What this rank is to fetch: for its node, and for itself."""
+    """What this rank is to fetch in one round. False where `run` has nothing to do: on all ranks that do not lead."""
 
     opening: Opening
     bring: WantedRanges
-    """From the store to the node's files."""
+    """From the store into the node's files."""
     take: list[tuple[int, PeerAddress, WantedRanges]]
-    """From other nodes' first ranks."""
+    """From other nodes' files, by the rank that leads the node."""
     direct: DirectReads
-    """What this rank reads from the store as it restores."""
+    """From the store into this rank's tensors, while it restores; not by `run`."""
 
     def __bool__(self) -> bool:
         return bool(self.bring or self.take)
@@ -63,7 +67,10 @@ class FetchRound:
         return needed
 
     def run(self) -> int:
-        """Brings all but `direct`; the bytes that came from the store. Raises as `read_ranges` does."""
+        """Fetches `bring` and `take`, and returns how many bytes came from the store.
+
+        Raises as `read_ranges` does, and `StalledError` where nothing arrives.
+        """
         remote = self.opening.remote
         from_store = remote.missing_bytes(self.bring)
         from_peers = [remote.missing_bytes(wanted) for _, _, wanted in self.take]
@@ -74,7 +81,7 @@ class FetchRound:
         brought: list[int] = []
 
         def bring(stop: Stop) -> None:
-            report = remote.fetch(self.bring, _both(stop, tally.of("parts", remote.stopping)[0]))
+            report = remote.fetch(self.bring, _stoppable(stop, tally.of("parts", remote.stopping).arrived))
             tally.settle("parts", report.read_bytes, report.read_bytes)
             brought.append(report.read_bytes)
 
@@ -82,7 +89,7 @@ class FetchRound:
         for (rank, address, wanted), n_bytes in zip(self.take, from_peers, strict=True):
             tally.expect(f"from rank {rank}", n_bytes)
             jobs.append(self._taking(rank, address, wanted, tally))
-        # At the same time, for nodes take from each other: none may wait with its own until it has the others'.
+        # All at once: nodes take from each other, and would wait for ever if each first waited for the others' bytes.
         run_jobs(jobs, watch.tick, n_threads=len(jobs))
         watch.tick()
         return sum(brought)
@@ -90,6 +97,7 @@ class FetchRound:
     def _taking(
         self, rank: int, address: PeerAddress, wanted: WantedRanges, tally: Tally
     ) -> Callable[[Stop], None]:
+        """A job that fetches `wanted` from the node of `rank`."""
         remote, host = self.opening.remote, self.opening.session.channel.host
         sources: list[PeerSource] = []
 
@@ -103,7 +111,9 @@ class FetchRound:
         def take(stop: Stop) -> None:
             name = f"from rank {rank}"
             try:
-                report = remote.fetch(wanted, _both(stop, tally.of(name, remote.stopping)[0]), open_peer)
+                report = remote.fetch(
+                    wanted, _stoppable(stop, tally.of(name, remote.stopping).arrived), open_peer
+                )
             finally:
                 for source in sources:
                     source.close()
@@ -113,33 +123,33 @@ class FetchRound:
 
 
 def plan_round(opening: Opening, parts: Parts, stage: str) -> FetchRound:
-    """What this rank is to do so that all ranks get what they want. Every rank must call.
+    """This rank's share of fetching what all ranks want. Every rank must call, whatever it wants.
 
-    Raises, on all ranks alike, `AccessError` where a node has no room for it.
+    Raises, on all ranks alike, `AccessError` where a node has no room for its files.
     """
     session, remote = opening.session, opening.remote
     mode = opening.request.options.mode or "node"
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
     request = FetchRequest(
-        session.topology.node_rank, _named(opening, parts.wanted), _named(opening, parts.direct)
+        session.topology.node_rank, _by_name(opening, parts.wanted), _by_name(opening, parts.direct)
     )
     address = remote.serve(session.channel.host).as_record() if serves else None
 
-    def deal(told: Sequence[Any]) -> list[Any]:
-        plans = plan_fetch([decode_request(request) for request, _ in told], mode)
-        return [[encode_plan(one), [[rank, told[rank][1]] for rank in one.take]] for one in plans]
+    def deal(records: Sequence[Any]) -> list[Any]:
+        plans = plan_fetch([decode_request(request) for request, _ in records], mode)
+        return [[encode_plan(one), [[rank, records[rank][1]] for rank in one.take]] for one in plans]
 
-    dealt, addresses = session.channel.deal(f"{stage}: ranges", [encode_request(request), address], deal)
-    plan: FetchPlan = decode_plan(dealt)
-    peers = {rank: PeerAddress.from_record(record) for rank, record in addresses}
+    record, addresses = session.channel.deal(f"{stage}: ranges", [encode_request(request), address], deal)
+    plan: FetchPlan = decode_plan(record)
+    peers = {rank: PeerAddress.from_record(peer) for rank, peer in addresses}
     fetch_round = FetchRound(
         opening,
-        _placed(opening, plan.bring),
-        [(rank, peers[rank], _placed(opening, wanted)) for rank, wanted in plan.take.items()],
+        _by_path(opening, plan.bring),
+        [(rank, peers[rank], _by_path(opening, wanted)) for rank, wanted in plan.take.items()],
         DirectReads(
-            _placed(opening, plan.direct),
+            _by_path(opening, plan.direct),
             lambda path: remote.known.open_source(opening.store, path),
-            _telling(opening),
+            _count_direct(opening),
             n_neighbours=session.topology.local_world_size,
         ),
     )
@@ -149,16 +159,16 @@ def plan_round(opening: Opening, parts: Parts, stage: str) -> FetchRound:
         opening.cache,
         fetch_round.room(),
         stage,
-        beside=fetch_round.direct.nbytes,
+        direct_bytes=fetch_round.direct.nbytes,
     )
     if session.topology.rank == 0:
-        # Known here at once, while what the others count comes with their beats.
+        # Rank 0 knows it now, while the other ranks' counts arrive with their heartbeats.
         session.channel.progress(bytes_planned=planned)
     return fetch_round
 
 
-def _named(opening: Opening, wanted: WantedRanges) -> WantedRanges:
-    """By what the whole job calls the files, those that come in parts."""
+def _by_name(opening: Opening, wanted: WantedRanges) -> WantedRanges:
+    """The ranges of files that come in parts, by names that are the same on all ranks."""
     return {
         opening.remote.known.name_of(path): ranges
         for path, ranges in wanted.items()
@@ -166,12 +176,13 @@ def _named(opening: Opening, wanted: WantedRanges) -> WantedRanges:
     }
 
 
-def _placed(opening: Opening, ranges: WantedRanges) -> WantedRanges:
-    return {opening.remote.known.path_of(name): pieces for name, pieces in ranges.items()}
+def _by_path(opening: Opening, wanted: WantedRanges) -> WantedRanges:
+    """The reverse of `_by_name`."""
+    return {opening.remote.known.path_of(name): ranges for name, ranges in wanted.items()}
 
 
-def _telling(opening: Opening) -> Callable[[int], None]:
-    """Tells the channel of bytes that this rank reads for itself, in its own thread."""
+def _count_direct(opening: Opening) -> Callable[[int], None]:
+    """What `DirectReads` is to call as bytes arrive: counts them, and reports them to the channel."""
     watches: list[FetchWatch] = []
 
     def on_bytes(count: int) -> None:
@@ -180,13 +191,15 @@ def _telling(opening: Opening) -> Callable[[int], None]:
             watches.append(FetchWatch(channel, Tally(channel.counters().get(channel.rank, {}))))
             watches[0].tally.expect("own parts", 0)
         tally = watches[0].tally
-        tally.of("own parts", opening.remote.stopping)[0](count)
+        tally.of("own parts", opening.remote.stopping).arrived(count)
         watches[0].tick()
 
     return on_bytes
 
 
-def _both(stop: Stop, arrived: Callable[[int], None]) -> Callable[[int], None]:
+def _stoppable(stop: Stop, arrived: Callable[[int], None]) -> Callable[[int], None]:
+    """`arrived`, which raises once `stop` is set."""
+
     def on_bytes(count: int) -> None:
         stop.check()
         arrived(count)

@@ -1,7 +1,10 @@
-"""A remote tar's members as a folder on this node: large torch files come in parts, all else whole.
+"""Makes the members of a remote tar files on this node: large torch files come in parts, all others whole.
 
-<name>                 the tar, with holes: what its headers were read in, and its small members
-<name>.members/        a file for each member; beside those that come in parts, what of them has landed
+    <name>             the tar, with holes: the blocks that its headers are in, and its small members, have landed
+    <name>.members/    a file for each member, and ``.landed`` records of those that come in parts
+
+`open_archive` reads the tar's headers (`read_members`) by hopping from one to the next. Then it fetches small members
+whole, and of each large torch file the index.
 """
 
 from __future__ import annotations
@@ -24,12 +27,35 @@ from .archive import checked_members, file_and_folder, write_member
 from .remote_file import BLOCK_BYTES, RemoteFile
 
 MOST_LARGE_MEMBERS = 128
-"""Each is a few open files for as long as the load goes on."""
+"""Each keeps a few files open until the load ends."""
+SMALL_MEMBER_BYTES = 512 << 10
+"""Members up to this size come whole, and out of the tar's own file."""
+MOST_AT_ONCE = 16 << 20
+"""The most bytes that are read ahead where headers are close to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file or folder of an archive."""
+
+    name: str
+    """Relative, and safe to be made inside a folder."""
+    offset: int
+    """Of its contents, from the start of the archive, in bytes."""
+    size_bytes: int
+    is_folder: bool = False
+    kind: str = ""
+    """The kind of a file larger than `SMALL_MEMBER_BYTES`, by `sniff`."""
+
+    @property
+    def span(self) -> ByteRange:
+        """Its contents' bytes in the archive."""
+        return ByteRange(self.offset, self.offset + self.size_bytes)
 
 
 @dataclass(frozen=True)
 class RemoteArchive:
-    """What was begun of an archive; its files are closed by whoever has it."""
+    """A tar whose members come in parts or have come whole. The caller closes `tar` and `files`."""
 
     path: str
     """Its folder on this node."""
@@ -45,17 +71,17 @@ class RemoteArchive:
 
     @property
     def fetched_bytes(self) -> int:
-        """Headers, small members and what has landed of the large ones."""
+        """How many bytes came from the store: headers, small members, and what has landed of the large ones."""
         return self.tar.fetched_bytes + sum(file.fetched_bytes for file in self.files.values())
 
 
 def open_archive(
     tar: RemoteFile, object_name: str, described: str, edge_bytes: int, on_bytes: OnBytes
 ) -> RemoteArchive | None:
-    """Brings the headers of the remote `tar`, its small members, and of each large torch file the index.
+    """Fetches the headers of the remote `tar`, its small members, and of each large torch file the index.
 
-    That is read in its first and last `edge_bytes` mostly. None where the archive has to come whole: more large
-    members than can be kept open, or names that records of what has landed need for themselves.
+    A large torch file's first and last `edge_bytes` are fetched at once; mostly they hold the index. None where the
+    archive has to come whole: it has more large members than can be kept open, or one whose name ends in ``.landed``.
 
     Raises as `archive.unpack` and `read_ranges` do.
     """
@@ -96,7 +122,27 @@ def open_archive(
     )
 
 
+def read_members(file: RemoteFile, described: str, on_bytes: OnBytes) -> list[Member]:
+    """The members of the plain tar `file`, in order, without the root.
+
+    Refuses what `archive.unpack` refuses. Raises as that and `read_ranges` do, before any member is written.
+    """
+    hops = _Hops(file, on_bytes)
+    size = file.source.size_bytes
+    found: list[Member] = []
+    tree = _Tree(described)
+    with checked_members(hops.read, described, size=size, limit=size, skip=hops.skip) as (_, checked):
+        for info, name in checked:
+            if not name:
+                continue
+            tree.add(name, is_folder=info.isdir())
+            kind = sniff(hops.peek(HEAD_BYTES)) if info.size > SMALL_MEMBER_BYTES else ""
+            found.append(Member(name, info.offset_data, info.size, info.isdir(), kind))
+    return found
+
+
 def _is_taken(name: str) -> bool:
+    """Whether `name` could be that of a record of what has landed."""
     return any(part.endswith(landed_record("")) for part in name.split("/"))
 
 
@@ -108,7 +154,7 @@ def _bring(
     edge_bytes: int,
     on_bytes: OnBytes,
 ) -> None:
-    """Small members, and of large ones their beginnings and ends, or all of them; over connections side by side."""
+    """Fetches in parallel the small members, both ends of large torch files, and all of other large members."""
     wanted = [(tar, [one.span for one in small])]
     for one in large:
         if one.kind == "torch-zip":
@@ -116,9 +162,9 @@ def _bring(
         else:
             ends = [ByteRange(0, one.size_bytes)]
         wanted.append((files[one.name], ends))
-    readings = [found for file, ranges in wanted if (found := file.reading(ranges)) is not None]
+    object_reads = [found for file, ranges in wanted if (found := file.object_read(ranges)) is not None]
     needed = sum(one.size_bytes for one in small)
-    needed += sum(stop - start for one in readings for start, stop in one.ranges)
+    needed += sum(span.length for one in object_reads for span in one.ranges)
     free = free_bytes_of(os.path.dirname(tar.path))
     if needed > free:
         raise AccessError(
@@ -126,11 +172,11 @@ def _bring(
             "cache_dir to a folder with more",
             path=tar.source.describe(),
         )
-    read_ranges(readings, on_bytes)
+    read_ranges(object_reads, on_bytes)
 
 
 def _write_again(tar: RemoteFile, member: Member, folder: str, described: str) -> None:
-    """Writes a small member out of the tar, in the place of what an earlier process may have written of it."""
+    """Writes a small member out of the tar's file, and replaces what an earlier process may have written of it."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(folder, member.name))
     write_member(_reader(tar, member), folder, member.name, member.size_bytes, described)
@@ -162,55 +208,16 @@ def _indexes(
                 file.path, name=file.source.describe(), open_file=file.opener(on_bytes), partial=True
             )
         except (CorruptError, FormatError, UnsafeError):
-            # It may be another kind of zip, or nobody's business. Whoever reads it tells what is wrong.
+            # It may be another kind of zip, or never be read. If it is, its reader raises what is wrong with it.
             file.ensure([ByteRange(0, one.size_bytes)], on_bytes)
     return found
 
 
-SMALL_MEMBER_BYTES = 512 << 10
-"""Members up to this size come whole."""
-MOST_AT_ONCE = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file or folder of an archive."""
-
-    name: str
-    """Safe to be made below a folder."""
-    offset: int
-    """Of its data, from the start of the archive."""
-    size_bytes: int
-    is_folder: bool = False
-    kind: str = ""
-    """Of a file larger than `SMALL_MEMBER_BYTES`: what `sniff` says of it."""
-
-    @property
-    def span(self) -> ByteRange:
-        return ByteRange(self.offset, self.offset + self.size_bytes)
-
-
-def read_members(file: RemoteFile, described: str, on_bytes: OnBytes) -> list[Member]:
-    """The members of the plain tar `file`, in order, the root left out; the rules are those of `archive.unpack`.
-
-    Raises as `unpack` and `read_ranges` do; nothing has been written for a member then.
-    """
-    hops = _Hops(file, on_bytes)
-    size = file.source.size_bytes
-    found: list[Member] = []
-    tree = _Tree(described)
-    with checked_members(hops.read, described, size=size, limit=size, skip=hops.skip) as (_, checked):
-        for info, name in checked:
-            if not name:
-                continue
-            tree.add(name, is_folder=info.isdir())
-            kind = sniff(hops.peek(HEAD_BYTES)) if info.size > SMALL_MEMBER_BYTES else ""
-            found.append(Member(name, info.offset_data, info.size, info.isdir(), kind))
-    return found
-
-
 class _Hops:
-    """A position in a remote tar."""
+    """A position in a remote tar, which skips contents without fetching them.
+
+    What is read ahead doubles while headers follow each other closely, and starts small again after a long skip.
+    """
 
     def __init__(self, file: RemoteFile, on_bytes: OnBytes) -> None:
         self._file = file
@@ -232,7 +239,7 @@ class _Hops:
         stop = min(start + size, end)
         if start >= stop:
             return b""
-        if self._file.reading([ByteRange(start, stop)]) is not None:
+        if self._file.object_read([ByteRange(start, stop)]) is not None:
             if start - self._read_to > SMALL_MEMBER_BYTES:
                 self._read_to, self._block = start, BLOCK_BYTES
             else:
@@ -244,7 +251,7 @@ class _Hops:
 
 
 class _Tree:
-    """Refuses a name that is a file and a folder at once, as the file system does while an archive is unpacked."""
+    """Refuses a name that is a file and a folder at once; while `unpack` writes, the file system refuses it."""
 
     def __init__(self, described: str) -> None:
         self._described = described

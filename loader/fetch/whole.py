@@ -1,4 +1,9 @@
-"""One object becomes one file, or one folder of files, on this node."""
+"""Obtains one object on this node: a file, or of an archive a folder of files. Runs on the node's leader only.
+
+`obtain` uses a local file where it lies. Of a remote object it begins to fetch parts (`remote_files`) or downloads the
+whole into the cache. Tars and compressed files, local ones too, are unpacked into the cache. A `Tally` counts bytes
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..cache.folder import folder_of
 from ..cache.node import CacheEntry, NodeCache
@@ -26,30 +31,42 @@ if TYPE_CHECKING:
 
 _COPY = 1 << 20
 _EXPANDS = {".tar": 2, ".tgz": 4, ".gz": 4, ".bz2": 4, ".xz": 4, ".lzma": 4, ".zst": 4}
-"""How much room a name asks for, in times its size: for itself, and for what is most likely in it."""
-Told = tuple[OnBytes, OnBytes, OnBytes]
-"""Called as bytes arrive, as they are unpacked, and with the size of what turns out to come whole."""
+"""How many times its size an object needs in the cache, by its name: for itself, and for what is likely in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Obtained:
+    """An object, or its index, on this node; fields without a comment are those of `files.FetchedFile`."""
+
     object_name: str
+    """After links were followed."""
     path: str
     kind: Literal["file", "archive"]
     size_bytes: int
     fetched_bytes: int
     members: tuple[str, ...]
     partial: bool = False
-    """Whether it was not fetched whole (`remote_files`)."""
+    """Whether it comes in parts."""
     parts: Mapping[str, ObjectPart] = field(default_factory=dict)
-    """Where those files come from of which the index alone was fetched so far; see `fetch.FetchedFile`."""
     compared: Compared = NOTHING
 
 
+class OnProgress(NamedTuple):
+    """What to call as the work on one object goes on. The first two raise once the work is to end."""
+
+    arrived: OnBytes
+    """With the bytes that were just fetched."""
+    unpacked: OnBytes
+    """With the bytes that were just unpacked or compared."""
+    comes_whole: OnBytes
+    """With the object's size, once it is known not to come in parts."""
+
+
 class Tally:
-    """Bytes per file, added to by workers and read by whoever watches; continues an earlier fetch's sums."""
+    """Counts bytes per file: worker threads add, the thread that watches them reads."""
 
     def __init__(self, before: Mapping[str, float]) -> None:
+        """`before` are this rank's counters so far, which are added to."""
         self._before_done = int(before.get("bytes_done", 0))
         self._before_total = int(before.get("bytes_total", 0))
         self._done: dict[str, int] = {}
@@ -58,11 +75,11 @@ class Tally:
         """Grows whenever anything moves, unpacking included."""
 
     def expect(self, name: str, size: int | None) -> None:
+        """Counts `size` bytes as still to come for `name`."""
         self._done[name], self._total[name] = 0, size or 0
 
-    def of(self, name: str, stop: Stop) -> Told:
-        """What to call as bytes of `name` arrive, as it is unpacked, both of which raise once work is given up, and
-        once it is known to come whole."""
+    def of(self, name: str, stop: Stop) -> OnProgress:
+        """What to call as the work on `name` goes on; raises once `stop` is set."""
 
         def arrived(n_bytes: int) -> None:
             stop.check()
@@ -74,13 +91,13 @@ class Tally:
             stop.check()
             self.moved += 1
 
-        def whole(n_bytes: int) -> None:
+        def comes_whole(n_bytes: int) -> None:
             self._total[name] = n_bytes
 
-        return arrived, unpacked, whole
+        return OnProgress(arrived, unpacked, comes_whole)
 
     def settle(self, name: str, size: int, fetched: int) -> None:
-        """`name` is here; where nothing moved for it, it is not counted at all."""
+        """Ends the count of `name`, which is here: `size` bytes are done; none where nothing was fetched for it."""
         self.moved += 1
         if self._done.get(name) or fetched:
             self._done[name] = self._total[name] = max(size, fetched)
@@ -88,13 +105,13 @@ class Tally:
             self._total[name] = 0
 
     def counters(self) -> dict[str, float]:
-        """For the channel; absent while nothing has to be downloaded."""
+        """This rank's ``bytes_done`` and ``bytes_total``, for the channel; {} while nothing has to be fetched."""
         done = self._before_done + sum(self._done.values())
         total = self._before_total + sum(self._total.values())
         return {"bytes_done": done, "bytes_total": max(done, total)} if total or done else {}
 
     def unfinished(self) -> str:
-        """The files under way, with how far they are, for messages."""
+        """The files that are being fetched and how far they are, for messages."""
         names = [name for name, total in self._total.items() if self._done[name] < total or not total]
         shown = [f"{os.path.basename(name)} at byte {self._done[name]}" for name in names[:4]]
         return ", ".join(shown) or "waiting for the store"
@@ -106,23 +123,27 @@ def obtain(
     cache: NodeCache,
     remote: RemoteFiles | None,
     load_id: str,
-    told: Told,
+    on: OnProgress,
 ) -> Obtained:
-    """The object `info` on this node, or its index; see `fetch.fetch_files` for what is raised."""
+    """The object `info` on this node, or its index where it comes in parts.
+
+    Without `remote` every object comes whole and is compared with nothing. Raises the errors that `files.fetch_files`
+    names for the store, the cache and the archives.
+    """
     checks = WholeChecks("off") if remote is None else remote.checks
     if store.is_local:
-        return _obtain_local(store, info, cache, checks, told)
+        return _obtain_local(store, info, cache, checks, on)
     try:
-        return _obtain_remote(store, info, cache, remote, load_id, told)
+        return _obtain_remote(store, info, cache, remote, load_id, on)
     except NotFoundError:
         link = None if info.certain else resolve_link(store, info.name)
         if link is None:
             raise
-        return _obtain_remote(store, link.info, cache, remote, load_id, told)
+        return _obtain_remote(store, link.info, cache, remote, load_id, on)
 
 
 def _obtain_local(
-    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, told: Told
+    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, on: OnProgress
 ) -> Obtained:
     path = store.local_path(info.name)
     size = info.size_bytes or 0
@@ -132,15 +153,15 @@ def _obtain_local(
     except OSError as error:
         raise AccessError(f"{path}: can't be read: {error.strerror}", path=path) from error
     if kind != "tar" and kind not in COMPRESSED:
-        compared = checks.compare_in_place(store, info, path, told[1])
+        compared = checks.compare_in_place(store, info, path, on.unpacked)
         return Obtained(info.name, path, "file", size, 0, (), compared=compared)
 
     def produce(target: str) -> dict[str, Any]:
-        compared = checks.compare(store, info, path, told[1])
-        return {**_prepare(path, target, path, cache, told[1]), "compared": compared.as_details()}
+        compared = checks.compare(store, info, path, on.unpacked)
+        return {**_prepare(path, target, path, cache, on.unpacked), "compared": compared.as_details()}
 
     entry = cache.entry(path, *identity, nbytes=size * _expands(path))
-    filled = entry.fill("object", path, _on_disk(produce), told[1])
+    filled = entry.fill("object", path, _on_disk(produce), on.unpacked)
     return _obtained(info.name, filled.path, filled.details, size, 0)
 
 
@@ -150,17 +171,25 @@ def _obtain_remote(
     cache: NodeCache,
     remote: RemoteFiles | None,
     load_id: str,
-    told: Told,
+    on: OnProgress,
 ) -> Obtained:
     described = store.describe(info.name)
-    begun = None
+    in_parts = None
     if remote is not None:
         with _disk_errors(cache.folder):
-            begun = remote.begin(store, info, cache, load_id, told[0])
-    if begun is not None:
-        size, fetched = begun.size_bytes, begun.fetched_bytes
-        return Obtained(info.name, begun.path, begun.kind, size, fetched, begun.members, True, begun.parts)
-    told[2](info.size_bytes or 0)
+            in_parts = remote.begin(store, info, cache, load_id, on.arrived)
+    if in_parts is not None:
+        return Obtained(
+            info.name,
+            in_parts.path,
+            in_parts.kind,
+            in_parts.size_bytes,
+            in_parts.fetched_bytes,
+            in_parts.members,
+            partial=True,
+            parts=in_parts.parts,
+        )
+    on.comes_whole(info.size_bytes or 0)
     entry = whole_entry(store, info, cache, load_id)
     fetched = 0
 
@@ -174,31 +203,31 @@ def _obtain_remote(
                 path=described,
             )
         raw = f"{target}.download"
-        if remote is None or not remote.download(store, info, raw, told[0]):
-            store.download(info.name, raw, told[0], info)
+        if remote is None or not remote.download(store, info, raw, on.arrived):
+            store.download(info.name, raw, on.arrived, info)
         fetched = os.path.getsize(raw)
-        compared = remote.checks.compare(store, info, raw, told[1]) if remote is not None else NOTHING
-        details = _prepare(raw, target, described, cache, told[1])
+        compared = remote.checks.compare(store, info, raw, on.unpacked) if remote is not None else NOTHING
+        details = _prepare(raw, target, described, cache, on.unpacked)
         if not details:
             os.replace(raw, target)
         else:
             os.unlink(raw)
         return {**details, "size": fetched, "compared": compared.as_details()}
 
-    filled = entry.fill("object", described, _on_disk(produce), told[0])
+    filled = entry.fill("object", described, _on_disk(produce), on.arrived)
     size = int(filled.details.get("size", -1))
     obtained = _obtained(info.name, filled.path, filled.details, size, fetched)
     as_stored = obtained.kind == "file" and "decompressed" not in filled.details
     if remote is not None and as_stored and not remote.checks.is_done(store, info, obtained.compared):
-        # An earlier load brought it here, and had less to compare it with.
-        compared = remote.checks.compare(store, info, obtained.path, told[1])
+        # An earlier load fetched it, and had fewer checksums to compare it with.
+        compared = remote.checks.compare(store, info, obtained.path, on.unpacked)
         return replace(obtained, compared=compared)
     return obtained
 
 
 def whole_entry(store: Store, info: ObjectInfo, cache: NodeCache, load_id: str) -> CacheEntry:
-    """The entry of a remote object that comes whole."""
-    # What has no version, or no size, can't be told from what it was yesterday.
+    """The cache entry of a remote object that comes whole."""
+    # Without a version and a size, nothing shows that the object is still the same in another load.
     lasting = info.version is not None and info.size_bytes is not None
     return cache.entry(
         store.describe(info.name),
@@ -218,7 +247,7 @@ def whole_bytes(
     remote: RemoteFiles | None,
     load_id: str,
 ) -> dict[str, int]:
-    """What those of `infos` need in each cache folder that come whole for sure, and are not there."""
+    """The bytes that each cache folder needs for those of `infos` that surely come whole and are not in it."""
     needed: dict[str, int] = {}
     for info in infos:
         if info is None or not info.certain or info.size_bytes is None:
@@ -249,7 +278,7 @@ def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetch
 
 
 def _prepare(raw: str, target: str, described: str, cache: NodeCache, on_bytes: OnBytes) -> dict[str, Any]:
-    """Unpacks or decompresses `raw` to `target`; empty where it is neither and `raw` itself will do."""
+    """Unpacks or expands `raw` to `target`; {} where `raw` is no archive and not compressed, and is used itself."""
     kind = sniff(raw)
     limit = cache.free_bytes(target)
     with _named(raw, described):
@@ -269,7 +298,7 @@ def _prepare(raw: str, target: str, described: str, cache: NodeCache, on_bytes: 
 
 @contextlib.contextmanager
 def _named(raw: str, described: str) -> Any:
-    """Errors name the object rather than where its bytes lie for the moment."""
+    """Puts the object's name into errors that name the temporary file `raw`."""
     try:
         yield
     except CorruptError as error:
@@ -279,6 +308,8 @@ def _named(raw: str, described: str) -> Any:
 
 
 def _on_disk(produce: Any) -> Any:
+    """`produce`, whose OSErrors name the cache folder of its target."""
+
     def run(target: str) -> dict[str, Any]:
         with _disk_errors(folder_of(target) or target):
             made: dict[str, Any] = produce(target)
@@ -289,6 +320,7 @@ def _on_disk(produce: Any) -> Any:
 
 @contextlib.contextmanager
 def _disk_errors(folder: str) -> Iterator[None]:
+    """Turns an OSError into an `AccessError` that names the cache folder of its file, or `folder`."""
     try:
         yield
     except OSError as error:

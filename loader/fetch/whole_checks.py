@@ -1,7 +1,7 @@
-"""Comparing objects that came whole with what is known of them: the store's own checksums, and a manifest's.
+"""Compares objects that came whole with the checksums that their store or a manifest has of them.
 
-Of an object that comes in parts nothing is known that these could be compared with, unless all of it has come; the
-CRC-32s of its records are compared instead (`verification`).
+Those are checksums of whole objects. Where only parts of an object were fetched, `verify.checks` compares the CRC-32s
+of its storages instead.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ _READ_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """With what one file was compared, and with what it could not be."""
+    """The checksums that one file was compared with, and those that it could not be, as the receipt names them."""
 
     by: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
     def as_details(self) -> dict[str, Any]:
+        """As JSON types, for the cache to keep with the file."""
         return {"by": list(self.by), "left_out": list(self.left_out)}
 
 
 NOTHING = Compared()
+"""Of a file that was compared with nothing."""
 
 
 def from_details(details: Mapping[str, Any] | None) -> Compared:
@@ -40,28 +42,30 @@ def from_details(details: Mapping[str, Any] | None) -> Compared:
 
 @dataclass(frozen=True)
 class WholeChecks:
-    """How this load compares objects that come whole."""
+    """How one load compares objects that come whole."""
 
     verify: str
+    """``LoadOptions.verify``: ``before``, ``during`` or ``off``."""
     known: Mapping[str, KnownSum] = field(default_factory=dict)
-    """What the manifests beside the checkpoint tell, by `manifest_find.key_of`."""
+    """What the manifests next to the checkpoint state, by `stores.manifest.key_of`."""
     notes: tuple[str, ...] = ()
-    """What the receipt is to say of them."""
+    """What the receipt is to say of those manifests."""
 
     def compare(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> Compared:
-        """Compares the whole object at `path` in one pass; `on_bytes` is told 0 as it goes on.
+        """Reads the whole object at `path` once, and compares it with the fastest checksum of its store and with the
+        manifest's; `on_bytes` is called with 0 meanwhile.
 
-        With ``verify="off"``, and of what nothing is known, nothing is read. Raises `CorruptError`.
+        Nothing is read with ``verify="off"``, or where no checksum is known. Raises `CorruptError` where one differs.
         """
         if self.verify == "off":
             return NOTHING
-        told = fastest_first(store.stored_sums(info))
-        usable = [one for one in told if _can_compute(one)]
+        stored = fastest_first(store.stored_sums(info))
+        usable = [one for one in stored if _can_compute(one)]
         chosen = usable[:1]
-        left_out = () if usable else tuple(f"{one.label} ({_why_not(one)})" for one in told)
+        left_out = () if usable else tuple(f"{one.label} ({_why_not(one)})" for one in stored)
         listed = self._listed(store, info)
         if listed is not None:
-            # The store's own SHA-256 may be another one: then one of the two is wrong, and is found out here.
+            # Both are compared where the store's SHA-256 differs from the manifest's: one of them must be wrong.
             chosen = [one for one in chosen if (one.algorithm, one.value) != (listed.algorithm, listed.value)]
             chosen.append(listed)
         if chosen:
@@ -69,9 +73,9 @@ class WholeChecks:
         return Compared(tuple(one.label for one in chosen), left_out)
 
     def compare_in_place(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> Compared:
-        """As `compare`, of a file that is used where it lies: with ``verify="before"`` only.
+        """As `compare`, for a file that is used where it lies; reads it with ``verify="before"`` only.
 
-        It would be read to its end otherwise, whatever is restored of it.
+        Otherwise comparing would read the whole file even where little of it is restored.
         """
         if self.verify == "before":
             return self.compare(store, info, path, on_bytes)
@@ -83,14 +87,14 @@ class WholeChecks:
         )
 
     def is_done(self, store: Store, info: ObjectInfo, compared: Compared) -> bool:
-        """Whether what an earlier load compared is all that this one would."""
+        """Whether `compared`, from an earlier load, leaves nothing for this one to compare."""
         listed = self._listed(store, info)
         return self.verify == "off" or (
             compared != NOTHING and (listed is None or listed.label in compared.by)
         )
 
     def left_out_of_parts(self, store: Store, info: ObjectInfo) -> tuple[str, ...]:
-        """What is not compared of an object of which only parts have come."""
+        """The checksums that an object of which only parts have come cannot be compared with."""
         listed = self._listed(store, info)
         return (
             ()
@@ -114,17 +118,17 @@ def _why_not(one: StoredSum) -> str:
 
 
 class _Running:
-    """One checksum, over the whole or over parts whose checksums are summed in turn."""
+    """One checksum while bytes come: of the whole, or of the checksums of its parts (S3's multipart uploads)."""
 
-    def __init__(self, told: StoredSum) -> None:
-        self.told = told
-        self._algorithm = told.algorithm
-        self._left = list(told.part_sizes)
+    def __init__(self, stored: StoredSum) -> None:
+        self.stored = stored
+        self._algorithm = stored.algorithm
+        self._left = list(stored.part_sizes)
         self._of_parts = bytearray()
         self._digest = self._new()
 
     def update(self, data: memoryview) -> None:
-        while self.told.n_parts and self._left and len(data) >= self._left[0]:
+        while self.stored.n_parts and self._left and len(data) >= self._left[0]:
             n_last = self._left.pop(0)
             self._digest.update(data[:n_last])
             self._of_parts += self._digest.digest()
@@ -136,7 +140,7 @@ class _Running:
             self._digest.update(data)
 
     def value(self) -> bytes:
-        if not self.told.n_parts:
+        if not self.stored.n_parts:
             return self._digest.digest()
         whole = self._new()
         whole.update(memoryview(self._of_parts))
@@ -145,7 +149,7 @@ class _Running:
     def _new(self) -> Digest:
         digest = new_digest(self._algorithm)
         if digest is None:
-            raise RankloadError(f"{self.told.label}: {_why_not(self.told)}")
+            raise RankloadError(f"{self.stored.label}: {_why_not(self.stored)}")
         return digest
 
 
@@ -159,9 +163,9 @@ def _compare(chosen: list[StoredSum], path: str, described: str, on_bytes: OnByt
             on_bytes(0)
     for one in running:
         got = one.value()
-        if got != one.told.value:
+        if got != one.stored.value:
             raise CorruptError(
-                f"{described}: its bytes are not those that were stored: {one.told.label}: expected "
-                f"{one.told.value.hex()}, got {got.hex()}",
+                f"{described}: its bytes are not those that were stored: {one.stored.label}: expected "
+                f"{one.stored.value.hex()}, got {got.hex()}",
                 path=described,
             )

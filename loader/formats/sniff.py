@@ -1,4 +1,4 @@
-"""What kind of file it is, by its first bytes. Free of torch."""
+"""Recognises what kind of file it is from its first bytes. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 
 HEAD_BYTES = 512
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""The first pickle of a torch file before 1.6 (``torch.serialization.MAGIC_NUMBER``)."""
 _LEGACY_MAGIC_BYTES = LEGACY_MAGIC.to_bytes(10, "little")
 
-SPOKEN: dict[str, str] = {
+KINDS: dict[str, str] = {
     "torch-zip": "a zip file",
     "torch-legacy": "a torch file of the format before 1.6",
     "tar": "a tar archive",
@@ -27,14 +28,14 @@ SPOKEN: dict[str, str] = {
     "text": "a text file",
     "unknown": "of an unknown kind",
 }
-"""Each kind, as a message says it."""
+"""Every kind of file, and how messages describe it."""
 
 
 def sniff(source: str | os.PathLike[str] | bytes) -> str:
-    """One of the keys of `SPOKEN`, from a file's path or its first ``HEAD_BYTES`` bytes.
+    """The kind of a file, one of the keys of `KINDS`, given its path or its first ``HEAD_BYTES`` bytes.
 
-    ``torch-zip`` is said of any zip: its directory has to be read to know more. A compressed file is named by
-    its compression. Raises OSError where the path cannot be read.
+    Any zip is ``torch-zip``: only its directory shows whether torch wrote it. A compressed file is named by its
+    compression. Raises OSError where the path cannot be read.
     """
     if isinstance(source, bytes):
         head = source[:HEAD_BYTES]
@@ -69,7 +70,7 @@ def sniff(source: str | os.PathLike[str] | bytes) -> str:
 def _is_tar(head: bytes) -> bool:
     if head[257:262] == b"ustar":
         return True
-    # Before POSIX, tar had no magic: only a header that sums up says so.
+    # Before POSIX, tar had no magic: only the header's own checksum identifies it.
     if len(head) < 512 or not head[0]:
         return False
     digits = head[148:156].strip(b" \0")

@@ -1,4 +1,4 @@
-"""What a pickle says of a storage: the persistent ids that ``torch.save`` writes. Free of torch."""
+"""Parses the persistent ids by which a pickle of ``torch.save`` names storages. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from ..saved.values import GlobalName
 from .pickle.known import STORAGES
 
 _LARGEST = 1 << 62
+"""Elements; no storage has more."""
 _LONGEST_KEY = 256
 
 
 @dataclass(frozen=True, slots=True)
-class StorageParts:
-    """A storage as a tensor names it; ``numel`` counts elements of ``dtype``."""
+class StorageId:
+    """A storage as a tensor names it."""
 
     dtype: str
     key: str
     numel: int
+    """Elements of ``dtype``."""
     view: tuple[int, int] | None = None
     """First element and count, where a legacy file names a part of the storage."""
 
@@ -33,10 +35,11 @@ class StorageParts:
         return self.numel * self.itemsize
 
 
-def storage_parts(pid: tuple[Any, ...]) -> StorageParts:
-    """What ``("storage", class, key, location, numel)`` says; legacy files add a view, mostly None.
+def read_storage_id(pid: tuple[Any, ...]) -> StorageId:
+    """The parsed ``("storage", class, key, location, numel)``; legacy files add a view, mostly None.
 
-    Raises `CorruptError` where it is not of that form, or the class is no storage's.
+    The form is that of ``persistent_id`` in ``torch/serialization.py``. Raises `CorruptError` where `pid` is not of it,
+    or its class is no storage class.
     """
     if len(pid) not in (5, 6):
         raise CorruptError("a storage that is not named by class, key, location and size")
@@ -47,7 +50,7 @@ def storage_parts(pid: tuple[Any, ...]) -> StorageParts:
         key = key.decode("ascii", "replace")
     if not isinstance(key, str) or len(key) > _LONGEST_KEY or not _is_count(numel):
         raise CorruptError("a storage that is not named by class, key, location and size")
-    return StorageParts(STORAGES[kind.name], key, numel, _view(pid[5]) if len(pid) == 6 else None)
+    return StorageId(STORAGES[kind.name], key, numel, _view(pid[5]) if len(pid) == 6 else None)
 
 
 def _view(view: Any) -> tuple[int, int] | None:

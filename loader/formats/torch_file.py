@@ -1,7 +1,7 @@
-"""A torch file's index: the tree that it holds, and where every storage lies. Free of torch.
+"""Reads a torch file's index: the tree that it holds, and where every storage lies. Free of torch.
 
-Reading the index reads the zip's directory and its pickle, never a storage; `rankload.loader.materialize.facade`
-reads those, once it is known what is wanted.
+That takes the file's directory and pickle, never a storage: `materialize.tensors` reads those, once it is known which
+of them are wanted.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from ..saved.values import LazyTensor, StorageRef
 from .pickle.inert import SealedTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
-from .sniff import HEAD_BYTES, SPOKEN, sniff
-from .storage_ids import storage_parts
+from .sniff import HEAD_BYTES, KINDS, sniff
+from .storage_ids import read_storage_id
 from .torch_legacy import read_legacy
 from .torch_zip import OpenFile, ZipRecords, open_local, read_zip
 
-__all__ = ["FileIndex", "read_index", "sniff"]
-
 _SPARE_MEMORY = 48 << 20
+"""Bytes that a pickle's objects may take, however small the file."""
 _LARGEST_PICKLE = 1 << 30
 
 
@@ -36,7 +35,7 @@ class FileIndex:
     name: str
     """What messages call the file: the URL or name it was asked for by."""
     tree: Any
-    """Plain values and those of `rankload.loader.saved.values`; its dicts, lists and tuples contain no cycle."""
+    """Plain values and those of `saved.values`; its dicts, lists and tuples contain no cycle."""
     size_bytes: int
     verifiable: bool
     """Whether the file keeps checksums that its storages can be compared with."""
@@ -47,9 +46,10 @@ class FileIndex:
     """The zip's directory; None for the older format."""
 
     def check_headers(self, storages: Iterable[StorageRef], open_file: OpenFile = open_local) -> None:
-        """Of a file that was fetched in parts, compares these storages' local headers with the directory.
+        """Compares these storages' local headers with the zip's directory, where that was put off.
 
-        Raises `CorruptError` where they contradict it.
+        It is put off for a file that is fetched in parts (`read_zip` with ``derive``); the headers have to be there by
+        now. Raises `CorruptError` where a header contradicts the directory.
         """
         if self.archive is not None and self.archive.derived:
             for storage in storages:
@@ -63,16 +63,16 @@ def read_index(
     open_file: OpenFile = open_local,
     partial: bool = False,
 ) -> FileIndex:
-    """The index of the torch file at the local `path`; ``name`` is what messages call it, the path by
-    default.
+    """The index of the torch file at the local `path`; ``name`` is what messages call it, the path by default.
 
-    A `partial` file is not all there: what the index takes of it is read through `open_file`, and nothing else.
+    `partial`: the file is still being fetched; only what the index takes is there, and is read through `open_file`.
 
     Nothing that the file names is imported or called. Takes memory in proportion to the file's pickle, at
     most twice the file's size and 64 MiB.
 
     Raises `NotFoundError`, `AccessError`, `CorruptError` (truncated, damaged, contradicts itself), `UnsafeError`
-    (asks for more memory or work than a checkpoint can need) or `FormatError` (another kind of file, said which).
+    (asks for more memory or work than a checkpoint can need) or `FormatError` (another kind of file, which the message
+    names).
     """
     path = os.fspath(path)
     name = path if name is None else name
@@ -94,24 +94,6 @@ def read_index(
         check_tree(tree, name=name)
         return FileIndex(path, name, tree, size, False, storages, "legacy")
     raise _other_kind(kind, name, size)
-
-
-def _memory_limit(file_size: int, pickle_size: int) -> int:
-    """Bytes that the pickle's objects may take, beside the pickle itself and a copy of it."""
-    return _SPARE_MEMORY + 2 * max(0, file_size - pickle_size)
-
-
-def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
-    spoken = SPOKEN[kind]
-    if kind in ("empty", "html", "xml", "text", "unknown"):
-        return CorruptError(
-            f"{name}: expected a file that torch.save wrote, but it is {spoken} ({size:,} bytes). The "
-            "transfer may have failed; look at the file and fetch it again.",
-            path=name,
-        )
-    return FormatError(
-        f"{name}: expected a file that torch.save wrote, but it is {spoken} ({size:,} bytes).", path=name
-    )
 
 
 def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> FileIndex:
@@ -141,31 +123,49 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> Fil
 
 
 class _ZipStorages:
-    """Finds the records of a zip by the keys that its pickle names; each storage becomes one `StorageRef`."""
+    """Finds the zip's records by the keys that its pickle names; each storage becomes one `StorageRef`."""
 
     def __init__(self, archive: ZipRecords) -> None:
         self.archive = archive
         self.found: dict[str, StorageRef] = {}
 
     def find(self, pid: tuple[Any, ...]) -> LazyTensor:
-        parts = storage_parts(pid)
-        storage = self.found.get(parts.key)
+        named = read_storage_id(pid)
+        storage = self.found.get(named.key)
         if storage is None:
-            record = self.archive.records.get(f"data/{parts.key}")
+            record = self.archive.records.get(f"data/{named.key}")
             if record is None:
-                raise CorruptError(f"a tensor's storage {parts.key!r} is not in the file; fetch it again")
+                raise CorruptError(f"a tensor's storage {named.key!r} is not in the file; fetch it again")
             storage = StorageRef(
                 self.archive.path,
-                f"data/{parts.key}",
+                f"data/{named.key}",
                 record.offset,
                 record.size,
                 self.archive.crc32(record),
                 record.header,
             )
-            self.found[parts.key] = storage
-        if parts.nbytes > storage.nbytes:
+            self.found[named.key] = storage
+        if named.nbytes > storage.nbytes:
             raise CorruptError(
-                f"storage {parts.key!r} is used as {parts.numel:,} elements of {parts.dtype}, but has "
+                f"storage {named.key!r} is used as {named.numel:,} elements of {named.dtype}, but has "
                 f"{storage.nbytes:,} bytes"
             )
-        return SealedTensor(storage, parts.dtype, (parts.numel,), (1,))
+        return SealedTensor(storage, named.dtype, (named.numel,), (1,))
+
+
+def _memory_limit(file_size: int, pickle_size: int) -> int:
+    """Bytes that the pickle's objects may take, not counting the pickle itself and a copy of it."""
+    return _SPARE_MEMORY + 2 * max(0, file_size - pickle_size)
+
+
+def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
+    described = KINDS[kind]
+    if kind in ("empty", "html", "xml", "text", "unknown"):
+        return CorruptError(
+            f"{name}: expected a file that torch.save wrote, but it is {described} ({size:,} bytes). The "
+            "transfer may have failed; look at the file and fetch it again.",
+            path=name,
+        )
+    return FormatError(
+        f"{name}: expected a file that torch.save wrote, but it is {described} ({size:,} bytes).", path=name
+    )

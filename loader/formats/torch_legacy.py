@@ -1,7 +1,8 @@
-"""Torch files of the format before 1.6: pickles in a row, then the storages' bytes. Free of torch.
+"""Reads torch files of the format before 1.6: five pickles in a row, then the storages' bytes. Free of torch.
 
-magic number, protocol version, system's properties, the object, storage keys: five pickles,
-then for each key a count of elements (8 bytes) and the elements. Nothing is checksummed.
+The pickles are the magic number, the protocol version, the system's properties, the object and the list of storage
+keys. For each key there follow a count of elements (8 bytes, little-endian) and the elements. The file has no
+checksums. The format is that of ``_legacy_save`` in ``torch/serialization.py``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from .pickle.inert import SealedTensor
 from .pickle.read import read_pickle
 from .pickle.scan import PickleScan, scan_beginning, scan_pickle
 from .sniff import LEGACY_MAGIC
-from .storage_ids import storage_parts
+from .storage_ids import read_storage_id
 
 _PROTOCOL_VERSION = 1001
 _FIRST_WINDOW = 1 << 20
+"""Bytes of the file that are read first; four times as many each time that the pickles go on past them."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """One pickle of the row: its bytes are ``data[start:scan.end]``."""
+class _ScannedPickle:
+    """One of the five pickles: its bytes are ``data[start:scan.end]``."""
 
     start: int
     scan: PickleScan
@@ -38,12 +40,12 @@ def read_legacy(path: str, *, name: str, memory_limit: int) -> tuple[Any, tuple[
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        data, pieces = _scan_pickles(file, size, name, memory_limit)
+        data, pickles = _scan_pickles(file, size, name, memory_limit)
 
         def load(index: int, **options: Any) -> Any:
-            piece = pieces[index]
+            one = pickles[index]
             return read_pickle(
-                data, piece.scan, name=name, memory_limit=memory_limit, start=piece.start, **options
+                data, one.scan, name=name, memory_limit=memory_limit, start=one.start, **options
             )
 
         if load(0) != LEGACY_MAGIC or load(1) != _PROTOCOL_VERSION:
@@ -58,15 +60,17 @@ def read_legacy(path: str, *, name: str, memory_limit: int) -> tuple[Any, tuple[
         keys = load(4)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise CorruptError(f"{name}: its list of storage keys is no list of text.", path=name)
-        # How long a storage is in bytes depends on its element type, which only the object's pickle says.
-        claims = _Claims(path, size)
-        load(3, find_storage=claims.claim)
-        places = _place_storages(file, keys, claims, pieces[4].scan.end, size, path, name)
+        # A storage's count gives its bytes only with its element type, which only the object's pickle names.
+        types = _ElementTypes(path, size)
+        load(3, find_storage=types.note)
+        places = _place_storages(file, keys, types, pickles[4].scan.end, size, path, name)
     tree = load(3, find_storage=_Places(places).find)
     return tree, tuple(places.values())
 
 
-def _scan_pickles(file: BinaryIO, size: int, name: str, memory_limit: int) -> tuple[bytes, list[_Piece]]:
+def _scan_pickles(
+    file: BinaryIO, size: int, name: str, memory_limit: int
+) -> tuple[bytes, list[_ScannedPickle]]:
     """The file's first bytes, enough of them to hold all five pickles, and where each of those lies."""
     window = min(size, _FIRST_WINDOW)
     while True:
@@ -74,49 +78,50 @@ def _scan_pickles(file: BinaryIO, size: int, name: str, memory_limit: int) -> tu
         data = file.read(window)
         if len(data) != window:
             raise CorruptError(f"{name}: it was truncated while it was read.", path=name)
-        pieces: list[_Piece] = []
+        pickles: list[_ScannedPickle] = []
         start = 0
         whole = window == size
-        while len(pieces) < 5:
+        while len(pickles) < 5:
             if whole:
                 scan: PickleScan | None = scan_pickle(data, name=name, start=start, memory_limit=memory_limit)
             else:
                 scan = scan_beginning(data, name=name, start=start, memory_limit=memory_limit)
             if scan is None:
                 break
-            pieces.append(_Piece(start, scan))
+            pickles.append(_ScannedPickle(start, scan))
             start = scan.end
         else:
-            return data, pieces
+            return data, pickles
         window = min(size, 4 * window)
 
 
-class _Claims:
-    """Collects what the object's pickle says of each storage: how long its elements are."""
+class _ElementTypes:
+    """Collects the bytes per element of each storage from a first reading of the object's pickle."""
 
     def __init__(self, path: str, size: int) -> None:
         self.path = path
         self.size = size
         self.itemsize: dict[str, int] = {}
 
-    def claim(self, pid: tuple[Any, ...]) -> LazyTensor:
-        parts = storage_parts(pid)
-        self.itemsize.setdefault(parts.key, parts.itemsize)
-        whole = StorageRef(self.path, parts.key, 0, self.size, None)
-        if parts.nbytes > self.size:
+    def note(self, pid: tuple[Any, ...]) -> LazyTensor:
+        named = read_storage_id(pid)
+        self.itemsize.setdefault(named.key, named.itemsize)
+        whole = StorageRef(self.path, named.key, 0, self.size, None)
+        if named.nbytes > self.size:
             raise CorruptError(
-                f"storage {parts.key!r} claims {parts.nbytes:,} bytes, in a file of {self.size:,}"
+                f"storage {named.key!r} claims {named.nbytes:,} bytes, in a file of {self.size:,}"
             )
-        return SealedTensor(whole, parts.dtype, (parts.numel,), (1,))
+        return SealedTensor(whole, named.dtype, (named.numel,), (1,))
 
 
 def _place_storages(
-    file: BinaryIO, keys: list[str], claims: _Claims, start: int, size: int, path: str, name: str
+    file: BinaryIO, keys: list[str], types: _ElementTypes, start: int, size: int, path: str, name: str
 ) -> dict[str, StorageRef]:
+    """Where each storage of `keys` lies, which follow one another from byte `start` to the end of the file."""
     places: dict[str, StorageRef] = {}
     position = start
     for key in keys:
-        itemsize = claims.itemsize.get(key)
+        itemsize = types.itemsize.get(key)
         if itemsize is None or key in places:
             raise CorruptError(
                 f"{name}: it lists storage {key[:80]!r}, which no tensor uses once.", path=name
@@ -140,26 +145,28 @@ def _place_storages(
 
 
 class _Places:
+    """Finds the storages that the object's pickle names, once their places are known."""
+
     def __init__(self, places: dict[str, StorageRef]) -> None:
         self.places = places
 
     def find(self, pid: tuple[Any, ...]) -> LazyTensor:
-        parts = storage_parts(pid)
-        place = self.places.get(parts.key)
+        named = read_storage_id(pid)
+        place = self.places.get(named.key)
         if place is None:
-            raise CorruptError(f"a tensor's storage {parts.key!r} is not in the file")
-        first, count = parts.view or (0, parts.numel)
-        if max(parts.numel, first + count) * parts.itemsize > place.nbytes:
+            raise CorruptError(f"a tensor's storage {named.key!r} is not in the file")
+        first, count = named.view or (0, named.numel)
+        if max(named.numel, first + count) * named.itemsize > place.nbytes:
             raise CorruptError(
-                f"storage {parts.key!r} is used as {max(parts.numel, first + count):,} elements of "
-                f"{parts.dtype}, but has {place.nbytes:,} bytes"
+                f"storage {named.key!r} is used as {max(named.numel, first + count):,} elements of "
+                f"{named.dtype}, but has {place.nbytes:,} bytes"
             )
-        if parts.view:
+        if named.view:
             place = StorageRef(
                 place.file,
                 place.key,
-                place.offset + first * parts.itemsize,
-                count * parts.itemsize,
+                place.offset + first * named.itemsize,
+                count * named.itemsize,
                 None,
             )
-        return SealedTensor(place, parts.dtype, (count,), (1,))
+        return SealedTensor(place, named.dtype, (count,), (1,))

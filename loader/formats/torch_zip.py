@@ -1,7 +1,7 @@
-"""The directory of a zip that ``torch.save`` wrote: which bytes of the file each record is. Free of torch.
+"""Reads the directory of a zip that ``torch.save`` wrote: which bytes of the file each record is. Free of torch.
 
-Python's zipfile reads the directory. What it does not promise is checked here: that records are stored as
-they are, that each local header agrees with the directory, and that no two records share bytes.
+Python's zipfile reads the directory. What it does not promise is checked here: that records are stored without
+compression, that each local header agrees with the directory, and that no two records share bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import BinaryIO
 from ..checksums import crc32
 from ..errors import CorruptError, FormatError, UnsafeError
 
+# Structures of the zip format (PKWARE's APPNOTE): end of the directory, its zip64 forms, and a local header.
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -25,16 +26,18 @@ _ENTRY_MEMORY = 12
 _SIZES_FOLLOW = 0x08
 _ENCRYPTED = 0x01
 _ALIGNMENT = 64
+"""PyTorch begins each record's data at a multiple of this many bytes."""
 _LARGE = 0xFFFFFFFF
+"""Stands in a 4-byte field for a size or offset that is in a zip64 field."""
 _DESCRIPTORS = (0, 16, 24)
-"""Bytes between a record's data and the next header: none, or sizes that follow the data (also 8-byte ones)."""
+"""Bytes between a record's data and the next header: none, or a descriptor with sizes of 4 or of 8 bytes."""
 
 OpenFile = Callable[[str], BinaryIO]
 """Opens a path for reading, as ``open(path, "rb")``."""
 
 
 def open_local(path: str) -> BinaryIO:
-    """A file that is all there."""
+    """Opens a file that is on this node as a whole."""
     return open(path, "rb")
 
 
@@ -62,12 +65,12 @@ class ZipRecords:
     """Whether any record keeps a checksum; torch can be told to write none."""
     open_file: OpenFile = open_local
     derived: bool = False
-    """Whether places of data were worked out from the directory, and headers are still to be compared."""
+    """Whether places of data come from the directory alone, so that headers are still to be compared."""
 
     def check_header(self, record_name: str, open_file: OpenFile = open_local) -> None:
-        """Compares a record's local header, which has to be there by now, with the directory and the derived place.
+        """Compares a record's local header with the directory, and with the place that was derived from it.
 
-        Raises `CorruptError` where they contradict each other.
+        The header has to be there by now. Raises `CorruptError` where they contradict each other.
         """
         record = self.records[record_name]
         with open_file(self.path) as file:
@@ -80,11 +83,14 @@ class ZipRecords:
             )
 
     def crc32(self, record: Record) -> int | None:
-        """What the record's bytes must sum to, or None where this file keeps no sums."""
+        """What the record's bytes must sum to; None where this file keeps no checksums."""
         return record.crc32 if self.verifiable else None
 
     def read(self, record_name: str, *, limit: int) -> bytes:
-        """A small record's bytes, checked against its sum. Raises `CorruptError` where they do not match."""
+        """A record's bytes, compared with its CRC-32 where the file keeps any.
+
+        Raises `UnsafeError` for more than `limit` bytes, `CorruptError` where they are missing or do not match.
+        """
         record = self.records[record_name]
         if record.size > limit:
             raise UnsafeError(
@@ -112,9 +118,9 @@ class ZipRecords:
 def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: bool = False) -> ZipRecords:
     """The records of the torch zip at `path`; ``name`` is what messages call it.
 
-    With `derive`, the places of data are worked out from the directory, by the rule that torch aligns them by, and
-    local headers are only read where that does not fit what follows: of a file that is still to be fetched, its
-    directory is then enough. `ZipRecords.check_header` compares them later.
+    `derive` is for a file of which only the directory was fetched: where a record's data begin is worked out from the
+    directory, by torch's rule of alignment, and a local header is read only where that does not fit the next record.
+    `ZipRecords.check_header` compares the others later.
 
     Raises `CorruptError` where the directory is damaged or contradicts the file, `UnsafeError` where records
     overlap or the directory would take more memory than twice the file, `FormatError` for zips of other
@@ -147,7 +153,7 @@ def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: 
 
 
 def _directory_size(file: BinaryIO, size: int, name: str) -> int:
-    """Bytes of the directory, from the record at the file's end; zipfile would read that many at once."""
+    """Bytes of the directory as the record at the file's end has them; zipfile would read that many at once."""
     tail_start = max(0, size - 65557 - _END64_LOCATOR.size)
     file.seek(tail_start)
     tail = file.read()
@@ -174,9 +180,28 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> int:
     return directory
 
 
+def _top_folder(records: list[str], name: str) -> str:
+    """The one folder that all of torch's records are in, with its slash."""
+    tops = [record[: -len("data.pkl")] for record in records if record.endswith("/data.pkl")]
+    tops = sorted({top for top in tops if top.count("/") == 1})
+    if any(record.endswith("/constants.pkl") or "/code/" in record for record in records):
+        raise FormatError(
+            f"{name}: a TorchScript archive (torch.jit.save), which holds code. Load it with torch.jit.load "
+            "and save its state_dict() with torch.save.",
+            path=name,
+        )
+    if len(tops) != 1:
+        kind = "a NumPy archive (.npz)" if any(r.endswith(".npy") for r in records) else "a zip file"
+        raise FormatError(
+            f"{name}: {kind}, but not one that torch.save wrote: it has no data.pkl.", path=name
+        )
+    return tops[0]
+
+
 def _checked_records(
     file: BinaryIO, entries: list[zipfile.ZipInfo], end_of_records: int, name: str, *, derive: bool
 ) -> dict[str, Record]:
+    """The records by name, in the order of the file, none of which overlaps another or the directory."""
     records: dict[str, Record] = {}
     taken_until = 0
     before = ""
@@ -212,13 +237,10 @@ def _checked_records(
     return records
 
 
-def _raw_name(entry: zipfile.ZipInfo) -> bytes:
-    return entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
-
-
 def _derived_offset(entry: zipfile.ZipInfo, until: int) -> int | None:
-    """Where torch puts the record's data: behind header, name, large sizes and a padding field, at the next multiple of
-    64 (PyTorch's caffe2/serialize). None where what is left before the next record, at `until`, does not fit that."""
+    """Where torch puts the record's data: after header, name, zip64 sizes and a padding field, at the next multiple of
+    64 (PyTorch's caffe2/serialize/inline_container.cc). None where the data would not end where the next record begins,
+    at `until`."""
     start = entry.header_offset + _LOCAL.size + len(_raw_name(entry)) + 4
     if entry.file_size >= _LARGE or entry.header_offset >= _LARGE:
         start += 4 + 16 * (entry.file_size >= _LARGE) + 8 * (entry.header_offset >= _LARGE)
@@ -227,7 +249,7 @@ def _derived_offset(entry: zipfile.ZipInfo, until: int) -> int | None:
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
-    """Where the record's data start, once its local header is found to agree with the directory."""
+    """Where the record's data start. Raises `CorruptError` where its local header contradicts the directory."""
     label = entry.filename[:200]
     file.seek(max(0, entry.header_offset))
     raw_name = _raw_name(entry)
@@ -239,7 +261,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
             path=name,
         )
     _, _, flags, method, _, _, crc, packed, unpacked, name_length, extra = _LOCAL.unpack_from(header)
-    sizes = {packed, unpacked} - {0xFFFFFFFF}
+    sizes = {packed, unpacked} - {_LARGE}
     follow = flags & _SIZES_FOLLOW and sizes <= {0, entry.file_size}
     if (
         method != zipfile.ZIP_STORED
@@ -256,18 +278,5 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
     return entry.header_offset + _LOCAL.size + int(name_length) + int(extra)
 
 
-def _top_folder(records: list[str], name: str) -> str:
-    tops = [record[: -len("data.pkl")] for record in records if record.endswith("/data.pkl")]
-    tops = sorted({top for top in tops if top.count("/") == 1})
-    if any(record.endswith("/constants.pkl") or "/code/" in record for record in records):
-        raise FormatError(
-            f"{name}: a TorchScript archive (torch.jit.save), which holds code. Load it with torch.jit.load "
-            "and save its state_dict() with torch.save.",
-            path=name,
-        )
-    if len(tops) != 1:
-        kind = "a NumPy archive (.npz)" if any(r.endswith(".npy") for r in records) else "a zip file"
-        raise FormatError(
-            f"{name}: {kind}, but not one that torch.save wrote: it has no data.pkl.", path=name
-        )
-    return tops[0]
+def _raw_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")

@@ -1,4 +1,4 @@
-"""URLs and what is sent along with them: which credentials go to which host, and through which proxy."""
+"""Decides which headers and credentials go with a URL to its server, and through which proxy it is reached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEGAL = "%/:=&?~#+!$,;'@()*[]-._"
 
 
 class Origin(NamedTuple):
-    """A server: credentials for one are never sent to another."""
+    """A server. Credentials for one are never sent to another."""
 
     scheme: str
     host: str
@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Address:
-    """An object's URL without user info and fragment, and the headers that its own server is sent."""
+    """An object's URL without user info and fragment, and the headers that only its own server may be sent."""
 
     url: str
     headers: Mapping[str, str]
@@ -40,7 +40,7 @@ class Address:
 
 
 def origin_of(url: str) -> Origin:
-    """Raises `AccessError` for what is no http(s) URL."""
+    """The server of `url`. Raises `AccessError` for what is no http(s) URL."""
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme.lower()]
@@ -53,7 +53,11 @@ def origin_of(url: str) -> Origin:
 
 
 def address_of(url: str, headers: Mapping[str, str]) -> Address:
-    """`url` as given by the user, with the user's `headers`, its own user info, or the netrc file's entry."""
+    """The address of `url`, as the user wrote it, with the user's `headers`.
+
+    Where those hold no Authorization and no Cookie, credentials come from the URL's user info, or else from the
+    host's entry in the netrc file (``$NETRC`` or ``~/.netrc``). Raises `AccessError` for what is no http(s) URL.
+    """
     parts = urlsplit(url)
     clean = _legal(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="")))
     origin = origin_of(clean)
@@ -74,7 +78,10 @@ def address_of(url: str, headers: Mapping[str, str]) -> Address:
 
 
 def redirected(url: str, location: str, described: str) -> str:
-    """The URL that a redirect from `url` leads to, without user info. Raises `AccessError` where it is none."""
+    """The URL that a redirect from `url` to `location` leads to, without user info.
+
+    Raises `AccessError` where it is no http(s) URL; `described` names the object in the message.
+    """
     target = urlsplit(urljoin(url, _legal(location)))
     clean = urlunsplit(target._replace(netloc=target.netloc.rpartition("@")[2], fragment=""))
     try:
@@ -85,11 +92,15 @@ def redirected(url: str, location: str, described: str) -> str:
 
 
 def basic(user: str, password: str) -> str:
+    """The value of an Authorization header in the Basic scheme (RFC 7617)."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def proxy_for(origin: Origin) -> str | None:
-    """The proxy's URL that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) sets for `origin`."""
+    """The URL of the proxy that the environment sets for `origin` (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY).
+
+    None where it sets none.
+    """
     proxies = urllib.request.getproxies_environment()
     found = proxies.get(origin.scheme) or proxies.get("all")
     bypass = getattr(urllib.request, "proxy_bypass_environment")  # noqa: B009
@@ -99,13 +110,13 @@ def proxy_for(origin: Origin) -> str | None:
 
 
 def request_target(url: str) -> str:
-    """What follows GET: path and query."""
+    """The path and query of `url`, which follow GET."""
     parts = urlsplit(url)
     return urlunsplit(("", "", parts.path or "/", parts.query, ""))
 
 
 def _legal(url: str) -> str:
-    """`url` with what no URL may hold percent-encoded, and all else, signatures above all, as it is."""
+    """`url` with what no URL may hold percent-encoded. All else stays as it is: signatures cover it."""
     return quote(url, safe=_LEGAL)
 
 

@@ -1,4 +1,7 @@
-"""What an HTTP answer to a ranged GET says, and whether it is the one that was asked for. Pure."""
+"""Checks that an HTTP answer to a ranged GET has the range, size and version that were asked for. Pure.
+
+`status_error` makes an error of any other status, and decides after which of them another attempt may succeed.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,20 @@ from ..errors import AccessError, CorruptError, NotFoundError, RankloadError
 from ..store_errors import TryAgainError, refused
 
 Arrived = Callable[[int], None]
-"""Called in the reading thread with the bytes that have just been placed, before any more are; 0 while nothing
-comes, about twice a second. What it raises ends the read."""
-
-
+"""Called in the reading thread with the number of bytes that have just been placed, before any more are; with 0 about
+twice a second while nothing comes. What it raises ends the read."""
+Headers = Message | Mapping[str, str]
 WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses after which the same request may succeed."""
 _THROTTLED = frozenset({429, 503})
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+|\*)", re.IGNORECASE)
 _CODE = re.compile(rb"<Code>([A-Za-z]{1,64})</Code>")
 _MAX_RETRY_AFTER_S = 60.0
 
-Headers = Message | Mapping[str, str]
-
 
 @dataclass(frozen=True)
 class Pin:
-    """One version of an object, as its first answer told it."""
+    """One version of an object, as its first answer stated it."""
 
     size_bytes: int | None = None
     etag: str | None = None
@@ -36,66 +37,48 @@ class Pin:
 
     @property
     def strong(self) -> str | None:
-        """The ETag, where it may be sent as If-Match."""
+        """The ETag, where it is a strong one, which may be sent as If-Match."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
     @property
     def version(self) -> str | None:
+        """The ETag without its mark, else Last-Modified; None where the answer had neither."""
         return bare_tag(self.etag) if self.etag is not None else self.modified
 
 
-def bare_tag(tag: str) -> str:
-    """`tag` without the mark of a weak one: servers mark the same tag as weak in one answer and not in another."""
-    return tag.removeprefix("W/")
-
-
 def pin_of(headers: Headers, size_bytes: int | None) -> Pin:
+    """The version that the `headers` of an answer state, of an object of `size_bytes`."""
     return Pin(size_bytes, headers.get("ETag"), headers.get("Last-Modified"))
-
-
-def content_range(headers: Headers) -> tuple[int | None, int | None, int | None]:
-    """First byte, end (exclusive) and whole size that ``Content-Range`` tells; None for each that it does not."""
-    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
-    if match is None:
-        return None, None, None
-    first, last, total = match.groups()
-    size = None if total == "*" else int(total)
-    if first is None:
-        return None, None, size
-    return int(first), int(last) + 1, size
-
-
-def content_length(headers: Headers) -> int | None:
-    text = headers.get("Content-Length", "").strip()
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def check_partial_answer(headers: Headers, start: int, stop: int, pin: Pin, described: str) -> int:
     """How many bytes from `start` on a 206 answer carries: ``stop - start``, or fewer but one at least.
 
-    Raises `CorruptError` for an object that has changed, `AccessError` for an answer to some other question.
+    Raises `CorruptError` where the object is not the one that `pin` fixes, `AccessError` where the answer is of
+    another range, contradicts itself or is compressed.
     """
     got_start, got_stop, total = content_range(headers)
     asked = f"bytes {start}-{stop - 1} of {pin.size_bytes}"
-    told = headers.get("Content-Range") or "no Content-Range"
+    stated = headers.get("Content-Range") or "no Content-Range"
     if total is not None and pin.size_bytes is not None and total != pin.size_bytes:
         raise _changed(described, f"{pin.size_bytes} bytes", f"{total}")
     check_unchanged(headers, pin, described)
     _check_identity(headers, described)
     if got_start != start or got_stop is None or not start < got_stop <= stop:
         raise AccessError(
-            f"{described}: the server answered another range: expected {asked}, got {told}", path=described
+            f"{described}: the server answered another range: expected {asked}, got {stated}", path=described
         )
     length = content_length(headers)
     if length is not None and length != got_stop - start:
         raise AccessError(
-            f"{described}: the answer contradicts itself: {told}, but Content-Length {length}", path=described
+            f"{described}: the answer contradicts itself: {stated}, but Content-Length {length}",
+            path=described,
         )
     return got_stop - start
 
 
 def check_whole_answer(headers: Headers, pin: Pin, described: str) -> None:
-    """Raises `CorruptError` where a 200 answer is not the object that `pin` fixes."""
+    """Raises `CorruptError` where a 200 answer is not the object that `pin` fixes, `AccessError` if compressed."""
     check_unchanged(headers, pin, described)
     _check_identity(headers, described)
     length = content_length(headers)
@@ -104,9 +87,9 @@ def check_whole_answer(headers: Headers, pin: Pin, described: str) -> None:
 
 
 def check_unchanged(headers: Headers, pin: Pin, described: str) -> None:
-    """Raises `CorruptError` where the answer is of another version, or does not tell of which it is.
+    """Raises `CorruptError` where the answer is of another version than `pin`, or states none to compare.
 
-    Equal strong ETags mean equal bytes, whatever else differs; servers behind one name may differ in their clocks.
+    Equal strong ETags mean equal bytes, whatever else differs: servers behind one name may set different times.
     """
     etag, modified = headers.get("ETag"), headers.get("Last-Modified")
     if pin.etag is not None and etag is not None:
@@ -123,7 +106,10 @@ def check_unchanged(headers: Headers, pin: Pin, described: str) -> None:
 def status_error(
     status: int, headers: Headers, body: bytes, described: str, credentials: str
 ) -> RankloadError | TryAgainError:
-    """What an answer that carries no data means. `credentials` says where those that were sent came from."""
+    """The error for an answer that carries no data: a `TryAgainError` where the same request may succeed later.
+
+    `credentials` says in the message where those that were sent came from; `body` may hold S3's error code.
+    """
     code = _CODE.search(body)
     reason = f"HTTP {status}" + (f" {code[1].decode()}" if code else "")
     if status in (404, 410):
@@ -143,7 +129,10 @@ def status_error(
 
 
 def retry_after_s(headers: Headers, now: float | None = None) -> float | None:
-    """Seconds that ``Retry-After`` asks for, a minute at most; None where it does not."""
+    """Seconds that ``Retry-After`` (RFC 9110) asks for, a minute at most; None where it is missing.
+
+    `now` is in seconds since the epoch.
+    """
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return min(float(text), _MAX_RETRY_AFTER_S)
@@ -155,12 +144,36 @@ def retry_after_s(headers: Headers, now: float | None = None) -> float | None:
 
 
 def cut_short(described: str, start: int, expected: int, got: int) -> TryAgainError:
+    """The error for a body, from byte `start` of the object on, that ended after `got` of `expected` bytes."""
     return TryAgainError(
         CorruptError(
             f"{described}: the body ended early: expected {expected} bytes from {start} on, got {got}",
             path=described,
         )
     )
+
+
+def content_range(headers: Headers) -> tuple[int | None, int | None, int | None]:
+    """First byte, end (exclusive) and whole size in ``Content-Range`` (RFC 9110); None for each that is missing."""
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if match is None:
+        return None, None, None
+    first, last, total = match.groups()
+    size = None if total == "*" else int(total)
+    if first is None:
+        return None, None, size
+    return int(first), int(last) + 1, size
+
+
+def content_length(headers: Headers) -> int | None:
+    """The bytes of the body that ``Content-Length`` states; None where it is missing or no number."""
+    text = headers.get("Content-Length", "").strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def bare_tag(tag: str) -> str:
+    """`tag` without the mark ``W/`` of a weak one: servers mark the same tag in one answer and not in another."""
+    return tag.removeprefix("W/")
 
 
 def _check_identity(headers: Headers, described: str) -> None:

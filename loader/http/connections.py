@@ -1,4 +1,4 @@
-"""Keep-alive connections to servers, straight or through a proxy; one for each read under way."""
+"""Keeps connections to servers open between reads, direct or through a proxy; each read has one to itself."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .addresses import Origin, basic, proxy_for
 
 CONNECT_TIMEOUT_S = 20.0
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""The environment's variables that may name a bundle of certificates; the first one that is set counts."""
 
 
 class Connection:
-    """One connection, connected when it is first used."""
+    """One connection to `origin`, made when it is first used. Raises `AccessError` for a proxy that is not http."""
 
     def __init__(self, origin: Origin, context: ssl.SSLContext | None) -> None:
         self.origin = origin
         self.is_used = False
-        """Whether an answer came over it: then the server may have hung up since."""
+        """Whether an answer has come over it: then the server may have closed it since."""
         self.headers: dict[str, str] = {}
-        """Sent along with every request (for a proxy)."""
+        """Sent with every request, to a proxy."""
         self.target_prefix = ""
-        """What goes before path and query: scheme and host, for a proxy."""
+        """Goes before path and query: scheme and host, which a proxy needs."""
         proxy = proxy_for(origin)
         host, port, tunnel = origin.host, origin.port, None
         if proxy is not None:
@@ -43,14 +44,14 @@ class Connection:
             self.http.set_tunnel(origin.host, origin.port, tunnel)
 
     def connect(self) -> socket.socket:
-        """The socket, connected."""
+        """The socket, connected. Raises OSError where that fails."""
         if self.http.sock is None:
             self.http.connect()
         sock: socket.socket = self.http.sock
         return sock
 
     def interrupt(self) -> None:
-        """Ends the read that another thread does; the socket itself is that thread's to close."""
+        """Ends another thread's read; that thread closes the socket."""
         sock = self.http.sock
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -58,9 +59,11 @@ class Connection:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
+        """Closes the connection."""
         self.http.close()
 
     def _through(self, proxy: str) -> tuple[str, int, dict[str, str] | None]:
+        """Host and port to connect to, and for https the headers of the request for a tunnel."""
         parts = urlsplit(proxy)
         if parts.scheme != "http" or not parts.hostname:
             raise AccessError(
@@ -81,10 +84,10 @@ class Connection:
 
 
 class Connections:
-    """Those of one or several sources. Safe between threads, and in a forked child, which gets its own."""
+    """The connections of one or several sources. Threads may share it; a forked child makes its own."""
 
     def __init__(self, verify: Any = None) -> None:
-        """`verify` is as for `trusted`, which is asked with the first connection that is encrypted."""
+        """`verify` is as for `trusted`, which is called for the first connection that is encrypted."""
         self._verify = verify
         self._context: ssl.SSLContext | None = None
         self._others: dict[Any, Connections] = {}
@@ -94,7 +97,10 @@ class Connections:
         self._pid = os.getpid()
 
     def take(self, origin: Origin, *, fresh: bool = False) -> Connection:
-        """One that nobody else uses; give it back, or drop it."""
+        """A connection to `origin` that no other read uses, a new one if `fresh`. Give it back, or drop it.
+
+        Raises `AccessError` as `trusted` and `Connection` do.
+        """
         with self._lock:
             if self._pid != os.getpid():
                 self._idle, self._busy, self._pid = {}, set(), os.getpid()
@@ -109,14 +115,14 @@ class Connections:
         return connection
 
     def trusting(self, verify: Any) -> Connections:
-        """Those that trust as `verify` says (see `trusted`): these where it is None, else others, closed with these."""
+        """Connections that trust as `verify` says (see `trusted`): these for None, else others, closed with these."""
         if verify is None:
             return self
         with self._lock:
             return self._others.setdefault(verify, Connections(verify))
 
     def give_back(self, connection: Connection) -> None:
-        """The last answer was read to its end."""
+        """Keeps `connection`, whose last answer was read to its end, for the next read."""
         connection.is_used = True
         with self._lock:
             if connection in self._busy and connection.http.sock is not None:
@@ -126,12 +132,13 @@ class Connections:
         self.drop(connection)
 
     def drop(self, connection: Connection) -> None:
+        """Closes `connection`, whose last answer was not read to its end."""
         with self._lock:
             self._busy.discard(connection)
         connection.hang_up()
 
     def close(self) -> None:
-        """Hangs up; reads under way fail. They can be used again afterwards."""
+        """Closes all connections; reads under way fail. `take` makes new ones afterwards."""
         with self._lock:
             ours = self._pid == os.getpid()
             busy, idle = self._busy, [one for many in self._idle.values() for one in many]
@@ -147,9 +154,10 @@ class Connections:
 
 
 def trusted(verify: Any = None) -> ssl.SSLContext:
-    """A context that trusts the system's authorities, or the bundle that `verify` or the environment names.
+    """A TLS context that trusts the system's authorities, or the bundle that `verify` or the environment names.
 
-    `verify` may be a context (taken as it is), the path of a bundle, or False, to trust anybody.
+    `verify` may be a context (taken as it is), the path of a bundle or of a folder of certificates, or False, to trust
+    any server. Raises `AccessError` for a path that holds no certificates.
     """
     if isinstance(verify, ssl.SSLContext):
         return verify

@@ -1,4 +1,8 @@
-"""One GET and its answer, over one connection: waited for with an eye on whether it is still wanted."""
+"""Sends one GET over one connection and receives its answer; a caller can end the wait for a silent server.
+
+`exchange` sends the request and returns the head of the answer, an `Answer`; `Answer.receive` receives the body.
+Both call `Arrived`, which ends them by raising.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +24,48 @@ from .connections import CONNECT_TIMEOUT_S, Connection, Connections
 SILENCE_TIMEOUT_S = 60.0
 """Without a byte for so long, a connection is given up. A slow one never is."""
 GLANCE_S = 0.5
-"""How often a silent read asks whether it is still wanted."""
+"""How often `Arrived` is called while nothing comes."""
 GATHER_BYTES = 1 << 20
-"""How much of an encrypted answer is received before anybody is told of it: it comes in records of 16 KiB at most, and
-telling of each takes about as long as deciphering it."""
+"""How much of an encrypted answer is received before `Arrived` is called: it comes in records of 16 KiB at most, and a
+call for each takes about as long as deciphering it."""
 GATHER_S = 0.02
-"""For how long it is gathered, where less comes."""
+"""How long it is gathered at most, where less comes."""
 _ERROR_BODY_BYTES = 4096
+
+
+def exchange(
+    connections: Connections, url: str, headers: Mapping[str, str], arrived: Arrived, described: str
+) -> Answer:
+    """Sends a GET for `url` with `headers`, and returns the head of the answer, whatever its status.
+
+    The answer's connection is the caller's to give back or to drop. A kept connection that the server has closed is
+    replaced once. Raises `TryAgainError` or `AccessError` as `network_error` does, and whatever `arrived` raises.
+    """
+    origin = origin_of(url)
+    sent = {"Accept-Encoding": "identity", "Accept": "*/*", "User-Agent": "rankload", **headers}
+    connection = connections.take(origin)
+    while True:
+        try:
+            sock = connection.connect()
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            target = connection.target_prefix + request_target(url)
+            connection.http.request("GET", target, headers={**sent, **connection.headers})
+            _await_readable(sock, arrived)
+            sock.settimeout(SILENCE_TIMEOUT_S)
+            return Answer(connection, sock, connection.http.getresponse())
+        except BaseException as error:
+            connections.drop(connection)
+            if connection.is_used and isinstance(error, ConnectionError | http.client.BadStatusLine):
+                connection = connections.take(origin, fresh=True)
+                continue
+            if isinstance(error, OSError | http.client.HTTPException):
+                raise network_error(error, described) from None
+            raise
 
 
 @dataclass
 class Answer:
-    """The head of an answer, and the connection that its body comes over."""
+    """The head of an answer, and the connection over which its body comes."""
 
     connection: Connection
     sock: socket.socket
@@ -55,8 +89,8 @@ class Answer:
     ) -> memoryview:
         """Fills `view`, then `targets`, with `n_bytes` of the body; returns what is left of the last one.
 
-        `start` is where the body begins in the object, for messages. Raises `TryAgainError` where it ends early,
-        and the connection's own errors where nothing came at all.
+        `start` is where the body begins in the object, for messages. Raises `TryAgainError` where it ends early, the
+        connection's own errors where nothing came at all, and whatever `arrived` raises.
         """
         response, sock = self.response, self.sock
         receive = _receive_records if isinstance(sock, ssl.SSLSocket) else _receive_once
@@ -98,59 +132,11 @@ class Answer:
         return view
 
 
-def _receive_once(sock: socket.socket, view: memoryview) -> int:
-    return sock.recv_into(view)
-
-
-def _receive_records(sock: socket.socket, view: memoryview) -> int:
-    """As ``recv_into``, but many records at a time. An error after the first one is met by the next call."""
-    view = view[:GATHER_BYTES]
-    end = time.monotonic() + GATHER_S
-    got = 0
-    while got < len(view):
-        try:
-            n_new = sock.recv_into(view[got:])
-        except OSError:
-            if got:
-                break
-            raise
-        got += n_new
-        if not n_new or time.monotonic() >= end:
-            break
-    return got
-
-
-def exchange(
-    connections: Connections, url: str, headers: Mapping[str, str], arrived: Arrived, described: str
-) -> Answer:
-    """Asks for `url` and returns the head of the answer, whatever its status.
-
-    A connection that had gone stale is replaced once. Raises `TryAgainError` or `AccessError`.
-    """
-    origin = origin_of(url)
-    sent = {"Accept-Encoding": "identity", "Accept": "*/*", "User-Agent": "rankload", **headers}
-    connection = connections.take(origin)
-    while True:
-        try:
-            sock = connection.connect()
-            sock.settimeout(CONNECT_TIMEOUT_S)
-            target = connection.target_prefix + request_target(url)
-            connection.http.request("GET", target, headers={**sent, **connection.headers})
-            _await_readable(sock, arrived)
-            sock.settimeout(SILENCE_TIMEOUT_S)
-            return Answer(connection, sock, connection.http.getresponse())
-        except BaseException as error:
-            connections.drop(connection)
-            if connection.is_used and isinstance(error, ConnectionError | http.client.BadStatusLine):
-                connection = connections.take(origin, fresh=True)
-                continue
-            if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, described) from None
-            raise
-
-
 def network_error(error: Exception, described: str) -> RankloadError | TryAgainError:
-    """What a failure of the connection means. Names that do not resolve and certificates stay as they are."""
+    """The error for a failure of the connection: a `TryAgainError`, unless it will last.
+
+    A name that does not resolve, a certificate that does not verify and a URL that is not valid stay so.
+    """
     if isinstance(error, TimeoutError):
         text = f"{described}: the server sent nothing for {SILENCE_TIMEOUT_S:g} s, or took no connection"
         return TryAgainError(AccessError(text, path=described))
@@ -171,3 +157,25 @@ def _await_readable(sock: socket.socket, arrived: Arrived) -> None:
         if time.monotonic() >= end:
             raise TimeoutError
         arrived(0)
+
+
+def _receive_once(sock: socket.socket, view: memoryview) -> int:
+    return sock.recv_into(view)
+
+
+def _receive_records(sock: socket.socket, view: memoryview) -> int:
+    """As ``recv_into``, but many records at a time. An error after the first one is met by the next call."""
+    view = view[:GATHER_BYTES]
+    end = time.monotonic() + GATHER_S
+    got = 0
+    while got < len(view):
+        try:
+            n_new = sock.recv_into(view[got:])
+        except OSError:
+            if got:
+                break
+            raise
+        got += n_new
+        if not n_new or time.monotonic() >= end:
+            break
+    return got

@@ -1,4 +1,8 @@
-"""Makes a checkpoint's tree real: tensors, arrays and the few objects that are known or allowed."""
+"""Turns a tree of saved values into real objects: tensors, arrays, and objects of types that are known or allowed.
+
+`materialize` refuses unknown types first (`safe_types`), reads the tree's storages, and then makes each value once.
+`_KNOWN_OBJECTS`, at the end, says how an object of a known type is made.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,13 @@ from .safe_types import SafeTypes, require_safe, unsafe
 from .tensors import CopyRequest, TensorReader, torch_dtype
 
 MAX_DEPTH = 300
+"""More than `saved.tree.MAX_DEPTH`, which does not count the levels of objects' fields."""
 _ALIGNMENT = 16
+"""What is read of a storage begins at a multiple of this, so that a tensor of any dtype begins at a whole element."""
+_PLAIN_TYPES: dict[str, type] = {
+    f"builtins.{kind.__name__}": kind
+    for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
+}
 
 
 def materialize(
@@ -34,25 +44,26 @@ def materialize(
     file: str = "",
     device: str | torch.device = "cpu",
 ) -> Any:
-    """`tree` as real objects, its tensors read through ``reader`` onto ``device``.
+    """`tree` as real objects, with its tensors read by `reader` onto `device`.
 
-    Tensors that share a storage share memory, and what the file holds once is made once. Arrays are NumPy's
-    own, ``torch.Size``, dtypes and devices torch's; enumerations of known classes become their values, other
-    known objects stay `InertObject` with real fields. A type in ``safe_types`` is constructed as its pickle
-    asks. ``file`` and ``path`` (the tree's own place in the file) are for messages.
+    Tensors that share a storage share memory, and a value that the file holds once is made once. Arrays become NumPy's,
+    ``torch.Size``, dtypes and devices torch's; enumerations of known classes become their values; other known objects
+    stay `InertObject`, with real fields. A type in `safe_types` is constructed as its pickle asks. `file` and `path`
+    (the tree's own place in the file) are for messages.
 
-    Raises `UnsafeError`, before anything is read, where the tree holds a type that is neither known nor
-    allowed; `CorruptError` where bytes are missing or do not match their checksum.
+    Raises `UnsafeError`, before anything is read, where the tree holds a type that is neither known nor allowed;
+    `CorruptError` where bytes are missing or differ from their checksum, or a known object's fields do not fit it;
+    `FormatError` where constructing an allowed type fails.
     """
     allowed = SafeTypes(safe_types)
     require_safe(tree, safe_types=allowed, file=file, path=path)
-    return _Realiser(_read_storages(tree, path, reader, device), allowed, file).real(tree, path, 0)
+    return _Materializer(_read_storages(tree, path, reader, device), allowed, file).real(tree, path, 0)
 
 
 def _read_storages(
     tree: Any, path: str, reader: TensorReader, device: str | torch.device
 ) -> dict[StorageRef, tuple[int, torch.Tensor]]:
-    """For each storage, the part of it that its tensors reach, as (first byte, bytes)."""
+    """Reads the part of each storage that its tensors reach; by storage, (the part's first byte, its bytes)."""
     extents: dict[StorageRef, tuple[int, int, str]] = {}
     for where, tensor in tensors(tree, path=path):
         if tensor.numel == 0:
@@ -65,7 +76,6 @@ def _read_storages(
     parts = {}
     requests = []
     for storage, (low, high, name) in extents.items():
-        # So that a view of any dtype begins at a whole element.
         low -= low % _ALIGNMENT
         memory = torch.empty(high - low, dtype=torch.uint8, device=device)
         source = LazyTensor(storage, "uint8", (high - low,), (1,), low)
@@ -75,7 +85,9 @@ def _read_storages(
     return parts
 
 
-class _Realiser:
+class _Materializer:
+    """One call of `materialize`: the storages that were read, and what was made so far, by id of the saved value."""
+
     def __init__(
         self, storages: dict[StorageRef, tuple[int, torch.Tensor]], allowed: SafeTypes, file: str
     ) -> None:
@@ -125,7 +137,7 @@ class _Realiser:
 
     def _dict(self, value: dict[Any, Any], path: str, depth: int) -> dict[Any, Any]:
         result: dict[Any, Any] = collections.OrderedDict() if isinstance(value, Ordered) else {}
-        # Known from here on, so that an object inside may refer to it.
+        # Set before its items are made, because an object among them may refer to it.
         self.made[id(value)] = result
         for key, item in value.items():
             result[self.real(key, path, depth)] = self.real(item, join_path(path, key), depth)
@@ -188,7 +200,7 @@ class _Realiser:
             ) from error
 
     def _construct(self, value: InertObject, path: str, depth: int) -> Any:
-        """An object of an allowed type, as the unpickler would have made it."""
+        """An object of an allowed type, made as Python's unpickler would make it."""
         kind = self.allowed.type(value.global_name)
         args = self.real(value.args, path, depth)
         kwargs = self.real(value.kwargs, path, depth)
@@ -213,6 +225,7 @@ class _Realiser:
 
 
 def _set_state(target: Any, state: Any) -> None:
+    """Does what pickle's BUILD opcode does."""
     setter = getattr(target, "__setstate__", None)
     if setter is not None:
         setter(state)
@@ -243,7 +256,7 @@ def _slice(value: InertObject) -> slice:
 
 
 def _path(value: InertObject) -> pathlib.PurePath:
-    # A path of the other system still reads as one.
+    # A Windows path becomes a pure one, which works on any system.
     kind = pathlib.PureWindowsPath if "Windows" in value.global_name else pathlib.PurePosixPath
     return (
         kind(*value.args)
@@ -264,17 +277,10 @@ def _layout(value: InertObject) -> torch.layout:
     return found
 
 
-_PLAIN_TYPES: dict[str, type] = {
-    f"builtins.{kind.__name__}": kind
-    for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
-}
+def _random_generator(value: InertObject) -> Any:
+    """The NumPy generator or bit generator that `value`, which has real fields, describes; without its seed sequence.
 
-
-def random_generator(value: InertObject) -> Any:
-    """The generator that a pickled one of ``numpy.random`` stands for; its seed sequence is left out.
-
-    ``value`` has real fields. What is neither a generator nor a bit generator stays as it is. Raises
-    `CorruptError` where the state does not fit, as NumPy finds.
+    Any other object of ``numpy.random`` is returned as it is. Raises as NumPy does where the state does not fit.
     """
     name = value.global_name.rpartition(".")[2]
     if name == "__randomstate_ctor":
@@ -318,5 +324,5 @@ _KNOWN_OBJECTS: dict[str, Callable[[InertObject], Any]] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     **dict.fromkeys(ENUMS, lambda value: value.args[0]),
-    **dict.fromkeys(NUMPY_RANDOM, random_generator),
+    **dict.fromkeys(NUMPY_RANDOM, _random_generator),
 }

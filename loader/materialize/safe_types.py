@@ -1,4 +1,4 @@
-"""Which unknown types of a checkpoint may be constructed: those that the user vouches for. Free of torch."""
+"""Refuses a checkpoint's unknown types, except those that the user allows (``LoadOptions.safe_types``). No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..saved.tree import find_unknown
 
 
 class SafeTypes:
-    """``LoadOptions.safe_types``, by name; a name's type is imported when it is first needed."""
+    """The allowed types, by their canonical names. One given by name is imported when `type` first needs it."""
 
     def __init__(self, allowed: Sequence[str | type] = ()) -> None:
         self._types: dict[str, Any] = {}
@@ -21,14 +21,14 @@ class SafeTypes:
                 module, _, name = entry.rpartition(".")
                 self._types[canonical(module, name)] = entry
             else:
-                # Functions are accepted too: what a pickle calls need not be a class.
+                # May be a function too: a pickle calls functions as well as classes.
                 self._types[canonical(entry.__module__, entry.__qualname__)] = entry
 
     def __contains__(self, global_name: str) -> bool:
         return global_name in self._types
 
     def type(self, global_name: str) -> Any:
-        """The type of that name. Raises `OptionError` where it cannot be imported."""
+        """The allowed type of that name. Raises `OptionError` where it cannot be imported."""
         found = self._types[global_name]
         if isinstance(found, str):
             found = _import(found)
@@ -36,29 +36,13 @@ class SafeTypes:
         return found
 
 
-def _import(name: str) -> Any:
-    parts = name.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:count]))
-        except ModuleNotFoundError:
-            continue
-        except Exception as error:
-            raise OptionError(f"safe_types names {name}, whose import failed: {error}") from error
-        for part in parts[count:]:
-            found = getattr(found, part, None)
-        if callable(found):
-            return found
-    raise OptionError(f"safe_types names {name}, but there is no such type here; is its package installed?")
-
-
 def require_safe(
     tree: Any, *, safe_types: Sequence[str | type] | SafeTypes = (), file: str = "", path: str = ""
 ) -> None:
     """Raises `UnsafeError` where `tree` holds types that are neither known nor allowed.
 
-    ``file`` and ``path`` (the tree's own place in the file) are for the message, which names the first such
-    type, its key and the option that would allow it. To be called once ignored parts have been taken out.
+    `file` and `path` (the tree's own place in the file) are for the message, which names the first such type, its key
+    and the option that would allow it. To be called after ``ignore_keys`` took parts out; reads no storage.
     """
     allowed = safe_types if isinstance(safe_types, SafeTypes) else SafeTypes(safe_types)
     refused = [(where, name) for where, name in find_unknown(tree, path=path) if name not in allowed]
@@ -76,3 +60,19 @@ def unsafe(path: str, global_name: str, file: str, *, more: int = 0) -> UnsafeEr
         f"leave the part out with ignore_keys=[{path!r}].{others}",
         path=file or None,
     )
+
+
+def _import(name: str) -> Any:
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:
+            raise OptionError(f"safe_types names {name}, whose import failed: {error}") from error
+        for part in parts[count:]:
+            found = getattr(found, part, None)
+        if callable(found):
+            return found
+    raise OptionError(f"safe_types names {name}, but there is no such type here; is its package installed?")

@@ -1,4 +1,9 @@
-"""Reads storages' bytes once and in order, and compares them with their checksums. Free of torch."""
+"""Reads each storage once and in order, into the places of its slices, and sums it for its checksum. Free of torch.
+
+`StorageReader.place` comes first: it reads all slices that come directly from the store, over all storages at once
+(`_divide` finds them). `StorageReader.read` then makes one `_Pass` over a storage, from its first slice to its last;
+over all of it, where it is summed whole. A file that comes in parts may still be growing: a pass waits for its bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +19,25 @@ from ..cache.holes import Landed
 from ..checksums import RangeSums, crc32
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..options import Verify
-from ..ranges.direct import DirectReads, OnLanded, Placement
+from ..ranges.direct import DirectReads, Placement
+from ..ranges.engine import OnLanded
 from ..saved.values import StorageRef
 
 STAGING_BYTES = 8 << 20
-"""The size of the one buffer for what cannot be read straight into its place."""
+"""The size of the buffer for bytes that cannot be read into their destination itself."""
 WAIT_S = 0.01
-"""How often it is looked whether bytes have landed."""
+"""The time between two looks at whether bytes have landed."""
 _READ_BYTES = 8 << 20
 _SUMMED_BYTES = 1 << 20
-"""Bytes read at a time; fewer where they are summed, which is done while they are in the processor's cache."""
+"""How many bytes are read at a time, and how many where they are summed: those must fit the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageSlice:
-    """Bytes of a storage that are wanted; ``start`` counts from the storage's first byte.
+    """``nbytes`` bytes of a storage from byte ``start`` on, and where they go.
 
-    They are read into ``view`` or, where that is None, into the staging buffer (at most ``STAGING_BYTES`` of
-    them), for ``use`` to take from there.
+    They are read into ``view``; where that is None into the staging buffer (at most ``STAGING_BYTES`` of them), and
+    ``use`` is called to take them from there.
     """
 
     start: int
@@ -44,13 +50,13 @@ _Planned = list[tuple[StorageRef, list[StorageSlice]]]
 
 
 class StorageReader:
-    """Reads pieces of storages, and checks each storage that it reads as ``verify`` says.
+    """Reads slices of storages, and compares each storage with its checksum, unless ``verify`` is ``off``.
 
-    ``before`` and ``during`` differ only in when `check` is called: a storage that it found to be right is
-    not summed again. ``on_bytes`` is told of bytes as they are read.
+    ``before`` and ``during`` differ only in that the caller calls `check` beforehand: a storage that matched is not
+    summed again. ``on_bytes`` is called with how many bytes were just read.
 
-    A storage that several ranks check together (`share`) is not checked here: its share of bytes is summed as they
-    are read, and `finish` tells what they sum to.
+    A storage that several ranks sum together (`share`) is not compared here: this rank's ranges of it are summed as
+    they are read, and `finish` returns their CRC-32s.
     """
 
     def __init__(
@@ -61,23 +67,23 @@ class StorageReader:
     ) -> None:
         self.verify = verify
         self.comes_in_parts = comes_in_parts
-        """Whether the file at a path is one of which a record tells what has landed."""
+        """Whether the file at a path comes in parts, so that a record says what has landed of it."""
         self.on_bytes = on_bytes
         self.staging: bytearray | memoryview = bytearray(STAGING_BYTES)
         self._checked: set[StorageRef] = set()
         self._shares: dict[StorageRef, RangeSums] = {}
         self._landed: dict[str, Landed | None] = {}
         self.on_wait: Callable[[], None] | None = None
-        """Called again and again while bytes of a file that comes in parts have not landed; it may raise."""
+        """Called every `WAIT_S` while bytes have not landed; it may raise. None where nothing is being fetched."""
         self.coming: dict[str, tuple[ByteRange, ...]] = {}
-        """What of such files somebody brings while this is read."""
+        """The ranges, by path, that are being fetched meanwhile."""
         self.direct: DirectReads | None = None
-        """Bytes that never come to the node's files, and are read from the store when they are wanted."""
+        """Ranges that are never in the node's files, and are read from the store."""
 
     def wait_for(self, path: str, start: int, stop: int) -> None:
-        """Returns once bytes ``[start, stop)`` of the file at `path` are there; at once for files that are whole.
+        """Returns once bytes ``[start, stop)`` of the file at `path` have landed; at once for files that are whole.
 
-        Raises `CorruptError` where nobody is to bring them.
+        Raises `CorruptError` where they are not being fetched.
         """
         if path not in self._landed:
             self._landed[path] = Landed(path) if self.comes_in_parts(path) else None
@@ -96,13 +102,13 @@ class StorageReader:
             time.sleep(WAIT_S)
 
     def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
-        """From now on only these ranges of these storages are summed here; others sum the rest of them."""
+        """From now on, only these ranges of these storages are summed here; other ranks sum the rest."""
         self._shares = {storage: RangeSums(ranges) for storage, ranges in shares.items()}
 
     def finish(self) -> dict[StorageRef, list[int]]:
-        """What each range of `share` sums to, in order; what was not read so far is read now.
+        """The CRC-32s of the ranges given to `share`, in order. Bytes of them that were not read yet are read now.
 
-        Their storages are then taken to be right: whoever has all ranks' sums has to say so.
+        Their storages count as compared from then on: that is left to the caller, who has all ranks' sums.
         """
         found = {}
         for storage, sums in self._shares.items():
@@ -115,7 +121,7 @@ class StorageReader:
         return found
 
     def sums_of(self, storage: StorageRef) -> RangeSums | None:
-        """What of `storage` is summed here, where it is shared."""
+        """This rank's sums of a storage that several ranks sum together; None for any other."""
         return self._shares.get(storage)
 
     def check(self, storage: StorageRef) -> None:
@@ -123,26 +129,26 @@ class StorageReader:
         if storage.crc32 is not None and storage not in self._checked:
             _Pass(self, storage, (), summed=True).run(())
 
-    def read(self, storage: StorageRef, pieces: Iterable[StorageSlice], names: Sequence[str]) -> None:
-        """Reads `pieces`, each into its place; ``names`` says for messages whose they are.
+    def read(self, storage: StorageRef, slices: Iterable[StorageSlice], names: Sequence[str]) -> None:
+        """Reads `slices`, each into its place; `names` are those of the tensors that they are for, for messages.
 
-        Raises `CorruptError` where the file ends first, or the checksum differs: some pieces have been
-        written by then.
+        Raises `CorruptError` where the file ends early or the checksum differs; slices may have been written by then.
         """
         alone = storage not in self._checked and storage not in self._shares
         summed = self.verify != "off" and storage.crc32 is not None and alone
-        _Pass(self, storage, names, summed=summed).run(sorted(pieces, key=lambda piece: piece.start))
+        _Pass(self, storage, names, summed=summed).run(sorted(slices, key=lambda one: one.start))
 
     def place(
         self, planned: Sequence[tuple[StorageRef, list[StorageSlice]]]
     ) -> list[tuple[StorageRef, list[StorageSlice]]]:
-        """Reads those pieces, of all storages at once, that come straight from the store; returns those that are left.
+        """Reads those parts of the slices that come directly from the store, of all storages at once.
 
-        Raises as `read_ranges` does: some pieces have been written by then.
+        Returns what is left to `read`: the same storages, some perhaps without slices. Raises as `read_ranges` does;
+        slices may have been written by then.
         """
         if not self.direct:
             return list(planned)
-        left, placements = divide(self.direct, planned, self._shares, self.on_bytes)
+        left, placements = _divide(self.direct, planned, self._shares, self.on_bytes)
         self.direct.place(placements)
         return left
 
@@ -152,7 +158,7 @@ class StorageReader:
 
 
 class _Pass:
-    """One run over a storage, from its first wanted byte to its last; over all of it where it is summed."""
+    """One pass over a storage, from its first wanted byte to its last; over all of it where it is `summed` whole."""
 
     def __init__(
         self, reader: StorageReader, storage: StorageRef, names: Sequence[str], *, summed: bool
@@ -168,7 +174,7 @@ class _Pass:
         self.file = -1
 
     def sum(self, ranges: Sequence[ByteRange]) -> None:
-        """Reads `ranges` only to sum them up."""
+        """Reads `ranges` only to sum them."""
         self.file = self._open()
         try:
             for start, stop in ranges:
@@ -177,17 +183,18 @@ class _Pass:
         finally:
             os.close(self.file)
 
-    def run(self, pieces: Sequence[StorageSlice]) -> None:
+    def run(self, slices: Sequence[StorageSlice]) -> None:
+        """Reads `slices`, which are in order, and compares the checksum where the storage is summed whole."""
         self.file = self._open()
         try:
-            for piece in pieces:
-                self._pass_over(piece.start)
-                if piece.view is not None:
-                    self._fill(piece.start, piece.view)
+            for one in slices:
+                self._pass_over(one.start)
+                if one.view is not None:
+                    self._fill(one.start, one.view)
                 else:
-                    self._fill(piece.start, self.staging[: piece.nbytes])
-                    if piece.use is not None:
-                        piece.use()
+                    self._fill(one.start, self.staging[: one.nbytes])
+                    if one.use is not None:
+                        one.use()
             self._pass_over(self.storage.nbytes)
         finally:
             os.close(self.file)
@@ -209,7 +216,7 @@ class _Pass:
             raise AccessError(f"{path} cannot be opened ({error.strerror})", path=path) from error
 
     def _pass_over(self, position: int) -> None:
-        """Sums what lies between the bytes that are wanted."""
+        """Reads and sums the bytes up to `position` that no slice wants, where the storage is summed whole."""
         while self.summed and self.frontier < position:
             self._fill(self.frontier, self.staging[: min(STAGING_BYTES, position - self.frontier)])
 
@@ -240,9 +247,10 @@ class _Pass:
                 self.reader.on_bytes(count)
 
     def _direct(self, first: int, view: memoryview) -> tuple[memoryview, int]:
-        """Reads from the store what of `view`, with the file's bytes from `first` on, never comes to the file.
+        """Reads the beginning of `view`, for the file's bytes from `first` on, from the store if those come directly.
 
-        What of it is to be done now, and how many bytes of that were read so.
+        Returns the beginning of `view`, up to where direct ranges begin or end, and how many bytes of it were read: all
+        or none.
         """
         direct = self.reader.direct
         spans = direct.of(self.storage.file, first, first + len(view)) if direct else ()
@@ -271,25 +279,25 @@ class _Pass:
         )
 
 
-def divide(
+def _divide(
     direct: DirectReads,
     planned: Sequence[tuple[StorageRef, Sequence[StorageSlice]]],
     shares: Mapping[StorageRef, RangeSums],
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[_Planned, dict[str, Placement]]:
-    """The pieces that are left, and what `direct` is to place, by path.
+    """The slices that are left to read from files, and the `Placement` of what `direct` is to read, by path.
 
-    What lands is summed into `shares`, and told to `on_bytes`, in the reading threads, one at a time.
+    What lands is summed into `shares` and counted by `on_bytes`, in the reading threads, by one at a time.
     """
     left: _Planned = []
     placements: dict[str, Placement] = {}
     storages: dict[str, list[StorageRef]] = {}
-    for storage, pieces in planned:
+    for storage, slices in planned:
         kept: list[StorageSlice] = []
         placement = placements.get(storage.file) or Placement()
         before = len(placement.pieces)
-        for piece in pieces:
-            kept.extend(_leave(direct, storage, piece, placement))
+        for one in slices:
+            kept.extend(_place_direct(direct, storage, one, placement))
         if len(placement.pieces) > before:
             placements[storage.file] = placement
             storages.setdefault(storage.file, []).append(storage)
@@ -297,33 +305,33 @@ def divide(
                 placement.headers.append(ByteRange(storage.header, storage.offset))
         left.append((storage, kept))
     for path, placement in placements.items():
-        placement.landed = _landing(storages[path], placement, shares, on_bytes)
+        placement.landed = _on_landed(storages[path], placement, shares, on_bytes)
     return left, placements
 
 
-def _leave(
-    direct: DirectReads, storage: StorageRef, piece: StorageSlice, placement: Placement
+def _place_direct(
+    direct: DirectReads, storage: StorageRef, wanted: StorageSlice, placement: Placement
 ) -> Iterator[StorageSlice]:
-    """Puts what of `piece` comes straight from the store into `placement`; yields the rest."""
-    first, view = storage.offset + piece.start, piece.view
-    spans = direct.of(storage.file, first, first + piece.nbytes) if view is not None else ()
+    """Adds what of `wanted` comes directly to `placement`; yields the rest."""
+    first, view = storage.offset + wanted.start, wanted.view
+    spans = direct.of(storage.file, first, first + wanted.nbytes) if view is not None else ()
     if not spans or view is None:
-        yield piece
+        yield wanted
         return
     for start, stop in spans:
         placement.pieces.append((start, view[start - first : stop - first]))
-    for start, stop in subtract([ByteRange(first, first + piece.nbytes)], spans):
+    for start, stop in subtract([ByteRange(first, first + wanted.nbytes)], spans):
         part = view[start - first : stop - first]
-        yield replace(piece, start=start - storage.offset, nbytes=stop - start, view=part)
+        yield replace(wanted, start=start - storage.offset, nbytes=stop - start, view=part)
 
 
-def _landing(
+def _on_landed(
     storages: Sequence[StorageRef],
     placement: Placement,
     shares: Mapping[StorageRef, RangeSums],
     on_bytes: Callable[[int], None] | None,
 ) -> OnLanded:
-    """Sums what has landed of `storages`, of one file, where it is to be summed here."""
+    """What to call as bytes of one file land in `placement`: sums those that `shares` has of its `storages`."""
     in_order = sorted(storages, key=lambda storage: storage.offset)
     offsets = [storage.offset for storage in in_order]
     pieces = sorted(placement.pieces, key=lambda piece: piece[0])

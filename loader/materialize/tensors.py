@@ -1,4 +1,13 @@
-"""Reads tensors' bytes from local files straight into the memory that they are meant for."""
+"""Copies saved tensors' bytes into the memory of live tensors: parameters, buffers, optimizer states.
+
+`TensorReader.copy` is where the bytes of a saved tensor get into a parameter. `_slices` decides how, for each request:
+
+- a contiguous source, and a destination that `is_plain` and has its dtype: bytes are read into the destination itself
+- a contiguous source, and any other destination: they are read into a buffer, and from there copied (`_staged`)
+- a strided source: boxes of it, gaps included, are read into the buffer, and from there copied (`_gathered`)
+
+``Tensor.copy_`` copies from the buffer, and casts and moves to the device on the way. `storages` reads the slices.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +28,11 @@ from .storages import STAGING_BYTES, StorageReader, StorageSlice
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CopyRequest:
-    """Elements of a lazy tensor that are wanted in a real one.
+    """Elements of a saved tensor, and the live tensor that they are to be copied into.
 
-    ``source_start`` and ``length`` count elements of the flattened source; ``length`` is the rest of it by
-    default. ``destination`` has that many elements, in any shape, dtype, layout and on any device (but meta).
+    ``source_start`` and ``length`` count elements of the flattened source; by default, ``length`` is the rest of it.
+    ``destination`` has as many elements, in any shape, dtype and layout, on any device but meta. Raises `ValueError`
+    where it does not.
     """
 
     source: LazyTensor
@@ -47,17 +57,17 @@ class CopyRequest:
 
     @property
     def stop(self) -> int:
-        """Element of the flattened source after the last one that is wanted."""
+        """The element of the flattened source after the last one that is copied."""
         return self.source.numel if self.length is None else self.source_start + self.length
 
 
 class TensorReader:
-    """Reads storages into tensors, and compares them with their checksums.
+    """Copies storages' bytes into tensors, and compares storages with their checksums. For one thread.
 
-    ``verify`` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each
-    storage as it is read, bytes between the wanted ones included) or ``off``. ``on_bytes`` is told how many
-    bytes were just read, `comes_in_parts` tells whether not all of the file at a path may have landed. Holds one
-    buffer of 8 MiB.
+    `verify` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each storage is
+    summed whole as it is read, gaps included) or ``off``. `on_bytes` is called with how many bytes were just read.
+    `comes_in_parts` says of a path whether bytes of that file may not have landed yet. Holds a buffer of
+    `STAGING_BYTES`.
     """
 
     def __init__(
@@ -69,67 +79,14 @@ class TensorReader:
     ) -> None:
         self._storages = StorageReader(verify, on_bytes, comes_in_parts)
 
-    def verify(self, storages: Iterable[StorageRef]) -> None:
-        """Compares all of `storages` with their checksums now; `copy` will not do so again.
-
-        Storages without a checksum are passed over. Raises `CorruptError` for the first that differs.
-        """
-        for storage in _in_file_order(set(storages)):
-            self._storages.check(storage)
-
-    def waiting(self, on_wait: Callable[[], None] | None, coming: Mapping[str, Sequence[ByteRange]]) -> None:
-        """From now on bytes of `coming` (by path) that have not landed are waited for, and `on_wait` called meanwhile;
-        None: no more."""
-        self._storages.on_wait = on_wait
-        self._storages.coming = {path: union(ranges) for path, ranges in coming.items()}
-
-    def wait_for(self, path: str, start: int, stop: int) -> None:
-        """Returns once bytes ``[start, stop)`` of the file at `path` are there."""
-        self._storages.wait_for(path, start, stop)
-
-    def unsummed(self) -> TensorReader:
-        """One that compares no checksums, and waits as this one does."""
-        storages = self._storages
-        other = TensorReader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
-        other.waiting(self._storages.on_wait, self._storages.coming)
-        other.reading_direct(self._storages.direct)
-        return other
-
-    def reading_direct(self, direct: DirectReads | None) -> None:
-        """From now on what `direct` has is read from the store, not from the node's files; None: no more."""
-        self._storages.direct = direct
-
-    def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
-        """Of these storages only these ranges are to be summed here, while they are read: others sum the rest."""
-        self._storages.share(shares)
-
-    def finish_shares(self) -> dict[StorageRef, list[int]]:
-        """The CRC-32s of the ranges of `share`, in order; what `copy` did not come by is read now.
-
-        From here on their storages are read without being summed.
-        """
-        return self._storages.finish()
-
-    def _buffer(self, requests: Sequence[CopyRequest]) -> torch.Tensor:
-        """The buffer; page-locked from the first CUDA tensor on, which then takes bytes from it without a further copy
-        of the driver's."""
-        locked = isinstance(self._storages.staging, memoryview)
-        if not locked and any(request.destination.is_cuda for request in requests):
-            with contextlib.suppress(RuntimeError):  # no memory may be left to lock
-                pinned = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-                self._storages.staging = pinned.numpy().data
-        return torch.frombuffer(self._storages.staging, dtype=torch.uint8)
-
     def copy(self, requests: Sequence[CopyRequest]) -> None:
-        """Carries out `requests`, storage by storage in the order of the files.
+        """Fills the destinations of `requests`, storage by storage in the order of the files.
 
-        Where dtypes agree and the memory is the CPU's and contiguous, bytes are read straight into it; the
-        rest goes through the buffer and is cast and moved by ``Tensor.copy_``. What comes straight from a store is
-        read first, over all requests at once. A strided tensor copied in
-        part into a non-contiguous destination takes a temporary of its size.
+        Ranges of `reading_direct` are read first, for all requests at once. A part of a strided source that goes to a
+        destination which is not contiguous takes a temporary of that size.
 
-        Raises `CorruptError` where a file is too short or a checksum differs: destinations may have been
-        written by then.
+        Raises `CorruptError` where a file is too short or a checksum differs; destinations may have been written by
+        then. Raises `FormatError` where torch lacks a dtype.
         """
         by_storage: dict[StorageRef, list[CopyRequest]] = {}
         for request in requests:
@@ -142,12 +99,64 @@ class TensorReader:
             for storage in _in_file_order(by_storage):
                 last = finishers.setdefault(storage, [])
                 planned.append(
-                    (storage, [piece for one in by_storage[storage] for piece in _pieces(one, staging, last)])
+                    (storage, [each for one in by_storage[storage] for each in _slices(one, staging, last)])
                 )
-            for storage, pieces in self._storages.place(planned):
-                self._storages.read(storage, pieces, [request.name for request in by_storage[storage]])
+            for storage, slices in self._storages.place(planned):
+                self._storages.read(storage, slices, [request.name for request in by_storage[storage]])
                 for finish in finishers[storage]:
                     finish()
+
+    def verify(self, storages: Iterable[StorageRef]) -> None:
+        """Compares all of `storages` with their checksums now; `copy` will not do so again.
+
+        Storages without a checksum are passed over. Raises `CorruptError` for the first that differs.
+        """
+        for storage in _in_file_order(set(storages)):
+            self._storages.check(storage)
+
+    def waiting(self, on_wait: Callable[[], None] | None, coming: Mapping[str, Sequence[ByteRange]]) -> None:
+        """From now on, reads wait for bytes of `coming` (by path) that have not landed, and call `on_wait` meanwhile.
+
+        With None they no longer wait: such bytes are an error then.
+        """
+        self._storages.on_wait = on_wait
+        self._storages.coming = {path: union(ranges) for path, ranges in coming.items()}
+
+    def wait_for(self, path: str, start: int, stop: int) -> None:
+        """Returns once bytes ``[start, stop)`` of the file at `path` have landed."""
+        self._storages.wait_for(path, start, stop)
+
+    def unsummed(self) -> TensorReader:
+        """A reader that compares no checksums, and otherwise waits and reads as this one does."""
+        storages = self._storages
+        other = TensorReader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
+        other.waiting(self._storages.on_wait, self._storages.coming)
+        other.reading_direct(self._storages.direct)
+        return other
+
+    def reading_direct(self, direct: DirectReads | None) -> None:
+        """From now on, the ranges of `direct` are read from the store instead of the node's files; None ends that."""
+        self._storages.direct = direct
+
+    def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
+        """From now on, only these ranges of these storages are summed while they are read; other ranks sum the rest."""
+        self._storages.share(shares)
+
+    def finish_shares(self) -> dict[StorageRef, list[int]]:
+        """The CRC-32s of the ranges given to `share`, in order. Bytes of them that were not read yet are read now.
+
+        From then on their storages are read without being summed.
+        """
+        return self._storages.finish()
+
+    def _buffer(self, requests: Sequence[CopyRequest]) -> torch.Tensor:
+        """The buffer; page-locked from the first CUDA destination on, which saves a copy by the driver."""
+        locked = isinstance(self._storages.staging, memoryview)
+        if not locked and any(request.destination.is_cuda for request in requests):
+            with contextlib.suppress(RuntimeError):  # no memory may be left to lock
+                pinned = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._storages.staging = pinned.numpy().data
+        return torch.frombuffer(self._storages.staging, dtype=torch.uint8)
 
 
 def read_tensor(
@@ -157,16 +166,16 @@ def read_tensor(
     device: str | torch.device = "cpu",
     name: str = "tensor",
 ) -> torch.Tensor:
-    """A new tensor with the elements, shape and ``requires_grad`` of `source`, on ``device``.
+    """A new tensor with the elements, shape, dtype and ``requires_grad`` of `source`, on ``device``.
 
-    A tensor that repeats elements of its storage takes no more memory than that; any other is contiguous.
-    Without ``reader``, checksums are compared as the bytes are read.
+    It is contiguous; but where `source` repeats elements of its storage (expanded), it repeats them too. Without
+    ``reader``, checksums are compared as the bytes are read. Raises as `TensorReader.copy` does.
     """
     reader = TensorReader() if reader is None else reader
     layout = Layout(source.shape, source.stride, source.storage_offset)
     dtype = torch_dtype(source.dtype)
     if layout.span < source.numel:
-        # Expanded: a full copy could be made as large as the file's writer likes.
+        # Expanded. A full copy would take as much memory as the file claims, whatever its size.
         flat = LazyTensor(source.storage, source.dtype, (layout.span,), (1,), source.storage_offset)
         memory = torch.empty(layout.span, dtype=dtype, device=device)
         reader.copy([CopyRequest(flat, memory, name)])
@@ -178,7 +187,7 @@ def read_tensor(
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """``float32`` to ``torch.float32``. Raises `FormatError` where the installed torch lacks it."""
+    """The dtype of that name: ``float32`` gives ``torch.float32``. Raises `FormatError` where torch lacks it."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise FormatError(
@@ -187,14 +196,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _in_file_order(storages: Iterable[StorageRef]) -> list[StorageRef]:
-    return sorted(storages, key=lambda storage: (storage.file, storage.offset))
+def is_plain(destination: torch.Tensor) -> bool:
+    """Whether bytes can be read into its memory as they are: it is on the CPU, contiguous, and no conjugate view."""
+    return (
+        destination.device.type == "cpu"
+        and destination.is_contiguous()
+        and not destination.is_conj()
+        and not destination.is_neg()
+    )
 
 
-def _pieces(
+def _slices(
     request: CopyRequest, staging: torch.Tensor, finishers: list[Callable[[], None]]
 ) -> Iterator[StorageSlice]:
-    """What to read for `request`; ``finishers`` gets what is to be done after the storage was read."""
+    """The slices to read for `request`; to ``finishers`` is added what to call once all of them were read."""
     source, destination = request.source, request.destination.detach()
     dtype = torch_dtype(source.dtype)
     if source.is_contiguous:
@@ -216,20 +231,10 @@ def _pieces(
     finishers.append(lambda: _copy(destination, temporary))
 
 
-def is_plain(destination: torch.Tensor) -> bool:
-    """Whether bytes can be put into its memory as they are: the CPU's, and contiguous."""
-    return (
-        destination.device.type == "cpu"
-        and destination.is_contiguous()
-        and not destination.is_conj()
-        and not destination.is_neg()
-    )
-
-
 def _staged(
     destination: torch.Tensor, start: int, dtype: torch.dtype, staging: torch.Tensor
 ) -> Iterator[StorageSlice]:
-    """A contiguous source into any destination, through the buffer."""
+    """Reads a contiguous source, from byte `start` of its storage on, through the buffer into any destination."""
     step = STAGING_BYTES // dtype.itemsize
     shape = tuple(destination.shape)
     for first in range(0, destination.numel(), step):
@@ -252,7 +257,7 @@ def _staged(
 def _gathered(
     request: CopyRequest, destination: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
 ) -> Iterator[StorageSlice]:
-    """A strided source, in parts of the buffer's size, into a contiguous or equally shaped destination."""
+    """Reads a strided source through the buffer into a destination that is contiguous or has the source's shape."""
     source = request.source
     layout = Layout(source.shape, source.stride, source.storage_offset)
     flat = destination.view(-1) if destination.is_contiguous() else None
@@ -277,3 +282,7 @@ def _gathered(
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
     destination.copy_(source)
+
+
+def _in_file_order(storages: Iterable[StorageRef]) -> list[StorageRef]:
+    return sorted(storages, key=lambda storage: (storage.file, storage.offset))

@@ -1,6 +1,7 @@
-"""What ranges of bytes are read from: one interface over http(s), signed URLs, fsspec's reads and local files.
+"""The interface of a range source: one object at one version, of which any bytes can be read.
 
-A source stands for one object at one version, fixed when it is opened and compared in every answer.
+The version is fixed when the source is opened. Every answer that states one is compared with it, and `confirm` is for
+backends whose answers state none.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ READ_BYTES = 1 << 20
 
 
 class RangeSource(Protocol):
-    """One object. Methods block, and may be called from several threads; each read has a connection of its own."""
+    """One object. Methods block, and may be called from several threads; each read has a connection to itself."""
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole object."""
+        """The size of the whole object."""
 
     @property
     def version(self) -> str | None:
@@ -27,37 +28,37 @@ class RangeSource(Protocol):
 
     @property
     def kind(self) -> str:
-        """How it is read, for receipts: ``http``, ``signed http``, ``file``, or the backend's protocol."""
+        """How it is read, for receipts: ``http``, ``signed http``, ``peer``, or the backend's protocol."""
 
     @property
     def has_ranges(self) -> bool:
-        """Where false, every read must begin at 0: stream the object once."""
+        """Where false, every read must begin at 0: the object has to be streamed."""
 
     @property
     def max_connections(self) -> int:
-        """More reads at once are of no use, or not safe."""
+        """How many reads at once are safe and of use."""
 
     def describe(self) -> str:
-        """The object for messages and receipts; holds no secret."""
+        """What messages and receipts call the object; holds no secret."""
 
     def read_into(
         self, start: int, stop: int, views: Iterable[memoryview], arrived: Arrived = lambda n_bytes: None
     ) -> None:
         """Fills `views`, whose lengths add up to ``stop - start``, with bytes ``[start, stop)``, in order.
 
-        The next view is asked for when the one before is full. Raises `TryAgainError` (what `arrived` was told
-        of is in place then, and the read can go on behind it), `CorruptError` where the object has changed,
-        `NotFoundError`, or `AccessError`.
+        The next view is taken when the one before is full. Raises `TryAgainError` where another attempt may help: the
+        bytes counted by `arrived` are in place then, and the read can go on after them. Raises `CorruptError` where
+        the object has changed, `NotFoundError`, `AccessError`, and whatever `arrived` raises.
         """
 
     def confirm(self) -> None:
         """Raises `CorruptError` where the object is no longer the one that was opened.
 
-        To be called after the last read: some backends' answers do not tell.
+        To be called after the last read, since the answers of some backends state no version.
         """
 
     def close(self) -> None:
-        """Gives back connections and ends reads under way; the source can be used again afterwards."""
+        """Closes its connections and ends reads under way; the source can be used again afterwards."""
 
 
 def pieces(views: Iterable[memoryview], limit: int = READ_BYTES) -> Iterator[memoryview]:

@@ -1,42 +1,49 @@
-"""How many connections to keep at work, from what they bring: no setting knows the link. Pure."""
+"""Decides how many connections read at once, from the bytes a second that each number of them brings. Pure.
+
+No setting says how fast a link is. So the number is multiplied while that pays, goes back to the best one where it
+does not, and from time to time a smaller or larger number is tried again.
+"""
 
 from __future__ import annotations
 
 import math
 
 START = 4
+"""How many there are at first."""
 MOST = 32
 GROWTH = 4
+"""The factor from one number to the next."""
 WINDOWS_S = (0.04, 0.12, 0.32, 0.48)
-"""How long a number of connections is tried: judged after the first, and where it seems to bring nothing, again after
-longer ones, since distant servers are slow to start."""
+"""How long a number of connections is measured: judged after the first window, and where it seems to bring nothing,
+again after longer ones, since distant servers are slow to start."""
 STARTED_BYTES = 8 << 20
-"""What a connection has brought when it is as fast as it gets: more than what any usual link holds. More connections
-that bring nothing are given up then, without longer windows."""
+"""A connection that has brought so much is as fast as it gets: no usual link holds more in flight. More connections
+that bring nothing by then are given up without longer windows."""
 SETTLE_S = 0.02
-"""Left out of the judgement after a change."""
+"""Left out of the measurement after a change."""
 WORTH = 0.4
-"""The share of what more connections would bring, if each brought as much as those before, that keeps them."""
+"""More connections are kept where the rate rises by this share of what it would if each brought as much as before."""
 SOME_GAIN = 1.15
-"""How much more than before is more than chance."""
+"""A rate that is higher by this factor is so by more than chance."""
 AS_GOOD = 0.95
-"""The share of the rate that fewer connections must bring to be kept."""
+"""Fewer connections are kept where they bring this share of the rate."""
 HOLD_S = 2.0
 """How long the best number is kept until another is tried; doubled with each try that brought nothing."""
 MAX_HOLD_S = 60.0
 SPARE_S = 1.0
-"""After a server said that it has too much to do, for so long it is not taken to say so again."""
+"""How long further throttling by a server is ignored after it was answered: several reads meet the same overload."""
 
 
 class Concurrency:
-    """Multiplies the connections while that brings more, goes back as far as it does not, and looks again later."""
+    """The number of connections (`limit`), as `observe` adjusts it. Not safe between threads: callers hold a lock."""
 
     def __init__(self, start: int = START, most: int = MOST) -> None:
         self.most = max(1, most)
         self.limit = max(1, min(start, most))
+        """How many connections there may be now."""
         self._start = self.limit
         self._kept: tuple[int, float] | None = None
-        """The number that proved best so far, and its bytes a second."""
+        """The best number so far, and its bytes a second."""
         self._begin: tuple[float, int] | None = None
         self._arrived_bytes = 0
         self._changed_at_bytes = 0
@@ -53,7 +60,7 @@ class Concurrency:
         return min(self.most, self.limit * GROWTH)
 
     def observe(self, now: float, arrived_bytes: int) -> int:
-        """The number of connections from `now` on; `arrived_bytes` is the sum since the beginning."""
+        """The number of connections from `now` on, in seconds; `arrived_bytes` is the sum since the beginning."""
         self._arrived_bytes = arrived_bytes
         if now < self._settles_until or arrived_bytes == 0:
             return self.limit
@@ -78,7 +85,7 @@ class Concurrency:
         return self.limit
 
     def throttled(self, now: float) -> None:
-        """The server has too much to do: half as many, but not below the start, for a while."""
+        """Halves the connections for a while, but not below the start, since the server has too much to do."""
         if now < self._spared_until:
             return
         self._spared_until = now + SPARE_S
@@ -94,7 +101,7 @@ class Concurrency:
         elif self._window + 1 < len(WINDOWS_S) and not self._have_started():
             self._window += 1
         else:
-            # Some of them were worth it: as many as would bring this, each as much as those before.
+            # As many as would bring this rate, if each brought as much as before.
             gain = rate / kept_rate
             if gain >= SOME_GAIN:
                 n_kept = min(self.limit, math.ceil(n_kept * gain))
@@ -114,7 +121,7 @@ class Concurrency:
             self._hold(now)
 
     def _have_started(self) -> bool:
-        """Whether the connections of today have long been as fast as they get."""
+        """Whether the present connections have brought enough to be as fast as they get."""
         return self._arrived_bytes - self._changed_at_bytes >= self.limit * STARTED_BYTES
 
     def _keep(self, rate: float, now: float) -> None:
@@ -125,7 +132,7 @@ class Concurrency:
             self._hold(now)
 
     def _try_another(self, now: float) -> None:
-        """Fewer and more by turns: what was judged in haste, or has changed, comes right."""
+        """Tries fewer and more by turns, since the link may have changed, or a judgement was wrong."""
         self._tries_fewer = not self._tries_fewer
         if self.limit > self._start and (self._tries_fewer or self.limit == self.most):
             self._change(max(self._start, self.limit // GROWTH), now)
@@ -133,7 +140,7 @@ class Concurrency:
             self._change(self.soon, now)
 
     def _hold(self, now: float) -> None:
-        # A longer window tells the held number's rate better.
+        # The longest window measures the rate of the number that is kept best.
         self._window = len(WINDOWS_S) - 1
         self._holds_until = now + self._hold_s
         self._hold_s = min(self._hold_s * 2, MAX_HOLD_S)

@@ -1,4 +1,7 @@
-"""Bytes that one rank reads from the store straight into its tensors, past the node's files. Free of torch."""
+"""Reads ranges of remote files directly into one rank's tensors, without the node's cache. Free of torch.
+
+`DirectReads.place` reads many ranges at once, `DirectReads.read` one; both by `engine.read_ranges`.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,30 @@ from ..byte_ranges import ByteRange, total_bytes, union
 from ..stores.base import OnBytes
 from .base import RangeSource
 from .concurrency import MOST, START, Concurrency
-from .engine import ObjectRead, ReadReport, read_ranges
+from .engine import ObjectRead, OnLanded, ReadReport, read_ranges
 from .targets import MemoryTarget
 
 SINGLE_CHUNK_BYTES = 2 << 20
-"""What is read piece by piece is spread over connections in such chunks."""
-
-OnLanded = Callable[[int, int], None]
+"""The chunks of a single range, so that several connections share it."""
 
 
 @dataclass
 class Placement:
-    """What goes where of one file: memory for its bytes from a position on, and headers to be kept."""
+    """What is read of one file, and where it goes."""
 
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
+    """Memory for the file's bytes from a position on, as for `MemoryTarget`."""
     headers: list[ByteRange] = field(default_factory=list)
+    """The ranges of storages' headers, to be kept for `DirectReads.header`."""
     landed: OnLanded | None = None
-    """As in `range_engine.ObjectRead`."""
+    """As in `engine.ObjectRead`."""
 
 
 class DirectReads:
-    """The `ranges` that this rank reads so, by path on this node. Used by one thread.
+    """The `ranges` that this rank reads directly, by the path of their file on this node. Used by one thread.
 
-    `open_source` opens the object that is behind a path, at the version that the node's file has. `on_bytes` is told
-    of bytes as they arrive (and may raise). `n_neighbours` ranks of this node, itself among them, do the same.
+    `open_source` opens the object of a path, at the version that the node's file has. `on_bytes` is called as bytes
+    arrive, and may raise. `n_neighbours` is how many ranks of this node, this one included, read directly.
     """
 
     def __init__(
@@ -46,25 +49,25 @@ class DirectReads:
         *,
         n_neighbours: int = 1,
     ) -> None:
-        self._ranges = {path: union(pieces) for path, pieces in ranges.items() if pieces}
-        self._starts = {path: [one.start for one in pieces] for path, pieces in self._ranges.items()}
+        self._ranges = {path: union(spans) for path, spans in ranges.items() if spans}
+        self._starts = {path: [one.start for one in spans] for path, spans in self._ranges.items()}
         self._open_source = open_source
         self._on_bytes = on_bytes
         self._n_neighbours = n_neighbours
         self._headers: dict[tuple[str, int], bytearray] = {}
         self.fetched_bytes: dict[str, int] = {}
-        """What was read so far, by path, with what was read along or twice."""
+        """How many bytes were read so far, by path, with gaps and what was read twice."""
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are read so, at most."""
-        return sum(total_bytes(pieces) for pieces in self._ranges.values())
+        """How many bytes the ranges hold."""
+        return sum(total_bytes(spans) for spans in self._ranges.values())
 
     def __bool__(self) -> bool:
         return bool(self._ranges)
 
     def of(self, path: str, start: int, stop: int) -> tuple[ByteRange, ...]:
-        """Which bytes of ``[start, stop)`` are read so."""
+        """The bytes of ``[start, stop)`` that are among the ranges of `path`."""
         held = self._ranges.get(path)
         if not held:
             return ()
@@ -78,12 +81,12 @@ class DirectReads:
         return tuple(found)
 
     def place(self, wanted: Mapping[str, Placement]) -> None:
-        """Fills all pieces, of which every byte is one of `of`'s, over all files at once; by path.
+        """Fills the memory in `wanted`, by path, over all files at once. Every byte of it must be among the ranges.
 
-        Headers are read along where they are among the ranges, and kept for `header`. Raises as `read_ranges` does;
-        some pieces have been written by then.
+        Headers that are among the ranges are read too, and kept for `header`. Raises as `read_ranges` does; some memory
+        has been written by then.
         """
-        readings = []
+        reads = []
         for path, placement in wanted.items():
             pieces = list(placement.pieces)
             for header in placement.headers:
@@ -91,42 +94,41 @@ class DirectReads:
                     memory = self._headers[path, header.start] = bytearray(header.length)
                     pieces.append((header.start, memoryview(memory)))
             spans = union((start, start + view.nbytes) for start, view in pieces)
-            readings.append(
-                ObjectRead(self._open_source(path), spans, MemoryTarget(pieces), placement.landed)
-            )
+            reads.append(ObjectRead(self._open_source(path), spans, MemoryTarget(pieces), placement.landed))
             self._add(path, total_bytes(spans))
-        if readings:
-            self._settle(next(iter(wanted)), read_ranges(readings, self._on_bytes, pace=self._pace()))
+        if reads:
+            report = read_ranges(reads, self._on_bytes, concurrency=self._concurrency())
+            self._settle(next(iter(wanted)), report)
 
     def read(self, path: str, start: int, view: memoryview) -> None:
-        """Fills `view` with the bytes from `start` on, which are among `of`'s, now."""
+        """Fills `view` with the bytes from `start` on, which must be among the ranges. Raises as `read_ranges` does."""
         span = ByteRange(start, start + view.nbytes)
-        reading = ObjectRead(self._open_source(path), [span], MemoryTarget([(start, view)]))
+        object_read = ObjectRead(self._open_source(path), [span], MemoryTarget([(start, view)]))
         self._add(path, span.length)
-        self._settle(path, read_ranges([reading], self._on_bytes, chunk_bytes=SINGLE_CHUNK_BYTES))
+        self._settle(path, read_ranges([object_read], self._on_bytes, chunk_bytes=SINGLE_CHUNK_BYTES))
 
     def header(self, path: str, start: int) -> Callable[[str], BinaryIO] | None:
-        """What opens the header that begins at `start` as if it were in the file, where `place` kept it."""
+        """Opens, when called, the file at `path` with only the header at `start` in it; None unless `place` kept it."""
         kept = self._headers.get((path, start))
         if kept is None:
             return None
         return lambda _: cast(BinaryIO, _At(bytes(kept), start))
 
-    def _pace(self) -> Concurrency:
+    def _concurrency(self) -> Concurrency:
         """A node's ranks together begin with about as many connections as one that fetches for all, and may come to
-        twice as many: they have more processors."""
+        twice as many, since they have more processors."""
         return Concurrency(max(2, START // self._n_neighbours), max(8, 2 * MOST // self._n_neighbours))
 
     def _add(self, path: str, n_bytes: int) -> None:
         self.fetched_bytes[path] = self.fetched_bytes.get(path, 0) + n_bytes
 
     def _settle(self, path: str, report: ReadReport) -> None:
-        # Which file the bytes beside the wanted ones belong to is not told; they are few.
+        # The report does not say of which file the other bytes are; they are few.
         self._add(path, report.read_bytes - report.wanted_bytes)
 
 
 class _At(io.BytesIO):
-    """Bytes that stand at `base` of a file."""
+    """A file with nothing but `data`, at position `base`."""
 
     def __init__(self, data: bytes, base: int) -> None:
         super().__init__(data)

@@ -1,4 +1,4 @@
-"""Ranges through a backend's own ranged reads: the way for every store that is not http and signs no URLs."""
+"""The range source over a backend's own ranged reads, for stores that are not http(s) and sign no URLs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..stores.fsspec import FsspecStore
 from .base import pieces
 
 PART_BYTES = 8 << 20
-"""One request's, and so how much memory beside the target one read takes."""
+"""The bytes of one request, which a read holds in memory on top of its target."""
 _WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
-"""Where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
+"""Protocols where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
 _THREADS = frozenset({"memory", "sftp", "ssh", "smb", "hf"})
 """File systems without an event loop of their own that several threads may read from."""
 
 
 class FsspecSource:
-    """`info` is what the file system said of the object. Answers tell no version: `confirm` asks for it again."""
+    """The object that the store described as `info`. Answers state no version: `confirm` asks for it again."""
 
     has_ranges = True
 
@@ -74,7 +74,7 @@ class FsspecSource:
             )
 
     def close(self) -> None:
-        """The file system's connections are its own."""
+        """Does nothing: the file system keeps its own connections."""
 
     def _read(self, start: int, stop: int) -> bytes:
         try:
@@ -95,7 +95,7 @@ class FsspecSource:
 
 
 def open_fsspec_source(store: FsspecStore, info: ObjectInfo) -> FsspecSource | None:
-    """None where the size is not known, or a range costs as much as the whole object."""
+    """The source of the object in `info`; None where its size is not known, or a range costs as much as the whole."""
     if info.size_bytes is None or _WHOLE_ONLY & set(store.protocols()):
         return None
     return FsspecSource(store, info, info.size_bytes)

@@ -1,4 +1,8 @@
-"""Ranges over http(s): each read a GET on a connection of its own, received straight into the caller's memory."""
+"""The range source over http(s): each read is one GET on a connection of its own, received into the caller's memory.
+
+`HttpSource` follows redirects, and has a signed URL signed anew when it expires. Every answer is compared with the
+version that the first one stated.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +35,27 @@ from .base import pieces
 MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAY_HAVE_EXPIRED = frozenset({400, 401, 403, 404, 410})
+"""What a server may answer where a signature, or the target of a redirect, has expired."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the object is asked for now: as given, as signed, or where a redirect led."""
+    """The URL that is asked for now: as given, as signed, or the target of a redirect."""
 
     url: str
     own: Origin
-    """The server that the user's headers are for."""
+    """The server that the address's headers are for."""
     is_redirected: bool = False
     until: float = float("inf")
+    """When it is to be renewed, by `time.monotonic`."""
 
 
 class HttpSource:
-    """`make_address` says where the object is: always the same, or a newly signed URL each time.
+    """The object at the address that `make_address` returns: always the same one, or a newly signed URL each time.
 
-    The constructor asks the server for the first byte. `signed_for_s` is how long an address serves, where it is
-    signed. A version in `expected`, which was known before, must be an ETag or a Last-Modified.
+    The constructor asks the server for the first byte, which fixes the version; it raises `NotFoundError`,
+    `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`, whose version must
+    be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where it is.
     """
 
     max_connections = 32
@@ -74,7 +81,7 @@ class HttpSource:
         self._sends_if_match = True
         self._pin = Pin()
         self.stored_sums: tuple[StoredSum, ...] = ()
-        """What the first answer told of the whole object."""
+        """Checksums of the whole object in the first answer."""
         self.has_ranges = True
         self._open(expected)
 
@@ -94,7 +101,7 @@ class HttpSource:
         return self._described
 
     def confirm(self) -> None:
-        """Every answer was compared."""
+        """Does nothing: every answer was compared."""
 
     def close(self) -> None:
         if self._owns:
@@ -120,9 +127,9 @@ class HttpSource:
         if status == 206:
             with self._reading(answer):
                 if (start, stop) != (0, 1) or total is None:
-                    told = headers.get("Content-Range") or "none"
+                    stated = headers.get("Content-Range") or "none"
                     raise AccessError(
-                        f"{self._described}: expected Content-Range bytes 0-0/SIZE, got {told}",
+                        f"{self._described}: expected Content-Range bytes 0-0/SIZE, got {stated}",
                         path=self._described,
                     )
                 check_partial_answer(headers, 0, 1, Pin(), self._described)
@@ -147,6 +154,7 @@ class HttpSource:
             )
 
     def _check(self, response: http.client.HTTPResponse, start: int, stop: int) -> int:
+        """How many bytes from `start` on the body holds."""
         if response.status == 206 and self.has_ranges:
             return check_partial_answer(response.headers, start, stop, self._pin, self._described)
         check_whole_answer(response.headers, self._pin, self._described)
@@ -193,7 +201,7 @@ class HttpSource:
             body = answer.error_body()
             self._forget(answer)
             if status == 412 and "If-Match" in sent:
-                # Some servers compare wrongly; whether it changed, their next answer's own ETag tells.
+                # Some servers compare wrongly: the next answer's own ETag shows whether it changed.
                 self._sends_if_match = False
                 continue
             was_remembered = self._signed_for_s is not None or place.is_redirected
@@ -224,6 +232,7 @@ class HttpSource:
             self._connections.give_back(answer.connection)
 
     def _forget(self, answer: Answer) -> None:
+        """Closes the connection of an answer that is not read to its end."""
         answer.response.close()
         self._connections.drop(answer.connection)
 

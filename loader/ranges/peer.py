@@ -1,4 +1,4 @@
-"""Ranges from another rank's file: what several nodes need leaves the store once, and travels between them."""
+"""The range source over another rank's file, so that what several nodes need is fetched from the store once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .base import pieces
 
 
 class PeerSource:
-    """The object as another rank's node has it, while that fetches it. `key` is its name there.
+    """The object that the rank at `address` fetches and hands out (``distributed.range_server``), by the name `key`.
 
-    `moved` is called while nothing comes, and that rank is known to go on.
+    `moved` is called while no bytes come but that rank's own file grows, so that this is no stall. `rank` is that
+    rank, for messages.
     """
 
     kind = "peer"
@@ -71,14 +72,14 @@ class PeerSource:
         except ValueError as error:
             raise AccessError(f"{self.describe()}: {error}", path=self._key) from error
         except OSError as error:
-            # Mostly that rank failed: why is on its way over the channel.
+            # Mostly that rank failed; the channel will say why.
             raise TryAgainError(AccessError(f"{self.describe()}: {error}", path=self._key)) from error
         finally:
             if connection is not None:
                 connection.close()
 
     def confirm(self) -> None:
-        """The rank that fetches compares versions."""
+        """Does nothing: the rank that fetches the object compares versions."""
 
     def close(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Ranges of S3, GCS and Azure objects over plain HTTP, by URLs that the backend signs with its own credentials."""
+"""Opens S3, GCS and Azure objects as http sources, by URLs that the backend signs with its own credentials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _SIGNERS = _S3 | {"gs", "gcs", "az", "abfs", "abfss"}
 def open_signed(
     store: FsspecStore, info: ObjectInfo, connections: Connections | None = None
 ) -> HttpSource | None:
-    """None where the backend can't sign (its credentials hold no key), or the server refuses what it signs.
+    """The source of the object in `info`, at a URL that the store's backend signs.
+
+    None where the backend cannot sign (its credentials hold no key), or the server refuses what it signs.
 
     Raises as `open_range_source` does otherwise.
     """
@@ -38,7 +40,7 @@ def open_signed(
     credentials = f"a URL signed with the credentials of the {store.protocol} backend{_method(files)}"
 
     def make_address() -> Address:
-        # Kept out of the message: SDKs may quote what they were given.
+        # The error stays out of messages: SDKs may quote credentials in theirs.
         return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
 
     try:
@@ -62,7 +64,7 @@ def open_signed(
     except TryAgainError:
         raise
     except AccessError:
-        # The backend's own reads may pass where a signed URL does not; if not, their error is the better one.
+        # The backend's own reads may succeed where a signed URL does not; where not, their error says more.
         if owns:
             connections.close()
         return None

@@ -1,4 +1,4 @@
-"""Where ranges land: memory that is there already, or a file of the object's size that is filled in places."""
+"""Says where the bytes of ranges go: memory that is there already, or a file of the object's size, filled in places."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ BUFFER_BYTES = 1 << 20
 
 
 class Target(Protocol):
-    """Takes bytes of one object; called from several threads, never twice for the same bytes at once."""
+    """Takes bytes of one object. Called from several threads, never for the same bytes at once."""
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Writable memory for bytes ``[start, stop)``, in order; the next one is asked for when one was taken."""
+        """Writable memory for bytes ``[start, stop)``, in order; `take` is called for one before the next is used."""
 
     def take(self, start: int, view: memoryview) -> None:
-        """The bytes from `start` on have come into `view`: one that `views` gave, or the beginning of one."""
+        """Stores the bytes from `start` on, which are in `view`: one that `views` returned, or the beginning of one."""
 
 
 class MemoryTarget:
-    """Pieces of memory: ``(start, view)`` takes the object's bytes from `start` on, in place.
+    """Memory that is filled in place: of `pieces`, ``(start, view)`` takes the object's bytes from `start` on.
 
-    Views are one-dimensional, contiguous and writable, of any item size. Raises `ValueError` where they overlap.
+    Views are one-dimensional, contiguous and writable, of any item size. Raises `ValueError` where they overlap, or
+    cannot be written.
     """
 
     def __init__(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
@@ -55,15 +56,15 @@ class MemoryTarget:
             index += 1
 
     def take(self, start: int, view: memoryview) -> None:
-        """The bytes are where they belong."""
+        """Does nothing: the bytes are in place."""
 
 
 class FileTarget:
     """A file of `size_bytes`, sparse where nothing has landed. `close` it.
 
-    Bytes are received into a small buffer and written from there: new pages of a file that is mapped are zeroed first,
-    and cost several times as much. The file is made where it is missing (0600) and kept as it is where it has that
-    size. A disk that is full is an `AccessError`.
+    The file is made where it is missing (0600) and kept as it is where it has that size; raises `CorruptError` where it
+    has another, `AccessError` where the disk is full. Bytes are received into a small buffer and written from there:
+    the pages of a mapped file would be zeroed first, which costs several times as much.
     """
 
     def __init__(self, path: str, size_bytes: int) -> None:
@@ -84,7 +85,7 @@ class FileTarget:
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(BUFFER_BYTES, stop - start)))
-        # Writes begin where pages do, but for the first.
+        # All writes but the first begin at a page.
         first = start - start % BUFFER_BYTES
         for begin in range(first, stop, BUFFER_BYTES):
             yield buffer[: min(begin + BUFFER_BYTES, stop) - max(begin, start)]
@@ -102,8 +103,8 @@ class FileTarget:
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Waits for writes under way. A read that was given up and goes on must not write: its descriptor may be
-        another file's by then."""
+        """Closes the file once writes under way have ended. `take` raises `ValueError` from then on: a read that was
+        given up but goes on must not write, since the descriptor may be another file's."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: not self._writing)
@@ -113,7 +114,7 @@ class FileTarget:
         done = 0
         while done < len(view):
             try:
-                # The kernel lets one write at a file at a time, and the others spin: a thread that waits here sleeps.
+                # The kernel writes to a file for one thread at a time, and the others would spin: here they sleep.
                 with self._one_writes:
                     done += os.pwrite(self._fd, view[done:], start + done)
             except OSError as error:

@@ -1,4 +1,4 @@
-"""A member of an archive as an object of its own: a window on the archive's source."""
+"""Makes a range source of a member of an archive: a window on the archive's own source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .base import RangeSource
 
 
 class WindowSource:
-    """Bytes ``[base, base + size_bytes)`` of `whole`, which stays open until whoever opened it closes it.
+    """Bytes ``[base, base + size_bytes)`` of `whole`, which the window does not close.
 
     Its version is the whole object's, so a window changes when anything of that object does.
     """
@@ -19,9 +19,9 @@ class WindowSource:
     ) -> None:
         self.whole = whole
         self.base = base
-        """Where it begins in the object."""
+        """Where the window begins in the whole object."""
         self.object_name = object_name
-        """The object's name in its store."""
+        """The name of the whole object in its store."""
         self.size_bytes = size_bytes
         self.kind = whole.kind
         self.has_ranges = whole.has_ranges
@@ -47,9 +47,9 @@ class WindowSource:
         self.whole.confirm()
 
     def close(self) -> None:
-        """The whole object's connections are shared by its windows."""
+        """Does nothing: all windows share the connections of the whole object."""
 
 
 def shared_source(source: RangeSource) -> RangeSource:
-    """What `source` shares its connections with: of a window, the whole object."""
+    """The source whose connections `source` uses: the whole object's for a window, itself otherwise."""
     return source.whole if isinstance(source, WindowSource) else source

@@ -1,4 +1,4 @@
-"""A few threads that work while the calling thread watches over them."""
+"""Runs jobs in a few threads while the calling thread reports progress, and stops all of them when one fails."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Callable, Sequence
 from ..stores.transfer import POLL_S, Stopped
 
 GROW_S = 0.01
-"""How often it is looked whether more threads are wanted."""
+"""How often `run_jobs` checks whether more threads are wanted."""
 STOP_TIMEOUT_S = 5.0
-"""How long threads are given to end once they are told to; one stuck in a backend is left to itself."""
+"""How long threads have to end once they are stopped; one that is stuck in a backend is left behind."""
 
 
 class Stop:
-    """Tells workers to end: they call `check` wherever they can."""
+    """A flag that ends jobs: they call `check` wherever they can."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
     def set(self) -> None:
+        """Gives the work up."""
         self._event.set()
 
     def is_set(self) -> bool:
@@ -28,7 +29,7 @@ class Stop:
         return self._event.is_set()
 
     def check(self) -> None:
-        """Raises where the work is given up; only workers call it."""
+        """Raises `Stopped` where the work is given up; called in jobs only."""
         if self._event.is_set():
             raise Stopped
 
@@ -40,10 +41,10 @@ def run_jobs(
     n_threads: int = 4,
     wanted: Callable[[], int] | None = None,
 ) -> None:
-    """Runs `jobs` in up to `n_threads` threads, the first ones first, calling `tick` here ten times a second.
+    """Runs `jobs` in up to `n_threads` threads, the first ones first, calling `tick` in this thread ten times a second.
 
-    With `wanted`, a thread is only started once that says that so many are. The first job that raises, or `tick`,
-    stops all the others; what it raised is raised once they have ended.
+    With `wanted`, a thread is started only while there are fewer than that returns (one always is). What a job or
+    `tick` raises first stops all other jobs, and is raised here once they have ended.
     """
     stop = Stop()
     pending = list(reversed(jobs))
@@ -67,7 +68,7 @@ def run_jobs(
         finally:
             ended.set()
 
-    # Waited for by events: a join that Ctrl-C interrupts takes its thread for ended in some versions of Python.
+    # Threads are awaited by events: some versions of Python take a thread for ended after Ctrl-C interrupts its join.
     most = min(n_threads, len(jobs))
     started: list[tuple[threading.Thread, threading.Event]] = []
 

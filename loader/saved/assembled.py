@@ -1,7 +1,7 @@
-"""A saved tensor that lies in runs over several flat tensors, and what of it fills a wanted box. Pure.
+"""Describes a tensor that was saved in runs over several flat tensors, and finds what fills a box of it. Pure.
 
-Nothing is put together before it is wanted: whoever restores asks which parts of the files fill the elements that
-it keeps, and reads those where they belong.
+The tensor is never put together as a whole: a rank asks `parts_of` which saved elements fill the shard that it keeps,
+and reads those into their places.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .values import LazyTensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """``length`` elements of a flattened tensor from ``start`` on: those of ``source`` from ``source_start`` on."""
+    """``length`` elements of a flattened tensor from ``start`` on, saved in ``source`` from ``source_start`` on."""
 
     source: LazyTensor
-    """One-dimensional."""
+    """One-dimensional; a flat tensor of one saved rank."""
     source_start: int
     start: int
     length: int
@@ -27,10 +27,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AssembledTensor:
-    """A tensor that is saved in runs, in the order of its elements; together they are all of them, each once."""
+    """A tensor that was saved in runs. They are in the order of its elements, and hold each element once.
+
+    Raises `ValueError` where they do not.
+    """
 
     name: str
-    """What the checkpoint calls it; for messages."""
+    """The parameter's name in the checkpoint; for messages."""
     dtype: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
@@ -57,23 +60,24 @@ class AssembledTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of the elements as they were saved."""
+        """Bytes of its elements as they were saved."""
         return sum(run.length * run.source.itemsize for run in self.runs)
 
 
 SavedTensor = LazyTensor | AssembledTensor
+"""A tensor of a checkpoint: saved whole, or in runs."""
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:
-    """The box of all elements."""
+    """The box of all elements of a tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def parts_of(source: SavedTensor, box: Box) -> Iterator[tuple[LazyTensor, Box]]:
-    """What fills `box` of `source`: lazy tensors, and the part of the box that each fills, counted from its corner.
+    """The lazy tensors that fill `box` of `source`, each with the part of the box that it fills.
 
-    The lazy tensors have the parts' sizes, and every element of the box is in exactly one. A box of whole rows
-    gets contiguous ones, any other box strided ones.
+    A lazy tensor has the shape of its part, whose ``starts`` count from the box's corner. Every element of the box is
+    in exactly one part. Of a box of whole rows the lazy tensors are contiguous, of any other box strided.
     """
     if not box.numel:
         return

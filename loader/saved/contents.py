@@ -1,4 +1,4 @@
-"""A checkpoint's parts, whatever its layout, under one vocabulary of names. Pure."""
+"""Holds a checkpoint's parts under the names that Composer gives them, whatever the layout of its files. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint's parts under Composer's names, all of them lazy."""
+    """A checkpoint's parts under Composer's names; their tensors are lazy."""
 
     layout: str
     """``composer``, ``lightning``, ``state dict``, ``hand-written`` or ``deepspeed``."""
     state: dict[str, Any]
+    """``model``, ``optimizers``, ``schedulers`` and so on."""
     rng: list[Any] | None = None
+    """Random states, by saved rank; None where the checkpoint has none."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Top-level entries that are neither."""
+    """Top-level entries that are neither: a training script's own, or DeepSpeed's ``client_state``."""
 
     def as_tree(self) -> dict[str, Any]:
-        """The nested dict that ``ignore_keys`` sees."""
+        """The nested dict that ``ignore_keys`` applies to."""
         tree: dict[str, Any] = {"state": self.state}
         if self.rng is not None:
             tree["rng"] = self.rng
@@ -34,7 +36,7 @@ class Contents:
         own = {"state"} if self.rng is None else {"state", "rng"}
         extra = {key: value for key, value in tree.items() if key not in own}
         if "state" in self.extra:
-            # A hand-written file's own, which the nested dict has no place for.
+            # A hand-written file's own entry of this name, which was not in the nested dict.
             extra["state"] = self.extra["state"]
         return Contents(
             self.layout,
@@ -45,7 +47,7 @@ class Contents:
 
     @property
     def rank_zero_seed(self) -> int | None:
-        """The seed that the run began with, which missing random states are derived from."""
+        """The seed that the saved job began with, from which missing random states are derived; None if not saved."""
         for place in (self.state, self.extra):
             seed = place.get("rank_zero_seed")
             if isinstance(seed, int) and not isinstance(seed, bool):

@@ -1,4 +1,4 @@
-"""Element types by name, without torch: how many bytes an element takes, and what torch's pickles call it."""
+"""Lists the element types by name, without torch: the bytes of an element, and torch's storage class for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ITEMSIZE: dict[str, int] = {
     "uint64": 8,
     "bool": 1,
 }
-"""Bytes per element, by the name that follows ``torch.``."""
+"""Bytes per element, by dtype: the name that follows ``torch.``."""
 
 STORAGE_DTYPE: dict[str, str] = {
     "DoubleStorage": "float64",
@@ -42,4 +42,4 @@ STORAGE_DTYPE: dict[str, str] = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
-"""Element type of each typed storage class that torch pickles by name."""
+"""The dtype of each storage class that torch's pickles name."""

@@ -1,8 +1,8 @@
-"""Leaving parts of a checkpoint out, by globs over ``/``-joined keys or by a callable. Pure.
+"""Leaves out the parts of a checkpoint that ``ignore_keys`` names: globs over ``/``-joined keys, or a callable. Pure.
 
-The paths are those of Composer's ``ignore_keys``: ``state/model/NAME``, ``state/optimizers/CLASS``, ``rng``.
-``*`` crosses ``/`` and case matters. A glob may name an inner node: ``state/model`` takes the node away,
-``state/model/*`` leaves it empty. Positions in lists are the original ones; tuples are leaves.
+Paths are those of Composer's ``ignore_keys``: ``state/model/NAME``, ``state/optimizers/CLASS``, ``rng``. ``*`` matches
+``/`` too, and case matters. A glob may match a node inside the tree: ``state/model`` removes that node,
+``state/model/*`` leaves it empty. Items of lists are named by their position in the checkpoint; tuples are leaves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Ignored:
 
     tree: dict[str, Any]
     paths: tuple[str, ...]
-    """The nodes that were taken away, outermost only."""
+    """The nodes that were removed; not what lies below them."""
     unmatched: tuple[str, ...]
     """Globs that matched nothing."""
 
@@ -32,13 +32,13 @@ class Ignored:
 def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignored:
     """`tree` without what `ignore_keys` names; `tree` itself stays as it is.
 
-    A callable is handed a copy of the nested containers, which it may change as it likes (its return value is
-    not used); the tensors in it are lazy. A string is one glob. Raises `OptionError` for anything else.
+    A callable gets a copy of the nested containers and changes it in place; the tensors in it are lazy, and what it
+    returns is not used. A string is one glob. Raises `OptionError` where a glob is no string.
     """
     if ignore_keys is None:
         return Ignored(tree, (), ())
     if callable(ignore_keys):
-        changed = copy_containers(tree)
+        changed = _copy_containers(tree)
         ignore_keys(changed)
         return Ignored(changed, tuple(_vanished(tree, changed, "")), ())
     globs = [ignore_keys] if isinstance(ignore_keys, str) else list(ignore_keys)
@@ -53,12 +53,12 @@ def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignore
     return Ignored(kept, tuple(removed), unmatched)
 
 
-def copy_containers(value: Any) -> Any:
-    """`value` with its dicts and lists copied; tuples and leaves are shared."""
+def _copy_containers(value: Any) -> Any:
+    """`value` with its dicts and lists copied; tuples and leaves are the same objects."""
     if isinstance(value, dict):
-        return {key: copy_containers(item) for key, item in value.items()}
+        return {key: _copy_containers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [copy_containers(item) for item in value]
+        return [_copy_containers(item) for item in value]
     return value
 
 
@@ -74,7 +74,7 @@ def _without(
         if hits:
             matched.update(hits)
             removed.append(child)
-            # What lies below counts as matched too: a glob for it has not missed.
+            # A glob for something below the removed node did match: it is not reported as unmatched.
             for below in _paths(item, child):
                 matched.update(i for i, pattern in enumerate(patterns) if pattern.match(below))
         else:
@@ -92,7 +92,7 @@ def _paths(node: Any, path: str) -> Iterator[str]:
 
 
 def _vanished(before: Any, after: Any, path: str) -> Iterator[str]:
-    """Paths of `before`'s nodes that `after` lacks."""
+    """The paths of nodes that `before` has and `after` lacks; not what lies below them."""
     if not isinstance(before, dict) or not isinstance(after, dict):
         return
     for key, item in before.items():

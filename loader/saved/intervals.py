@@ -1,8 +1,8 @@
-"""Interval arithmetic between partitions: which runs of saved elements fill which wanted ones. Pure.
+"""Computes which runs of saved elements fill which wanted ones, where partitions of two world sizes meet. Pure.
 
-A parameter is a row of ``numel`` elements in row-major order. Saved, it is cut into pieces, each a run inside some
-flat tensor; wanted, it is cut into slots, each a run inside another. All intervals are half-open and count
-elements, so nothing here knows of files, bytes or dtypes.
+A parameter is a row of ``numel`` elements in row-major order. It was saved in pieces, each a run of elements inside a
+flat tensor of some rank, and is wanted in slots, each a run inside another. `cut` makes the pieces or slots of equal
+partitions, `intersect` the copies between them. Intervals are half-open and count elements, not bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class CoverageError(ValueError):
 
 
 class Place(NamedTuple):
-    """A flat tensor: that of one rank (saved, or of the job) and group."""
+    """Names a flat tensor: that of a rank, which saved it or wants it, and of an optimizer's parameter group."""
 
     rank: int
     group: int
@@ -58,11 +58,11 @@ def cut(
     group: int = 0,
     ranks: Sequence[int] | None = None,
 ) -> list[Piece]:
-    """The pieces of a run of ``length`` elements that begins at ``param_start`` of a row of equal partitions.
+    """The pieces of a parameter of `length` elements that begins at element `param_start` of a row of partitions.
 
-    The row is ``count`` partitions of ``partition`` elements, one a rank: `ranks` in that order, or 0, 1, 2 ...
-    Elements of the run are counted from 0.
-    Raises `CoverageError` where the run reaches beyond the row.
+    The row is `count` partitions of `partition` elements each, one on each of `ranks` in that order, by default
+    0, 1, 2 ... A piece's ``param_start`` counts from the parameter's first element, its ``start`` from the partition's.
+    Raises `CoverageError` where the parameter reaches beyond the row.
     """
     if length < 0 or param_start < 0 or partition < 0 or param_start + length > partition * count:
         raise CoverageError(
@@ -81,11 +81,10 @@ def cut(
 
 
 def intersect(pieces: Iterable[Piece], slots: Iterable[Piece]) -> list[Copy]:
-    """The copies that fill every element of `slots` exactly once, from `pieces` of the same parameter.
+    """The copies that fill every element of `slots` exactly once, from `pieces` of the same parameter, in its order.
 
-    Pieces beyond what is wanted are left alone. Empty pieces and slots do not count. The copies come in the
-    parameter's order. Raises `CoverageError` where two pieces or two slots hold the same element, or a wanted
-    element is in no piece.
+    Pieces that no slot wants, and empty pieces and slots, are passed over. Raises `CoverageError` where two pieces or
+    two slots hold the same element, or a wanted element is in no piece.
     """
     sources = _ordered(pieces, "saved")
     starts = [piece.param_start for piece in sources]
@@ -118,6 +117,7 @@ def intersect(pieces: Iterable[Piece], slots: Iterable[Piece]) -> list[Copy]:
 
 
 def _ordered(intervals: Iterable[Piece], what: str) -> Sequence[Piece]:
+    """Those that are not empty, by ``param_start``. Raises `CoverageError` where they overlap."""
     found = sorted((one for one in intervals if one.length), key=lambda one: one.param_start)
     for one in found:
         if one.length < 0 or one.start < 0 or one.param_start < 0:

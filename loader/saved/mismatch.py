@@ -1,4 +1,4 @@
-"""What does not fit between a checkpoint and a job, collected before anything is changed. Pure."""
+"""Collects what does not fit between a checkpoint and a job, for one error before anything is changed. Pure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from ..errors import MismatchError
 
 _SHOWN = 20
-"""Names of a kind that a message lists; the receipt and ``MismatchError.details`` have all of them."""
+"""How many names of a kind a message lists; the receipt and ``MismatchError.details`` have all of them."""
 
 
 @dataclass
 class Mismatch:
-    """Names that are missing, unexpected, or of the wrong shape, dtype or number; filled by every check."""
+    """Names that are missing, unexpected, or of the wrong shape, dtype or number; every check of a plan adds to it."""
 
     missing: list[str] = field(default_factory=list)
-    """What the job has and the checkpoint lacks."""
+    """Names that the job has and the checkpoint lacks."""
     unexpected: list[str] = field(default_factory=list)
-    """What the checkpoint has and the job lacks."""
+    """Names that the checkpoint has and the job lacks."""
     wrong: list[str] = field(default_factory=list)
     """``NAME: expected ..., got ...``."""
 
     def extend(self, other: Mismatch) -> None:
+        """Adds what `other` collected."""
         self.missing.extend(other.missing)
         self.unexpected.extend(other.unexpected)
         self.wrong.extend(other.wrong)
@@ -60,7 +61,10 @@ def _listed(title: str, names: Iterable[str]) -> list[str]:
 
 
 def dtype_problem(source: str, target: str) -> str | None:
-    """Why elements of `source` cannot become `target`; None where they can (within a kind they are cast)."""
+    """Why elements of dtype `source` cannot be restored as `target`; None where they can be.
+
+    They are cast between dtypes of one kind only: float, complex, or integer (with bool).
+    """
     if source == target or _kind(source) == _kind(target):
         return None
     return f"expected {target}, got {source}"

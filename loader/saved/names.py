@@ -1,4 +1,4 @@
-"""Matching a checkpoint's parameter names with a model's. Pure."""
+"""Matches a checkpoint's parameter names with a model's, across wrappers' prefixes and renames. Pure."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from dataclasses import dataclass
 from ..errors import OptionError
 
 WRAPPER_PREFIX = "module."
-"""What DistributedDataParallel, DataParallel and DeepSpeed put before every name."""
+"""DistributedDataParallel, DataParallel and DeepSpeed put it before every name."""
 COMPILED_PREFIX = "_orig_mod."
-"""What torch.compile puts before the names of the module that it wraps, at any depth."""
+"""torch.compile puts it before the names of the module that it wraps, at any depth."""
+_PREFIX_CHANGES: tuple[tuple[str, str], ...] = tuple(
+    (WRAPPER_PREFIX * drop, WRAPPER_PREFIX * add) for drop, add in ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2))
+)
+"""(prefix to drop, prefix to add), in the order of trying."""
 
 
 @dataclass(frozen=True)
 class NameMatch:
-    """Which name in the checkpoint is which in the model."""
+    """Which of the checkpoint's names match which of the model's."""
 
     target_of: dict[str, str]
     """Checkpoint name to model name, for those that match."""
     missing: tuple[str, ...]
-    """The model's names that the checkpoint has nothing for."""
+    """The model's names that none of the checkpoint's matches."""
     unexpected: tuple[str, ...]
-    """The checkpoint's names that the model has no place for."""
+    """The checkpoint's names that match none of the model's."""
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The matched names that differ."""
+        """Checkpoint name to model name, for those that match and differ."""
         return {source: target for source, target in self.target_of.items() if source != target}
 
 
@@ -35,9 +39,10 @@ def match_names(
 ) -> NameMatch:
     """Matches `source` (the checkpoint's names) with `target` (the model's).
 
-    `rename` comes first: a whole name, or a prefix that ends with a dot; the longest key wins. Then
-    ``_orig_mod.`` is disregarded wherever it stands, and leading ``module.`` prefixes are dropped or added if
-    that makes more names match. Raises `OptionError` where two of the checkpoint's names would become one.
+    `rename` is applied first: its keys are whole names, or prefixes that end with a dot; the longest key that fits
+    wins. Then ``_orig_mod.`` is disregarded anywhere in a name, and leading ``module.`` prefixes are dropped or added,
+    the same for all names, if that makes more of them match. Raises `OptionError` where two of the checkpoint's names
+    would become one.
     """
     sources = list(source)
     targets = list(target)
@@ -59,7 +64,7 @@ def match_names(
                 found[name] = hit
         if len(found) > len(best):
             best = found
-    # An exact match always stands: a wrapper's own names are not to be shifted by the majority.
+    # As many exact matches are better than matches by a change of prefixes.
     exact = {name: new for name, new in renamed.items() if new in known}
     if len(exact) >= len(best):
         best = exact
@@ -70,11 +75,6 @@ def match_names(
         tuple(name for name in targets if name not in taken),
         tuple(name for name in sources if name not in best),
     )
-
-
-_PREFIX_CHANGES: tuple[tuple[str, str], ...] = tuple(
-    (WRAPPER_PREFIX * drop, WRAPPER_PREFIX * add) for drop, add in ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2))
-)
 
 
 def _rename(name: str, rename: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
-"""Cuts strided tensors into parts that can be read one after another. Free of torch.
+"""Cuts strided tensors into boxes that can be read one after another. Free of torch.
 
-A layout says where a tensor's elements lie in its storage: shape, stride and offset, all in elements.
+`row_major_boxes` are those that a run of a flattened tensor fills, `bounded_boxes` those that fit a buffer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor: per dimension, the first index and the number of them."""
+    """A part of a tensor: for each dimension, the first index and how many there are."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -24,24 +24,27 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
+    """Where a tensor's elements lie in its storage; all in elements, not bytes."""
+
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     @property
     def span(self) -> int:
-        """Elements of the storage from the first to the last one used."""
+        """How many elements of the storage lie from the tensor's first to its last one, both included."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     def part(self, box: Box) -> Layout:
+        """The layout of the elements in `box`."""
         moved = sum(start * step for start, step in zip(box.starts, self.stride, strict=True))
         return Layout(box.sizes, self.stride, self.offset + moved)
 
 
 def row_major_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The boxes that elements ``start`` to ``stop`` of the flattened tensor fill, in their order."""
+    """The boxes of elements ``[start, stop)`` of the flattened tensor of `shape`, in the order of the elements."""
     if start >= stop:
         return
     if not shape:
@@ -64,7 +67,7 @@ def row_major_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[B
 
 
 def bounded_boxes(layout: Layout, limit: int) -> Iterator[Box]:
-    """Boxes that cover `layout`, each with a span of at most ``limit`` elements, mostly in storage order."""
+    """Boxes that hold each element of `layout` once, each with a span of at most `limit`; mostly in storage order."""
     if layout.span <= limit:
         if layout.span:
             yield Box(tuple(0 for _ in layout.shape), layout.shape)

@@ -1,9 +1,9 @@
-"""Walks over a checkpoint's tree that end whatever the file holds. Free of torch.
+"""Walks a checkpoint's tree, and refuses trees that no walk could get through. Free of torch.
 
-A pickle can share one list a thousand times and do so again with the result, or put a list into itself: a few
-hundred bytes then describe a tree that no walk gets through. `check_tree` refuses such a tree once, when the
-file is read; whoever walks its plain containers afterwards may recurse freely. Objects that the pickle
-describes may refer to themselves (real ones do), so walks that descend into them visit each only once.
+A pickle can put one list into another a thousand times, and do so again with the result, or put a list into itself: a
+few hundred bytes then describe a tree without end. `check_tree` refuses such a tree when the file is read; afterwards,
+code may walk its plain containers by recursion. Objects that the pickle describes may refer to themselves (real ones
+do), so walks that enter their fields visit each only once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor
 
 MAX_DEPTH = 200
 MAX_UNSHARED = 1_000_000
-"""Values that a tree may have when every shared part is counted wherever it appears, beside 16 per part."""
+"""How many values a tree may have, plus 16 for each container, when shared ones count wherever they appear."""
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -25,9 +25,9 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 def check_tree(tree: Any, *, name: str) -> None:
     """Makes sure that the plain containers of `tree` can be walked by recursion, and in reasonable time.
 
-    Raises `CorruptError` where one contains itself, and `UnsafeError` where they nest deeper than
-    ``MAX_DEPTH`` or where sharing makes the tree far larger than the file. `InertObject` counts as one value,
-    its fields as a tree of their own.
+    Raises `CorruptError` where one contains itself, and `UnsafeError` where they nest deeper than `MAX_DEPTH` or
+    sharing makes the tree far larger than the file. An `InertObject` counts as one value, and its fields as another
+    tree. Messages call the file `name`.
     """
     sizes: dict[int, tuple[int, int]] = {}
     roots: list[Any] = [tree]
@@ -49,8 +49,54 @@ def check_tree(tree: Any, *, name: str) -> None:
         )
 
 
+def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of `tree`, containers too, with its ``/``-joined path, in order; a shared container only once.
+
+    Enters the fields of an `InertObject`: keys of its state follow the object's own path.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [(path, tree)]
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, (*_CONTAINERS, InertObject)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            pending.extend(reversed(list(_named_children(where, value))))
+        yield where, value
+
+
+def tensors(tree: Any, *, path: str = "") -> list[tuple[str, LazyTensor]]:
+    """Every lazy tensor of `tree` with its path, in order; those inside inert objects too."""
+    return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, LazyTensor)]
+
+
+def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
+    """(path, global name) of every value whose class or function is not known, in order."""
+    found = []
+    for where, value in iterate(tree, path=path):
+        if isinstance(value, (InertObject, GlobalName)) and not value.known:
+            found.append((where, value.name if isinstance(value, GlobalName) else value.global_name))
+        elif isinstance(value, InertArray) and value.dtype == UNSUPPORTED:
+            found.append((where, "numpy.ndarray of objects"))
+    return found
+
+
+def join_path(path: str, key: Any) -> str:
+    """``path/key``; the key alone where `path` is empty."""
+    return f"{path}/{_key_text(key)}" if path else _key_text(key)
+
+
+def _key_text(key: Any) -> str:
+    """A dict's key as it appears in a ``/``-joined path."""
+    return key if isinstance(key, str) else short_repr(key)
+
+
 def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], name: str) -> int:
-    """Values below `root`, shared ones wherever they appear; ``sizes``: values and depth, by id."""
+    """How many values `root` has, shared ones counted wherever they appear; 1 for a container measured before.
+
+    Adds each container's (values, depth) to `sizes`, by id, and each `InertObject` met to `objects`.
+    """
     if not isinstance(root, _CONTAINERS):
         return 1
     if id(root) in sizes:
@@ -108,32 +154,6 @@ def _children(node: Any) -> Iterator[Any]:
         yield from node
 
 
-def key_text(key: Any) -> str:
-    """A dict's key, as part of a ``/``-joined path."""
-    return key if isinstance(key, str) else short_repr(key)
-
-
-def join_path(path: str, key: Any) -> str:
-    """``path/key``, or the key alone at the top."""
-    return f"{path}/{key_text(key)}" if path else key_text(key)
-
-
-def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of `tree`, containers too, with its ``/``-joined path; each shared container once, where it
-    is met first. Descends into the fields of `InertObject`, whose state's keys follow its own path.
-    """
-    seen: set[int] = set()
-    pending: list[tuple[str, Any]] = [(path, tree)]
-    while pending:
-        where, value = pending.pop()
-        if isinstance(value, (*_CONTAINERS, InertObject)):
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            pending.extend(reversed(list(_named_children(where, value))))
-        yield where, value
-
-
 def _named_children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, InertObject):
         for part in (value.args, value.kwargs, value.state, value.items, value.entries):
@@ -153,19 +173,3 @@ def _named_children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (set, frozenset)):
         for item in value:
             yield path, item
-
-
-def tensors(tree: Any, *, path: str = "") -> list[tuple[str, LazyTensor]]:
-    """Every lazy tensor of `tree` with its path, those inside inert objects included."""
-    return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, LazyTensor)]
-
-
-def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
-    """(path, global name) of every value whose class or function is not known, in the order of the tree."""
-    found = []
-    for where, value in iterate(tree, path=path):
-        if isinstance(value, (InertObject, GlobalName)) and not value.known:
-            found.append((where, value.name if isinstance(value, GlobalName) else value.global_name))
-        elif isinstance(value, InertArray) and value.dtype == UNSUPPORTED:
-            found.append((where, "numpy.ndarray of objects"))
-    return found

@@ -1,7 +1,7 @@
-"""What a checkpoint file holds, before any of it is read: lazy tensors and inert objects. Free of torch.
+"""Holds what a torch file's pickle describes: lazy tensors, inert objects, arrays and names. Free of torch.
 
-A file's pickle becomes a tree of dicts, lists, tuples, numbers, strings and bytes, and of the values below.
-None of them runs code or reads a storage; `rankload.loader.materialize.facade` turns them into real ones on demand.
+`formats` turns a pickle into a tree of dicts, lists, tuples, numbers, strings and bytes, and of the values below. They
+run no code and read no storage; `materialize.objects` makes real ones of them.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ from typing import Any
 
 from .dtypes import ITEMSIZE
 
+UNSUPPORTED = "object"
+"""The ``dtype`` of an `InertArray` whose elements are Python objects or structures; its data are not kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """One storage's bytes in a local file."""
+    """Where one storage's bytes lie in a local file."""
 
     file: str
     """Path of the file on this node."""
     key: str
     """The record's name in the zip, or the storage's key in a legacy file."""
     offset: int
-    """Of the storage's first byte, from the start of ``file``."""
+    """Of the storage's first byte, from the start of ``file``, in bytes."""
     nbytes: int
     crc32: int | None
-    """What the bytes must sum to; None where the file keeps no checksum."""
+    """The CRC-32 that the bytes must have; None where the file states none."""
     header: int = -1
-    """Where its record's header starts, in a zip; its data follow."""
+    """Where the header of its record starts in a zip, in bytes; the storage follows it. -1 in other files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
     """A tensor that has not been read: where its elements lie, and how they are laid out.
 
-    ``stride`` and ``storage_offset`` count elements of ``dtype``. Whoever makes one has checked that every
-    element it can reach lies inside ``storage``.
+    ``stride`` and ``storage_offset`` count elements of ``dtype``. The code that makes one checks that all its elements
+    lie inside ``storage``.
     """
 
     storage: StorageRef
@@ -60,27 +63,17 @@ class LazyTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """Row-major without gaps, so that its elements are one byte range of the storage."""
-        return self.numel == 0 or is_row_major(self.shape, self.stride)
-
-
-def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether `stride` is the C-contiguous one for `shape`; strides of dimensions of size 1 do not matter."""
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
+        """Whether it is row-major without gaps, so that its elements are one byte range of the storage."""
+        return self.numel == 0 or _is_row_major(self.shape, self.stride)
 
 
 @dataclass(slots=True, eq=False)
 class InertObject:
-    """An object of some class, as its pickle describes it: what would have been called, never called.
+    """An object as its pickle describes it: the class or function that the pickle calls, which is never called here.
 
-    ``global_name`` is ``module.qualified_name``. ``known`` is True for the classes that real checkpoints are
-    known to hold (their fields are in ``state``); an object that is not known is an error wherever it is still
-    in the tree once ``ignore_keys`` have been applied, unless ``safe_types`` allows its name.
+    ``global_name`` is ``module.qualified_name``. ``known`` is True for those that real checkpoints hold
+    (`formats.pickle.known`). Any other that is still in the tree after ``ignore_keys`` is an error, unless
+    ``safe_types`` allows its name.
     """
 
     global_name: str
@@ -88,17 +81,17 @@ class InertObject:
     kwargs: dict[str, Any] = field(default_factory=dict)
     state: Any = None
     items: list[Any] = field(default_factory=list)
-    """What the pickle appended to it."""
+    """Items that the pickle appends to it."""
     entries: dict[Any, Any] = field(default_factory=dict)
-    """What the pickle set by key."""
+    """Items that the pickle sets by key."""
     known: bool = False
     via_new: bool = False
-    """Whether the pickle asks for ``cls.__new__(cls, *args)`` instead of ``cls(*args)``."""
+    """Whether the pickle makes it by ``cls.__new__(cls, *args)`` instead of ``cls(*args)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalName:
-    """A class or function that the pickle holds as a value, by name alone."""
+    """A class or function that is itself a value in the pickle; only its name."""
 
     name: str
     known: bool = False
@@ -106,9 +99,9 @@ class GlobalName:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InertArray:
-    """A NumPy array, or a scalar where ``shape`` is () and ``scalar`` is True.
+    """The bytes of a NumPy array; of a scalar where ``scalar`` is True, whose ``shape`` is ().
 
-    ``dtype`` is NumPy's own string with byte order (``<u4``); object dtypes are never made.
+    ``dtype`` is NumPy's string with the byte order (``<u4``), or `UNSUPPORTED`.
     """
 
     dtype: str
@@ -118,5 +111,11 @@ class InertArray:
     scalar: bool = False
 
 
-UNSUPPORTED = "object"
-"""``dtype`` of an array whose elements are Python objects or structures. It has no data."""
+def _is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether `stride` is that of a C-contiguous tensor of `shape`; dimensions of size 1 may have any."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True

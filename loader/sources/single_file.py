@@ -1,8 +1,9 @@
-"""Layouts of a single checkpoint file: whose it is, and where its parts lie. Pure.
+"""Recognises the layout of a single checkpoint file, and finds the checkpoint's parts in it. Pure.
 
 Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimizers": {CLASS: ...}, ...},
-"rng": [...]}``, so that one vocabulary of keys serves them all. Sources: Composer's ``State.state_dict``,
-Lightning's ``dump_checkpoint``, PyTorch's tutorials on saving and loading.
+"rng": [...]}``. `read_layout` tries, in this order: the caller's ``LoadOptions.layout``, Composer's
+(``State.state_dict``), Lightning's (``dump_checkpoint``), a bare state dict, and keys that training scripts use
+(`_ROLE_KEYS`, after PyTorch's tutorials on saving and loading).
 """
 
 from __future__ import annotations
@@ -22,7 +23,45 @@ _COMPOSER_KEYS = frozenset(
         "run_name", "dataset_state", "train_metrics", "eval_metrics", "integrations", "metadata",
     }
 )  # fmt: skip
-"""What Composer's ``state`` may hold; one of them tells it from a hand-written file's own ``state``."""
+"""Keys of Composer's ``state``; any one of them distinguishes it from a hand-written file's own ``state``."""
+
+_ROLE_KEYS: dict[str, tuple[str, ...]] = {
+    "model": (
+        "model",
+        "model_state_dict",
+        "state_dict",
+        "model_state",
+        "module",
+        "net",
+        "network",
+        "weights",
+    ),
+    "optimizer": ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizers"),
+    "scheduler": (
+        "scheduler",
+        "scheduler_state_dict",
+        "lr_scheduler",
+        "lr_scheduler_state_dict",
+        "schedulers",
+    ),
+    "scaler": ("scaler", "scaler_state_dict", "grad_scaler", "amp_scaler"),
+    "rng": ("rng", "rng_state", "rng_states"),
+    "timestamp": ("timestamp",),
+}
+"""Keys under which training scripts save each part, in order of preference."""
+
+_EXPECTED = {
+    "model": "a dict of names and tensors",
+    "optimizer": "an optimizer's state_dict, or a list of them",
+    "scheduler": "a scheduler's state_dict, or a list of them",
+    "scaler": "a scaler's state_dict",
+}
+"""What `_fits` demands of these roles, for messages."""
+
+_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
+
+_Names = tuple[Sequence[str], Sequence[str], str]
+"""Class names of this job's optimizers, schedulers and scaler."""
 
 
 def read_layout(
@@ -34,10 +73,13 @@ def read_layout(
     scheduler_classes: Sequence[str] = (),
     scaler_class: str = "GradScaler",
 ) -> Contents:
-    """The parts of the file whose pickle is `tree`.
+    """The parts of a checkpoint file, given the `tree` of its pickle; `file` is what messages call it.
 
-    `layout` is `LoadOptions.layout`. Layouts that keep optimizers and schedulers in a list, or alone, get the
-    class names of this job's. Raises `FormatError` where the layout is not known, listing the top-level keys.
+    `layout` is `LoadOptions.layout`. The class names are those of this job's objects: optimizers, schedulers and a
+    scaler that the file keeps without class names get them, in order.
+
+    Raises `FormatError` where the layout is not known, listing the top-level keys, and `CorruptError` where a known
+    layout's part is of another type than it must be.
     """
     if not isinstance(tree, Mapping):
         raise FormatError(_not_a_dict(tree, file), path=file)
@@ -48,7 +90,7 @@ def read_layout(
         return _composer(tree, file)
     if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
         return _lightning(tree, file, names)
-    if is_state_dict(tree) and all(is_weight(key, value) for key, value in tree.items()):
+    if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
         return Contents("state dict", {"model": tree})
     found = _hand_written(tree, names)
     if found is not None:
@@ -87,37 +129,42 @@ def _composer(tree: Mapping[str, Any], file: str) -> Contents:
     return Contents("composer", state, rng_list(tree.get("rng")), extra)
 
 
-_Names = tuple[Sequence[str], Sequence[str], str]
-
-
 def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
     optimizers, schedulers, scaler = names
     state: dict[str, Any] = {"model": _tensors(tree["state_dict"], "state_dict", file)}
-    claimed = {"state_dict"}
+    taken = {"state_dict"}
     for key, part, classes, kind in (
         ("optimizer_states", "optimizers", optimizers, "optimizer"),
         ("lr_schedulers", "schedulers", schedulers, "scheduler"),
     ):
         if tree.get(key):
-            state[part] = by_class(list(tree[key]), classes, kind)
-        claimed.add(key)
+            state[part] = _by_class(list(tree[key]), classes, kind)
+        taken.add(key)
     if isinstance(tree.get("callbacks"), Mapping) and tree["callbacks"]:
         state["callbacks"] = dict(tree["callbacks"])
-        claimed.add("callbacks")
+        taken.add("callbacks")
     for key in ("native_amp_scaling_state", "MixedPrecision", "MixedPrecisionPlugin"):
         if tree.get(key):
             state["scaler"] = {scaler: tree[key]}
-            claimed.add(key)
-    return Contents("lightning", state, None, {k: v for k, v in tree.items() if k not in claimed})
+            taken.add(key)
+    return Contents("lightning", state, None, {k: v for k, v in tree.items() if k not in taken})
+
+
+def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CorruptError(
+            f"{file}: {key} is a {type(value).__name__}, expected a dict of tensors", path=file
+        )
+    return value  # not copied: a copy would lose the ``_metadata`` attribute of torch's state dicts
 
 
 def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
     roles: dict[str, str] = {}
-    for role, keys in ROLE_KEYS.items():
-        fitting = [key for key in keys if key in tree and fits(role, tree[key])]
+    for role, keys in _ROLE_KEYS.items():
+        fitting = [key for key in keys if key in tree and _fits(role, tree[key])]
         if role == "optimizer":
-            # What has an optimizer's own keys goes before what is just a dict.
-            fitting.sort(key=lambda key: not is_optimizer_state(tree[key]))
+            # An entry with an optimizer's own keys comes before one that is just a dict.
+            fitting.sort(key=lambda key: not _is_optimizer_state(tree[key]))
         if fitting:
             roles[role] = fitting[0]
     if "model" not in roles:
@@ -127,13 +174,13 @@ def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
 
 def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names: _Names) -> Contents:
     parts: dict[str, Any] = {}
-    claimed = {key_path for key_path in layout.values() if "/" not in key_path}
+    taken = {key_path for key_path in layout.values() if "/" not in key_path}
     for role, key_path in layout.items():
         node: Any = tree
         at_root = not key_path.strip("/")
         if at_root and role == "model":
-            weights = {key: tree[key] for key in tree if key not in claimed and is_weight(key, tree[key])}
-            claimed.update(weights)
+            weights = {key: tree[key] for key in tree if key not in taken and _is_weight(key, tree[key])}
+            taken.update(weights)
             node = weights if len(weights) < len(tree) else tree
         for key in [] if at_root else key_path.split("/"):
             if not isinstance(node, Mapping) or key not in node:
@@ -144,44 +191,101 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
                     path=file,
                 )
             node = node[key]
-        if role in EXPECTED and not fits(role, node):
+        if role in _EXPECTED and not _fits(role, node):
             raise FormatError(
                 f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is a "
-                f"{type(node).__name__}; expected {EXPECTED[role]}",
+                f"{type(node).__name__}; expected {_EXPECTED[role]}",
                 path=file,
             )
         parts[role] = node
-    return _contents_of(parts, tree, claimed, names)
+    return _contents_of(parts, tree, taken, names)
 
 
 def _contents_of(
-    parts: Mapping[str, Any], tree: Mapping[str, Any], claimed: set[str], names: _Names
+    parts: Mapping[str, Any], tree: Mapping[str, Any], taken: set[str], names: _Names
 ) -> Contents:
     optimizers, schedulers, scaler = names
     state: dict[str, Any] = {}
     if "model" in parts:
         state["model"] = parts["model"]
     if parts.get("optimizer"):
-        state["optimizers"] = by_class(in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
+        state["optimizers"] = _by_class(_in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
     if parts.get("scheduler"):
-        state["schedulers"] = by_class(in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
+        state["schedulers"] = _by_class(_in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
     if parts.get("scaler"):
         state["scaler"] = {scaler: parts["scaler"]}
     if "timestamp" in parts:
         state["timestamp"] = parts["timestamp"]
     rng = rng_list(parts.get("rng"))
-    extra = {key: value for key, value in tree.items() if key not in claimed}
+    extra = {key: value for key, value in tree.items() if key not in taken}
     if "rng" in parts and rng is None:
-        extra["rng"] = parts["rng"]  # of a form that is not ours: handed on as it is
+        extra["rng"] = parts["rng"]  # in a form that is not known: returned to the caller as it is
     return Contents("hand-written", state, rng, extra)
 
 
-def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CorruptError(
-            f"{file}: {key} is a {type(value).__name__}, expected a dict of tensors", path=file
-        )
-    return value  # as it is, with the versions that torch keeps beside it
+def _fits(role: str, value: Any) -> bool:
+    """Whether `value` can be what `role` stands for, rather than a name or a setting under the same key."""
+    if role == "model":
+        return _is_state_dict(value)
+    if role == "rng":
+        return rng_list(value) is not None
+    if role == "timestamp":
+        return True
+    if isinstance(value, list | tuple) and role != "scaler":
+        return bool(value) and all(_fits(role, item) for item in value)
+    return isinstance(value, Mapping) and (not value or any(item is not None for item in value.values()))
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether `value` can be a module's state dict: its keys are strings, and some of its values tensors."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(item, LazyTensor) for item in value.values())
+    )
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    """Whether a state dict can hold `value` under `key`: a tensor, or a module's extra state."""
+    return isinstance(key, str) and (isinstance(value, LazyTensor) or key.endswith("_extra_state"))
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    """Whether `value` has an optimizer's own keys; for a list, whether all its items have."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_optimizer_state(item) for item in value)
+    return isinstance(value, Mapping) and bool({"state", "param_groups"} & set(value))
+
+
+def _in_order(value: Any, classes: Sequence[str]) -> list[Any] | dict[str, Any]:
+    """The states as a list in the file's order, or as a dict where the file has them under class names."""
+    if isinstance(value, Mapping) and (
+        set(value) <= set(classes) or all(_is_optimizer_state(item) for item in value.values())
+    ):
+        return dict(value)
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _by_class(states: list[Any] | dict[str, Any], classes: Sequence[str], kind: str) -> dict[str, Any]:
+    """States under class names: those that are in a list get the names `classes`, in the same order."""
+    if isinstance(states, dict):
+        return states
+    return {
+        classes[index] if index < len(classes) else f"{kind}{index}": state
+        for index, state in enumerate(states)
+    }
+
+
+def rng_list(value: Any) -> list[Any] | None:
+    """Random states as a list with one entry for each rank; None where `value` is not of that form."""
+    if isinstance(value, Mapping) and value and set(value) <= _RNG_KEYS:
+        return [dict(value)]
+    if isinstance(value, list | tuple) and value:
+        entries = list(value)
+        if all(isinstance(entry, Mapping) and entry and set(entry) <= _RNG_KEYS for entry in entries):
+            return entries
+    return None
 
 
 def _not_a_dict(tree: Any, file: str) -> str:
@@ -192,105 +296,3 @@ def _not_a_dict(tree: Any, file: str) -> str:
             "its code. Save its state_dict() instead"
         )
     return f"{file} holds a {type(tree).__name__}, expected a dict"
-
-
-ROLE_KEYS: dict[str, tuple[str, ...]] = {
-    "model": (
-        "model",
-        "model_state_dict",
-        "state_dict",
-        "model_state",
-        "module",
-        "net",
-        "network",
-        "weights",
-    ),
-    "optimizer": ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizers"),
-    "scheduler": (
-        "scheduler",
-        "scheduler_state_dict",
-        "lr_scheduler",
-        "lr_scheduler_state_dict",
-        "schedulers",
-    ),
-    "scaler": ("scaler", "scaler_state_dict", "grad_scaler", "amp_scaler"),
-    "rng": ("rng", "rng_state", "rng_states"),
-    "timestamp": ("timestamp",),
-}
-"""Keys of hand-written files, in order of preference."""
-
-EXPECTED = {
-    "model": "a dict of names and tensors",
-    "optimizer": "an optimizer's state_dict, or a list of them",
-    "scheduler": "a scheduler's state_dict, or a list of them",
-    "scaler": "a scaler's state_dict",
-}
-"""What `fits` demands of these roles, for messages."""
-
-
-def fits(role: str, value: Any) -> bool:
-    """Whether `value` can be what `role` stands for, rather than a name or a setting under the same key."""
-    if role == "model":
-        return is_state_dict(value)
-    if role == "rng":
-        return rng_list(value) is not None
-    if role == "timestamp":
-        return True
-    if isinstance(value, list | tuple) and role != "scaler":
-        return bool(value) and all(fits(role, item) for item in value)
-    return isinstance(value, Mapping) and (not value or any(item is not None for item in value.values()))
-
-
-def is_optimizer_state(value: Any) -> bool:
-    """Whether `value` has an optimizer's own keys; of a list, whether all in it have."""
-    if isinstance(value, list | tuple):
-        return bool(value) and all(is_optimizer_state(item) for item in value)
-    return isinstance(value, Mapping) and bool({"state", "param_groups"} & set(value))
-
-
-def is_weight(key: Any, value: Any) -> bool:
-    """Whether a state dict can hold `value` under `key`: a tensor, or what a module keeps as extra state."""
-    return isinstance(key, str) and (isinstance(value, LazyTensor) or key.endswith("_extra_state"))
-
-
-def is_state_dict(value: Any) -> bool:
-    """Whether `value` can be a module's: names, and tensors among what they name."""
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(key, str) for key in value)
-        and any(isinstance(item, LazyTensor) for item in value.values())
-    )
-
-
-_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
-
-
-def rng_list(value: Any) -> list[Any] | None:
-    """RNG states as a list with an entry a rank; None where `value` is nothing of that kind."""
-    if isinstance(value, Mapping) and value and set(value) <= _RNG_KEYS:
-        return [dict(value)]
-    if isinstance(value, list | tuple) and value:
-        entries = list(value)
-        if all(isinstance(entry, Mapping) and entry and set(entry) <= _RNG_KEYS for entry in entries):
-            return entries
-    return None
-
-
-def in_order(value: Any, classes: Sequence[str]) -> list[Any] | dict[str, Any]:
-    """One state or several, in order; or under names, where that is how the file has them."""
-    if isinstance(value, Mapping) and (
-        set(value) <= set(classes) or all(is_optimizer_state(item) for item in value.values())
-    ):
-        return dict(value)
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def by_class(states: list[Any] | dict[str, Any], classes: Sequence[str], kind: str) -> dict[str, Any]:
-    """States that come in order, under the class names of this job's objects in the same order."""
-    if isinstance(states, dict):
-        return states
-    return {
-        classes[index] if index < len(classes) else f"{kind}{index}": state
-        for index, state in enumerate(states)
-    }

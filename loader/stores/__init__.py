@@ -1,1 +1,17 @@
-"""TODO."""
+"""Stores: whole objects by name, in local files, http(s), fsspec's file systems, and objects that the user passes.
+
+1. `open.open_store` picks the store that a path belongs to: `given`, `http`, `fsspec` or `local`. Each offers the
+   interface `base.Store`, and maps its backend's errors to ``loader.errors``.
+2. `locate.locate` finds the checkpoint that the path names: a file, or a DeepSpeed folder by its ``latest``.
+3. `symlinks.resolve` follows ``NAME.symlink`` objects.
+4. `manifest.find_manifests` reads files of checksums that lie next to the checkpoint.
+5. `Store.download` brings an object into a file. `transfer` reports its progress, and checks its size before the file
+   gets its name.
+6. `sums` reads the checksums that stores keep, and `digests` computes checksums of the same kinds.
+
+Not promised: no store lists names. A download is checked for its size, and for its version over http(s) only; its
+checksum is compared by the caller (`fetch.whole_checks`). `http` and `given` try a download again by themselves; any
+other backend does as it is configured.
+
+May import `http`, `checksums`, `errors` and `store_errors`; fsspec and aiohttp inside functions.
+"""

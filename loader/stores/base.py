@@ -1,7 +1,7 @@
-"""Where checkpoints lie: one interface over local files, http(s), fsspec's file systems and object stores.
+"""The interface of a store: whole objects by name, in local files, http(s), fsspec's file systems or object stores.
 
-A store hands out whole objects by name. Nothing here ever lists: names are derived by the caller. Every error
-that a backend raises is mapped to ``rankload.loader.errors`` inside the store, with secrets taken out.
+No store lists names: the caller derives them. Each maps every error of its backend to ``rankload.loader.errors``, with
+secrets taken out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Protocol
 from .sums import StoredSum
 
 OnBytes = Callable[[int], None]
-"""Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so
-that what it raises stops the transfer promptly), negative where a broken transfer starts again."""
+"""Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so that what
+it raises stops the transfer promptly), negative where a broken transfer starts again."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
 
@@ -26,12 +26,12 @@ class ObjectInfo:
 
     name: str
     size_bytes: int | None
-    """None where the store does not tell before the object is read."""
+    """None where the store does not say before the object is read."""
     version: str | None = None
     """Changes when the content does (ETag, generation, modification time); None where the store has none."""
     is_folder: bool = False
     certain: bool = True
-    """False where the store can't tell without a download whether the object is there at all."""
+    """False where the store cannot say without a download whether there is such an object."""
 
 
 class Store(Protocol):
@@ -39,11 +39,11 @@ class Store(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether objects are files on this node, used where they lie (`local_path`)."""
+        """Whether objects are files on this node, which are used where they lie (`local_path`)."""
 
     @property
     def identity(self) -> str:
-        """Tells stores apart whose objects could have equal names; holds no secret in clear."""
+        """Differs between stores whose objects could have equal names; holds no secret in clear."""
 
     def describe(self, name: str) -> str:
         """`name` for messages and receipts: the URI without user info, and a URL without its query."""
@@ -57,7 +57,7 @@ class Store(Protocol):
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
     ) -> None:
-        """Writes the whole object to `target_path`, which comes to be only once its size has been checked.
+        """Writes the whole object to `target_path`, where a file appears only once its size has been checked.
 
         `expected` is what `stat` said. Raises `NotFoundError`, `AccessError`, or `CorruptError` for a body
         that is shorter or longer than the store said, and whatever `on_bytes` raises; no partial file stays.
@@ -76,7 +76,7 @@ class Store(Protocol):
         """
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
-        """Checksums that the store tells of the whole object; may ask for them. What fails tells none."""
+        """Checksums of the whole object that the store keeps; may send a request for them. Empty where that fails."""
 
     def close(self) -> None:
         """Gives back connections; the store can be used again afterwards."""

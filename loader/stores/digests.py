@@ -1,6 +1,7 @@
-"""Checksums by name, of bytes that come one after the other: CRCs from packages that are there, hashes from hashlib.
+"""Computes checksums by their S3 names, of bytes that come in order: CRCs by installed packages, hashes by hashlib.
 
-A CRC's bytes are those of its number, the highest first, as stores tell it.
+``crc32`` is zlib's, ``crc32c`` Castagnoli's (RFC 3720), ``crc64nvme`` that of NVM Express. A CRC's bytes are those of
+its number, the highest first, as stores state it.
 """
 
 from __future__ import annotations
@@ -15,18 +16,36 @@ from ..checksums import crc32
 CRC_BYTES = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
 HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 ALGORITHMS = (*CRC_BYTES, "sha1", "sha256", "sha512", "md5")
-"""The fastest first."""
+"""The fastest to compute first."""
 _Crc = Callable[[Any, int], int]
 
 
 class Digest(Protocol):
-    """One object's checksum, under way."""
+    """A checksum that is being computed."""
 
     def update(self, data: memoryview) -> None:
-        """Takes in what comes next."""
+        """Takes in the bytes that come next."""
 
     def digest(self) -> bytes:
-        """Of all that came."""
+        """The checksum of all bytes so far."""
+
+
+def new_digest(algorithm: str) -> Digest | None:
+    """A checksum of no bytes yet; None where no package that computes it is installed (`packages_of` names them)."""
+    if algorithm in CRC_BYTES:
+        crc = _crc_of(algorithm)
+        return None if crc is None else _RunningCrc(crc, CRC_BYTES[algorithm])
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def digest_bytes(algorithm: str) -> int | None:
+    """How many bytes a checksum of this name has; None for a name that is not known."""
+    return CRC_BYTES.get(algorithm) or HASH_BYTES.get(algorithm)
+
+
+def packages_of(algorithm: str) -> tuple[str, ...]:
+    """Distributions of which any one computes `algorithm`; none where the standard library does."""
+    return tuple(package for package, _, _ in _PACKAGES.get(algorithm, ()))
 
 
 class _RunningCrc:
@@ -40,24 +59,6 @@ class _RunningCrc:
 
     def digest(self) -> bytes:
         return self._value.to_bytes(self._nbytes, "big")
-
-
-def digest_bytes(algorithm: str) -> int | None:
-    """How long a checksum of this name is; None for one that is not known."""
-    return CRC_BYTES.get(algorithm) or HASH_BYTES.get(algorithm)
-
-
-def new_digest(algorithm: str) -> Digest | None:
-    """None where no package that computes it is installed (`packages_of` names them)."""
-    if algorithm in CRC_BYTES:
-        crc = _crc_of(algorithm)
-        return None if crc is None else _RunningCrc(crc, CRC_BYTES[algorithm])
-    return hashlib.new(algorithm, usedforsecurity=False)
-
-
-def packages_of(algorithm: str) -> tuple[str, ...]:
-    """Distributions of which any one computes `algorithm`; none where the standard library does."""
-    return tuple(package for package, _, _ in _PACKAGES.get(algorithm, ()))
 
 
 def _crc_of(algorithm: str) -> _Crc | None:
@@ -79,7 +80,7 @@ def _in_awscrt(module: Any, algorithm: str) -> _Crc:
 
 def _in_google(module: Any, algorithm: str) -> _Crc:
     extend = module.extend
-    # It takes read-only bytes and nothing else.
+    # google_crc32c takes bytes and no memoryview.
     return lambda data, value: int(extend(value, bytes(data)))
 
 

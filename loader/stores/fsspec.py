@@ -1,4 +1,4 @@
-"""Every other URI: whatever fsspec opens, chained file systems included."""
+"""The store of every other URI: whatever fsspec opens, chained file systems included."""
 
 from __future__ import annotations
 
@@ -21,36 +21,27 @@ _EXTRAS = {
     "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
     "hf": "hf",
 }  # fmt: skip
+"""The extra of this distribution that installs the backend of a protocol."""
 _WITH_BUCKETS = frozenset(
     {
-        "s3",
-        "s3a",
-        "gs",
-        "gcs",
-        "az",
-        "abfs",
-        "abfss",
-        "oss",
-        "oci",
-        "tos",
-        "hf",
-        "r2",
-        "obs",
-        "cos",
-        "cosn",
-        "b2",
+        "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "tos", "hf", "r2", "obs", "cos", "cosn", "b2",
     }
-)
+)  # fmt: skip
+"""Protocols whose names begin with a bucket."""
 ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
-"""Protocols whose file systems talk over one connection, which several threads would wait on for ever."""
+"""Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
 _VERSION_FIELDS = (
     "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
     "LastModified", "last_modified", "mtime", "modified", "created",
 )  # fmt: skip
+"""What file systems call an object's version; the first one that is set counts."""
 
 
 class FsspecStore:
-    """Names are the file system's own, without the protocol (``bucket/key``)."""
+    """Names are the file system's own, without the protocol (``bucket/key``).
+
+    `reopen` is the URI and options to open the file system with in a forked child; None where the user passed it.
+    """
 
     is_local = False
 
@@ -84,8 +75,8 @@ class FsspecStore:
                 )
             return [target]
         folder = link_name.rpartition("/")[0]
-        beside = f"{folder}/{text}" if folder else text
-        return list(dict.fromkeys([root + text.lstrip("/") if root else text, beside]))
+        relative = f"{folder}/{text}" if folder else text
+        return list(dict.fromkeys([root + text.lstrip("/") if root else text, relative]))
 
     def stat(self, name: str) -> ObjectInfo | None:
         try:
@@ -118,7 +109,7 @@ class FsspecStore:
             callback = _callback(meter)
 
             def poll() -> None:
-                # Backends that call nothing back are followed by what is on the disk.
+                # Where a backend never calls back, the bytes on the disk are counted.
                 if not callback.called:
                     meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
 
@@ -154,14 +145,15 @@ class FsspecStore:
         return self._sums.get(info, ())
 
     def close(self) -> None:
-        """fsspec closes its sessions when the file system is collected."""
+        """Does nothing: fsspec closes its sessions when the file system is collected."""
 
     def protocols(self) -> tuple[str, ...]:
+        """All the names of the file system's protocol, ``s3`` and ``s3a`` for example."""
         protocol = self._filesystem.protocol
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def files(self) -> Any:
-        """The file system, opened anew in a forked child, whose connections would be the parent's."""
+        """The file system: of this thread where it has one connection; opened anew in a forked child."""
         if self.protocol in ONE_CONNECTION:
             return self._of_this_thread()
         if self._pid != os.getpid() and self._reopen is not None:
@@ -180,13 +172,13 @@ class FsspecStore:
 
 
 def open_fsspec(uri: str, storage_options: Mapping[str, Any]) -> tuple[Store, str]:
-    """The store and name of an fsspec URI. Raises `OptionError` as `store.open_store` does."""
+    """The store and name of an fsspec URI. Raises `OptionError` as `open.open_store` does."""
     filesystem, name = _open(uri, storage_options)
     return FsspecStore(filesystem, (uri, storage_options)), name
 
 
 def store_of_filesystem(filesystem: Any, path: str) -> tuple[Store, str]:
-    """The store and name where the user gave the file system itself."""
+    """The store over the file system that the user passed, and the name of `path` in it."""
     name = str(filesystem._strip_protocol(path)) if "://" in path else path
     protocol = filesystem.protocol
     if "file" in ((protocol,) if isinstance(protocol, str) else protocol):

@@ -1,4 +1,4 @@
-"""Stores that the user hands in as ``object_store``: objects that can download by name, and no more."""
+"""Makes a store of what the user passes as ``object_store``: an object that can download by name, and no more."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
 
 DOWNLOAD_ATTEMPTS = 3
 _TRANSIENT = "ObjectStoreTransientError"
+"""Composer's error for what another attempt may fix, by its name: Composer is not imported. No other is tried again."""
 
 
 class GivenStore:
-    """`backend` offers ``download_object`` (an object store) or ``download_file`` (a logger destination)."""
+    """The store over `backend`, which has ``download_object`` (an object store) or ``download_file`` (a logger
+    destination)."""
 
     is_local = False
 
@@ -32,7 +34,7 @@ class GivenStore:
         try:
             return redact_url(str(self._backend.get_uri(name)))
         except Exception:
-            # get_uri is optional, and a message must not fail.
+            # get_uri is optional, and describing an object for a message must not fail.
             return f"{type(self._backend).__name__}:{name}"
 
     def join(self, name: str, child: str) -> str:
@@ -61,16 +63,16 @@ class GivenStore:
     ) -> None:
         meter = Meter(on_bytes)
         size = expected.size_bytes if expected is not None else None
-        told = False
+        has_called_back = False
 
         def callback(arrived: int, total: int) -> None:
-            nonlocal told
-            told = True
+            nonlocal has_called_back
+            has_called_back = True
             meter.reach(arrived)
 
         def write(part: str) -> None:
             def poll() -> None:
-                if not told:
+                if not has_called_back:
                     on_disk = bytes_on_disk(os.path.dirname(part))
                     meter.reach(on_disk if size is None else min(on_disk, size))
 
@@ -108,7 +110,7 @@ class GivenStore:
         return ()
 
     def close(self) -> None:
-        """The user's to close."""
+        """Does nothing: the user closes the backend."""
 
     def _fetch(self, name: str, part: str, callback: Callable[[int, int], None]) -> None:
         if self._by_object:
@@ -127,7 +129,10 @@ class GivenStore:
 
 
 def open_object_store(object_store: object, path: str) -> tuple[Store, str]:
-    """The store and name where the user gave an object store. Raises `OptionError` where it is none."""
+    """The store over `object_store`, and the name of `path` in it.
+
+    Raises `OptionError` where it is no fsspec file system and has neither ``download_object`` nor ``download_file``.
+    """
     if "fsspec" in sys.modules:
         from fsspec import AbstractFileSystem
 

@@ -1,4 +1,8 @@
-"""http(s) URLs, through fsspec's HTTPFileSystem: one GET for each object, HEAD to ask for its size."""
+"""The store of http(s) URLs, through fsspec's HTTPFileSystem: HEAD asks for an object's size, one GET downloads it.
+
+`HttpStore._attempt` tries each request again where that may help. Ranges are read by ``ranges.http``, through another
+client, and tried again as ``ranges.retries`` decides.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from ..errors import AccessError, CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
+from ..http.answers import WORTH_RETRYING
 from ..http.connections import trusted
-from ..store_errors import redact_url, refused
+from ..store_errors import TryAgainError, redact_url, refused
 from .base import ObjectInfo, OnBytes
 from .http_errors import SILENCE_TIMEOUT_S, client_error, is_cut_short, is_transient
 from .local import within_limit
@@ -23,22 +28,14 @@ from .transfer import Meter, await_watched, receive
 
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_BACKOFF_S = 0.25
+"""The longest pause before the second attempt; doubled with each."""
 CONNECT_TIMEOUT_S = 20
 
 _CHUNK = 1 << 20
-_WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
 _HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 """Answers to HEAD that say nothing about GET: URLs signed for GET alone answer 403."""
 
 T = TypeVar("T")
-
-
-class _TryAgainError(Exception):
-    """A failure that another attempt may mend; `error` is what to raise once there is none left."""
-
-    def __init__(self, error: RankloadError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class HttpStore:
@@ -100,8 +97,8 @@ class HttpStore:
         data = self._attempt(name, lambda: self._await(self._text(name, limit), Meter(lambda n: None)))
         return within_limit(data, limit, self.describe(name))
 
-    def hear(self, name: str, sums: tuple[StoredSum, ...]) -> None:
-        """Takes in what another answer told; what HEAD told comes before it."""
+    def add_sums(self, name: str, sums: tuple[StoredSum, ...]) -> None:
+        """Keeps checksums from an answer that another client got, unless HEAD stated some already."""
         self._sums[name] = self._sums.get(name) or sums
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
@@ -146,11 +143,12 @@ class HttpStore:
         return await_watched(work, self._files().loop, meter)
 
     def _attempt(self, name: str, work: Callable[[], T], idle: Callable[[], None] | None = None) -> T:
+        """What `work` returns, in up to `DOWNLOAD_ATTEMPTS` attempts; `idle` is called in between, and may raise."""
         described = self.describe(name)
         for attempt in range(DOWNLOAD_ATTEMPTS):
             try:
                 return work()
-            except _TryAgainError as retry:
+            except TryAgainError as retry:
                 if attempt == DOWNLOAD_ATTEMPTS - 1:
                     raise retry.error from None
             except RankloadError:
@@ -164,10 +162,10 @@ class HttpStore:
         raise AssertionError("unreachable")
 
     def _request(self, name: str) -> dict[str, Any]:
-        """What every request carries beside its method and URL."""
+        """The arguments of every request but its method and URL."""
         request = dict(self._files().kwargs)
         if name.startswith("https:") and "connector" not in self.options.get("client_kwargs", {}):
-            # aiohttp itself knows one of the environment's variables, and looks at it when it is imported.
+            # aiohttp itself honours one of the environment's variables, and reads it when it is imported.
             if self._trusted is None:
                 self._trusted = trusted()
             request.setdefault("ssl", self._trusted)
@@ -201,7 +199,7 @@ class HttpStore:
             if size is None and expected is not None:
                 size = expected.size_bytes
             arrived = 0
-            # Its name is random and it lies in a folder of ours.
+            # Its name is random, and its folder is private to this user.
             with open(part, "xb") as file:
                 try:
                     async for chunk in response.content.iter_chunked(_CHUNK):
@@ -212,7 +210,7 @@ class HttpStore:
                     if not is_cut_short(error):
                         raise
             if (size is not None and arrived != size) or (size is None and not response.content.at_eof()):
-                raise _TryAgainError(
+                raise TryAgainError(
                     CorruptError(
                         f"{described}: the body ended early: expected {size} bytes, got {arrived} "
                         f"({DOWNLOAD_ATTEMPTS} attempts)",
@@ -238,8 +236,8 @@ def _check_status(status: int, described: str) -> None:
         raise NotFoundError(f"{described}: not there (HTTP {status})", path=described)
     if status in (401, 403):
         raise refused(described, f"HTTP {status}")
-    if status in _WORTH_RETRYING:
-        raise _TryAgainError(
+    if status in WORTH_RETRYING:
+        raise TryAgainError(
             AccessError(
                 f"{described}: the server answered HTTP {status}, {DOWNLOAD_ATTEMPTS} times", path=described
             )

@@ -1,4 +1,4 @@
-"""What the failures of aiohttp's client mean: which of them another attempt may mend."""
+"""Maps the exceptions of aiohttp's client to rankload's, and says which of them another attempt may fix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ SILENCE_TIMEOUT_S = 60
 
 
 def is_cut_short(error: Exception) -> bool:
+    """Whether a body ended before its length, or its last chunk."""
     import aiohttp
 
     return isinstance(error, aiohttp.ClientPayloadError)
 
 
 def is_transient(error: Exception) -> bool:
+    """Whether another attempt may succeed."""
     import aiohttp
 
     if is_disk_full(error):
@@ -31,6 +33,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def client_error(error: Exception, described: str, attempts: int) -> RankloadError:
+    """What to raise for `error`, met after so many `attempts` at the object that messages call `described`."""
     import aiohttp
 
     if isinstance(error, aiohttp.InvalidURL):

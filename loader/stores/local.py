@@ -1,4 +1,4 @@
-"""Files on this node, used in place."""
+"""The store of files on this node, which are used where they lie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .transfer import receive
 
 
 class LocalStore:
-    """Names are paths, as given; ``#`` and ``?`` mean nothing in them."""
+    """Names are paths, as given; ``#`` and ``?`` are plain characters."""
 
     is_local = True
     identity = "local"
@@ -70,11 +70,11 @@ class LocalStore:
         return ()
 
     def close(self) -> None:
-        pass
+        """Does nothing: no connection is kept."""
 
 
 def within_limit(data: bytes, limit: int, described: str) -> bytes:
-    """`data`, unless it is longer than `limit` bytes (`CorruptError`)."""
+    """`data`. Raises `CorruptError` where it is longer than `limit` bytes."""
     if len(data) > limit:
         raise CorruptError(f"{described}: expected a small text of at most {limit} bytes", path=described)
     return data

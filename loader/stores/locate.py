@@ -1,6 +1,6 @@
-"""Finding what a path names: a file, a DeepSpeed folder with ``latest``, or one of its tag folders.
+"""Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, or one of its tag folders.
 
-Names are derived and asked for one by one, so that stores that cannot list do as well as those that can.
+Names are derived, and the store is asked for each, so that stores that cannot list do as well as those that can.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from ..errors import AccessError, CorruptError, FormatError, NotFoundError, Unsa
 if TYPE_CHECKING:
     from .base import Store
 
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""The first rank's model file: of stages 0 to 2, and of stage 3."""
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
-"""Files, relative to the tag folder, that tell a universal checkpoint: it has native-looking model files too."""
-
-
+"""Files, relative to the tag folder, that only a universal checkpoint has; its model files look like native ones."""
+_OTHER_KINDS = {
+    ".metadata": "a torch.distributed.checkpoint (DCP) folder",
+    "latest_universal": "a DeepSpeed universal checkpoint",
+    "model.safetensors.index.json": "a sharded safetensors model",
+    "model.safetensors": "a safetensors model",
+}
+"""Files by which a folder of a kind that is not read is recognised."""
 _FILE_SUFFIXES = (
     ".pt", ".pth", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
     ".safetensors",
@@ -24,17 +31,6 @@ _FILE_SUFFIXES = (
 _LATEST = "latest"
 _LATEST_LIMIT = 4096
 """Bytes of a ``latest`` file that are read: it holds a folder's name."""
-
-MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-"""The first rank's model file: of stages 0 to 2, and of stage 3."""
-
-_OTHER_KINDS = {
-    ".metadata": "a torch.distributed.checkpoint (DCP) folder",
-    "latest_universal": "a DeepSpeed universal checkpoint",
-    "model.safetensors.index.json": "a sharded safetensors model",
-    "model.safetensors": "a safetensors model",
-}
-"""Files that tell a folder of a kind that is recognised and not read."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,13 @@ class Located:
     first: str
     """Object name of the file to read first: the file itself, or the first rank's model file."""
     tag: str | None = None
+    """The tag folder's own name; None for a file."""
     by_latest: bool = False
     """Whether the folder was named by the ``latest`` of the one above."""
 
 
 def locate(store: Store, name: str) -> Located:
-    """What `name` (expanded for rank 0) names in `store`. One rank asks, for all.
+    """The checkpoint that `name` (expanded for rank 0) names in `store`. One rank calls it, for all.
 
     Raises `NotFoundError` where it names nothing, `FormatError` where it names a folder of a kind that is not
     read, `CorruptError` or `UnsafeError` where ``latest`` cannot be a folder's name.
@@ -101,6 +98,23 @@ def _as_folder(store: Store, name: str) -> Located | None:
     return None
 
 
+def read_tag(store: Store, latest: str) -> str:
+    """The tag that the object `latest` names: the name of one folder, never a path.
+
+    Raises `CorruptError` where it is empty or no text, `UnsafeError` where it is a path.
+    """
+    shown = store.describe(latest)
+    try:
+        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{shown} is not text: {error}", path=shown) from error
+    if not tag:
+        raise CorruptError(f"{shown} is empty, expected a tag", path=shown)
+    if "/" in tag or "\\" in tag or tag in (".", "..") or any(ord(char) < 32 for char in tag):
+        raise UnsafeError(f"{shown} holds {tag[:80]!r}, expected the name of a folder beside it", path=shown)
+    return tag
+
+
 def _model_file(store: Store, folder: str) -> str | None:
     for candidate in MODEL_STATES:
         name = store.join(folder, candidate)
@@ -111,37 +125,22 @@ def _model_file(store: Store, folder: str) -> str | None:
 
 
 def _refuse_universal(store: Store, folder: str) -> None:
-    """Only files that the conversion adds can tell: the model files are copies of the native ones.
+    """Raises `FormatError` where `folder` is a DeepSpeed universal checkpoint.
 
-    ``universal_checkpoint_info`` does not: native model files may hold that key, and must to be converted.
+    Only the files that the conversion adds show it: the model files are copies of the native ones, and native ones may
+    hold the key ``universal_checkpoint_info``, which the conversion needs.
     """
     for marker in UNIVERSAL_MARKERS:
         try:
             is_universal = _exists(store, store.join(folder, marker))
         except AccessError:
-            continue  # some stores answer so for what is not there
+            continue  # some stores refuse access to what is not there
         if is_universal:
             raise FormatError(
                 f"{store.describe(folder)} is a DeepSpeed universal checkpoint (it holds {marker}), which is not "
                 "supported; pass the native folder that it was converted from",
                 path=store.describe(folder),
             )
-
-
-def _exists(store: Store, name: str) -> bool:
-    """Whether there is such an object; asked by beginning to read it where the store cannot tell otherwise."""
-    info = store.stat(name)
-    if info is None or info.is_folder:
-        return False
-    if info.certain:
-        return True
-    try:
-        store.read_small(name, _LATEST_LIMIT)
-    except NotFoundError:
-        return False
-    except CorruptError:
-        return True  # longer than the limit, so it is there
-    return True
 
 
 def _refuse_other_kinds(store: Store, folder: str) -> None:
@@ -154,15 +153,17 @@ def _refuse_other_kinds(store: Store, folder: str) -> None:
             )
 
 
-def read_tag(store: Store, latest: str) -> str:
-    """The tag that a ``latest`` file names: one folder's name, never a path."""
-    shown = store.describe(latest)
+def _exists(store: Store, name: str) -> bool:
+    """Whether there is such an object; where the store cannot say, its first bytes are read."""
+    info = store.stat(name)
+    if info is None or info.is_folder:
+        return False
+    if info.certain:
+        return True
     try:
-        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{shown} is not text: {error}", path=shown) from error
-    if not tag:
-        raise CorruptError(f"{shown} is empty, expected a tag", path=shown)
-    if "/" in tag or "\\" in tag or tag in (".", "..") or any(ord(char) < 32 for char in tag):
-        raise UnsafeError(f"{shown} holds {tag[:80]!r}, expected the name of a folder beside it", path=shown)
-    return tag
+        store.read_small(name, _LATEST_LIMIT)
+    except NotFoundError:
+        return False
+    except CorruptError:
+        return True  # longer than the limit, so it is there
+    return True

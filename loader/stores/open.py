@@ -1,4 +1,4 @@
-"""The store that a path belongs to.
+"""Opens the store that a path belongs to.
 
 explicit object_store  →  http(s)  →  any other URI, through fsspec  →  local path
 """
@@ -18,7 +18,7 @@ def open_store(
     """The store that `path` (already expanded) belongs to, and the object's name in it.
 
     No request is made. Raises `OptionError` for an unknown protocol, a backend that is not installed (saying
-    how to install it), or an `object_store` that is none.
+    how to install it), or an `object_store` that offers no download.
     """
     options = dict(storage_options or {})
     if object_store is not None:

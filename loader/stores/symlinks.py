@@ -1,7 +1,7 @@
-"""``NAME.symlink`` objects: small texts that hold the real object's name, for stores that have no links.
+"""Follows ``NAME.symlink`` objects: small texts that hold the real object's name, for stores that have no links.
 
-A name that is missing is looked for as ``NAME.symlink``. What a link holds is relative to the root of its
-bucket (server, file system), or failing that to the link's own folder; links to links are followed.
+A name that is missing is looked for as ``NAME.symlink``. What a link holds is relative to the root of its bucket
+(server, file system), or else to the link's own folder; links to links are followed. Composer writes such objects.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ def resolve(store: Store, name: str) -> Resolved | None:
     """The object that `name` stands for; None where neither it nor ``NAME.symlink`` is there.
 
     Raises `CorruptError` for a loop, a chain of more than 16 links or a text that is no name; `NotFoundError`
-    for a link to nothing; `UnsafeError` for a link that leaves its store. An object of which the store can't
-    tell whether it is there is returned as it is (``info.certain`` is False); where its download then fails,
-    `resolve_link` finds the link.
+    for a link to nothing; `UnsafeError` for a link that leaves its store. Where the store cannot say whether `name` is
+    there, it is returned as it is (``info.certain`` is False): should its download fail, `resolve_link` finds the link.
     """
     return _resolve(store, name, ())
 
 
 def resolve_link(store: Store, name: str) -> Resolved | None:
-    """As `resolve`, of ``NAME.symlink``; None where there is no such link, or `name` is one itself."""
+    """As `resolve`, beginning with ``NAME.symlink``; None where there is no such link, or `name` is one itself."""
     return None if name.endswith(SUFFIX) else _resolve(store, name + SUFFIX, ())
 
 

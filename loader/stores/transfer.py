@@ -1,4 +1,8 @@
-"""One transfer into a file: watched while it runs, checked before it gets its name."""
+"""Runs one transfer into a file: reports its progress, and checks the size before the file gets its name.
+
+A store counts bytes in a `Meter`, runs its backend in `run_watched` (a blocking call) or `await_watched` (a coroutine),
+and does so inside `receive`, which gives the file its name.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +20,37 @@ from ..errors import CorruptError
 from .base import OnBytes
 
 POLL_S = 0.1
-"""How often a transfer that runs elsewhere is looked at."""
+"""How often the progress of a transfer in another thread is reported."""
 
 T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Raised inside a backend's own thread, so that a transfer nobody waits for any more ends."""
+    """Raised inside a backend's own thread to end a transfer that was given up."""
 
 
 class Meter:
-    """Bytes that arrived in a backend's thread, reported in the thread that waits for them."""
+    """Counts bytes in a backend's thread, and reports them to `on_bytes` in the thread that waits."""
 
     def __init__(self, on_bytes: OnBytes) -> None:
         self._on_bytes = on_bytes
         self._arrived = 0
         self._reported = 0
         self.stopped = False
-
-    @property
-    def arrived(self) -> int:
-        return self._arrived
+        """Whether the transfer was given up: then `add` raises `Stopped`."""
 
     def add(self, n_bytes: int) -> None:
-        """Counts; called by whoever moves the bytes."""
+        """Counts `n_bytes`; called by the thread that moves them."""
         if self.stopped:
             raise Stopped
         self._arrived += n_bytes
 
     def reach(self, total: int) -> None:
-        """Counts up to `total`, for backends that tell sums."""
+        """Counts up to `total`, for backends that report totals."""
         self.add(max(0, total - self._arrived))
 
     def report(self) -> None:
-        """Passes on what is new; called by whoever waits."""
+        """Reports what is new since the last report; called by the thread that waits. Raises what `on_bytes` does."""
         arrived = self._arrived
         new, self._reported = arrived - self._reported, arrived
         try:
@@ -59,7 +60,7 @@ class Meter:
             raise
 
     def restart(self) -> None:
-        """Takes back what was counted, since the transfer begins again."""
+        """Takes back what was counted and reported, since the transfer begins again."""
         self._arrived = 0
         self.report()
 
@@ -67,9 +68,9 @@ class Meter:
 def receive(
     target_path: str, described: str, expected_size: int | None, write: Callable[[str], None]
 ) -> None:
-    """Has `write` fill a temporary name beside `target_path`, checks its size, then gives it its name.
+    """Calls `write` with a temporary path next to `target_path`, checks the file's size, then renames it.
 
-    Raises `CorruptError` where the size is not `expected_size`. The temporary file never stays.
+    Raises `CorruptError` where the size is not `expected_size` (None: not known). The temporary file never stays.
     """
     part = f"{target_path}.{uuid.uuid4().hex[:8]}.part"
     try:
@@ -84,7 +85,7 @@ def receive(
 def receive_through_folder(
     target_path: str, described: str, expected_size: int | None, write: Callable[[str], None]
 ) -> None:
-    """As `receive`, for backends that keep temporary files of their own beside the name they are given."""
+    """As `receive`, for backends that keep temporary files of their own next to the path they are given."""
     folder = f"{target_path}.{uuid.uuid4().hex[:8]}.parts"
     os.mkdir(folder, 0o700)
     try:
@@ -97,7 +98,7 @@ def receive_through_folder(
 
 
 def check_size(path: str, described: str, expected_size: int | None) -> None:
-    """Raises `CorruptError` where the file at `path` is not as long as the store said."""
+    """Raises `CorruptError` where there is no file at `path`, or it is not as long as the store said."""
     try:
         got = os.stat(path).st_size
     except FileNotFoundError:
@@ -113,10 +114,10 @@ def check_size(path: str, described: str, expected_size: int | None) -> None:
 
 
 def run_watched(work: Callable[[], T], meter: Meter, poll: Callable[[], None] | None = None) -> T:
-    """Runs a blocking call in a thread of its own, reporting `meter` meanwhile (after `poll`, where given).
+    """What `work`, a blocking call, returns; it runs in a thread of its own while `meter` is reported from this one.
 
-    What they raise ends the wait. A call that is given up keeps its (daemon) thread until it notices:
-    `Meter.add` raises in it.
+    `poll` is called before each report. What `work`, `poll` or the report raises is raised here. A call that is given
+    up keeps its (daemon) thread until `Meter.add` raises in it.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
@@ -146,7 +147,10 @@ def run_watched(work: Callable[[], T], meter: Meter, poll: Callable[[], None] | 
 
 
 def await_watched(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, meter: Meter) -> T:
-    """Runs a coroutine on another thread's `loop`, reporting `meter`; what that raises cancels it."""
+    """What the coroutine `work` returns; it runs on another thread's `loop` while `meter` is reported from this one.
+
+    What the report raises cancels it.
+    """
     future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
         while not wait([future], timeout=POLL_S).done:
@@ -161,7 +165,7 @@ def await_watched(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop,
 
 
 def bytes_on_disk(path: str) -> int:
-    """Bytes that the files at `path` (a file, or a folder of them) take; 0 where there are none yet."""
+    """Bytes of disk that the files at `path` (a file, or a folder of them) take, holes left out; 0 where none are."""
     total = 0
     try:
         if not os.path.isdir(path):

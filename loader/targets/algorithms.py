@@ -1,7 +1,9 @@
-"""Algorithms that a checkpoint was trained with and that change the model: Composer's ``required_on_load``.
+"""Adds the algorithms that change a model before its weights are loaded: Composer's ``required_on_load``.
 
-Composer rebuilds such an algorithm by evaluating the text that the checkpoint holds. Here that text is parsed
-as one call of one registered constructor with literal arguments; nothing else is ever rebuilt.
+`required_algorithms` rebuilds those that the checkpoint was trained with and the job lacks, `ordered_algorithms` puts
+them in order, `apply_required` applies them. Composer rebuilds an algorithm by evaluating the text that the checkpoint
+holds. Here that text is parsed as one call of one registered constructor with literal arguments; nothing else is ever
+rebuilt.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ __all__ = [
 
 
 class Event(str, Enum):
-    """When an algorithm is applied; a load knows only ``INIT``."""
+    """When an algorithm is applied; a load applies all at ``INIT``."""
 
     INIT = "init"
 
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What an algorithm offers; Composer's own satisfy it.
+    """An algorithm that can be added at a load; Composer's own satisfy this protocol.
 
     ``repr(algorithm)`` must be the call that makes it, such as ``SqueezeExcite(latent_channels=4)``.
     """
@@ -53,15 +55,17 @@ class Algorithm(Protocol):
 
 
 AlgorithmPass = Callable[[Sequence[Any], Any], Sequence[Any]]
-"""Takes the algorithms and the event, returns them in the order in which they should run."""
+"""Takes the algorithms and the event, returns the algorithms in the order in which they should run."""
 
 _REGISTRY: dict[str, Callable[..., Any]] = {}
+"""Constructors by the name under which checkpoints call them."""
 
 
 def register_algorithm(constructor: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
     """Lets checkpoints rebuild `constructor`'s objects under `name` (default: its ``__name__``).
 
-    Usable as a decorator. Composer's own algorithms need no registration where Composer has been imported.
+    Usable as a decorator. Composer's own algorithms need no registration where Composer has been imported. Raises
+    ValueError where the name is no identifier.
     """
     key = name or str(getattr(constructor, "__name__", ""))
     if not key.isidentifier():
@@ -101,7 +105,10 @@ def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]] | None:
 
 
 def saved_algorithms(entries: Any) -> list[tuple[str, str]]:
-    """(name, repr) of each algorithm in a checkpoint's ``algorithms``; empty for the layouts before lists."""
+    """(name, repr) of each algorithm in a checkpoint's ``algorithms``; [] for older layouts, which are no lists.
+
+    Raises `FormatError` where an entry is no such pair.
+    """
     if not isinstance(entries, list):
         return []
     found = []
@@ -118,7 +125,8 @@ def required_algorithms(
 ) -> list[Any]:
     """New objects for the algorithms that the checkpoint needs and `present` lacks, in the checkpoint's order.
 
-    Warns of one that is present in another form, and of one that cannot be rebuilt. Applies nothing.
+    Warns of one that is present with other arguments, and of one that cannot be rebuilt. Applies nothing. `entries` is
+    the checkpoint's ``algorithms``, `exclude` names to leave out.
     """
     reprs: dict[type, list[str]] = {}
     for algorithm in present:
@@ -165,7 +173,7 @@ def _rebuild(constructor: Callable[..., Any], name: str, text: str) -> Any | Non
 def ordered_algorithms(
     missing: Sequence[Any], present: Sequence[Any], algorithm_passes: Sequence[AlgorithmPass] | None = None
 ) -> list[Any]:
-    """`missing` in the order in which the passes let them run; applies nothing.
+    """`missing` in the order in which the passes put them; applies nothing.
 
     Raises `OptionError` (a ValueError) where a pass puts one of them before one of `present`, which has been
     applied already.
@@ -225,11 +233,11 @@ def _init_event(algorithm: Any) -> Any:
 
 
 def without_unregistered(entries: Any, present: Sequence[Any] = ()) -> tuple[Any, list[str]]:
-    """`entries` without text that is not one call of a registered constructor with literals.
+    """`entries` without text that is not one call of a registered constructor with literal arguments.
 
-    For a state object that would evaluate the text itself, as Composer's does. One of `present` that is not
-    required on load, whose text nobody evaluates, keeps the rest of its entry. Returns what is left, and the
-    names of what was taken out although it is required on load (or may be: its class is not known).
+    For a state object that would evaluate the text itself, as Composer's does. The entry of one of `present` that is
+    not required on load loses only its text, which Composer does not evaluate. Returns the entries that are left, and
+    the names of those taken out that are required on load, or may be: of a class that is not known.
     """
     if not isinstance(entries, list):
         return [], []
@@ -249,8 +257,8 @@ def without_unregistered(entries: Any, present: Sequence[Any] = ()) -> tuple[Any
     return kept, refused
 
 
-class _Unheard:
-    """Takes what an algorithm logs where the user's logger takes no metrics."""
+class _DroppingLogger:
+    """Drops what an algorithm logs, where the user's logger takes no metrics."""
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -261,4 +269,4 @@ class _Unheard:
 
 def metrics_logger(logger: Any) -> Any:
     """`logger` where it takes hyperparameters, as algorithms expect; else one that drops them."""
-    return logger if callable(getattr(logger, "log_hyperparameters", None)) else _Unheard()
+    return logger if callable(getattr(logger, "log_hyperparameters", None)) else _DroppingLogger()

@@ -1,4 +1,9 @@
-"""The part of a tensor that this rank keeps: all of an ordinary one, one box of a DTensor. Imports torch."""
+"""Fills the part of a tensor that this rank keeps: all of an ordinary one, one box of a DTensor. Imports torch.
+
+`fill_requests` turns a saved tensor and a live one into the copies that this rank needs; `local_part` finds the box by
+the DTensor's placements. For modules sharded with ``fully_shard`` (FSDP2): `show_shards` before planning,
+`give_shards_memory` where shards are on the meta device. No function waits for another rank.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,13 @@ from ..saved.assembled import SavedTensor, parts_of, whole_box
 from ..saved.strided import Box
 from ..saved.values import LazyTensor
 
+TORCH_OWN = ("torch.distributed.",)
+"""Modules of the hooks that sharding puts on a module: these run none of the user's own code."""
+
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether `tensor` is spread over a device mesh (by FSDP2 or tensor parallelism)."""
-    # By name first: importing DTensor costs time that nobody else needs to spend.
+    # By name first: a job without DTensors is spared the time of importing them.
     if type(tensor).__name__ != "DTensor":
         return False
     from torch.distributed.tensor import DTensor
@@ -26,10 +34,10 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def local_part(tensor: torch.Tensor, name: str) -> tuple[Box, torch.Tensor]:
-    """Which box of the whole `tensor` this rank keeps, and its memory there; no rank waits for another.
+    """The box of the whole `tensor` that this rank keeps, and its memory, of the box's shape.
 
-    `name` is what messages call it. Raises `LayoutError` for a DTensor whose shard is not one box that ``Shard``
-    and ``Replicate`` tell.
+    `name` is for messages. Raises `LayoutError` for a DTensor with placements other than ``Shard`` and ``Replicate``,
+    or with a shard of another shape than they give.
     """
     if not is_dtensor(tensor):
         return whole_box(tuple(tensor.shape)), tensor.detach()
@@ -47,8 +55,12 @@ def local_part(tensor: torch.Tensor, name: str) -> tuple[Box, torch.Tensor]:
 
 
 def dtensor_box(tensor: Any, name: str) -> Box:
-    """The box of the DTensor `tensor` on this rank: each ``Shard`` cuts what the placements before it left, as
-    ``torch.chunk`` does. Empty where the rank is not in the tensor's mesh."""
+    """The box of the DTensor `tensor` on this rank, by its placements.
+
+    As in torch (``torch/distributed/tensor/placement_types.py``), mesh dimensions apply in order, and each ``Shard``
+    cuts what is left as ``torch.chunk`` does: shares of ceil(size / ranks) elements, the last ones smaller or empty.
+    Empty where the rank is not in the tensor's mesh. Raises as `local_part`.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     mesh = tensor.device_mesh
@@ -73,9 +85,12 @@ def dtensor_box(tensor: Any, name: str) -> Box:
 
 
 def fill_requests(source: SavedTensor, target: torch.Tensor, name: str) -> Iterator[CopyRequest]:
-    """What to read to fill this rank's part of `target`, of the shape of `source`, in place."""
+    """The copies that fill this rank's part of `target` in place from `source`, which has the whole's shape.
+
+    `target` may have another dtype. `name` is for messages. Raises as `local_part`.
+    """
     if isinstance(source, LazyTensor) and not is_dtensor(target):
-        # Its shape may differ by what was checked elsewhere (a parameter that is not initialised yet).
+        # All of it, in one request; shapes were compared when it was planned.
         yield CopyRequest(source, target.detach(), name)
         return
     box, local = local_part(target, name)
@@ -84,6 +99,18 @@ def fill_requests(source: SavedTensor, target: torch.Tensor, name: str) -> Itera
         for dim, (start, size) in enumerate(zip(place.starts, place.sizes, strict=True)):
             view = view.narrow(dim, start, size)
         yield CopyRequest(part, view, name)
+
+
+def read_like(
+    source: SavedTensor, target: torch.Tensor | None, *, reader: TensorReader, name: str
+) -> torch.Tensor:
+    """A new tensor with the elements of `source`: sharded as `target` where that is a DTensor of the same shape, else
+    whole and on the CPU."""
+    if target is None or not is_dtensor(target) or tuple(target.shape) != source.shape:
+        return read_whole(source, reader=reader, name=name)
+    result = torch.empty_like(target.detach(), dtype=torch_dtype(source.dtype))
+    reader.copy(list(fill_requests(source, result, name)))
+    return result
 
 
 def read_whole(source: SavedTensor, *, reader: TensorReader, name: str) -> torch.Tensor:
@@ -95,32 +122,10 @@ def read_whole(source: SavedTensor, *, reader: TensorReader, name: str) -> torch
     return whole
 
 
-def read_like(
-    source: SavedTensor, target: torch.Tensor | None, *, reader: TensorReader, name: str
-) -> torch.Tensor:
-    """A new tensor with the elements of `source`, spread over ranks as `target` is where that is a DTensor."""
-    if target is None or not is_dtensor(target) or tuple(target.shape) != source.shape:
-        return read_whole(source, reader=reader, name=name)
-    result = torch.empty_like(target.detach(), dtype=torch_dtype(source.dtype))
-    reader.copy(list(fill_requests(source, result, name)))
-    return result
-
-
-TORCH_OWN = ("torch.distributed.",)
-"""Where hooks that sharding puts on a module come from: they run no code of the user's."""
-
-
-def fsdp_modules(module: nn.Module) -> list[nn.Module]:
-    """The parts of `module` that ``fully_shard`` was called on."""
-    return [
-        part for part in module.modules() if any(base.__name__ == "FSDPModule" for base in type(part).__mro__)
-    ]
-
-
 def show_shards(module: nn.Module) -> None:
-    """Makes `module` show the shards that it keeps instead of gathered weights; every rank by itself.
+    """Makes `module`'s parameters the shards that this rank keeps, where FSDP2 has gathered the whole weights.
 
-    Raises `LayoutError` for what FullyShardedDataParallel (FSDP1) flattened: names and shapes are lost there.
+    Raises `LayoutError` for a module inside FullyShardedDataParallel (FSDP1), which flattens parameters.
     """
     for part in module.modules():
         if type(part).__name__ == "FullyShardedDataParallel":
@@ -132,15 +137,22 @@ def show_shards(module: nn.Module) -> None:
         part.reshard()  # type: ignore[operator]
 
 
+def fsdp_modules(module: nn.Module) -> list[nn.Module]:
+    """The submodules of `module` that ``fully_shard`` was called on."""
+    return [
+        part for part in module.modules() if any(base.__name__ == "FSDPModule" for base in type(part).__mro__)
+    ]
+
+
 def has_dtensors(module: nn.Module) -> bool:
     """Whether some parameter or buffer of `module` is spread over a device mesh."""
     return any(is_dtensor(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def give_shards_memory(module: nn.Module) -> None:
-    """Gives the DTensors of `module` that are on the meta device memory on their mesh's devices, as the same objects.
+    """Gives the meta DTensors of `module` memory on their mesh's device; they stay the same objects.
 
-    Raises `LayoutError` where they could not stay the same, which an optimizer would notice.
+    Raises `LayoutError` where torch replaced them by others: an optimizer would keep the old ones.
     """
     shards = {
         name: tensor for name, tensor in module.named_parameters() if is_dtensor(tensor) and tensor.is_meta
@@ -153,7 +165,7 @@ def give_shards_memory(module: nn.Module) -> None:
             return tensor
         return torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[attr-defined]
 
-    # What ``to_empty`` does, but for the meta ones only; FSDP's modules renew their own references in it.
+    # As ``to_empty`` does, for the meta ones only; in ``_apply`` FSDP's modules renew their own references.
     module._apply(real)  # type: ignore[no-untyped-call]
     now = dict(module.named_parameters())
     replaced = [name for name, tensor in shards.items() if now[name] is not tensor or tensor.is_meta]

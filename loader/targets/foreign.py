@@ -1,8 +1,9 @@
-"""Restoring a state object that loads itself, such as Composer's ``State``.
+"""Restores a state object that loads itself, such as Composer's ``State``: a "foreign" state.
 
-It is handed real values in Composer's layout, after the same checks as anybody else's: names and shapes are
-compared before anything is changed, and text that it would evaluate is handed on only where it is one call of a
-registered constructor with literal arguments.
+Names and shapes are compared before anything is changed, as for a `State`. Then the object's own ``load_state_dict``
+gets real values in Composer's layout. Text that it would evaluate is among them only where it is one call of a
+registered constructor with literal arguments. A model or optimizers that it could not load itself, because they are
+saved in runs, sharded or partly ignored, are filled from here.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from .optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
 
 @dataclass
 class ForeignPlan:
-    """What a foreign state object will be handed, checked and not yet begun."""
+    """What a foreign state object will load, and what is filled for it; checked, nothing changed yet."""
 
     state: Any
     saved: dict[str, Any]
-    """Composer's ``state`` dict, lazy, or as much of it as the object is to load itself."""
+    """Composer's ``state`` dict, lazy: as much of it as the object loads itself."""
     module: ModulePlan | None
     mismatch: Mismatch
     weights_only: bool
     fill_module: bool = False
-    """The module is filled from here: its tensors come in pieces, or go to shards."""
+    """Whether the module is filled from here: its tensors are saved in runs, or go to shards."""
     optimizers: list[OptimizerPlan] = field(default_factory=list)
-    """Filled from here: the checkpoint's state of them is partial, in pieces, or keyed by position."""
+    """Those filled from here: their saved state is partial, in runs, sharded, or keyed by position."""
     not_restored: list[str] = field(default_factory=list)
 
 
@@ -52,15 +53,23 @@ def plan_foreign(
     with_model: bool = True,
     masters: Mapping[int, SavedTensor] | None = None,
 ) -> ForeignPlan:
-    """Checks `contents` against the model and the optimizers inside `state`; changes nothing.
+    """Checks `contents` against the model and the optimizers inside `state`; changes nothing, and no rank waits.
 
-    `masters` is `plan_module`'s.
+    What does not fit is in the plan's ``mismatch``, for the caller to raise.
+
+    Args:
+        contents: the checkpoint's, as ``ignore_keys`` left them.
+        unfiltered: the same before ``ignore_keys``.
+        weights_only: plan the model and the algorithms alone.
+        exclude_algorithms: names of algorithms not to warn of.
+        with_model: False where a DeepSpeed engine restores the model and the optimizers.
+        rename, masters: as `plan_module` takes them.
     """
     saved = dict(contents.state)
     plan = ForeignPlan(state, saved, None, Mismatch(), weights_only)
     if saved.pop(ENGINE, None):
         plan.not_restored.append(f"state/{ENGINE}")
-    # Names are matched with the model's here; the object is not to take a prefix off them once more.
+    # Names are matched with the model's here, so the object must not take DDP's prefix off them.
     saved.pop("is_model_ddp", None)
     if "algorithms" in saved:
         saved["algorithms"] = _evaluable(state, saved["algorithms"], exclude_algorithms)
@@ -107,9 +116,9 @@ def _evaluable(state: Any, entries: Any, exclude: Collection[str] | None) -> Any
 
 
 def _plan_optimizers(plan: ForeignPlan, unfiltered: Contents, rename: Mapping[str, str] | None) -> None:
-    """Where the object could not load an optimizer's state as it is, it is filled from here instead.
+    """Takes the optimizers out of what the object loads where it could not load their state as it is.
 
-    Composer's hands it to torch, which wants an entry for every parameter, keyed by name.
+    Composer's ``State`` passes it to torch, which needs an entry for every parameter, keyed by name.
     """
     saved, whole = plan.saved["optimizers"] or {}, unfiltered.state["optimizers"] or {}
     names = parameter_names(plan.state.model)
@@ -161,14 +170,20 @@ def apply_foreign(
     strict: bool,
     exclude_algorithms: Collection[str] | None,
     algorithm_passes: Sequence[AlgorithmPass] | None,
-    realise_options: Mapping[str, Any],
+    materialize_options: Mapping[str, Any],
 ) -> list[str]:
-    """Hands the state object its parts; returns them, for the receipt."""
+    """Carries out `plan` on this rank; returns the parts that were restored, for the receipt. No rank waits, but where
+    the object's own loading does.
+
+    `exclude_algorithms` and `algorithm_passes` are passed on to the object. `note_change` is called with a part's name
+    before that part is first changed; `materialize_options` are `materialize`'s ``safe_types`` and ``file``. Raises as
+    `apply_module` and `apply_optimizer`, and whatever the object raises.
+    """
     restored = []
     if plan.fill_module and plan.module is not None:
-        apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
+        apply_module(plan.module, reader, note_change, strict=strict, materialize_options=materialize_options)
         restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
-    real = materialize(plan.saved, reader=reader, **realise_options)
+    real = materialize(plan.saved, reader=reader, **materialize_options)
     exclude = None if exclude_algorithms is None else list(exclude_algorithms)
     passes = None if algorithm_passes is None else list(algorithm_passes)
     logger = metrics_logger(logger)
@@ -176,7 +191,7 @@ def apply_foreign(
     if not plan.weights_only:
         plan.state.load_state_dict(real, logger, exclude_algorithms=exclude, algorithm_passes=passes)
     elif "model" in real:
-        # What was ignored or allowed to be missing is known by now, and would be an error once more.
+        # Missing names were checked in the plan; strict loading would refuse those that were ignored or allowed.
         whole = (
             plan.module is not None
             and plan.module.sources.keys() == module_tensors(plan.module.module).keys()
@@ -186,6 +201,6 @@ def apply_foreign(
         )
     restored += [f"state/{key}" for key in plan.saved]
     for optimizer in plan.optimizers:
-        apply_optimizer(optimizer, reader, note_change, **realise_options)
+        apply_optimizer(optimizer, reader, note_change, **materialize_options)
         restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")
     return restored

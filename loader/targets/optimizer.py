@@ -1,4 +1,9 @@
-"""Restoring a torch optimizer: the saved state is matched to this job's parameters, then handed to it."""
+"""Restores a torch optimizer: matches the saved state to this job's parameters, then hands it to ``load_state_dict``.
+
+`plan_optimizer` checks and changes nothing; `apply_optimizer` reads the tensors and changes the optimizer. State that
+lies element by element along a parameter is read into memory like the parameter's, so a DTensor's state has its
+placements; everything else, such as ``step``, is made as it was saved.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +20,43 @@ from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
 from ..saved.values import LazyTensor
 from .dtensor import fill_requests, is_dtensor
-from .module import NoteChange, parameter_names
+from .module import NoteChange, dtype_name, parameter_names
 
 TELLING = ("betas", "momentum", "eps", "rho")
-"""Hyperparameters that tell kinds of optimizers apart, whoever wrote them."""
+"""Hyperparameters by which kinds of optimizers differ: torch's and DeepSpeed's optimizers name them alike."""
+STEP = "step"
+"""The key of the step count in a parameter's state."""
+ELEMENTWISE = frozenset(
+    {
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "momentum_buffer",
+        "square_avg",
+        "grad_avg",
+        "acc_delta",
+        "sum",
+        "prev",
+        "step_size",
+        "mu_product_buffer",
+        "ax",
+    }
+)
+"""Keys of state tensors of torch's optimizers (``torch/optim``) that have an element for each of the parameter's."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros in place of a saved tensor that was ignored, where the optimizer needs the entry with the others."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass
 class OptimizerPlan:
-    """A saved optimizer state under this optimizer's own indexes, checked and not yet begun."""
+    """Which saved state goes to which of this optimizer's parameters; checked, nothing changed yet."""
 
     optimizer: Any
     name: str
@@ -32,21 +65,20 @@ class OptimizerPlan:
     param_groups: list[dict[str, Any]]
     mismatch: Mismatch
     reset: list[str] = field(default_factory=list)
-    """Ignored entries without which the rest cannot be used: set to zero."""
+    """Ignored entries that the optimizer needs with the others: set to zero."""
     cast: dict[str, str] = field(default_factory=dict)
     """Entries whose dtype changes: ``optimizers/CLASS/state/NAME/KEY`` to ``source dtype -> target dtype``."""
+    keep: set[int] = field(default_factory=set)
+    """Positions whose own state stays: the checkpoint does not have the parameter, or its state was ignored."""
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """The optimizer's, by position."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    keep: set[int] = field(default_factory=set)
-    """Positions whose own state stays: the checkpoint does not know the parameter, or its state was ignored."""
-
     @property
     def nbytes(self) -> int:
-        """Of the whole tensors as they were saved."""
+        """Bytes of the whole tensors as they were saved."""
         return sum(
             value.nbytes
             for entries in self.state.values()
@@ -56,7 +88,7 @@ class OptimizerPlan:
 
     @property
     def spread(self) -> bool:
-        """Whether state comes in pieces or goes to shards, so that only `apply_optimizer` can place it."""
+        """Whether state is saved in runs or goes to shards, so that only `apply_optimizer` can place it."""
         values = (value for entries in self.state.values() for value in entries.values())
         return any(isinstance(value, AssembledTensor) for value in values) or any(
             map(is_dtensor, self.parameters)
@@ -72,10 +104,17 @@ def plan_optimizer(
     unfiltered: Mapping[str, Any] | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> OptimizerPlan:
-    """Matches the optimizer state `saved` with `optimizer`'s parameters; changes nothing.
+    """Matches the optimizer state `saved` with `optimizer`'s parameters; changes nothing, and no rank waits.
 
-    Parameters are matched by name where the checkpoint tells names (Composer's keys, torch's ``param_names``),
-    by position otherwise. `unfiltered` is `saved` before ``ignore_keys``. `parameter_names` maps ``id(param)``.
+    Parameters are matched by name where the checkpoint has names (Composer's keys, torch's ``param_names``),
+    by position otherwise. What does not fit is in the plan's ``mismatch``, for the caller to raise.
+
+    Args:
+        name: what messages and the receipt call the optimizer.
+        saved: ``{"state": ..., "param_groups": ...}``, lazy, as ``ignore_keys`` left it.
+        parameter_names: ``id`` of a parameter to its name.
+        unfiltered: `saved` before ``ignore_keys``.
+        rename: saved name to this job's, before names are matched.
     """
     whole = unfiltered if unfiltered is not None else saved
     plan = OptimizerPlan(optimizer, name, {}, [], Mismatch())
@@ -127,7 +166,8 @@ def _groups(saved: Mapping[str, Any], at: str, mismatch: Mismatch) -> list[dict[
 def _check_kind(
     groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], at: str, plan: OptimizerPlan
 ) -> None:
-    """DeepSpeed and hand-written files do not name the optimizer's class; its hyperparameters tell."""
+    """Notes an optimizer of another kind, by its hyperparameters: DeepSpeed's and hand-written files have no class
+    name."""
     theirs = [key for key in TELLING if any(key in group for group in groups)]
     mine = [key for key in TELLING if any(key in group for group in own_groups)]
     if theirs and mine and theirs != mine:
@@ -137,18 +177,10 @@ def _check_kind(
         )
 
 
-def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
-    """Some of DeepSpeed's optimizers count their steps by group; torch's look for it in each parameter's state."""
-    if STEP not in entries:
-        for group in groups:
-            if STEP in group and key in group["params"]:
-                entries[STEP] = group[STEP]
-
-
 def _saved_names(
     groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
 ) -> dict[str, tuple[int, Any]] | None:
-    """Parameter name to (group, key of its state), where the checkpoint tells names."""
+    """Parameter name to (group, key of its state); None where the checkpoint has no names."""
     found: dict[str, tuple[int, Any]] = {}
     for index, group in enumerate(groups):
         names = group.get("param_names")
@@ -177,29 +209,29 @@ def _match_by_name(
     ]
     match = match_names(names, own_names, rename)
     source_of = {target: source for source, target in match.target_of.items()}
-    # What is not trained has no state anywhere; some jobs give it to the optimizer all the same.
+    # A parameter that is not trained has no saved state; some jobs give it to the optimizer all the same.
     untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
     plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing if name not in untrained)
     plan.mismatch.unexpected.extend(f"{at}/{name}" for name in match.unexpected)
     keys: dict[int, Any] = {}
     position = 0
     for group in own_groups:
-        origins: list[int] = []
+        saved_groups: list[int] = []
         for _ in group["params"]:
             source = source_of.get(own_names[position])
             if source is not None:
-                origin, keys[position] = names[source]
-                if origin not in origins:
-                    origins.append(origin)
+                saved_group, keys[position] = names[source]
+                if saved_group not in saved_groups:
+                    saved_groups.append(saved_group)
             position += 1
-        hyper = [_hyperparameters(groups[origin]) for origin in origins]
+        hyper = [_hyperparameters(groups[index]) for index in saved_groups]
         if any(other != hyper[0] for other in hyper[1:]):
             plan.mismatch.wrong.append(
                 f"{at}: one parameter group of this job takes parameters from the checkpoint's groups "
-                f"{', '.join(map(str, sorted(origins)))}, whose hyperparameters differ; group the parameters as "
+                f"{', '.join(map(str, sorted(saved_groups)))}, whose hyperparameters differ; group the parameters as "
                 "they were grouped when the checkpoint was saved"
             )
-        plan.param_groups.append({"from": origins[0]} if origins else {})
+        plan.param_groups.append({"from": saved_groups[0]} if saved_groups else {})
     return keys
 
 
@@ -229,7 +261,8 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``.
 
-    `left` are the saved `groups` that were not ignored: told by their parameters, since the others have moved up.
+    `left` are the saved `groups` that ``ignore_keys`` left. Their positions have shifted, so their parameters identify
+    them.
     """
     kept = {
         str(group["params"]): group
@@ -237,10 +270,10 @@ def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, A
         if isinstance(group, Mapping) and "params" in group
     }
     filled = []
-    for origin, current in zip(plan.param_groups, plan.optimizer.state_dict()["param_groups"], strict=True):
+    for match, current in zip(plan.param_groups, plan.optimizer.state_dict()["param_groups"], strict=True):
         group = dict(current)
-        if "from" in origin:
-            group.update(_hyperparameters(kept.get(str(groups[origin["from"]]["params"]), {})))
+        if "from" in match:
+            group.update(_hyperparameters(kept.get(str(groups[match["from"]]["params"]), {})))
         filled.append(group)
     plan.param_groups = filled
 
@@ -248,7 +281,8 @@ def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, A
 def _entries(
     plan: OptimizerPlan, saved: Any, whole: Any, parameter: torch.Tensor, at: str
 ) -> dict[str, Any] | None:
-    """One parameter's entries: the checkpoint's; where some were ignored, this optimizer's own, or zeros."""
+    """One parameter's entries: the checkpoint's; where some were ignored, this optimizer's own, or zeros. None where
+    all were, or none were saved."""
     if not isinstance(whole, Mapping):
         plan.mismatch.wrong.append(f"{at}: expected a dict, got a {type(whole).__name__}")
         return None
@@ -267,72 +301,15 @@ def _entries(
         elif isinstance(value, int | float):
             entries[key] = type(value)(0)
             plan.reset.append(f"{at}/{key}")
-        check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
-        cast = cast_of(entries.get(key), key, parameter)
+        _check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
+        cast = _cast_of(entries.get(key), key, parameter)
         if cast is not None:
             plan.cast[f"{at}/{key}"] = cast
     return entries
 
 
-def optimizer_groups(state: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Name and shape of each parameter of each group of the first optimizer in `state`; [] where it has none."""
-    optimizers = getattr(state, "optimizers", None)
-    first = next(iter(optimizers), None) if isinstance(optimizers, list | tuple) else optimizers
-    names = parameter_names(state.model)
-    return [
-        [(names.get(id(parameter), "(unnamed)"), tuple(parameter.shape)) for parameter in group["params"]]
-        for group in getattr(first, "param_groups", ())
-    ]
-
-
-def apply_optimizer(
-    plan: OptimizerPlan, reader: TensorReader, note_change: NoteChange, **realising: Any
-) -> None:
-    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
-
-    A parameter that the checkpoint does not know, or whose state was ignored, keeps the one that it has; one that
-    had none when it was saved has none.
-    """
-    current = plan.optimizer.state_dict()["state"]
-    kept = {position: entries for position, entries in current.items() if position in plan.keep}
-    fresh = real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **realising)
-    groups = materialize(plan.param_groups, reader=reader, **realising)
-    note_change(f"optimizer {plan.name}")
-    plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
-
-
-STEP = "step"
-
-ELEMENTWISE = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "mu_product_buffer",
-        "ax",
-    }
-)
-"""State tensors that torch's optimizers keep with an element for each of the parameter's."""
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """An entry that was ignored and cannot be done without: zeros in place of what was saved."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def check_entry(value: Any, key: str, parameter: torch.Tensor, at: str, mismatch: Mismatch) -> None:
-    """Notes in `mismatch` where the saved `value` does not lie along `parameter`, and should."""
+def _check_entry(value: Any, key: str, parameter: torch.Tensor, at: str, mismatch: Mismatch) -> None:
+    """Notes in `mismatch` a saved `value` that should have the shape of `parameter` and has another one."""
     if not isinstance(value, SavedTensor) or isinstance(parameter, torch.nn.UninitializedParameter):
         return
     along = value.shape == tuple(parameter.shape)
@@ -351,35 +328,62 @@ def check_entry(value: Any, key: str, parameter: torch.Tensor, at: str, mismatch
         mismatch.wrong.append(f"{at}: expected shape {tuple(parameter.shape)}, got {value.shape}")
 
 
-def cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
-    """``source -> target`` where the entry will have another dtype than saved."""
+def _cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
+    """``source -> target`` where the entry will have another dtype than saved; else None."""
     if not isinstance(value, SavedTensor) or not lies_along(value, key, parameter):
         return None
-    target = str(_dtype_along(value, parameter)).removeprefix("torch.")
+    target = dtype_name(_dtype_along(value, parameter))
     return None if target == value.dtype else f"{value.dtype} -> {target}"
 
 
-def real_entries(
+def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
+    """Adds the group's step count: some of DeepSpeed's optimizers keep it there, torch's in each parameter's state."""
+    if STEP not in entries:
+        for group in groups:
+            if STEP in group and key in group["params"]:
+                entries[STEP] = group[STEP]
+
+
+def apply_optimizer(
+    plan: OptimizerPlan, reader: TensorReader, note_change: NoteChange, **materialize_options: Any
+) -> None:
+    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
+
+    A parameter that the checkpoint does not have, or whose state was ignored, keeps its state; one that was saved
+    without state has none afterwards. `note_change` is called with the part's name before the change;
+    `materialize_options` are `materialize`'s ``safe_types`` and ``file``. No rank waits for another.
+
+    Raises `CorruptError` where bytes are missing or do not match their checksum; the optimizer is unchanged then.
+    """
+    current = plan.optimizer.state_dict()["state"]
+    kept = {position: entries for position, entries in current.items() if position in plan.keep}
+    fresh = _real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **materialize_options)
+    groups = materialize(plan.param_groups, reader=reader, **materialize_options)
+    note_change(f"optimizer {plan.name}")
+    plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
+
+
+def _real_entries(
     state: Mapping[int, Mapping[str, Any]],
     parameters: Sequence[torch.Tensor],
     *,
     name: str,
     reader: TensorReader,
-    **realising: Any,
+    **materialize_options: Any,
 ) -> dict[int, dict[str, Any]]:
     """`state` (by position in `parameters`) as real values; `name` is the optimizer's in messages.
 
-    What lies along a parameter in pieces, or along a DTensor, is read into new memory once, as the optimizer would
-    have made it: of the parameter's device, dtype and placements. Everything else is as it was saved.
+    An entry that `lies_along` its parameter is read into new memory such as the optimizer would have made: of the
+    parameter's device, dtype and placements. Everything else is as it was saved.
     """
     found: dict[int, dict[str, Any]] = {}
     requests: list[CopyRequest] = []
     for position, entries in state.items():
         parameter = parameters[position]
         along = {key for key, value in entries.items() if lies_along(value, key, parameter)}
-        # Each parameter's own values, so that none shares a step that is counted up in place.
+        # One call for each parameter, so that no two share a step, which is counted up in place.
         real = materialize(
-            {key: entries[key] for key in entries if key not in along}, reader=reader, **realising
+            {key: entries[key] for key in entries if key not in along}, reader=reader, **materialize_options
         )
         for key in along:
             value = entries[key]
@@ -395,7 +399,11 @@ def real_entries(
 
 
 def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
-    """Whether the entry is read into memory that is as the parameter's is, rather than made as it was saved."""
+    """Whether the entry is read into memory like the parameter's, rather than made as it was saved.
+
+    So are tensors saved in runs, and what has the shape of a DTensor parameter. A tensor that is saved whole and goes
+    to an ordinary parameter is made as it was saved.
+    """
     if isinstance(value, AssembledTensor):
         return True
     if isinstance(value, LazyTensor) and not is_dtensor(parameter):
@@ -404,7 +412,7 @@ def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
 
 
 def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.dtype:
-    """torch's optimizers keep state of floats in the parameter's dtype, and cast to it what they load."""
+    """The dtype of state along `parameter`: torch's optimizers cast floating-point state to the parameter's dtype."""
     saved = torch_dtype(value.dtype)
     floats = saved.is_floating_point and parameter.is_floating_point()
     return parameter.dtype if floats else saved
@@ -414,3 +422,17 @@ def _zeros(value: Any) -> Any:
     if not isinstance(value, Zeros):
         return value
     return torch.zeros(value.shape, dtype=torch_dtype(value.dtype))
+
+
+def optimizer_groups(state: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Name and shape of each parameter of each group of the first optimizer in `state`; [] where it has none.
+
+    With ZeRO stage 0, whose files do not name the optimizer's parameters, these names are assigned by position.
+    """
+    optimizers = getattr(state, "optimizers", None)
+    first = next(iter(optimizers), None) if isinstance(optimizers, list | tuple) else optimizers
+    names = parameter_names(state.model)
+    return [
+        [(names.get(id(parameter), "(unnamed)"), tuple(parameter.shape)) for parameter in group["params"]]
+        for group in getattr(first, "param_groups", ())
+    ]

@@ -1,4 +1,8 @@
-"""What a load restores into, told apart: a `State`, one with a DeepSpeed engine, or an object that loads itself."""
+"""Plans and carries out the restore of one checkpoint into whatever the caller passed as ``state``.
+
+That is a `State` (`state`), an object that loads itself (`foreign`), or either with a DeepSpeed engine as its model,
+which takes its own parts first (`deepspeed.engine`). `prepare_restore` changes nothing, `apply_restore` everything.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,17 @@ from .state import StatePlan, apply_state, plan_state
 
 @dataclass
 class Prepared:
-    """A restore that was checked and has not begun."""
+    """The plans of one restore, checked; nothing is changed yet."""
 
     mismatch: Mismatch
     algorithms: list[Any] = field(default_factory=list)
-    """To be applied first; names are checked after them."""
+    """New objects that `apply_restore` applies first. They change the model, so names and shapes are checked after."""
     state: StatePlan | None = None
     foreign: ForeignPlan | None = None
     engine: EnginePlan | None = None
     zero: ZeroContents | None = None
-    """What the shards are of that `state` or `foreign` takes; None where they are an engine's, or there are none."""
+    """The ZeRO checkpoint that `state` or `foreign` takes whole tensors from; None where an engine takes its shards, or
+    the checkpoint has none."""
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -55,7 +60,7 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What else the receipt is to say of this restore."""
+        """Sentences for the receipt."""
         notes = []
         names = self._module.from_masters if self._module is not None else []
         if names:
@@ -86,9 +91,18 @@ class Prepared:
 def prepare_restore(
     request: LoadRequest, checkpoint: Checkpoint, contents: Contents, unfiltered: Contents
 ) -> Prepared:
-    """Checks everything that can be checked; changes nothing.
+    """Plans the restore of `contents` into ``request.state``; changes nothing. Every rank calls it; none waits.
 
-    Where algorithms are still to be applied, names and shapes can only be checked after them.
+    What does not fit is in the ``mismatch`` of the result, for the caller to raise. Where algorithms are still to be
+    applied, names and shapes can only be checked after them, by `apply_restore`.
+
+    Args:
+        contents: the checkpoint's, as ``ignore_keys`` left them.
+        unfiltered: the same before ``ignore_keys``.
+
+    Raises:
+        OptionError: the state is of no known kind, or an engine's model would need an algorithm.
+        LayoutError: the target has a layout that can't be restored, or saved ranks' files are missing.
     """
     state = request.state
     if not isinstance(state, State | ForeignState):
@@ -136,9 +150,9 @@ def prepare_restore(
 def _engine_parts(
     checkpoint: Checkpoint, contents: Contents, unfiltered: Contents
 ) -> tuple[Contents, Contents, Contents]:
-    """What is left for the state once a DeepSpeed engine has its parts, before that, and the engine's parts.
+    """`contents` and `unfiltered` without the parts that a DeepSpeed engine restores, and those parts of `contents`.
 
-    An lr scheduler that DeepSpeed did not save is not the engine's (Composer keeps its own beside it).
+    The schedulers are among them only where DeepSpeed saved one: Composer keeps its own outside the engine's files.
     """
     zero = checkpoint.zero
     claimed = {"model", "optimizers", "engine"}
@@ -156,7 +170,7 @@ def _engine_parts(
 def _plan_rest(
     request: LoadRequest, prepared: Prepared, contents: Contents, unfiltered: Contents, *, with_model: bool
 ) -> None:
-    """Everything but algorithms and a DeepSpeed engine, against the model as it is now."""
+    """Plans everything but algorithms and a DeepSpeed engine, against the model as it is now."""
     masters: Mapping[int, SavedTensor] = {}
     if prepared.zero is not None:
         whole = whole_contents(prepared.zero, contents, optimizer_groups(request.state))
@@ -194,9 +208,18 @@ def apply_restore(
     unfiltered: Contents,
     reader: TensorReader,
     note_change: NoteChange,
-    realise_options: Mapping[str, Any],
+    materialize_options: Mapping[str, Any],
 ) -> list[str]:
-    """Carries out what was prepared; returns the parts that were restored, for the receipt."""
+    """Carries out what was prepared, on this rank; returns the parts that were restored, for the receipt.
+
+    Every rank calls it; none waits for another. `note_change` is called with a part's name before that part is first
+    changed; `materialize_options` are `materialize`'s ``safe_types`` and ``file``.
+
+    Raises:
+        MismatchError: after algorithms were applied, names or shapes do not fit.
+        AlgorithmError: applying an algorithm failed.
+        CorruptError: bytes are missing or do not match their checksum.
+    """
     restored: list[str] = []
     if prepared.algorithms:
         apply_required(prepared.algorithms, request.state, request.logger, note_change)
@@ -207,7 +230,11 @@ def apply_restore(
         restored += apply_engine(prepared.engine, reader, note_change)
     if prepared.state is not None:
         restored += apply_state(
-            prepared.state, reader, note_change, strict=request.strict, realise_options=realise_options
+            prepared.state,
+            reader,
+            note_change,
+            strict=request.strict,
+            materialize_options=materialize_options,
         )
     if prepared.foreign is not None:
         restored += apply_foreign(
@@ -218,6 +245,6 @@ def apply_restore(
             strict=request.strict,
             exclude_algorithms=request.exclude_algorithms,
             algorithm_passes=request.algorithm_passes,
-            realise_options=realise_options,
+            materialize_options=materialize_options,
         )
     return restored

@@ -1,4 +1,8 @@
-"""Restoring a `State`: everything is checked first, then each part is filled, in one fixed order."""
+"""Restores a `State`: `plan_state` checks every part, then `apply_state` fills each, in one fixed order.
+
+The order: model, optimizers, then schedulers, scaler, callbacks, timestamp and the other objects through their own
+``load_state_dict``, at last plain values.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ _RECORDS = frozenset({"integrations", "metadata", "is_model_ddp", "is_model_deep
 
 @dataclass
 class StatePlan:
-    """How the contents of a checkpoint become a `State`'s, checked and not yet begun."""
+    """Which part of a checkpoint goes to which of a `State`'s; checked, nothing changed yet."""
 
     state: State
     contents: Contents
@@ -34,7 +38,7 @@ class StatePlan:
     objects: list[tuple[str, Any, Any]]
     """(label, object with ``load_state_dict``, lazy state)."""
     values: dict[str, Any]
-    """Attribute to lazy plain value."""
+    """Attribute of the state to its lazy plain value."""
     mismatch: Mismatch
     not_restored: list[str] = field(default_factory=list)
 
@@ -49,10 +53,16 @@ def plan_state(
     with_model: bool = True,
     masters: Mapping[int, SavedTensor] | None = None,
 ) -> StatePlan:
-    """Matches a checkpoint's contents with `state`; changes nothing.
+    """Matches a checkpoint's contents with `state`; changes nothing, and no rank waits.
 
-    `unfiltered` is `contents` before ``ignore_keys``. With `with_model` False the model and the optimizers are
-    somebody else's to restore (a DeepSpeed engine brings its own way). `masters` is `plan_module`'s.
+    Warns of parts that the checkpoint lacks. What does not fit is in the plan's ``mismatch``, for the caller to raise.
+
+    Args:
+        contents: the checkpoint's, as ``ignore_keys`` left them.
+        unfiltered: the same before ``ignore_keys``.
+        weights_only: plan the model alone.
+        with_model: False where a DeepSpeed engine restores the model and the optimizers.
+        rename, masters: as `plan_module` takes them.
     """
     plan = StatePlan(state, contents, None, [], [], {}, Mismatch())
     saved = contents.state
@@ -145,7 +155,7 @@ def _plan_objects(plan: StatePlan, part: str, kind: str) -> None:
 
 @dataclass(frozen=True)
 class _PlainItem:
-    """A plain value among a state's objects: it is replaced where it stands."""
+    """A plain value in a list of the state's objects: loading replaces the list's item."""
 
     items: list[Any]
     index: int
@@ -167,7 +177,8 @@ def _key_for(name: str, target: Any, saved: Mapping[Any, Any]) -> Any | None:
 
 
 def _same_schedule(target: Any, saved: Any) -> bool:
-    """DeepSpeed does not name the scheduler's class: one of its own kinds must not be loaded as one of torch's."""
+    """Whether the saved scheduler is torch's where `target` is. DeepSpeed does not save the class's name, and its own
+    schedulers save no ``last_epoch``."""
     own = target.state_dict() if callable(getattr(target, "state_dict", None)) else None
     if not isinstance(own, Mapping) or not isinstance(saved, Mapping) or "last_epoch" not in own:
         return True
@@ -215,7 +226,7 @@ def _has_objects(own: Mapping[Any, Any]) -> bool:
 
 
 def _metric_state(saved: Any) -> Any:
-    """Composer keeps a metric as ``{"state_dict": ..., "_computed": ...}``."""
+    """The metric's state, which Composer saves as ``{"state_dict": ..., "_computed": ...}``."""
     return saved["state_dict"] if isinstance(saved, Mapping) and "state_dict" in saved else saved
 
 
@@ -225,23 +236,28 @@ def apply_state(
     note_change: NoteChange,
     *,
     strict: bool,
-    realise_options: Mapping[str, Any],
+    materialize_options: Mapping[str, Any],
 ) -> list[str]:
-    """Carries out `plan`; returns the parts that were restored, for the receipt."""
+    """Carries out `plan` on this rank; returns the parts that were restored, for the receipt. No rank waits.
+
+    `note_change` is called with a part's name before that part is first changed. With `strict`, names that a module's
+    own ``load_state_dict`` left out are an error. `materialize_options` are `materialize`'s ``safe_types`` and
+    ``file``. Raises as `apply_module` and `apply_optimizer`, and whatever a part's ``load_state_dict`` raises.
+    """
     restored = []
     if plan.module is not None and plan.module.sources:
-        apply_module(plan.module, reader, note_change, strict=strict, realise_options=realise_options)
+        apply_module(plan.module, reader, note_change, strict=strict, materialize_options=materialize_options)
         restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
     for optimizer in plan.optimizers:
-        apply_optimizer(optimizer, reader, note_change, **realise_options)
+        apply_optimizer(optimizer, reader, note_change, **materialize_options)
         restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")
     for label, target, saved in plan.objects:
-        real = materialize(saved, reader=reader, **realise_options)
+        real = materialize(saved, reader=reader, **materialize_options)
         note_change(label)
         target.load_state_dict(real)
         restored.append(label)
     for part, saved in plan.values.items():
-        real = materialize(saved, reader=reader, **realise_options)
+        real = materialize(saved, reader=reader, **materialize_options)
         note_change(part)
         setattr(plan.state, part, real)
         restored.append(part)
@@ -249,17 +265,17 @@ def apply_state(
 
 
 def optimizer_classes(state: Any) -> Sequence[str]:
-    """Class names of a state's optimizers, in order."""
+    """Class names of the optimizers of a `State` or foreign state, in order: files without class names take them."""
     return list(by_class_name(_objects(state, "optimizers")))
 
 
 def scheduler_classes(state: Any) -> Sequence[str]:
-    """Class names of a state's schedulers, in order."""
+    """Class names of its schedulers, in order."""
     return list(by_class_name(_objects(state, "schedulers")))
 
 
 def scaler_class(state: Any) -> str:
-    """Class name of a state's loss scaler; torch's own where there is none."""
+    """Class name of its loss scaler; torch's own where there is none."""
     return next(iter(by_class_name(_objects(state, "scaler"))), "GradScaler")
 
 

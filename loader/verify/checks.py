@@ -1,7 +1,8 @@
-"""Comparing what is restored with its checksums, by all ranks together: dealt before the restore, judged after it.
+"""Compares what the ranks restore with the files' checksums, each storage on one rank or on several together.
 
-See `joint_checks` for how the work is shared. Storages that are small, or that one rank reads whole and nobody gains
-by sharing, are compared by each rank that reads them.
+`deal_checks` decides before the restore which ranks sum which bytes; `verify_before` or `verify_after` compares the
+sums. When ranks read different parts of a storage, `joint` combines their partial CRCs into the stored one. A storage
+that is small, or that a rank reads whole when sharing would gain nothing, is compared by each rank that reads it.
 """
 
 from __future__ import annotations
@@ -17,44 +18,45 @@ from ..checkpoint import Checkpoint
 from ..errors import after_first_change
 from ..saved.values import StorageRef
 from ..stages import Stopwatch
-from .joint import JointCheck, StorageId, StorageRead, decode_readings, encode_readings
+from .joint import JointCheck, StorageId, StorageRead, decode_reads, encode_reads
 from .wanted_reads import WantedReads, wanted_reads
 
 ALONE_BYTES = 64 << 10
-"""A storage up to this size is read whole by each rank that needs any of it: telling the others would cost more."""
+"""Each rank that needs any of a storage up to this size reads and sums all of it: to share the work would cost more."""
 SHARED_FROM_BYTES = 4 << 20
-"""A storage that is read whole is worth summing together from this size on."""
+"""From this size on, ranks that each read a whole storage share the summing of it."""
 
 
 @dataclass
 class Verification:
-    """How this load's checksums are compared."""
+    """How this rank's storages are compared with their checksums."""
 
     verify: str
+    """``LoadOptions.verify``: ``before``, ``during`` or ``off``."""
     wanted: dict[StorageRef, WantedReads]
     """What the restore reads on this rank."""
     alone: tuple[StorageRef, ...] = ()
-    """What this rank reads and checks by itself."""
+    """Storages that this rank sums whole, by itself."""
     shared: dict[StorageId, StorageRef] = field(default_factory=dict)
-    """What it checks together with others."""
+    """Storages that it sums together with other ranks."""
     shares: dict[StorageRef, list[ByteRange]] = field(default_factory=dict)
-    """Of those, what this rank is to sum."""
+    """The bytes of those storages that this rank sums."""
     judge: list[JointCheck] = field(default_factory=list)
-    """On rank 0: who was dealt what."""
+    """On rank 0 one `JointCheck`, on the others none."""
 
 
 def deal_checks(
     checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch, *, verify: str
 ) -> Verification:
-    """Tells all ranks what they have to sum up while they read. Every rank must call.
+    """Decides what each rank has to sum while it reads, and prepares its `TensorReader` for that. Every rank must call.
 
-    Raises `CorruptError` on all of them where their files of one name differ.
+    Raises `CorruptError` on all ranks where files of one name differ between them.
     """
     with watch.stage("plan"):
         wanted = wanted_reads(checked.prepared)
     if verify == "off":
         return Verification(verify, wanted)
-    # A rank that is alone reads and sums a storage in one pass, but not where parts of it come in any order.
+    # A job of one rank sums a storage in one pass; only ranges that are fetched directly arrive in any order, as cells.
     together_pays = session.topology.world_size > 1 or checkpoint.opening.direct
     summed = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
     together = {
@@ -62,16 +64,16 @@ def deal_checks(
     }
     name_of = {index.path: index.name for index in checkpoint.indexes}
     shared = {(name_of[storage.file], storage.key): storage for storage in together}
-    readings = {name: _reading(storage, together[storage]) for name, storage in shared.items()}
+    reads = {name: _storage_read(storage, together[storage]) for name, storage in shared.items()}
     alone = tuple(storage for storage in summed if storage not in together)
     result = Verification(verify, wanted, alone, shared)
 
-    def deal(told: Sequence[Any]) -> list[Any]:
-        judge = JointCheck([decode_readings(one["reads"]) for one in told], [one["node"] for one in told])
+    def deal(records: Sequence[Any]) -> list[Any]:
+        judge = JointCheck([decode_reads(one["reads"]) for one in records], [one["node"] for one in records])
         result.judge.append(judge)
         return [[[*name, ranges] for name, ranges in share.items()] for share in judge.shares()]
 
-    record = {"node": session.topology.node_rank, "reads": encode_readings(readings)}
+    record = {"node": session.topology.node_rank, "reads": encode_reads(reads)}
     dealt = session.channel.deal("checksums", record, deal)
     shares: dict[StorageRef, list[ByteRange]] = {
         shared[file, key]: [ByteRange(*one) for one in ranges] for file, key, ranges in dealt
@@ -87,7 +89,7 @@ def _worth_sharing(storage: StorageRef, wanted: WantedReads) -> bool:
     return wanted.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
 
 
-def _reading(storage: StorageRef, wanted: WantedReads) -> StorageRead:
+def _storage_read(storage: StorageRef, wanted: WantedReads) -> StorageRead:
     crc = storage.crc32 if storage.crc32 is not None else 0
     return StorageRead(storage.nbytes, crc, tuple(wanted.ranges), wanted.names)
 
@@ -97,13 +99,13 @@ def verify_before(
 ) -> None:
     """With ``verify="before"``, compares everything that will be read, before anything is changed.
 
-    Every rank must call. Raises `CorruptError` on all of them.
+    Every rank must call. Raises `CorruptError` on all of them where a checksum differs. Does nothing otherwise.
     """
     if verification.verify != "before":
         return
     with watch.stage("verify"):
         if checked.prepared.algorithms:
-            # What is read of the model will be known once they have changed it.
+            # Algorithms may change the model, and with it what is read of it.
             checked.reader.verify(checkpoint.storages({"state": checked.contents.state}))
         checked.reader.verify(verification.alone)
     _judge(verification, checked, session, watch)
@@ -112,9 +114,9 @@ def verify_before(
 def verify_after(
     verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch
 ) -> None:
-    """With ``verify="during"``, compares what the ranks have summed while they restored. Every rank must call.
+    """With ``verify="during"``, compares what the ranks have summed while they restored.
 
-    Raises `PartialRestoreError` on all of them where a checksum differs.
+    Every rank must call. Raises `PartialRestoreError` on all of them where a checksum differs. Does nothing otherwise.
     """
     if verification.verify != "during":
         return
@@ -125,9 +127,9 @@ def verify_after(
 def _judge(verification: Verification, checked: Checked, session: Session, watch: Stopwatch) -> None:
     with watch.stage("checksums"):
         sums = checked.reader.finish_shares()
-    told = [[*name, sums.get(storage, [])] for name, storage in verification.shared.items()]
+    record = [[*name, sums.get(storage, [])] for name, storage in verification.shared.items()]
 
-    def compare(told: Sequence[Any]) -> None:
-        verification.judge[0].compare([{(file, key): one for file, key, one in each} for each in told])
+    def compare(records: Sequence[Any]) -> None:
+        verification.judge[0].compare([{(file, key): one for file, key, one in each} for each in records])
 
-    session.channel.decide("checksums agree", told, compare)
+    session.channel.decide("checksums agree", record, compare)

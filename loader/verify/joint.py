@@ -1,9 +1,9 @@
-"""Comparing storages with their checksums together: each rank sums what it reads, all of it counts as one. Pure.
+"""Combines the CRCs of ranks that read different parts of a storage, and compares them with the stored one. Pure.
 
-A checksum is of a whole storage, but a rank reads a part of it. So the ranks tell what they are going to read, and
-each is dealt cells of that to sum: every byte of a storage is in one cell, and every byte that a node reads is summed
-on that node (its copy of the file may be its own). What nobody reads (paddings, mostly) is dealt to whoever has least
-to do. Afterwards the cells' sums, combined, must be the storage's own.
+A stored checksum is that of a whole storage. So all ranks state what they will read of it, and `JointCheck`, on rank 0,
+cuts the storage into cells, each byte into one. Each cell is assigned to one rank of every node that reads it, because
+nodes may have their own copies of the file. A cell that no rank reads (padding, mostly) is assigned to the rank with
+the least to sum. Afterwards `checksums.crc32_joined` of the cells' CRC-32s must be the stored one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..checksums import crc32_joined
 from ..errors import CorruptError
 
 CELL_BYTES = 8 << 20
-"""Cells do not reach over multiples of this, so that ranks that read the same can share the summing."""
+"""Storages are cut at multiples of this, so that ranks that read the same bytes share the summing."""
 
 StorageId = tuple[str, str]
-"""The file, as the whole job calls it, and the storage's key in it."""
+"""The file's name, the same on all ranks, and the storage's key in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,18 @@ class StorageRead:
     """What one rank reads of one storage."""
 
     nbytes: int
-    """Of the storage."""
+    """Of the whole storage."""
     crc32: int
+    """Of the whole storage, as the file's directory states it."""
     ranges: tuple[ByteRange, ...]
-    """Disjoint and in order."""
+    """The bytes that are read, from the storage's first on; disjoint and in order."""
     names: tuple[str, ...] = ()
-    """A few of the tensors that it is for."""
+    """A few of the tensors that they are for."""
 
 
 @dataclass
 class _Dealt:
-    """What one storage was cut into, and who sums each cell: one rank of each node that reads it."""
+    """The cells of one storage, in order, each with the ranks that sum it: one of each node that reads it."""
 
     nbytes: int
     crc32: int
@@ -49,21 +50,22 @@ class _Dealt:
 
 
 class JointCheck:
-    """The deal and its verdict, on the rank that decides. `readings` are by rank, and so is `nodes`.
+    """Assigns the cells of all storages to ranks, and compares their sums; runs on the rank that decides.
 
-    Raises `CorruptError` where ranks see different storages under one name: their files are not copies.
+    `reads` and `nodes` are by rank. Raises `CorruptError` where a storage's size or checksum differs between ranks:
+    their files of that name are not copies of each other.
     """
 
-    def __init__(self, readings: Sequence[Mapping[StorageId, StorageRead]], nodes: Sequence[int]) -> None:
+    def __init__(self, reads: Sequence[Mapping[StorageId, StorageRead]], nodes: Sequence[int]) -> None:
         self._nodes = nodes
-        self._load = [0] * len(readings)
+        self._load = [0] * len(reads)
         self._dealt: dict[StorageId, _Dealt] = {}
-        for storage in dict.fromkeys(name for each in readings for name in each):
-            readers = {rank: each[storage] for rank, each in enumerate(readings) if storage in each}
+        for storage in dict.fromkeys(name for each in reads for name in each):
+            readers = {rank: each[storage] for rank, each in enumerate(reads) if storage in each}
             self._dealt[storage] = self._deal(storage, readers)
 
     def shares(self) -> list[dict[StorageId, list[ByteRange]]]:
-        """What each rank is to sum, by rank; storages without a cell for it are left out."""
+        """The cells that each rank is to sum, by rank; storages without a cell for it are left out."""
         shares: list[dict[StorageId, list[ByteRange]]] = [{} for _ in self._nodes]
         for storage, dealt in self._dealt.items():
             for cell, ranks in dealt.cells:
@@ -72,8 +74,10 @@ class JointCheck:
         return shares
 
     def compare(self, sums: Sequence[Mapping[StorageId, Sequence[int]]]) -> None:
-        """Raises `CorruptError` for the first storage that does not match. `sums` are each rank's, by rank: of its
-        share's cells, in their order."""
+        """Raises `CorruptError` for the first storage that differs from its checksum, or between nodes.
+
+        `sums` are by rank: the CRC-32s of the cells of its share, in their order.
+        """
         for storage, dealt in self._dealt.items():
             position = dict.fromkeys((rank for _, ranks in dealt.cells for rank in ranks), 0)
             parts = []
@@ -95,25 +99,25 @@ class JointCheck:
 
     def _deal(self, storage: StorageId, readers: Mapping[int, StorageRead]) -> _Dealt:
         first = next(iter(readers.values()))
-        for rank, reading in readers.items():
-            if (reading.nbytes, reading.crc32) != (first.nbytes, first.crc32):
+        for rank, read in readers.items():
+            if (read.nbytes, read.crc32) != (first.nbytes, first.crc32):
                 raise CorruptError(
-                    f"{storage[0]}: storage {storage[1]} has {reading.nbytes:,} bytes and CRC-32 "
-                    f"{reading.crc32:08x} on rank {rank}, but {first.nbytes:,} and {first.crc32:08x} on rank "
+                    f"{storage[0]}: storage {storage[1]} has {read.nbytes:,} bytes and CRC-32 "
+                    f"{read.crc32:08x} on rank {rank}, but {first.nbytes:,} and {first.crc32:08x} on rank "
                     f"{next(iter(readers))}: the ranks see different files of this name",
                     path=storage[0],
                 )
         dealt = _Dealt(first.nbytes, first.crc32, first.names)
         cuts = {0, first.nbytes, *range(CELL_BYTES, first.nbytes, CELL_BYTES)}
-        for reading in readers.values():
-            cuts.update(edge for span in reading.ranges for edge in span)
+        for read in readers.values():
+            cuts.update(edge for span in read.ranges for edge in span)
         edges = sorted(cuts)
-        starts = {rank: [start for start, _ in reading.ranges] for rank, reading in readers.items()}
+        starts = {rank: [start for start, _ in read.ranges] for rank, read in readers.items()}
         for start, stop in pairwise(edges):
             holders: dict[int, list[int]] = {}
-            for rank, reading in readers.items():
+            for rank, read in readers.items():
                 at = bisect_right(starts[rank], start) - 1
-                if at >= 0 and start < reading.ranges[at][1]:
+                if at >= 0 and start < read.ranges[at][1]:
                     holders.setdefault(self._nodes[rank], []).append(rank)
             groups = list(holders.values()) or [list(readers)]
             dealt.cells.append(
@@ -129,31 +133,31 @@ class JointCheck:
     def _differ(
         self, storage: StorageId, dealt: _Dealt, cell: ByteRange, found: Mapping[int, int]
     ) -> CorruptError:
-        told = ", ".join(
+        values = ", ".join(
             f"node {self._nodes[rank]} (rank {rank}) {value:08x}" for rank, value in found.items()
         )
         return CorruptError(
             f"{storage[0]}: storage {storage[1]}{_used(dealt.names)}: bytes {cell[0]:,} to {cell[1]:,} have "
-            f"different CRC-32s on different nodes: {told}; at least one node's copy is damaged, fetch it again.",
+            f"different CRC-32s on different nodes: {values}; at least one node's copy is damaged, fetch it again.",
             path=storage[0],
         )
 
 
-def _used(names: Sequence[str]) -> str:
-    return f", used by {', '.join(names[:3])}" if names else ""
-
-
-def encode_readings(readings: Mapping[StorageId, StorageRead]) -> list[Any]:
-    """As JSON types, for the way between ranks."""
+def encode_reads(reads: Mapping[StorageId, StorageRead]) -> list[Any]:
+    """As JSON types, to be sent to rank 0."""
     return [
         [*storage, one.nbytes, one.crc32, [edge for span in one.ranges for edge in span], list(one.names)]
-        for storage, one in readings.items()
+        for storage, one in reads.items()
     ]
 
 
-def decode_readings(record: Sequence[Any]) -> dict[StorageId, StorageRead]:
-    """What `encode_readings` made."""
+def decode_reads(record: Sequence[Any]) -> dict[StorageId, StorageRead]:
+    """What `encode_reads` made."""
     return {
         (file, key): StorageRead(nbytes, crc, tuple(map(ByteRange, edges[::2], edges[1::2])), tuple(names))
         for file, key, nbytes, crc, edges, names in record
     }
+
+
+def _used(names: Sequence[str]) -> str:
+    return f", used by {', '.join(names[:3])}" if names else ""

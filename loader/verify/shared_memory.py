@@ -1,7 +1,7 @@
-"""Memory that the ranks of one node share while weights are handed round; it has no name and leaves nothing behind.
+"""Gives the ranks of one node memory that they share, which is gone when their processes are.
 
-An anonymous file of the kernel's (``memfd_create``), which the other ranks open through its maker's ``/proc`` entry:
-it goes with the last process that has it open, however that one ends.
+It is an anonymous file of the kernel (``memfd_create(2)``), which other ranks open through its maker's ``/proc`` entry.
+The kernel frees it with the last process that has it open, however that process ends.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import os
 from ..errors import AccessError
 
 SPARE = 2
-"""An image is made only where this many times its size is available."""
+"""A node's ranks share memory only where this many times its size is available."""
 
 
 class SharedMemory:
-    """`nbytes` of memory, zero at first, that several processes of a node see. Context manager."""
+    """`nbytes` of memory, zero at first, that several processes of a node see; a context manager.
+
+    `memory` is the mapping. Leaving the context closes it in this process only.
+    """
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self._fd = fd
@@ -26,7 +29,7 @@ class SharedMemory:
 
     @classmethod
     def make(cls, nbytes: int) -> SharedMemory:
-        """A new one. Raises `AccessError` where the system has no such files."""
+        """Makes a new one. Raises `AccessError` where the system cannot."""
         try:
             fd = os.memfd_create("rankload", os.MFD_CLOEXEC)
         except (AttributeError, OSError) as error:
@@ -36,7 +39,10 @@ class SharedMemory:
 
     @classmethod
     def open(cls, handle: str, nbytes: int) -> SharedMemory:
-        """The one that another process of this node has as `handle`. Raises OSError where it cannot be reached."""
+        """Opens the one that has this `handle` in another process of the node.
+
+        Raises OSError where it cannot be reached, or has another size or owner.
+        """
         fd = os.open(handle, os.O_RDWR | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
@@ -49,7 +55,7 @@ class SharedMemory:
 
     @property
     def handle(self) -> str:
-        """Where other processes of this user and node find it."""
+        """The path by which other processes of this user on this node open it."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def __enter__(self) -> SharedMemory:
@@ -58,5 +64,5 @@ class SharedMemory:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
         with contextlib.suppress(BufferError):
-            # Where an error's traceback still holds a view of it, the memory goes with that.
+            # A view that an error's traceback still holds keeps the memory until it is gone.
             self.memory.close()

@@ -1,7 +1,7 @@
-"""What a prepared restore is going to read on this rank: which bytes of which storages, told before it begins.
+"""Computes, before a restore begins, which bytes of which storages it will read on this rank. Imports torch.
 
-It may tell more than is read in the end, and never less, but for what algorithms make of a model that they change.
-Imports torch.
+`wanted_reads` walks every plan in a `Prepared`. It may name more bytes than are read in the end, never fewer; except
+where algorithms are still to change the model, whose tensors are not known yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..targets.optimizer import OptimizerPlan, lies_along
 from ..targets.restore import Prepared
 
 Read = tuple[StorageRef, ByteRange, str, bool]
-"""Bytes of a storage, the name of what they are for, and whether they can come straight into its memory."""
+"""Bytes of a storage, the name of the tensor that they are for, and whether they can go into its memory unchanged."""
 
 
 @dataclass
@@ -39,15 +39,17 @@ class WantedReads:
     names: tuple[str, ...] = ()
     """A few of the tensors that they are for."""
     direct: list[ByteRange] = field(default_factory=list)
-    """Of `ranges`, those that are read once, all together, as they are, into memory of their own."""
+    """The part of `ranges` that may be fetched directly: it goes unchanged into one tensor's memory, and is read by one
+    `TensorReader.copy` together with others."""
 
     @property
     def nbytes(self) -> int:
+        """How many bytes are read."""
         return sum(stop - start for start, stop in self.ranges)
 
 
 def wanted_reads(prepared: Prepared) -> dict[StorageRef, WantedReads]:
-    """By storage, in the order of the files."""
+    """What this rank will read, by storage, in the order of the files."""
     found: dict[StorageRef, WantedReads] = {}
     for storage, span, name, direct in _reads(prepared):
         wanted = found.setdefault(storage, WantedReads())
@@ -93,8 +95,8 @@ def _of_engine(plan: EnginePlan) -> Iterator[Read]:
 
 
 def _state_of(plan: EnginePlan, index: int, key: str) -> torch.Tensor | None:
-    """The optimizer's tensor that will be filled, or one like what will be made for it; None where that is not known
-    to lie as its master does."""
+    """The optimizer's tensor that will be filled, or one with the layout of the one that will be made; None where that
+    layout may differ from its master's."""
     master = plan.target.flats[index].master
     held = plan.target.optimizer.state.get(master, {}).get(key)
     if isinstance(held, torch.Tensor):
@@ -126,7 +128,7 @@ def _of_optimizer(plan: OptimizerPlan) -> Iterator[Read]:
         for key, value in entries.items():
             name = f"optimizers/{plan.name}/state/{position}/{key}"
             if isinstance(value, SavedTensor):
-                # Those of ordinary parameters are read one after the other.
+                # Other entries are read one by one, and not into memory like the parameter's.
                 along = lies_along(value, key, parameters[position])
                 yield from _of_saved(value, parameters[position], name, direct=along)
             else:
@@ -135,8 +137,10 @@ def _of_optimizer(plan: OptimizerPlan) -> Iterator[Read]:
 
 
 def _of_saved(value: SavedTensor, target: Any, name: str, *, direct: bool) -> Iterator[Read]:
-    """All of `value`, or this rank's part of it where `target` is spread over the ranks. With `straight` it is read
-    together with others into memory that is as `target`'s is."""
+    """All of `value`, or this rank's shard of it where `target` is a DTensor.
+
+    `direct`: it is read together with others, into memory with the layout of `target`.
+    """
     shared = target is not None and is_dtensor(target) and tuple(target.shape) == value.shape
     if isinstance(value, AssembledTensor) or shared:
         box, local = local_part(target, name) if shared else (whole_box(value.shape), target)
@@ -159,7 +163,7 @@ def _of_tensor(
     *,
     into: torch.Tensor | None = None,
 ) -> Iterator[Read]:
-    """The bytes that some elements of a lazy tensor lie in; of a strided one, all that it reaches over."""
+    """The bytes of `length` elements from `start` on; of a strided tensor, all from its first to its last element's."""
     if not source.numel or length == 0:
         return
     if source.is_contiguous:

@@ -1,9 +1,9 @@
-"""Weights that every rank of a node needs whole: which, and which rank provides which bytes of them. Pure.
+"""Decides which rank of a node provides which bytes of the weights that all of them need whole. Pure.
 
-A region is one storage of a module file, or weights that only the fp32 masters tell. Its bytes come to a node once:
-cast from the masters, where the ranks of the node hold all of them and, for a module file's storage, the checksum can
-prove that the cast gives the same bytes; read from the module file otherwise. Either way each rank provides a part,
-and all take the whole from memory that they share.
+A region is one storage of a module file, or weights that can only be cast from fp32 masters. The regions of a node lie
+one after another in its image, the memory that its ranks share. `deal_regions` assigns to each rank a part to provide:
+to be cast from its masters, where the node's ranks hold all of them and, for a storage of a file, a checksum can prove
+that the cast gives the same bytes; to be read from the module file otherwise.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from ..byte_ranges import ByteRange, subtract, union
 from .joint import CELL_BYTES, StorageId
 
 MASTERS, FILE, APART = "masters", "file", "apart"
-"""Where a region comes from; ``apart``: each rank reads it for itself."""
+"""Where a region's bytes come from; ``apart``: each rank reads the weights by itself, and the image lacks them."""
 
 _ALIGNMENT = 4096
+"""Regions begin at multiples of this in the image, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegionOffer:
-    """What one rank says of a region."""
+    """What one rank knows of a region, and can provide of it. Ranges count bytes from the region's first."""
 
     nbytes: int
     crc32: int | None
-    """The storage's; None where the file keeps none, or the region is no storage."""
+    """The storage's checksum; None where the file has none, or the region is no storage."""
     in_file: bool
-    """Whether it is a module file's storage, which the cast masters have to be proven equal to."""
+    """Whether it is a module file's storage, which the cast masters must be proven equal to."""
     weights: tuple[ByteRange, ...]
-    """Bytes that weights take; the others are zeros, where the masters tell the whole. Empty where they do not."""
+    """The bytes of weights, where these and zeros between them are the whole region; else empty."""
     masters: tuple[ByteRange, ...]
-    """Bytes that are this rank's to cast from masters that it restores."""
+    """The bytes that this rank can cast from masters that it restores."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegionShare:
-    """What one rank is to do for a region."""
+    """What one rank is to do for a region. Ranges count bytes from the region's first."""
 
     offset: int
-    """Of the region in the node's image."""
+    """Where the region begins in the image, in bytes."""
     source: str
     """``masters``, ``file`` or ``apart``."""
     provide: tuple[ByteRange, ...]
+    """The bytes that this rank puts into the image."""
     sums: tuple[ByteRange, ...]
-    """Bytes to sum once all are there; together the node's ranks sum each once."""
+    """The bytes of the filled image that this rank sums; together the node's ranks sum each byte once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class NodeShare:
 
     image_bytes: int
     maker: int
-    """The rank that makes the image."""
+    """The rank that makes the image; the others of the node open it."""
     regions: dict[StorageId, RegionShare]
 
 
@@ -65,8 +67,10 @@ def deal_regions(
     *,
     not_from_masters: frozenset[StorageId] = frozenset(),
 ) -> list[NodeShare]:
-    """Each rank's share, by rank. `offers` and `nodes` are by rank; `not_from_masters` are regions whose masters turned
-    out to be another thing than their bytes."""
+    """Each rank's share, by rank, from the `offers` and `nodes` by rank.
+
+    `not_from_masters` are regions whose cast masters have turned out to be other bytes than the file's.
+    """
     shares: list[NodeShare] = [NodeShare(0, 0, {})] * len(nodes)
     for node in dict.fromkeys(nodes):
         ranks = [rank for rank, own in enumerate(nodes) if own == node]
@@ -86,7 +90,7 @@ def deal_regions(
 
 
 def split_evenly(nbytes: int, count: int) -> list[list[ByteRange]]:
-    """Ranges of about the same length for each of `count` ranks, cut where cells are; [] where there are too few."""
+    """`count` lists of one range, about equally long, cut at multiples of `CELL_BYTES`; [] where those are too few."""
     cells = -(-nbytes // CELL_BYTES)
     edges = [min(nbytes, index * cells // count * CELL_BYTES) for index in range(count)] + [nbytes]
     return [[ByteRange(start, stop)] if start < stop else [] for start, stop in pairwise(edges)]
@@ -95,6 +99,7 @@ def split_evenly(nbytes: int, count: int) -> list[list[ByteRange]]:
 def _provided(
     holders: Mapping[int, RegionOffer], *, from_masters: bool
 ) -> tuple[str, dict[int, list[ByteRange]]]:
+    """A region's source, and the bytes that each of the node's `holders` provides, by rank."""
     first = next(iter(holders.values()))
     if from_masters and first.weights and (first.crc32 is not None or not first.in_file):
         provided: dict[int, list[ByteRange]] = {rank: [] for rank in holders}

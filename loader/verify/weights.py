@@ -1,4 +1,10 @@
-"""Handing weights round within each node: all ranks plan it together before the restore, and do it at its end."""
+"""Brings the weights that every rank of a node needs whole to that node once, through memory that its ranks share.
+
+`plan_weights` runs before the restore: rank 0's `_Dealer` assigns parts of them to ranks (`weight_regions`).
+`share_weights` runs after it: each rank fills its parts of the image, all sum them, rank 0 compares the checksums, and
+each rank copies the weights into its engine. Where cast masters turn out to be other bytes than the file's, those
+regions are assigned and filled again, from the file.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +31,22 @@ from .shared_memory import SPARE, SharedMemory
 from .weight_regions import APART, FILE, MASTERS, NodeShare, RegionOffer, RegionShare, deal_regions
 
 Record = Any
-"""JSON types, as they travel between ranks."""
+"""JSON types, as ranks send them to each other."""
 
 
 @dataclass
 class _Dealer:
-    """Rank 0's: what all ranks offered, and what has been found out since."""
+    """On rank 0: what all ranks offered, and which regions cannot be cast from masters. Lists are by rank."""
 
     offers: list[dict[StorageId, RegionOffer]]
     nodes: list[int]
     available: list[int]
+    """Bytes of memory that each rank's node has left."""
     refuted: set[StorageId] = field(default_factory=set)
-    """Regions of which the cast masters are not the bytes."""
+    """Regions whose cast masters are other bytes than the file's."""
 
     def deal(self) -> list[Record]:
+        """Each rank's share, by rank, for `_from_record`; a node without enough memory shares none."""
         shares = deal_regions(self.offers, self.nodes, not_from_masters=frozenset(self.refuted))
         fits = {share.maker: SPARE * share.image_bytes <= self.available[share.maker] for share in shares}
         some = any(
@@ -49,11 +57,15 @@ class _Dealer:
         return [_to_record(share, apart=not fits[share.maker], some=some) for share in shares]
 
     def compare(self, sums: Sequence[Record], *, verify: bool) -> list[Record]:
-        """Regions whose cast masters turned out to be other bytes; `CorruptError` for what was read wrong."""
+        """All regions, so far, whose cast masters are other bytes than the file's.
+
+        `sums` are by rank, as `_compare` makes them. Raises `CorruptError` where a region that was read from its file
+        does not match its checksum; with `verify` False only masters are compared.
+        """
         refuted: list[Record] = []
         parts: dict[tuple[StorageId, int, str], list[tuple[int, int, int]]] = {}
-        for node, told in zip(self.nodes, sums, strict=True):
-            for file, key, source, cells in told:
+        for node, record in zip(self.nodes, sums, strict=True):
+            for file, key, source, cells in record:
                 parts.setdefault(((file, key), node, source), []).extend(map(tuple, cells))
         for (region, node, source), cells in parts.items():
             expected = next(own[region].crc32 for own in self.offers if region in own)
@@ -73,17 +85,18 @@ class _Dealer:
 
 @dataclass
 class SharedWeights:
-    """The regions that this rank's node shares, and its part in them."""
+    """The regions that this rank's node shares, and this rank's part in them."""
 
     regions: dict[StorageId, Region]
     share: NodeShare
     dealer: list[_Dealer] = field(default_factory=list)
+    """On rank 0 one, on the others none."""
     notes: list[str] = field(default_factory=list)
-    """What the receipt is to say; filled when the weights are there."""
+    """What the receipt is to say; filled by `share_weights`."""
 
     @property
     def reads(self) -> dict[StorageRef, tuple[ByteRange, ...]]:
-        """What this rank reads of module files for its node."""
+        """The bytes of module files that this rank reads for its node."""
         found = {}
         for name, region in self.regions.items():
             share = self.share.regions[name]
@@ -95,10 +108,10 @@ class SharedWeights:
 def plan_weights(
     checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch, *, verify: str
 ) -> SharedWeights | None:
-    """Agrees on which weights each node gets once, and takes them out of the engine's plan. Every rank must call.
+    """Agrees on the weights that come to each node once, and takes them out of the engine's plan. Every rank must call.
 
-    None on all ranks where there is nothing to share. With ``verify="before"`` each rank reads the module's file
-    itself: what is cast from restored masters cannot be compared before they are restored.
+    None on all ranks where there is nothing to share. So it is with ``verify="before"``, because weights that are cast
+    from restored masters cannot be compared before those are restored: each rank reads the module's file itself.
     """
     plan = checked.prepared.engine
     with watch.stage("plan weights"):
@@ -112,12 +125,12 @@ def plan_weights(
     record = {"node": session.topology.node_rank, "available": available_bytes(), "offers": offers}
     dealer: list[_Dealer] = []
 
-    def deal(told: Sequence[Record]) -> list[Record]:
+    def deal(records: Sequence[Record]) -> list[Record]:
         dealer.append(
             _Dealer(
-                [{(file, key): _to_offer(offer) for file, key, offer in one["offers"]} for one in told],
-                [one["node"] for one in told],
-                [one["available"] for one in told],
+                [{(file, key): _to_offer(offer) for file, key, offer in one["offers"]} for one in records],
+                [one["node"] for one in records],
+                [one["available"] for one in records],
             )
         )
         return dealer[0].deal()
@@ -141,9 +154,10 @@ def share_weights(
     *,
     verify: str,
 ) -> None:
-    """Brings the weights to each node and into each rank's engine, once the masters are restored. Every rank must call.
+    """Fills the weights of each rank's engine, once its masters are restored. Every rank must call.
 
-    `bring`, which every rank calls too, makes sure that bytes of a remote file are on this node.
+    `shared` is what `plan_weights` returned. `fetch` makes ranges of storages available on this node; all ranks call it
+    together. Where the ranks of some node cannot share memory, every rank of the job reads its weights itself.
 
     Raises `PartialRestoreError` on all ranks where the module's file is damaged.
     """
@@ -185,13 +199,13 @@ def share_weights(
                 del memory
             if checked.prepared.engine is not None:
                 cast_masters(checked.prepared.engine, shared=True)
-        _tell(shared)
+        _note_sources(shared)
 
 
 def _common_image(
     shared: SharedWeights, session: Session, watch: Stopwatch, leaving: contextlib.ExitStack
 ) -> SharedMemory | None:
-    """The memory that this node's ranks share; None on all ranks where some of them cannot reach theirs."""
+    """The image of this rank's node; None on all ranks of the job where any of them cannot open its own."""
     share, rank = shared.share, session.topology.rank
     nbytes = max(1, share.image_bytes)
     image: SharedMemory | None = None
@@ -208,11 +222,12 @@ def _common_image(
 def _fill(
     shared: SharedWeights, checked: Checked, image: SharedMemory, todo: set[StorageId], watch: Stopwatch
 ) -> None:
+    """Puts this rank's parts of the regions `todo` into the image."""
     with watch.stage("weights"):
         plan = checked.prepared.engine
         if plan is None or not todo:
             return
-        # What is read is summed as a part of the image, by all of the node's ranks.
+        # Not summed while it is read: all ranks of the node sum parts of the filled image.
         reader = checked.reader.unsummed()
         memory = torch.frombuffer(image.memory, dtype=torch.uint8)
         for name in todo:
@@ -228,6 +243,7 @@ def _compare(
     *,
     verify: str,
 ) -> set[StorageId]:
+    """Sums this rank's part of the regions `todo` in the image; all regions, so far, that masters must not provide."""
     sums: list[Record] = []
     with watch.stage("sum weights"):
         memory = memoryview(image.memory)
@@ -241,13 +257,14 @@ def _compare(
                 sums.append([*name, share.source, cells])
         memory.release()
 
-    def compare(told: Sequence[Record]) -> list[Record]:
-        return shared.dealer[0].compare(told, verify=verify != "off")
+    def compare(records: Sequence[Record]) -> list[Record]:
+        return shared.dealer[0].compare(records, verify=verify != "off")
 
     return {(file, key) for file, key in session.channel.decide("weights agree", sums, compare)}
 
 
-def _tell(shared: SharedWeights) -> None:
+def _note_sources(shared: SharedWeights) -> None:
+    """Adds to the notes how many bytes came from where."""
     of = {
         source: sum(r.nbytes for n, r in shared.regions.items() if shared.share.regions[n].source == source)
         for source in (MASTERS, FILE)

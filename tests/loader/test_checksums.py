@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rankload.loader import CorruptError
 from rankload.loader.checksums import RangeSums, crc32, crc32_combine, crc32_joined
 from rankload.loader.verify import joint as joint_checks
-from rankload.loader.verify.joint import JointCheck, StorageRead, decode_readings, encode_readings
+from rankload.loader.verify.joint import JointCheck, StorageRead, decode_reads, encode_reads
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -71,7 +71,7 @@ def told(data: bytes, reads: list[list[tuple[int, int]] | None], crc: int) -> li
         {} if one is None else {STORAGE: StorageRead(len(data), crc, tuple(one), ("model/a",))}
         for one in reads
     ]
-    return [decode_readings(encode_readings(one)) for one in readings]
+    return [decode_reads(encode_reads(one)) for one in readings]
 
 
 def summed(shares: list[Any], data: list[bytes]) -> list[Any]:

@@ -1,4 +1,9 @@
-"""NumPy's arrays, scalars and element types as pickles describe them. Free of numpy and of torch."""
+"""Stands in for the NumPy functions that pickles call: arrays, scalars and element types. Free of numpy and of torch.
+
+Each stand-in in `NUMPY_BUILDERS` checks its arguments, which are the file's, and raises `CorruptError` where they do
+not fit. Arrays of Python objects or of structures are kept without data, as `UNSUPPORTED`. The forms of state are those
+of ``array_reduce`` and ``arraydescr_reduce`` in NumPy's ``multiarray``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ _UNIT = re.compile(r"[A-Za-z]{1,2}\Z")
 
 
 class SealedDtype(SealedObject):
-    """A ``numpy.dtype``; its state holds the byte order."""
+    """A ``numpy.dtype``; its state is (version, byte order, subarray, names, fields, ..., metadata at 8)."""
 
     __slots__ = ()
 
@@ -36,14 +41,8 @@ class SealedDtype(SealedObject):
         return ("<" if order == "=" else order) + code + (_unit(state) if found[5] else "")
 
 
-def dtype_itemsize(text: str) -> int:
-    """Bytes per element of a dtype that `SealedDtype.text` gave."""
-    code, digits = text[1], text[2:].split("[")[0]
-    return int(digits) * (4 if code == "U" else 1)
-
-
 def _unit(state: tuple[Any, ...]) -> str:
-    """The unit of dates and durations: ``[s]``, or ``[25s]``; none where none is given."""
+    """The unit of dates and durations, such as ``[s]`` or ``[25s]``; empty where the state has none."""
     metadata = state[8] if len(state) > 8 else None
     unit = metadata[1] if isinstance(metadata, tuple) and len(metadata) == 2 else None
     if not isinstance(unit, tuple) or len(unit) < 2:
@@ -71,6 +70,7 @@ def _reconstruct(budget: Any, kind: Any, shape: Any = (), code: Any = b"b") -> S
 
 
 def _fill(array: SealedArray, state: Any) -> None:
+    """Sets the contents of an array that `_reconstruct` made empty, from the state that the pickle gives it."""
     if not isinstance(state, tuple) or len(state) not in (4, 5):
         raise CorruptError("a NumPy array without its state")
     shape, dtype, fortran_order, data = state[-4:]
@@ -108,12 +108,18 @@ def _set(array: SealedArray, dtype: Any, shape: Any, data: Any, fortran_order: b
         data = data.encode("latin1")
     if not isinstance(data, (bytes, bytearray)):
         raise CorruptError("a NumPy array whose data are no bytes")
-    expected = math.prod(shape) * dtype_itemsize(text)
+    expected = math.prod(shape) * _itemsize(text)
     if len(data) != expected:
         raise CorruptError(
             f"a NumPy array of dtype {text} and shape {shape} with {len(data):,} bytes; expected {expected:,}"
         )
     array.set(text, shape, bytes(data), fortran_order, scalar)
+
+
+def _itemsize(text: str) -> int:
+    """Bytes per element of a dtype, given as `SealedDtype.text` gives it."""
+    code, digits = text[1], text[2:].split("[")[0]
+    return int(digits) * (4 if code == "U" else 1)
 
 
 NUMPY_BUILDERS: dict[str, Callable[..., Any]] = {
@@ -122,3 +128,4 @@ NUMPY_BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _scalar,
     "numpy._core.numeric._frombuffer": _frombuffer,
 }
+"""By the name of the function or class that the pickle calls; the first argument is the file's `Budget`."""

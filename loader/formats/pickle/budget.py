@@ -1,4 +1,4 @@
-"""What the calls of one pickle may take together. Free of torch."""
+"""Limits what the calls of one pickle copy and hash, all of them together. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_CRAFTED_KEYS = 10_000
 
 @dataclass(slots=True)
 class Budget:
-    """Counts, for one file, the bytes that calls copy and the keys that they hash."""
+    """Counts, for one file, the bytes that calls copy and the keys that they hash; bounds both."""
 
     memory_limit: int
     copied: int = 0
     crafted_keys: int = 0
 
     def charge(self, nbytes: int) -> None:
-        """Counts bytes that a call copies, or work that it takes; raises `UnsafeError` beyond the limit."""
+        """Counts bytes that a call copies, or work worth as much. Raises `UnsafeError` beyond the limit."""
         self.copied += nbytes
         if self.copied > self.memory_limit:
             raise UnsafeError(
@@ -30,7 +30,10 @@ class Budget:
             )
 
     def charge_keys(self, keys: Iterable[Any]) -> None:
-        """Counts what hashing `keys` takes, before any of them is hashed."""
+        """Counts what hashing `keys` takes, before any of them is hashed.
+
+        Raises `UnsafeError` beyond the limit, or for more than `MAX_CRAFTED_KEYS` whose hashes a file can choose.
+        """
         pending = list(keys)
         while pending:
             key = pending.pop()

@@ -1,8 +1,10 @@
-"""What a call in a pickle becomes: lazy tensors, arrays, plain values, or an inert record of the call. Free
-of torch.
+"""Makes what a call in a pickle stands for: a lazy tensor, an array, a plain value, or an inert record of the call.
+Free of torch.
 
-The functions here stand in for the ones that the pickle names. Each checks its arguments, which are the
-file's, and runs nothing of the file's choosing; what does not fit raises `CorruptError`.
+`BUILDERS` has the stand-ins by name: this module's own for Python's types (dicts, sets, bytes, dates), and those of
+`tensors` and `arrays`. A stand-in checks its arguments, which are the file's, and raises `CorruptError` where they do
+not fit; none runs anything of the file's choosing. The call of a name without a stand-in becomes a `SealedObject`:
+nothing is refused here for being unknown.
 """
 
 from __future__ import annotations
@@ -19,14 +21,48 @@ from .inert import Ordered, SealedGlobal, SealedObject, Text
 from .known import KNOWN_OBJECTS
 from .tensors import TENSOR_BUILDERS
 
+_TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
+
 
 def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], via_new: bool) -> Any:
-    """The value that calling the class or function ``name`` gives."""
+    """The value that stands for the call of the class or function ``name``.
+
+    `via_new`: the pickle asks for ``cls.__new__(cls, *args, **kwargs)`` instead of ``cls(*args, **kwargs)``.
+    """
     function = BUILDERS.get(name)
     if function is not None and not kwargs:
         return function(budget, *args)
     return SealedObject(
         global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
+    )
+
+
+def new_object(kind: Any, args: Any, kwargs: Any) -> Any:
+    """The value that stands for ``kind.__new__(kind, *args, **kwargs)``. Raises `CorruptError` for no such call."""
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise CorruptError("an object whose arguments are no tuple")
+    if not all(isinstance(key, str) for key in kwargs):
+        raise CorruptError("an object whose keyword arguments are not named by text")
+    if isinstance(kind, SealedGlobal):
+        return kind.make_new(args, kwargs)
+    if isinstance(kind, SealedObject):
+        return kind(*args, **kwargs)
+    raise CorruptError("an object of something that is no class")
+
+
+def _newobj(budget: Budget, kind: Any, *args: Any) -> Any:
+    return new_object(kind, args, {})
+
+
+def _newobj_ex(budget: Budget, kind: Any, args: Any, kwargs: Any) -> Any:
+    return new_object(kind, args, kwargs)
+
+
+def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> SealedObject:
+    name = getattr(kind, "name", "copyreg._reconstructor")
+    plain = isinstance(base, GlobalName) and base.name == "builtins.object"
+    return SealedObject(
+        global_name=name, args=() if plain else (state,), known=name in KNOWN_OBJECTS, via_new=True
     )
 
 
@@ -56,11 +92,8 @@ def _pairs(budget: Budget, pairs: Any) -> list[tuple[Any, Any]]:
     return result
 
 
-def _members(budget: Budget, items: Any) -> list[Any]:
-    if not isinstance(items, (list, tuple, set, frozenset)):
-        raise CorruptError("a set or list that is made from neither")
-    budget.charge(60 * len(items))
-    return list(items)
+def _list(budget: Budget, items: Any = ()) -> list[Any]:
+    return _members(budget, items)
 
 
 def _set(budget: Budget, items: Any = ()) -> set[Any]:
@@ -73,15 +106,11 @@ def _frozenset(budget: Budget, items: Any = ()) -> frozenset[Any]:
     return frozenset(_set(budget, items))
 
 
-def _list(budget: Budget, items: Any = ()) -> list[Any]:
-    return _members(budget, items)
-
-
-def _encode(budget: Budget, text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
-        raise CorruptError("bytes in an encoding other than latin1")
-    budget.charge(len(text))
-    return text.encode("latin1")
+def _members(budget: Budget, items: Any) -> list[Any]:
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise CorruptError("a set or list that is made from neither")
+    budget.charge(60 * len(items))
+    return list(items)
 
 
 def _bytes(budget: Budget, value: Any = b"", encoding: Any = None) -> bytes:
@@ -95,6 +124,13 @@ def _bytes(budget: Budget, value: Any = b"", encoding: Any = None) -> bytes:
 
 def _bytearray(budget: Budget, value: Any = b"", encoding: Any = None) -> bytearray:
     return bytearray(_bytes(budget, value, encoding))
+
+
+def _encode(budget: Budget, text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
+        raise CorruptError("bytes in an encoding other than latin1")
+    budget.charge(len(text))
+    return text.encode("latin1")
 
 
 def _complex(budget: Budget, real: Any = 0.0, imaginary: Any = 0.0) -> complex:
@@ -117,43 +153,11 @@ def _time(kind: type) -> Callable[..., Any]:
                 raise CorruptError(f"a {kind.__name__} that is made from something else")
         first = args[0] if args else None
         if isinstance(first, str) and kind is not datetime.timezone:
-            # Written by Python 2: the state as text.
+            # Python 2 wrote the state as text.
             args = (_encode(budget, first), *args[1:])
         return kind(*args)
 
     return build
-
-
-_TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
-
-
-def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> SealedObject:
-    name = getattr(kind, "name", "copyreg._reconstructor")
-    plain = isinstance(base, GlobalName) and base.name == "builtins.object"
-    return SealedObject(
-        global_name=name, args=() if plain else (state,), known=name in KNOWN_OBJECTS, via_new=True
-    )
-
-
-def _newobj(budget: Budget, kind: Any, *args: Any) -> Any:
-    return new_object(kind, args, {})
-
-
-def _newobj_ex(budget: Budget, kind: Any, args: Any, kwargs: Any) -> Any:
-    return new_object(kind, args, kwargs)
-
-
-def new_object(kind: Any, args: Any, kwargs: Any) -> Any:
-    """What ``kind.__new__(kind, *args, **kwargs)`` stands for."""
-    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-        raise CorruptError("an object whose arguments are no tuple")
-    if not all(isinstance(key, str) for key in kwargs):
-        raise CorruptError("an object whose keyword arguments are not named by text")
-    if isinstance(kind, SealedGlobal):
-        return kind.make_new(args, kwargs)
-    if isinstance(kind, SealedObject):
-        return kind(*args, **kwargs)
-    raise CorruptError("an object of something that is no class")
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
@@ -180,3 +184,4 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "datetime.time": _time(datetime.time),
     "datetime.timezone": _time(datetime.timezone),
 }
+"""By the name of the function or class that the pickle calls; the first argument is the file's `Budget`."""

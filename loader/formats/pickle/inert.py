@@ -1,9 +1,9 @@
-"""What the restricted unpickler hands out: inert values that a pickle's further opcodes cannot change. Free
-of torch.
+"""Defines the values that the unpickler makes, which later opcodes of the pickle cannot change. Free of torch.
 
-A pickle may ask to set the state, the attributes or the items of anything it has on its stack, the classes
-and functions that it names included. Each type here decides for itself what it accepts: objects record it,
-the rest refuses. Once the tree is made, they are what their base classes are.
+A pickle may ask to set the state, the attributes or the items of anything that it has on its stack, also of the classes
+and functions that it names. A `SealedObject` records the request; a global, a tensor, a filled array or a size refuses
+it with `UnsafeError`. Readers of the finished tree use these values as their base classes in `saved.values`; copying or
+pickling one gives an instance of the base class.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ from ...errors import UnsafeError
 from ...saved.values import GlobalName, InertArray, InertObject, LazyTensor
 
 
-def _refuse(kind: str) -> NoReturn:
-    raise UnsafeError(f"the pickle sets the state of {kind}. No checkpoint does: do not trust this file.")
-
-
 class SealedGlobal(GlobalName):
-    """A class or function by name. Calling it, as the unpickler does, makes a value of this project's own."""
+    """A class or function by name. Calling it, as the unpickler does, gives what `build.make` makes of the call."""
 
     __slots__ = ("_make",)
     _make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]
@@ -37,7 +33,7 @@ class SealedGlobal(GlobalName):
         return self._make(self.name, args, kwargs, False)
 
     def make_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``cls.__new__(cls, *args, **kwargs)`` is asked for."""
+        """The value that stands for ``cls.__new__(cls, *args, **kwargs)``."""
         return self._make(self.name, args, kwargs, True)
 
     def __setstate__(self, state: Any) -> None:
@@ -53,27 +49,8 @@ class SealedGlobal(GlobalName):
         return hash(self.name)
 
 
-class SealedTensor(LazyTensor):
-    """A tensor whose extent has been checked, and stays as it is."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        _refuse("a tensor")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LazyTensor, (
-            self.storage,
-            self.dtype,
-            self.shape,
-            self.stride,
-            self.storage_offset,
-            self.requires_grad,
-        )
-
-
 class SealedObject(InertObject):
-    """An object as its pickle describes it; it records state and items, and runs nothing."""
+    """An object as its pickle describes it; records calls, state and items, and runs nothing."""
 
     __slots__ = ()
 
@@ -108,8 +85,27 @@ class SealedObject(InertObject):
         )
 
 
+class SealedTensor(LazyTensor):
+    """A tensor that has been found to lie inside its storage, and can no longer be changed."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        _refuse("a tensor")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyTensor, (
+            self.storage,
+            self.dtype,
+            self.shape,
+            self.stride,
+            self.storage_offset,
+            self.requires_grad,
+        )
+
+
 class SealedArray(InertArray):
-    """A NumPy array; one that is still empty takes its contents once."""
+    """A NumPy array; one that was made empty takes its contents once, by way of `fill`."""
 
     __slots__ = ("_fill",)
     _fill: Callable[[SealedArray, Any], None] | None
@@ -149,7 +145,7 @@ class SealedArray(InertArray):
 
 
 class Ordered(OrderedDict[Any, Any]):
-    """An ``OrderedDict``; of attributes it keeps ``_metadata`` alone, which torch's state dicts have."""
+    """An ``OrderedDict``; the only attribute that it keeps is ``_metadata``, which torch's state dicts have."""
 
     def __setstate__(self, state: Any) -> None:
         metadata = state.get("_metadata") if isinstance(state, dict) else None
@@ -167,9 +163,13 @@ class TorchSize(tuple[int, ...]):
 
 
 class Text(str):
-    """A string of a class of its own in the pickle, such as torch's version."""
+    """A string that has a class of its own in the pickle, such as torch's version."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
         """Its attributes are dropped."""
+
+
+def _refuse(kind: str) -> NoReturn:
+    raise UnsafeError(f"the pickle sets the state of {kind}. No checkpoint does: do not trust this file.")

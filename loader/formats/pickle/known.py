@@ -1,37 +1,13 @@
-"""The allow-list: classes and functions that real checkpoints hold, by name. Free of torch.
+"""Lists the classes and functions that real checkpoints hold, by name: the allow-list. Free of torch.
 
-Nothing here is ever imported or called to read a file. A name is on the list because its pickled fields mean
-something to a restore and are plain values; what a name becomes is said in `pickle_build` and `realise`.
+Nothing on it is imported or called to read a file. A name is on the list because its pickled fields mean something to a
+restore and are plain values. `build` makes what a call of it stands for, `materialize.objects` what the finished tree
+holds. A name off the list is kept as unknown; `materialize.safe_types.require_safe` refuses it.
 """
 
 from __future__ import annotations
 
 from ...saved.dtypes import ITEMSIZE, STORAGE_DTYPE
-
-_SPELLINGS = {
-    "__builtin__": "builtins",
-    "copy_reg": "copyreg",
-    "numpy.core.multiarray": "numpy._core.multiarray",
-    "numpy.core.numeric": "numpy._core.numeric",
-    "pathlib._local": "pathlib",
-    "torch.tensor": "torch._tensor",
-    "torch.cuda": "torch",
-    "pytorch_lightning.utilities.parsing": "lightning.fabric.utilities.data",
-    "lightning.pytorch.utilities.parsing": "lightning.fabric.utilities.data",
-    "lightning_fabric.utilities.data": "lightning.fabric.utilities.data",
-}
-
-_PYTHON_2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
-
-
-def canonical(module: str, name: str) -> str:
-    """``module.name`` in the spelling of today, for the modules that older programs knew by another name."""
-    if module == "torch.cuda" and name not in STORAGE_DTYPE:
-        return f"{module}.{name}"
-    if module == "__builtin__":
-        name = _PYTHON_2_NAMES.get(name, name)
-    return f"{_SPELLINGS.get(module, module)}.{name}"
-
 
 DTYPES: dict[str, str] = {f"torch.{name}": name for name in ITEMSIZE}
 """``torch.float32`` to ``float32``."""
@@ -39,7 +15,7 @@ DTYPES: dict[str, str] = {f"torch.{name}": name for name in ITEMSIZE}
 STORAGES: dict[str, str] = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPE.items()} | {
     "torch.storage.UntypedStorage": "uint8",
 }
-"""Storage classes to their element types."""
+"""Storage classes to the names of their element types."""
 
 TENSOR_CLASSES = frozenset(
     {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch._tensor.Tensor"}
@@ -49,7 +25,7 @@ PLAIN_TYPES = frozenset(
     f"builtins.{name}"
     for name in ("int", "float", "str", "bool", "bytes", "complex", "list", "dict", "tuple", "set", "object")
 )
-"""Classes that may stand in a tree as values, as a defaultdict's factory does."""
+"""Classes that may be values of a tree themselves, as a defaultdict's factory is."""
 
 NUMPY_TYPES = frozenset(
     f"numpy.{name}"
@@ -121,7 +97,7 @@ STANDARD = frozenset(
         "torch.serialization._get_layout",
     }
 )
-"""Kept as inert objects by the unpickler, and made real by `realise`."""
+"""Kept as inert objects by the unpickler, and made real by `materialize.objects`."""
 
 KNOWN_OBJECTS: frozenset[str] = (
     STANDARD | NUMPY_RANDOM | ENUMS | DEEPSPEED | COMPOSER | LIGHTNING | {"numpy.dtype"}
@@ -137,4 +113,28 @@ KNOWN_VALUES: frozenset[str] = (
     | frozenset(STORAGES)
     | {"torch.Size", "collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
 )
-"""Names that may stand in a tree by themselves."""
+"""Names that may be values of a tree themselves, without a call."""
+
+_SPELLINGS = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+    "numpy.core.numeric": "numpy._core.numeric",
+    "pathlib._local": "pathlib",
+    "torch.tensor": "torch._tensor",
+    "torch.cuda": "torch",
+    "pytorch_lightning.utilities.parsing": "lightning.fabric.utilities.data",
+    "lightning.pytorch.utilities.parsing": "lightning.fabric.utilities.data",
+    "lightning_fabric.utilities.data": "lightning.fabric.utilities.data",
+}
+
+_PYTHON_2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
+
+
+def canonical(module: str, name: str) -> str:
+    """``module.name`` as it is spelt today, for names that have moved since an older Python, NumPy or Lightning."""
+    if module == "torch.cuda" and name not in STORAGE_DTYPE:
+        return f"{module}.{name}"
+    if module == "__builtin__":
+        name = _PYTHON_2_NAMES.get(name, name)
+    return f"{_SPELLINGS.get(module, module)}.{name}"

@@ -1,4 +1,8 @@
-"""What each opcode of a pickle does to the stack, as tables for `pickle_scan`. Free of torch."""
+"""Tabulates what each opcode of a pickle does to the stack, for `scan`. Free of torch.
+
+The tables are indexed by the opcode's byte. The scan keeps an integer in place of each object; its lowest bits are one
+of the kinds from `LEAF` to `GLOBAL`, and `CRAFTED`.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,22 @@ LIST: Final = 2
 DICT: Final = 3
 SET: Final = 4
 OBJECT: Final = 5
-"""What a call or a persistent id gave."""
+"""The result of a call or of a persistent id."""
 GLOBAL: Final = 6
 """A class or function, by name."""
 KIND_MASK: Final = 7
 CRAFTED: Final = 8
-"""The writer of the file can choose its hash."""
+"""Set where the writer of the file can choose the object's hash."""
 
 MAX_NAME: Final = 512
 """Characters in a global's module or name."""
 
+STACK_PLACE: Final = 18
+"""Bytes that an object's place on the stack takes, here and in the unpickler; part of ``COST``."""
+
 
 class Step:
-    """How `pickle_scan` goes on from an opcode; opcodes of one step differ in the tables below only."""
+    """What the scan does for an opcode; opcodes of the same step differ only in the tables below."""
 
     UNKNOWN: Final = 0
     PUSH: Final = 1
@@ -52,14 +59,14 @@ class Step:
 
 STEPS: Final = [Step.UNKNOWN] * 256
 PUSHED: Final = [LEAF] * 256
-"""What stands for the pushed object."""
+"""Kind of the pushed object."""
 ARGUMENT_SIZE: Final = [0] * 256
-"""Bytes after the opcode, for those that push, put or get; 0 for a put or get whose index is text."""
+"""Bytes after the opcode, for pushes, puts and gets; 0 for a put or get whose index is text."""
 LENGTH_SIZE: Final = [0] * 256
 """Bytes of the length that follows the opcode."""
 LENGTH_SIGNED: Final = [False] * 256
 COST: Final = [0] * 256
-"""Bytes of memory that the opcode takes at most, apart from what its argument asks for."""
+"""Bytes of memory that the opcode takes at most, apart from its argument's."""
 
 
 def _set(opcode: bytes, step: int, cost: int, *, size: int = 0, pushed: int = LEAF) -> None:
@@ -75,9 +82,6 @@ def _counted(opcode: bytes, width: int, *, signed: bool = False, pushed: int = L
     LENGTH_SIZE[opcode[0]] = width
     LENGTH_SIGNED[opcode[0]] = signed
 
-
-STACK_PLACE: Final = 18
-"""Bytes that an object's place on the stack takes, here and in the unpickler; part of ``COST``."""
 
 _set(pickle.NONE, Step.PUSH, 18)
 _set(pickle.NEWTRUE, Step.PUSH, 18)
@@ -108,7 +112,7 @@ _counted(pickle.SHORT_BINSTRING, 1)
 _counted(pickle.BINBYTES, 4)
 _counted(pickle.SHORT_BINBYTES, 1)
 _counted(pickle.BINBYTES8, 8)
-# A bytearray can be filled by code of ours alone; for the scan it is no container.
+# Not a container here, so that the scan refuses opcodes which would extend a bytearray.
 _counted(pickle.BYTEARRAY8, 8, pushed=LEAF)
 _counted(pickle.LONG1, 1)
 _counted(pickle.LONG4, 4, signed=True)

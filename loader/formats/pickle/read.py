@@ -1,8 +1,12 @@
-"""Unpickles what `pickle_scan` has let pass, into inert values. Free of torch.
+"""Unpickles bytes that `scan` has accepted into inert values. Free of torch.
 
-This is the restricted unpickler of Python's own documentation: ``find_class`` hands out names, never a class
-or function of this process, and imports nothing. ``NEWOBJ`` asks for a real class, which a later opcode of
-the file could then change; so the scan's offsets are used to turn it into a persistent id, which comes to us.
+Every class or function that the pickle names comes to ``find_class``, which imports nothing and never returns one of
+this process: it returns the name, marked as known or unknown (`known`). The unpickler is thus the restricted one of
+Python's documentation, but refuses no name for being unknown, since the part that holds it may be ignored;
+`materialize.safe_types.require_safe` refuses it in what is restored.
+
+``NEWOBJ`` would need a real class, which a later opcode of the file could then change. So, at the offsets that the scan
+found, it is replaced by opcodes that make a persistent id of its operands, which Python hands to ``persistent_load``.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from .opcodes import MAX_NAME
 from .scan import PickleScan
 
 StorageFinder = Callable[[tuple[Any, ...]], LazyTensor]
-"""Gives the one-dimensional tensor over the storage that a persistent id ``("storage", ...)`` names."""
+"""Returns the one-dimensional tensor over the storage that a persistent id ``("storage", ...)`` names."""
 
 _NEW_AS_PERSISTENT = {
     pickle.NEWOBJ[0]: pickle.TUPLE2 + pickle.BINPERSID,
@@ -40,14 +44,15 @@ def read_pickle(
     find_storage: StorageFinder | None = None,
     start: int = 0,
 ) -> Any:
-    """The tree that the pickle at ``data[start:scan.end]`` describes, in the types of
-    `rankload.loader.saved.values`.
+    """The tree that the pickle at ``data[start:scan.end]`` describes, in the types of `saved.values`.
 
-    ``scan`` is `scan_pickle`'s answer for the same bytes. Without ``find_storage``, a pickle that holds
-    tensors is refused. Nothing that the file names is imported, looked up or called.
+    ``scan`` is what `scan_pickle` returned for the same bytes, ``name`` what messages call the file. Without
+    ``find_storage``, a pickle that holds tensors is refused. Nothing that the file names is imported, looked up or
+    called.
 
-    Raises `CorruptError` where it is malformed or describes impossible values, `UnsafeError` where it asks
-    for more than it may.
+    Raises `CorruptError` where it is malformed or describes impossible values, `UnsafeError` where its calls copy or
+    hash more than ``memory_limit`` allows, where a global's name is too long, or where it sets the state of something
+    that must not change.
     """
     source = io.BytesIO(_without_new_calls(data, scan, start))
     reader = _InertUnpickler(source, Budget(memory_limit), find_storage)
@@ -57,7 +62,7 @@ def read_pickle(
         kind = UnsafeError if isinstance(error, UnsafeError) else type(error)
         raise kind(f"{name}: {error.message}", path=name) from None
     except Exception as error:
-        # Whatever the unpickler or one of our own constructors says of malformed input.
+        # The unpickler and the stand-ins raise many types for malformed input.
         raise CorruptError(
             f"{name}: its pickle is malformed ({type(error).__name__}: {str(error)[:200]}). "
             "The file is damaged; fetch it again.",
@@ -66,6 +71,7 @@ def read_pickle(
 
 
 def _without_new_calls(data: bytes, scan: PickleScan, start: int) -> bytes:
+    """The pickle with each ``NEWOBJ`` and ``NEWOBJ_EX`` replaced by opcodes for a persistent id of its operands."""
     parts = []
     begin = start
     for position in scan.new_calls:
@@ -84,6 +90,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._globals: dict[tuple[str, str], SealedGlobal] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class or function as a name. Raises `UnsafeError` for an overlong name only, never for an unknown one."""
         found = self._globals.get((module, name))
         if found is None:
             if len(module) > MAX_NAME or len(name) > MAX_NAME:
@@ -94,6 +101,7 @@ class _InertUnpickler(pickle.Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Any:
+        """The tensor over a storage that torch's id names, or the object of a replaced ``NEWOBJ``."""
         if not isinstance(pid, tuple) or len(pid) < 2:
             raise CorruptError("a persistent id that names no storage")
         first = pid[0]
@@ -106,6 +114,6 @@ class _InertUnpickler(pickle.Unpickler):
                 raise CorruptError("a tensor where none can be")
             return self._find_storage(pid)
         if first == "module":
-            # torch files of old keep a module's class with its source, which nobody needs.
+            # Older torch files keep a module's class with its source code; the class alone is of use.
             return pid[1]
         raise CorruptError("a persistent id that names no storage")

@@ -1,9 +1,14 @@
-"""One pass over a pickle's opcodes before anything is unpickled. Free of torch.
+"""Checks a pickle's opcodes in one pass, before anything is unpickled. Free of torch.
 
-Python's unpickler trusts lengths, memo indices and nesting: nine bytes can ask it for gigabytes, and a few
-hundred bytes of nested tuples can keep it hashing for ever. The scan follows the opcodes as the unpickler
-would, with a number in place of each object, and refuses what no pickler writes. It runs nothing and builds
-nothing.
+Python's unpickler trusts lengths, memo indices and nesting: nine bytes can ask it for gigabytes, and a few hundred
+bytes of nested tuples can keep it hashing for ever. The scan follows the opcodes as the unpickler would, but with an
+integer, called an entry, in place of each object. It refuses what no pickler writes, and makes no object of the file's.
+
+An entry has the object's kind in bits 0 to 2 (`opcodes.LEAF` and so on), `opcodes.CRAFTED` in bit 3, its weight in bits
+4 to 47 (for a tuple, how many objects hashing it visits), and from bit 48 on how deep the object nests others.
+
+`_follow` keeps the stack, the marks and the memo; `_Entries` makes entries, `_Arguments` reads what follows an opcode,
+and `_Faults` raises the errors. Which classes and functions the pickle names does not matter here: see `read`.
 """
 
 from __future__ import annotations
@@ -37,10 +42,18 @@ MAX_NUMBER_TEXT = 4300
 """Characters in a number written as text; Python's own limit for conversions."""
 MAX_PROTOCOL = 5
 
+MAX_DEPTH = 200
+"""Containers inside one another; real checkpoints stay below 20."""
+_WEIGHT_SHIFT = 4
+_DEPTH_SHIFT = 48
+_DEPTH_ONE = 1 << _DEPTH_SHIFT
+_WEIGHT_MASK = (1 << (_DEPTH_SHIFT - _WEIGHT_SHIFT)) - 1
+_TOO_DEEP = (MAX_DEPTH + 1) << _DEPTH_SHIFT
+
 
 @dataclass(frozen=True, slots=True)
 class PickleScan:
-    """What the scan found."""
+    """A pickle that passed the scan: where it ends, and what loading it takes."""
 
     end: int
     """Offset just past the pickle's STOP, in the bytes that were scanned."""
@@ -51,34 +64,33 @@ class PickleScan:
 
 
 def scan_pickle(data: bytes, *, name: str, start: int = 0, base: int = 0, memory_limit: int) -> PickleScan:
-    """Follows the pickle that begins at ``data[start]`` up to its STOP, and says what it would take to load
-    it.
+    """Checks the pickle that begins at ``data[start]``, up to its STOP.
 
     ``name`` and ``base`` (the offset of ``data[0]`` in the file) are for messages. Takes under a microsecond
     per opcode, and memory in proportion to the bytes seen.
 
     Raises `UnsafeError` where the pickle asks for more memory than ``memory_limit`` bytes, nests too deeply,
-    hashes without end, or uses opcodes that reach outside the file; `CorruptError` where it is no pickle, or
-    the bytes end before it does.
+    hashes without end, sets the state of a class or function, or uses opcodes that reach outside the file;
+    `CorruptError` where it is no pickle, or the bytes end before it does.
     """
     try:
-        return _follow(data, start, Faults(name, base, len(data)), memory_limit)
-    except TruncatedPickleError as error:
+        return _follow(data, start, _Faults(name, base, len(data)), memory_limit)
+    except _TruncatedPickleError as error:
         raise CorruptError(error.message, path=error.path) from None
 
 
 def scan_beginning(data: bytes, *, name: str, start: int = 0, memory_limit: int) -> PickleScan | None:
-    """As `scan_pickle`, for bytes that may end before the pickle does: None where they do."""
+    """As `scan_pickle`, for bytes that may end before the pickle does; returns None where they do."""
     try:
-        return _follow(data, start, Faults(name, 0, len(data)), memory_limit)
-    except TruncatedPickleError:
+        return _follow(data, start, _Faults(name, 0, len(data)), memory_limit)
+    except _TruncatedPickleError:
         return None
 
 
-def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> PickleScan:
+def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> PickleScan:
     # One long loop, since a call for each opcode would take longer than the opcode itself.
-    entries = Entries(faults)
-    arguments = Arguments(data, faults)
+    entries = _Entries(faults)
+    arguments = _Arguments(data, faults)
     size = len(data)
     pos = start
     stack: list[int] = []
@@ -190,7 +202,7 @@ def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> Pickl
                 faults.underflow(at)
             stack[-1] = OBJECT | CRAFTED
 
-        elif step == Step.FILL:  # many at once: a: APPENDS, u: SETITEMS, ADDITEMS
+        elif step == Step.FILL:  # many at once: APPENDS, SETITEMS, ADDITEMS
             if not marks:
                 faults.underflow(at)
             first = marks.pop()
@@ -211,9 +223,9 @@ def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> Pickl
             state = stack.pop()
             memory -= STACK_PLACE
             if stack[-1] & KIND_MASK != OBJECT:
-                # Setting the state of a class or function would change it for whoever uses it next.
+                # A class or function has one state for all its uses, which must not change.
                 faults.unsafe(at, "it sets the state of something that is no object of its own")
-            stack[-1] = entries.nested(at, max(state, stack[-1] - DEPTH_ONE), OBJECT | CRAFTED)
+            stack[-1] = entries.nested(at, max(state, stack[-1] - _DEPTH_ONE), OBJECT | CRAFTED)
 
         elif step == Step.STACK_GLOBAL:
             if len(stack) - 2 < fence:
@@ -286,49 +298,84 @@ def _follow(data: bytes, start: int, faults: Faults, memory_limit: int) -> Pickl
             faults.corrupt(at, f"0x{op:02x} is no opcode of a pickle")
 
 
-class TruncatedPickleError(CorruptError):
-    """The pickle goes on past the bytes at hand. Never leaves the modules that scan."""
+class _Entries:
+    """Makes the entries of containers from those of their items, and counts what hashing would take."""
+
+    def __init__(self, faults: _Faults) -> None:
+        self.faults = faults
+        self.hash_work = 0
+        self.crafted_keys = 0
+
+    def tuple_of(self, at: int, items: list[int]) -> int:
+        """The entry of a tuple of `items`; it can be a key, so that it weighs what hashing it would visit."""
+        weight = len(items) + 1
+        crafted = 0
+        deepest = 0
+        for item in items:
+            if item:
+                weight += (item >> _WEIGHT_SHIFT) & _WEIGHT_MASK
+                crafted |= item & CRAFTED
+                deepest = max(deepest, item)
+        return self.nested(at, deepest, min(weight, _WEIGHT_MASK) << _WEIGHT_SHIFT | crafted | TUPLE)
+
+    def nested(self, at: int, deepest: int, outer: int) -> int:
+        """The entry `outer`, one level above `deepest`, the largest entry of what it holds."""
+        inside = (deepest >> _DEPTH_SHIFT) << _DEPTH_SHIFT if deepest > 0 else 0
+        result = inside + _DEPTH_ONE + outer
+        if result >= _TOO_DEEP:
+            self.faults.unsafe(at, f"it nests deeper than {MAX_DEPTH} levels")
+        return result
+
+    def fill(self, at: int, stack: list[int], first: int, op: int) -> int:
+        """Puts ``stack[first:]`` into the container below; returns the bytes of memory that this takes."""
+        items = stack[first:]
+        del stack[first:]
+        target = stack[-1]
+        kind = target & KIND_MASK
+        keyed = op == 0x75 or op == 0x73
+        if kind != OBJECT and kind != (DICT if keyed else SET if op == 0x90 else LIST):
+            self.faults.corrupt(at, "it fills something that is no container of that kind")
+        if keyed:
+            if len(items) % 2:
+                self.faults.corrupt(at, "it sets a key without a value")
+            self.hashed(at, items[::2])
+        elif op == 0x90:
+            self.hashed(at, items)
+        if items:
+            stack[-1] = max(target, self.nested(at, max(items), target & (_DEPTH_ONE - 1)))
+        return ((60 if keyed or op == 0x90 else 9) - STACK_PLACE) * len(items)
+
+    def collected(self, at: int, items: list[int], op: int) -> int:
+        """The entry of what LIST, DICT, FROZENSET, OBJ or INST makes of `items`."""
+        kind = {0x6C: LIST, 0x64: DICT, 0x91: OBJECT | CRAFTED}.get(op, OBJECT | CRAFTED)
+        if op == 0x64:
+            if len(items) % 2:
+                self.faults.corrupt(at, "it makes a dict with a key without a value")
+            self.hashed(at, items[::2])
+        elif op == 0x91:
+            self.hashed(at, items)
+        elif op == 0x6F and (not items or items[0] & KIND_MASK not in (GLOBAL, OBJECT)):
+            self.faults.corrupt(at, "a call of something that is no class or function")
+        return self.nested(at, max(items, default=0), kind)
+
+    def hashed(self, at: int, keys: list[int]) -> None:
+        """Counts what hashing `keys` takes; refuses the pickle where that is beyond reason."""
+        if not any(keys):
+            return
+        for key in keys:
+            if key:
+                self.hash_work += 1 + ((key >> _WEIGHT_SHIFT) & _WEIGHT_MASK)
+                self.crafted_keys += bool(key & CRAFTED)
+        if self.hash_work > 1_000_000 + 16 * self.faults.size or self.crafted_keys > MAX_CRAFTED_KEYS:
+            self.faults.unsafe(at, "its dict keys or set members would take beyond reason to hash")
 
 
 @dataclass(frozen=True, slots=True)
-class Faults:
-    """Raises errors that name the file and the byte; positions count from the first scanned byte."""
-
-    name: str
-    base: int
-    """Offset of the first scanned byte in the file."""
-    size: int
-
-    def where(self, pos: int) -> str:
-        return f"{self.name}: the pickle at byte {self.base + pos:,}"
-
-    def corrupt(self, pos: int, text: str) -> NoReturn:
-        raise CorruptError(f"{self.where(pos)}: {text}. The file is damaged; fetch it again.", path=self.name)
-
-    def underflow(self, pos: int) -> NoReturn:
-        self.corrupt(pos, "it takes more from its stack than it put there")
-
-    def truncated(self, pos: int, length: int | None = None) -> NoReturn:
-        wants = "goes on" if length is None else f"asks for {length:,} bytes"
-        raise TruncatedPickleError(
-            f"{self.where(pos)}: {wants}, but only {max(0, self.size - pos):,} bytes are left. "
-            "The file is truncated or damaged; fetch it again.",
-            path=self.name,
-        )
-
-    def unsafe(self, pos: int, text: str) -> NoReturn:
-        raise UnsafeError(
-            f"{self.where(pos)}: {text}. No checkpoint is written that way: do not trust this file.",
-            path=self.name,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """Reads arguments from the scanned bytes."""
+class _Arguments:
+    """Reads opcodes' arguments from the scanned bytes."""
 
     data: bytes
-    faults: Faults
+    faults: _Faults
 
     def text_memory(self, pos: int, length: int) -> int:
         """Bytes that a string takes in memory: one character beyond Latin-1 widens all of them."""
@@ -354,80 +401,38 @@ class Arguments:
         return end + 1
 
 
-MAX_DEPTH = 200
-"""Containers inside one another; real checkpoints stay below 20."""
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    """Raises errors that name the file and the byte; positions are indices of ``data``."""
 
-_DEPTH_SHIFT = 48
-DEPTH_ONE = 1 << _DEPTH_SHIFT
-_WEIGHT_SHIFT = 4
-_WEIGHT_MASK = (1 << (_DEPTH_SHIFT - _WEIGHT_SHIFT)) - 1
-_TOO_DEEP = (MAX_DEPTH + 1) << _DEPTH_SHIFT
+    name: str
+    base: int
+    """Offset of ``data[0]`` in the file."""
+    size: int
+
+    def where(self, pos: int) -> str:
+        return f"{self.name}: the pickle at byte {self.base + pos:,}"
+
+    def corrupt(self, pos: int, text: str) -> NoReturn:
+        raise CorruptError(f"{self.where(pos)}: {text}. The file is damaged; fetch it again.", path=self.name)
+
+    def underflow(self, pos: int) -> NoReturn:
+        self.corrupt(pos, "it takes more from its stack than it put there")
+
+    def truncated(self, pos: int, length: int | None = None) -> NoReturn:
+        wants = "goes on" if length is None else f"asks for {length:,} bytes"
+        raise _TruncatedPickleError(
+            f"{self.where(pos)}: {wants}, but only {max(0, self.size - pos):,} bytes are left. "
+            "The file is truncated or damaged; fetch it again.",
+            path=self.name,
+        )
+
+    def unsafe(self, pos: int, text: str) -> NoReturn:
+        raise UnsafeError(
+            f"{self.where(pos)}: {text}. No checkpoint is written that way: do not trust this file.",
+            path=self.name,
+        )
 
 
-class Entries:
-    """Makes entries from entries, and counts what hashing them would take."""
-
-    def __init__(self, faults: Faults) -> None:
-        self.faults = faults
-        self.hash_work = 0
-        self.crafted_keys = 0
-
-    def tuple_of(self, at: int, items: list[int]) -> int:
-        weight = len(items) + 1
-        crafted = 0
-        deepest = 0
-        for item in items:
-            if item:
-                weight += (item >> _WEIGHT_SHIFT) & _WEIGHT_MASK
-                crafted |= item & CRAFTED
-                deepest = max(deepest, item)
-        return self.nested(at, deepest, min(weight, _WEIGHT_MASK) << _WEIGHT_SHIFT | crafted | TUPLE)
-
-    def nested(self, at: int, deepest: int, outer: int) -> int:
-        """`outer` at one level above the deepest of what it holds."""
-        inside = (deepest >> _DEPTH_SHIFT) << _DEPTH_SHIFT if deepest > 0 else 0
-        result = inside + DEPTH_ONE + outer
-        if result >= _TOO_DEEP:
-            self.faults.unsafe(at, f"it nests deeper than {MAX_DEPTH} levels")
-        return result
-
-    def fill(self, at: int, stack: list[int], first: int, op: int) -> int:
-        """Puts ``stack[first:]`` into the container below; returns the bytes that takes."""
-        items = stack[first:]
-        del stack[first:]
-        target = stack[-1]
-        kind = target & KIND_MASK
-        keyed = op == 0x75 or op == 0x73
-        if kind != OBJECT and kind != (DICT if keyed else SET if op == 0x90 else LIST):
-            self.faults.corrupt(at, "it fills something that is no container of that kind")
-        if keyed:
-            if len(items) % 2:
-                self.faults.corrupt(at, "it sets a key without a value")
-            self.hashed(at, items[::2])
-        elif op == 0x90:
-            self.hashed(at, items)
-        if items:
-            stack[-1] = max(target, self.nested(at, max(items), target & (DEPTH_ONE - 1)))
-        return ((60 if keyed or op == 0x90 else 9) - STACK_PLACE) * len(items)
-
-    def collected(self, at: int, items: list[int], op: int) -> int:
-        kind = {0x6C: LIST, 0x64: DICT, 0x91: OBJECT | CRAFTED}.get(op, OBJECT | CRAFTED)
-        if op == 0x64:
-            if len(items) % 2:
-                self.faults.corrupt(at, "it makes a dict with a key without a value")
-            self.hashed(at, items[::2])
-        elif op == 0x91:
-            self.hashed(at, items)
-        elif op == 0x6F and (not items or items[0] & KIND_MASK not in (GLOBAL, OBJECT)):
-            self.faults.corrupt(at, "a call of something that is no class or function")
-        return self.nested(at, max(items, default=0), kind)
-
-    def hashed(self, at: int, keys: list[int]) -> None:
-        if not any(keys):
-            return
-        for key in keys:
-            if key:
-                self.hash_work += 1 + ((key >> _WEIGHT_SHIFT) & _WEIGHT_MASK)
-                self.crafted_keys += bool(key & CRAFTED)
-        if self.hash_work > 1_000_000 + 16 * self.faults.size or self.crafted_keys > MAX_CRAFTED_KEYS:
-            self.faults.unsafe(at, "its dict keys or set members would take beyond reason to hash")
+class _TruncatedPickleError(CorruptError):
+    """The pickle goes on past the bytes at hand. Never leaves this module."""

@@ -1,7 +1,8 @@
-"""Tensors as pickles describe them: calls of torch's own rebuilding functions. Free of torch.
+"""Stands in for the torch functions that pickles call to rebuild tensors. Free of torch.
 
-Each function stands in for the one that the pickle names, checks its arguments, which are the file's, and
-raises `CorruptError` where they do not fit. What it cannot stand in for becomes an object of unknown class.
+Each stand-in in `TENSOR_BUILDERS` has the signature of the function of its name in ``torch/_utils.py`` or
+``torch/_tensor.py``. It checks its arguments, which are the file's, and raises `CorruptError` where they do not fit.
+A tensor that it cannot describe (a subclass, conjugated, of an unknown dtype) becomes an object of unknown class.
 """
 
 from __future__ import annotations
@@ -19,41 +20,6 @@ from .known import DTYPES, TENSOR_CLASSES
 
 MAX_DIMENSIONS = 64
 _LARGEST = 1 << 62
-
-
-def lay_out(
-    base: LazyTensor, dtype: str, offset: Any, shape: Any, stride: Any, requires_grad: Any
-) -> SealedTensor:
-    """A tensor over ``base``'s storage; raises `CorruptError` unless it lies inside."""
-    if not isinstance(base, LazyTensor):
-        raise CorruptError("a tensor without a storage")
-    sizes, steps = _integers(shape, "shape"), _integers(stride, "stride")
-    start = _integer(offset, "storage offset")
-    if len(sizes) != len(steps):
-        raise CorruptError(f"a tensor of {len(sizes)} dimensions with {len(steps)} strides")
-    itemsize = ITEMSIZE[dtype]
-    if 0 not in sizes:
-        last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-        if (last + 1) * itemsize > base.storage.nbytes:
-            raise CorruptError(
-                f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
-                f"{base.storage.key!r}, which has {base.storage.nbytes:,}"
-            )
-        if math.prod(sizes) > _LARGEST:
-            raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
-    return SealedTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
-
-
-def _integer(value: Any, what: str) -> int:
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise CorruptError(f"a tensor whose {what} is no number of elements")
-    return value
-
-
-def _integers(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
-        raise CorruptError(f"a tensor whose {what} is no tuple of at most {MAX_DIMENSIONS} integers")
-    return tuple(_integer(item, what) for item in value)
 
 
 def _tensor(
@@ -100,7 +66,7 @@ def _parameter(
 
 
 def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor of a subclass, or with attributes, which plain tensors (DeepSpeed's ``ds_id``) lose."""
+    """A tensor of a subclass, or a plain one with attributes (as DeepSpeed's ``ds_id``), which are dropped."""
     if (
         isinstance(function, SealedGlobal)
         and function.name in _REBUILDERS
@@ -119,6 +85,44 @@ def _size(budget: Budget, items: Any = ()) -> TorchSize:
     return TorchSize(_integers(items, "size"))
 
 
+def lay_out(
+    base: LazyTensor, dtype: str, offset: Any, shape: Any, stride: Any, requires_grad: Any
+) -> SealedTensor:
+    """A tensor over ``base``'s storage; ``offset`` and ``stride`` count elements of ``dtype``.
+
+    Raises `CorruptError` unless every element lies inside the storage.
+    """
+    if not isinstance(base, LazyTensor):
+        raise CorruptError("a tensor without a storage")
+    sizes, steps = _integers(shape, "shape"), _integers(stride, "stride")
+    start = _integer(offset, "storage offset")
+    if len(sizes) != len(steps):
+        raise CorruptError(f"a tensor of {len(sizes)} dimensions with {len(steps)} strides")
+    itemsize = ITEMSIZE[dtype]
+    if 0 not in sizes:
+        last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        if (last + 1) * itemsize > base.storage.nbytes:
+            raise CorruptError(
+                f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
+                f"{base.storage.key!r}, which has {base.storage.nbytes:,}"
+            )
+        if math.prod(sizes) > _LARGEST:
+            raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
+    return SealedTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
+
+
+def _integers(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
+        raise CorruptError(f"a tensor whose {what} is no tuple of at most {MAX_DIMENSIONS} integers")
+    return tuple(_integer(item, what) for item in value)
+
+
+def _integer(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise CorruptError(f"a tensor whose {what} is no number of elements")
+    return value
+
+
 _REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -134,4 +138,4 @@ TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": _parameter,
     "torch.Size": _size,
 }
-"""By the name of the function or class that the pickle calls."""
+"""By the name of the function or class that the pickle calls; the first argument is the file's `Budget`."""

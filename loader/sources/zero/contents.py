@@ -1,7 +1,12 @@
-"""A DeepSpeed checkpoint as the nested dict that ``ignore_keys`` sees, and what is left of it afterwards. Pure."""
+"""Joins the files that a rank has read into one checkpoint, and gives it as the nested dict of ``ignore_keys``. Pure.
+
+`zero_contents` checks that the files were saved together, `zero_tree` makes the nested dict, in which a partitioned
+tensor is a `ShardedTensor`; once ``ignore_keys`` has changed the dict, `kept_parts` says which parts are left in it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,17 +14,17 @@ from typing import Any
 from ...errors import LayoutError
 from ...saved.intervals import Piece
 from ...saved.values import LazyTensor
-from .layout import FROZEN_GROUP, ZeroCheckpoint, check_pieces, zero_checkpoint
+from .layout import FROZEN_GROUP, ZeroCheckpoint, check_pieces, padded_share, zero_checkpoint
 from .model_states import ModelStates, Shape
 from .optim_states import MASTER, OptimStates, read_whole_optimizer
 
 FROZEN = "frozen"
-"""`ShardedTensor.kind` of a frozen parameter at stage 3, whose shares are in the model files."""
+"""`ShardedTensor.kind` of a frozen parameter at stage 3: its shares are in the model files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardedTensor:
-    """A tensor that lies in pieces on several saved ranks: where, not what."""
+    """A tensor that lies in pieces in the files of several saved ranks: where they lie, without their data."""
 
     name: str
     """The parameter's name in the checkpoint."""
@@ -32,21 +37,21 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class ZeroContents:
-    """The layout and those files' contents that this rank has read, by saved rank."""
+    """The layout, and the contents of the files that this rank has read, by saved rank."""
 
     checkpoint: ZeroCheckpoint
     models: Mapping[int, ModelStates]
     """Below stage 3 only entry 0."""
     optims: Mapping[int, OptimStates]
-    """Empty where weights only are wanted below stage 3. Stage 0: entry 0, out of the model file."""
+    """Empty where weights only are wanted below stage 3. At stage 0 entry 0, which comes from the model file."""
 
     def model_of(self, rank: int) -> ModelStates:
-        """The model file that `rank` restores counters, buffers and client_state from: its own, or rank 0's."""
+        """The model file from which `rank` restores counters, buffers and client_state: its own, else rank 0's."""
         return self.models.get(rank, self.models[min(self.models)])
 
     @property
     def any_optim(self) -> OptimStates | None:
-        """One of the optimizer files: what is the same in all of them can be taken from it."""
+        """One of the optimizer files, for what is the same in all of them; None where none was read."""
         return self.optims[min(self.optims)] if self.optims else None
 
     def tensor(self, kind: str, name: str, piece: Piece) -> LazyTensor | None:
@@ -65,12 +70,26 @@ class ZeroContents:
         )
 
 
+@dataclass(frozen=True)
+class KeptParts:
+    """The parts of a `zero_tree` that are left once ``ignore_keys`` has been applied."""
+
+    model: frozenset[str]
+    """Names of parameters and buffers."""
+    states: frozenset[tuple[str | int, str]]
+    """(parameter, key of its state). At stage 0 the parameter may be a number."""
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Index of the saved parameter group to the hyperparameters that are left."""
+    scheduler: Any = None
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
 def zero_contents(
     models: Mapping[int, ModelStates], optims: Mapping[int, OptimStates], *, weights_only: bool
 ) -> ZeroContents:
-    """Puts the files that were read together, by saved rank; rank 0's model file must be among them.
+    """The checkpoint that the files make, by saved rank; rank 0's model file must be among them.
 
-    Raises `LayoutError` or `CorruptError` where files do not belong together.
+    Raises `LayoutError` or `CorruptError` where they were not saved together.
     """
     first = models[0]
     if first.param_shapes is None and not weights_only and first.optimizer is not None:
@@ -103,16 +122,12 @@ def _same(first: ModelStates, other: ModelStates | OptimStates, holds: bool, wha
 
 
 def _check_fragments(model: ModelStates, rank: int, world_size: int) -> None:
+    """Raises `LayoutError` where saved rank `rank`'s share of a frozen parameter is smaller than the layout needs."""
     for name, tensor in model.frozen_fragments.items():
         shape = model.frozen_shapes.get(name)
-        numel = 0
-        if shape is not None:
-            numel = 1
-            for size in shape:
-                numel *= size
-        if shape is None or tensor.numel < min(
-            -(-numel // world_size), max(0, numel - rank * -(-numel // world_size))
-        ):
+        numel = math.prod(shape) if shape is not None else 0
+        share = padded_share(numel, world_size)
+        if shape is None or tensor.numel < min(share, max(0, numel - rank * share)):
             raise LayoutError(
                 f"{model.file}: the share of frozen parameter {name} has shape {tensor.shape}, which does not fit "
                 f"the whole's {shape} over {world_size} ranks",
@@ -130,8 +145,9 @@ def zero_tree(
 ) -> dict[str, Any]:
     """The nested dict in Composer's layout, plus the caller's client_state at the top level.
 
-    Tensors are `LazyTensor` or `ShardedTensor`. DeepSpeed keeps no class names, so the job's are taken. Counters
-    and the like are in ``state/engine``. With `weights_only`, ``state/model`` alone.
+    `rank` is this rank's in its data-parallel group. Tensors are `LazyTensor` or `ShardedTensor`. The class names are
+    those of the job, since DeepSpeed saves none. Counters, loss scale and the like are in ``state/engine``. With
+    `weights_only` there is ``state/model`` alone.
     """
     model = contents.model_of(rank)
     state: dict[str, Any] = {"model": _model(contents, model)}
@@ -162,12 +178,12 @@ def _model(contents: ZeroContents, model: ModelStates) -> dict[str, Any]:
             found[name] = ShardedTensor(parameter.name, kind, dtype, parameter.shape, pieces)
         elif name in model.buffer_names or not isinstance(value, LazyTensor) or value.numel:
             found[name] = value
-        # What remains are the empty stand-ins of frozen parameters that were left out when saving.
+        # Left out: the empty tensors of frozen parameters, which DeepSpeed was asked not to save.
     return found
 
 
 def _in_no_layer(contents: ZeroContents, model: ModelStates) -> dict[str, ShardedTensor]:
-    """Parameters of a pipeline that no layer file has, from their masters."""
+    """Parameters of a pipeline that no layer file has; their fp32 masters stand in for them."""
     checkpoint = contents.checkpoint
     if not contents.optims or not checkpoint.stage:
         return {}
@@ -204,7 +220,7 @@ def _optimizer(contents: ZeroContents, optim: OptimStates) -> dict[str, Any]:
 
 
 def _unnamed(optim: OptimStates) -> dict[str, Any]:
-    """Stage 0 as torch keeps it: by the parameters' numbers, until the job's optimizer names them."""
+    """Stage 0's state as torch saves it, by the parameters' numbers: only the job's optimizer has their names."""
     states: dict[int, dict[str, Any]] = {
         index: dict(optim.scalars.get(index, {})) for index in optim.group_of
     }
@@ -231,21 +247,8 @@ def _engine(model: ModelStates, optim: OptimStates | None) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class KeptParts:
-    """What is left of a `zero_tree` once keys were ignored."""
-
-    model: frozenset[str]
-    states: frozenset[tuple[str | int, str]]
-    """(parameter, kind or scalar). Stage 0 may know its parameters by number only."""
-    groups: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Parameter group to the hyperparameters that are left."""
-    scheduler: Any = None
-    engine: dict[str, Any] = field(default_factory=dict)
-
-
 def kept_parts(kept: Mapping[str, Any], contents: ZeroContents) -> KeptParts:
-    """Which parts are still wanted, given the tree after ``ignore_keys`` changed it."""
+    """The parts that are left in `kept`, which is `zero_tree` of `contents` after ``ignore_keys`` changed it."""
     state = _dict(kept.get("state"))
     optimizer = _dict(next(iter(_dict(state.get("optimizers")).values()), None))
     schedulers = _dict(state.get("schedulers"))
@@ -261,7 +264,7 @@ def kept_parts(kept: Mapping[str, Any], contents: ZeroContents) -> KeptParts:
 
 
 def _groups_left(kept: Any, contents: ZeroContents) -> dict[int, dict[str, Any]]:
-    """Groups that were taken out of the list shift the others, so each is told by its first parameter."""
+    """Hyperparameters by saved group. A group is identified by its first parameter: ignored ones shift the indices."""
     optim = contents.any_optim
     if optim is None or not isinstance(kept, list):
         return {}

@@ -1,16 +1,16 @@
-"""A mixture of experts as DeepSpeed saves it: which files and which saved ranks hold the experts of one rank. Pure.
+"""Finds the files and saved ranks that hold one rank's experts, in a mixture of experts that DeepSpeed saved. Pure.
 
-Seen in files of stages 0 to 2. With E experts in a layer and expert-parallel size ep, a rank has E / ep of them, and
-names them from 0 on; so the same name stands for other experts on other ranks. Expert-parallel rank r has experts
-[r * E / ep, (r + 1) * E / ep).
+At stages 0 to 2, with E experts in a layer and expert-parallel size ep, a rank has E / ep of them, and names them from
+0 on; so the same name stands for other experts on other ranks. Expert-parallel rank r has experts
+[r * E / ep, (r + 1) * E / ep). DeepSpeed saves them so:
 
-* Weights: one file for each layer and expert, by the expert's number over all ranks, in its parameters' names too. The
-  model file has the rest.
+* Weights: one file for each layer and expert. The file's name and the parameters' names in it have the expert's number
+  over all ranks. The model file has the rest.
 * ``param_shapes`` is rank 0's and names rank 0's experts. All ranks have groups of the same shapes and names.
 * Optimizer, stages 1 and 2: a group of experts is cut like any other, but over the N / ep ranks that have the same
-  experts: r, r + ep, r + 2 ep ..., or, with ``use_data_before_expert_parallelism``, N / ep neighbours.
-  ``partition_count`` tells N / ep for each group.
-* Optimizer, stage 0: one file for each rank of the widest expert group. What the model file holds is rank 0's.
+  experts: r, r + ep, r + 2 ep ..., or, with ``use_data_before_expert_parallelism``, N / ep neighbours
+  (``_get_expert_parallel_ranks`` in DeepSpeed's ``utils/groups.py``). ``partition_count`` is N / ep for each group.
+* Optimizer, stage 0: one file for each rank of the widest expert group. The one in the model file is rank 0's.
 """
 
 from __future__ import annotations
@@ -27,31 +27,25 @@ from .model_states import EXPERTS, ExpertLayer, ModelStates
 from .optim_states import OptimStates
 
 ExpertFiles = Mapping[str, tuple[Any, str]]
-"""A file's name to (its tree, what messages call it)."""
-
-
-def spoken_layers(layers: Iterable[ExpertLayer]) -> str:
-    """The layout, as messages say it."""
-    each = [f"{layer.name}: {layer.num_experts} experts, ep_size {layer.ep_size}" for layer in layers]
-    return "; ".join(each[:4]) + (f"; and {len(each) - 4} more layers" if len(each) > 4 else "")
+"""Names of files to (tree, what messages call the file)."""
 
 
 def optimizer_file(layers: Sequence[ExpertLayer]) -> str:
-    """Stage 0's optimizer file of this rank."""
+    """The name of stage 0's optimizer file for this rank."""
     return expert_optim_file(max(layers, key=lambda layer: layer.ep_size).ep_rank)
 
 
 def check_experts(model: ModelStates, layers: Sequence[ExpertLayer], *, weights_only: bool = False) -> None:
     """Raises `LayoutError` where the checkpoint's MoE layers have other experts than this job's `layers`.
 
-    The expert-parallel size that saved is told by the optimizer's files alone, and compared in `group_ranks`;
-    stage 0's is compared here. With `weights_only` it does not matter.
+    At stage 0 also where the saved expert-parallel size is another; at stages 1 and 2 only the optimizer's files show
+    it, and `group_ranks` compares it. With `weights_only` it does not matter.
     """
     saved, here = list(model.num_experts), [layer.num_experts for layer in layers]
     if saved != here:
         raise LayoutError(
-            f"{model.file} was saved by {_layers(saved)}, and this job has {_layers(here)}"
-            + (f" ({spoken_layers(layers)})" if layers else "")
+            f"{model.file} was saved by {_described_counts(saved)}, and this job has {_described_counts(here)}"
+            + (f" ({describe_layers(layers)})" if layers else "")
             + ": experts are restored where their number is the same, into a DeepSpeed engine with the same MoE layers",
             path=model.file,
         )
@@ -60,20 +54,13 @@ def check_experts(model: ModelStates, layers: Sequence[ExpertLayer], *, weights_
     if names and names != wanted:
         raise LayoutError(
             f"{model.file}: its experts were saved in groups of {', '.join(sorted(names))}, and this job has "
-            f"{', '.join(sorted(wanted))} ({spoken_layers(layers)}): restore with the ep_size that saved",
+            f"{', '.join(sorted(wanted))} ({describe_layers(layers)}): restore with the ep_size that saved",
             path=model.file,
         )
 
 
-def _layers(counts: Sequence[int]) -> str:
-    if not counts:
-        return "a module without MoE layers"
-    of = ", ".join(map(str, counts[:16])) + (", ..." if len(counts) > 16 else "")
-    return f"{len(counts)} MoE layer{'s' if len(counts) > 1 else ''} of {of} experts"
-
-
 def _expert_groups(optimizer: Any) -> set[str]:
-    """Names of the groups of experts that stage 0's optimizer tells; DeepSpeed calls them after their ep_size."""
+    """Names of the groups of experts in stage 0's optimizer; DeepSpeed names them after their ep_size."""
     inner = optimizer.get("optimizer_state_dict", optimizer) if isinstance(optimizer, Mapping) else {}
     groups = inner.get("param_groups") if isinstance(inner, Mapping) else None
     return {
@@ -83,11 +70,24 @@ def _expert_groups(optimizer: Any) -> set[str]:
     }
 
 
+def describe_layers(layers: Iterable[ExpertLayer]) -> str:
+    """The MoE layers as messages list them: four at most, and how many more there are."""
+    each = [f"{layer.name}: {layer.num_experts} experts, ep_size {layer.ep_size}" for layer in layers]
+    return "; ".join(each[:4]) + (f"; and {len(each) - 4} more layers" if len(each) > 4 else "")
+
+
+def _described_counts(counts: Sequence[int]) -> str:
+    if not counts:
+        return "a module without MoE layers"
+    of = ", ".join(map(str, counts[:16])) + (", ..." if len(counts) > 16 else "")
+    return f"{len(counts)} MoE layer{'s' if len(counts) > 1 else ''} of {of} experts"
+
+
 def with_experts(model: ModelStates, layers: Sequence[ExpertLayer], files: ExpertFiles) -> ModelStates:
-    """Rank 0's model file as this rank takes it: with its own experts, under the names that they have here.
+    """Rank 0's model file with this rank's experts added to its module, under the names that they have on this rank.
 
     `files` are `ExpertLayer.files` of all `layers`, and, where stage 0's optimizer is wanted, `optimizer_file`.
-    Raises `CorruptError` where what they hold cannot be.
+    Raises `CorruptError` where a file holds another expert's parameters, or tensors of other shapes.
     """
     module = dict(model.module)
     experts: dict[str, ExpertLayer] = {}
@@ -114,7 +114,7 @@ def with_experts(model: ModelStates, layers: Sequence[ExpertLayer], files: Exper
 
 
 def _localised(key: str, expert: int, local: int, place: Field) -> tuple[str, str]:
-    """The layer's name and the parameter's, with the number that the expert has on this rank."""
+    """The layer's name, and the parameter's with the number `local` that the expert has on this rank."""
     layer, found, rest = key.partition(EXPERTS)
     number, dot, tail = rest.partition(".")
     if not found or not dot or number != str(expert):
@@ -123,11 +123,13 @@ def _localised(key: str, expert: int, local: int, place: Field) -> tuple[str, st
 
 
 def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...], ...]:
-    """Stages 1, 2: the saved ranks that each parameter group is cut over, as this rank takes them, in order.
+    """Stages 1, 2: for each parameter group, the saved ranks over which it is cut, in order.
 
-    () without experts: every group is cut over all ranks. Raises `LayoutError` where experts were spread over another
-    number of ranks than here, or groups are cut as no experts are, and `CorruptError` where an expert's file lacks a
-    parameter.
+    Of a group of experts, those are the saved ranks that had this rank's experts. () without experts: every group is
+    cut over all ranks.
+
+    Raises `LayoutError` where experts were spread over another number of ranks than here, or groups are cut over a
+    number of ranks that experts cannot have, and `CorruptError` where an expert's file lacks a parameter.
     """
     world_size = model.world_size
     groups = model.param_shapes or ()
@@ -151,7 +153,7 @@ def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...]
             raise _uneven(optim, counts, world_size)
         here = {name: model.experts[name] for name in sorted(layers)}
         for name, layer in here.items():
-            # Fewer may be: those that are frozen altogether are in no group. A wrong order has more somewhere.
+            # There may be fewer: frozen experts are in no group. In a wrong order some layer has more.
             if len(locals_of[name]) * ep_size > layer.num_experts:
                 raise LayoutError(
                     f"{optim.file}: {name} has {layer.num_experts} experts, of which rank 0 had "
@@ -186,7 +188,7 @@ def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...]
 
 
 def _locals_of(names: Iterable[str]) -> dict[str, set[str]]:
-    """MoE layers to the numbers that their experts have on rank 0, given the parameters' names."""
+    """MoE layers to the numbers of their experts on rank 0, taken from the parameters' names."""
     found: dict[str, set[str]] = {}
     for name in names:
         layer, experts, rest = name.partition(EXPERTS)

@@ -1,4 +1,8 @@
-"""Checked access to what a checkpoint's pickle holds: types and ranges, with errors that name the file. Pure."""
+"""Checks types and ranges of the values in a checkpoint's pickle, with errors that name the file. Pure.
+
+Each ``a_...`` function returns its value where it is of that type, and raises the `CorruptError` of `Field.wrong` where
+it is not.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,20 @@ from ...saved.values import InertObject, LazyTensor
 
 @dataclass(frozen=True)
 class Field:
-    """Where in a file a value stands, for messages."""
+    """The place of a value in a file, for messages."""
 
     file: str
     key: str = ""
+    """Joined by ``/``; empty for the whole tree."""
 
     def at(self, key: object) -> Field:
+        """The place of what this value holds under `key`."""
         return Field(self.file, f"{self.key}/{key}" if self.key else str(key))
 
     def wrong(self, expected: str, got: object) -> CorruptError:
         """The error for a value that is not `expected`."""
         return CorruptError(
-            f"{self.file}: {self.key or 'the file'} holds {_spoken(got)}, expected {expected}. The file is damaged, or "
+            f"{self.file}: {self.key or 'the file'} holds {_shown(got)}, expected {expected}. The file is damaged, or "
             "DeepSpeed did not write it",
             path=self.file,
         )
@@ -72,7 +78,7 @@ def enum_value(value: Any, place: Field) -> int:
     return a_count(value, place)
 
 
-def _spoken(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, LazyTensor):
         return f"a {value.dtype} tensor of shape {value.shape}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,8 @@
-"""Names of the files in a DeepSpeed tag folder, derived from rank and stage; nothing is ever listed. Pure."""
+"""Derives the names of the files in a DeepSpeed tag folder from rank and stage; nothing is listed. Pure.
+
+The names are those of DeepSpeed's ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``, ``_get_expert_ckpt_name`` and
+``_get_optimizer_ckpt_name`` (``runtime/engine.py``).
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,38 @@ WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
 def model_file(rank: int, *, partitioned: bool, part: int = 0) -> str:
-    """The model file that saved rank `rank` needs; `partitioned` tells stage 3, where each rank has its own.
+    """The model file of saved rank `rank`; each rank has its own where `partitioned` (stage 3).
 
-    `part` is that of a model which is split over pipeline stages or tensor-parallel ranks (``mp_rank``).
+    `part` is DeepSpeed's ``mp_rank``, where pipeline stages or tensor-parallel ranks split the model.
     """
     name = f"mp_rank_{part:02d}_model_states.pt"
     return f"zero_pp_rank_{rank}_{name}" if partitioned else name
 
 
 def expert_file(layer: int, expert: int) -> str:
-    """The weights of one expert of a mixture of experts.
+    """The file with the weights of one expert of a mixture of experts.
 
-    `layer` counts the module's MoE layers, `expert` the layer's experts, over all ranks.
+    `layer` numbers the module's MoE layers, `expert` the layer's experts over all ranks; both from 0.
     """
     return f"layer_{layer}_expert_{expert}_{WHOLE_MODEL_FILE}"
 
 
 def expert_optim_file(ep_rank: int) -> str:
-    """Stage 0's optimizer of the ranks that have the same experts; `ep_rank` within the widest expert group."""
+    """The file with stage 0's optimizer of the ranks that have the same experts.
+
+    `ep_rank` is their rank in the widest expert-parallel group.
+    """
     return f"expp_rank_{ep_rank}_mp_rank_00_optim_states.pt"
 
 
 @dataclass(frozen=True)
 class OptimNaming:
-    """How the optimizer files of one checkpoint are spelt."""
+    """How the names of one checkpoint's optimizer files are spelt."""
 
     prefix: str = ""
     """``bf16_`` where bf16 was on, else empty."""
     legacy: bool = False
-    """Without the underscore before ``optim_states``."""
+    """Whether the underscore before ``optim_states`` is missing, as in older DeepSpeed."""
 
     def name(self, rank: int, part: int = 0) -> str:
         """The optimizer file of saved rank `rank`."""
@@ -47,9 +54,9 @@ class OptimNaming:
 
 
 def optim_namings(*, bf16: bool | None = None) -> Iterator[OptimNaming]:
-    """The spellings to probe rank 0's optimizer file for, likeliest first; all ranks' files are spelt alike.
+    """The spellings to try for rank 0's optimizer file, likeliest first; all ranks' files are spelt alike.
 
-    `bf16` is what the model file's configuration says (`ModelStates.bf16`); None where it does not say.
+    `bf16` is `ModelStates.bf16`: whether the saved configuration had it on, None where that is not known.
     """
     prefixes = ("", "bf16_") if bf16 is False else ("bf16_", "")
     for legacy in (False, True):
@@ -59,13 +66,14 @@ def optim_namings(*, bf16: bool | None = None) -> Iterator[OptimNaming]:
 
 @dataclass(frozen=True)
 class Needed:
-    """Saved ranks whose files one rank of a job reads."""
+    """The files that one rank of a job reads, as saved ranks and names of experts' files."""
 
     models: frozenset[int] = frozenset({0})
-    """Of the model files; below stage 3 there is one, which is rank 0's."""
+    """Saved ranks of model files; below stage 3 there is one file, which is rank 0's."""
     optims: frozenset[int] = frozenset()
+    """Saved ranks of optimizer files."""
     experts: frozenset[str] = frozenset()
-    """Names of experts' files, which go by layer and expert."""
+    """Names of experts' files, which are numbered by layer and expert instead of by rank."""
 
     def __or__(self, other: Needed) -> Needed:
         return Needed(self.models | other.models, self.optims | other.optims, self.experts | other.experts)
@@ -77,7 +85,7 @@ class Needed:
         return bool(self.models or self.optims or self.experts)
 
     def files(self, *, partitioned: bool, naming: OptimNaming | None, part: int = 0) -> tuple[str, ...]:
-        """Names, relative to the tag folder; models first, in the order of ranks."""
+        """The files' names, relative to the tag folder: model files, optimizer files, experts', each in order."""
         names = [model_file(rank, partitioned=partitioned, part=part) for rank in sorted(self.models)]
         if naming is not None:
             names += [naming.name(rank, part) for rank in sorted(self.optims)]

@@ -1,4 +1,8 @@
-"""Where the files of a ZeRO checkpoint come from: a DeepSpeed folder, or Composer's archives, one a saved rank."""
+"""Fetches the files of a ZeRO checkpoint from a DeepSpeed folder, or from Composer's archives, one for each saved rank.
+
+`ZeroSource` is what both offer: `find` gives what is on this node already, `fetch` brings more. `needs` and `open` work
+out which files a rank needs.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,26 @@ from ...template import expand_path, template_variables
 from .file_names import Needed, OptimNaming, optim_namings
 
 ZERO_FOLDER = "deepspeed"
-"""The folder of ZeRO's files in Composer's archives."""
+"""The folder inside Composer's archives that holds ZeRO's files."""
 
 
 class ZeroSource(Protocol):
-    """Brings the files of saved ranks to this node, and tells where they are."""
+    """Brings the files of saved ranks to this node, and finds them there."""
 
     @property
     def files(self) -> list[FetchedFile]:
-        """What was fetched for this rank, each once."""
+        """What was fetched for this rank, each file or archive once."""
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """A ZeRO file's name to (local path, what messages call it); None where it is not among the files at hand."""
+        """(local path, what messages call it) of the ZeRO file `name`; None where it has not been fetched."""
 
     def index(self, path: str, name: str) -> FileIndex:
-        """The index of what `find` found."""
+        """The index of a file that `find` returned as (`path`, `name`)."""
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         """Finds out how the optimizer's files are called. Every rank must call, before it fetches any.
 
-        Raises `NotFoundError` where rank 0 has none.
+        Raises `NotFoundError`, on every rank, where saved rank 0 has none.
         """
 
     def fetch(
@@ -45,14 +49,15 @@ class ZeroSource(Protocol):
         part: int = 0,
         layers: Sequence[str] = (),
     ) -> None:
-        """Fetches the files of the saved ranks `needed`, of the model's `part`, and those of a pipeline's `layers`.
+        """Fetches the files that are `needed` of the model's `part` (``mp_rank``), and the layer files named `layers`.
 
-        Every rank must call, whatever it needs.
+        `stage` names the fetch in messages and timings; `saved_world_size` counts data-parallel ranks; `partitioned` is
+        stage 3. Every rank must call, also one that needs nothing.
         """
 
 
 class FolderSource:
-    """A tag folder: names are derived from rank and stage."""
+    """A DeepSpeed tag folder, whose files' names are derived from rank and stage."""
 
     def __init__(self, opening: Opening, folder: str, first: FetchedFile) -> None:
         self._opening = opening
@@ -103,7 +108,7 @@ class FolderSource:
 
 
 class ArchiveSource:
-    """Composer's archives: saved rank r's files in the r-th, and in the first what all ranks need."""
+    """Composer's archives: the r-th holds saved rank r's files, the first also what all ranks need."""
 
     def __init__(self, opening: Opening, first: FetchedFile) -> None:
         self._opening = opening
@@ -124,7 +129,7 @@ class ArchiveSource:
         return self._opening.index(path, name)
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
-        """An archive tells what is in it."""
+        """Does nothing: the members of a fetched archive are known."""
 
     def fetch(
         self,
@@ -154,7 +159,7 @@ class ArchiveSource:
         self._found.update({rank: fetched.files[name] for rank, name in names.items()})
 
     def _name(self, rank: int, saved_world_size: int) -> str:
-        """What saved rank `rank`'s archive is called, by the path's template."""
+        """The object name of saved rank `rank`'s archive, from the path's template."""
         request, topology = self._opening.request, self._opening.session.topology
         first = self._found[0].source
         used = template_variables(request.path)

@@ -1,8 +1,9 @@
-"""The layer files of a pipeline: each layer's weights and buffers, under names that begin at the layer. Pure.
+"""Puts a pipeline's layer files together into the module of a stage. Pure.
 
-A stage's model file has no module; ``layer_NN-model_states.pt`` holds layer NN's state dict as it is. Within the
-stage's module that layer is called ``NN``, and a tied one ``tied_modules.KEY``. A layer that is a plain function, or
-uses a tied module by a function of its own, has no file.
+A stage's model file has no module. Instead ``layer_NN-model_states.pt`` holds the state dict of layer NN, with names
+that begin inside the layer. In the stage's module that layer is called ``NN``, a tied one ``tied_modules.KEY``. A layer
+that is a plain function, or that only calls a tied module by a function of its own, has no file. The names are those of
+DeepSpeed's ``PipelineModule.ckpt_layer_path`` (``runtime/pipe/module.py``).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .model_states import ModelStates
 
 @dataclass(frozen=True)
 class LayerFile:
-    """A file that a stage reads, and where its names belong in the stage's module."""
+    """A layer file that a stage reads, and the layer's place in the stage's module."""
 
     name: str
     """Relative to the tag folder."""
     prefix: str
-    """Such as ``3.`` or ``tied_modules.embed.``."""
+    """What its names begin with in the stage's module, such as ``3.`` or ``tied_modules.embed.``."""
 
 
 def read_layer(tree: Any, *, file: str) -> dict[str, Any]:
@@ -35,10 +36,11 @@ def read_layer(tree: Any, *, file: str) -> dict[str, Any]:
 def with_layers(
     model: ModelStates, layers: Sequence[tuple[LayerFile, Mapping[str, Any], str]]
 ) -> ModelStates:
-    """A stage's model file with the module that its layer files give: (layer, its state dict, the file's name).
+    """A stage's model file with its module filled from `layers`: (layer, its state dict, what messages call the file).
 
-    Parameters that no layer file has (a loss function's, or those of a module that is tied by functions only) stay
-    away; their fp32 masters may be had. Raises `CorruptError` where a tensor has another shape than the stage tells.
+    Parameters that no layer file has (a loss function's, or those of a module that is tied by functions only) are left
+    out; the optimizer's files may hold their fp32 masters. Raises `CorruptError` where a tensor has another shape than
+    the model file's ``param_shapes``.
     """
     shapes = {name: shape for group in model.param_shapes or () for name, shape in group.items()}
     module: dict[str, Any] = {}
@@ -52,14 +54,17 @@ def with_layers(
 
 
 def check_layers(model: ModelStates, trained: Iterable[str]) -> None:
-    """Raises `LayoutError` where a stage trained other layers than it does here; `trained` are its parameters."""
+    """Raises `LayoutError` where the saved stage of the pipeline trained other layers than this job's stage.
+
+    `trained` names the parameters of this job's; where they are of a layer, they begin with its number.
+    """
     if model.param_shapes is None:
         return
     saved = _numbers(name for group in model.param_shapes for name in group)
     here = _numbers(trained)
     if saved != here:
         raise LayoutError(
-            f"{model.file}: this stage of the pipeline trained the layers {_spoken(saved)} and trains {_spoken(here)} "
+            f"{model.file}: this stage of the pipeline trained the layers {_listed(saved)} and trains {_listed(here)} "
             "in this job. Partition them as when it was saved (partition_method); with load_weights_only=True any "
             "partition does",
             path=model.file,
@@ -67,9 +72,9 @@ def check_layers(model: ModelStates, trained: Iterable[str]) -> None:
 
 
 def _numbers(names: Iterable[str]) -> list[int]:
-    """The layers that parameters are of, where their names begin with a layer's number."""
+    """The numbers of the layers that the parameters `names` belong to."""
     return sorted({int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdecimal()})
 
 
-def _spoken(numbers: Sequence[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers)) or "none"

@@ -1,14 +1,19 @@
-"""Where each parameter of a DeepSpeed ZeRO checkpoint lies: on which saved rank, in which flat tensor, from where on.
+"""Computes where each parameter of a DeepSpeed ZeRO checkpoint lies, padding included: on which saved rank, in which
+flat tensor, from which element on. Pure.
 
-Everything is told by one rank's files: ``param_shapes`` gives the order, and the padding rules the rest
-(``param_slice_mappings`` is wrong with ``round_robin_gradients`` and is not used). All of it is plain numbers. Pure.
+One rank's files are enough: ``param_shapes`` gives the order of the parameters, and DeepSpeed's rules of padding give
+the rest (``param_slice_mappings`` is not used: it is wrong with ``round_robin_gradients``). N ranks saved:
 
-* Stages 1, 2: a group is its parameters one after the other, each followed by its alignment padding, then padded to
-  a multiple of 2 * N and cut into N equal partitions. A group of experts is cut over fewer ranks than the N that
-  saved: those that had the same experts (`zero_experts`).
-* Stage 3: each parameter is cut by itself into N shares of ceil(numel / N), the last ones padded; a rank's flat
-  tensor is its shares of a subgroup's parameters, one after the other.
-* Stage 0: each parameter has a tensor of its own, in the optimizer's order, which only the job's optimizer can name.
+* Stages 1, 2: a group is its parameters one after the other, each followed by its alignment padding (which only an
+  optimizer file holds). The group is padded to a multiple of 2 * N and cut into N equal partitions
+  (`padded_partition`). A group of experts is cut over fewer ranks: those that had the same experts (`experts`).
+* Stage 3: each parameter is cut by itself into N shares of ceil(numel / N), the last ones padded (`padded_share`). A
+  rank's flat tensor is its shares of a subgroup's parameters, one after the other.
+* Stage 0: each parameter has a tensor of its own, in the optimizer's order; only the job's optimizer has their names.
+
+The rules are those of ``flatten_dense_tensors_aligned`` with ``nccl_start_alignment_factor`` = 2
+(``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``) and of ``_aligned_size``
+(``runtime/zero/partition_parameters.py``). `_check_tensors` compares them with the sizes in the files.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from .model_states import ModelStates, Shape
 from .optim_states import MASTER, OptimStates
 
 FROZEN_GROUP = -1
-"""`SavedParameter.group` of what no optimizer owns."""
+"""`SavedParameter.group` of a parameter that no optimizer owns."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class SavedParameter:
     group: int
     """Index of the flat tensor: the group, the subgroup at stage 3, the position at stage 0; or `FROZEN_GROUP`."""
     offset: int
-    """Of its first element: in the whole group (stages 1, 2), in each rank's flat tensor (stage 3)."""
+    """Of its first element, in elements: in the whole group (stages 1, 2), in each rank's flat tensor (stage 3)."""
 
     @property
     def numel(self) -> int:
@@ -52,7 +57,7 @@ class ZeroCheckpoint:
     """The layout of one checkpoint, the same for whichever rank's files it was read from."""
 
     stage: int
-    """0 to 3. Without an optimizer file, stages 1 and 2 are told apart by the saved configuration only."""
+    """0 to 3. Without an optimizer file, 1 or 2 as the saved configuration says, else 1."""
     world_size: int
     """Data-parallel ranks that saved: N."""
     parameters: dict[str, SavedParameter]
@@ -60,11 +65,11 @@ class ZeroCheckpoint:
     aliases: dict[str, str]
     """Names of tied parameters to the name that is in `parameters`."""
     partition_numel: tuple[int, ...]
-    """Elements of each flat tensor on each rank, paddings included; () where no optimizer file was read."""
+    """Elements of each flat tensor on each rank, padding included; () where no optimizer file was read."""
     group_of: dict[int, int]
     """Flat tensor's index to its parameter group's."""
     kinds: tuple[str, ...]
-    """``fp32`` and the optimizer's state that lies element by element; () where no optimizer file was read."""
+    """``fp32`` and the keys of the optimizer's element-wise state; () where no optimizer file was read."""
     group_ranks: tuple[tuple[int, ...], ...] = ()
     """Stages 1, 2 with experts: the saved ranks that each group is cut over, in order; (): all of them are."""
 
@@ -80,8 +85,9 @@ class ZeroCheckpoint:
     def pieces(self, name: str) -> list[Piece]:
         """Where the parameter's elements lie: on which saved rank, in which flat tensor, from which element on.
 
-        The same for every kind. Frozen ones of stage 3: in that rank's fragment, ``place.group`` `FROZEN_GROUP`.
-        Raises `KeyError` for a name that is not known, or is whole in the model file.
+        The same for every kind. A frozen parameter of stage 3 lies in each rank's fragment: its pieces have
+        `FROZEN_GROUP` as ``place.group``. Raises `KeyError` for a name that is not known, or that the model file has
+        whole, and `CoverageError` where the parameter reaches beyond its group.
         """
         found = self.find(name)
         if found is None or (found.frozen and not self.partitioned):
@@ -95,20 +101,12 @@ class ZeroCheckpoint:
         return cut(found.offset, found.numel, numel, len(ranks), found.group, ranks)
 
 
-def share_pieces(numel: int, world_size: int, group: int, offset: int) -> list[Piece]:
-    """Stage 3: rank r has elements [r * p, (r + 1) * p) of a parameter, p = ceil(numel / N), at `offset`."""
-    share = -(-numel // world_size)
-    return [
-        Piece(Place(rank, group), offset, rank * share, min(share, numel - rank * share))
-        for rank in range(-(-numel // share) if share else 0)
-    ]
-
-
 def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckpoint:
-    """The layout that a model file and an optimizer file of the same rank tell; any rank's do.
+    """The layout, from a model file and an optimizer file of the same rank; any rank's give the same.
 
-    `optim` None: nobody needs the optimizer's files (weights only, stages 0 to 2). At stage 0 it is what
-    `read_whole_optimizer` gives; the result then has no parameters until `named_by_optimizer` gave them names.
+    `optim` None: the load needs no optimizer file (weights only, stages 0 to 2). At stage 0 it is what
+    `read_whole_optimizer` returns; the result then has frozen parameters only, until `named_by_optimizer` adds the
+    others.
 
     Raises `LayoutError` or `CorruptError`, naming the file, where the two do not fit each other or the rules.
     """
@@ -123,14 +121,14 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
     _check_agreement(model, optim)
     ranks: tuple[tuple[int, ...], ...] = ()
     if model.partitioned:
-        parameters, numels = _shares(model.param_shapes, model.world_size)
+        parameters, numels = _offsets_in_shares(model.param_shapes, model.world_size)
         stage = 3
     else:
         paddings = optim.alignment_paddings if optim else None
         if optim is not None:
             ranks = group_ranks(model, optim)
             _check_paddings(optim, model.param_shapes)
-        parameters, numels = _rows(model, paddings, ranks)
+        parameters, numels = _offsets_in_groups(model, paddings, ranks)
         configured = model.configured_stage
         stage = optim.stage if optim else configured if configured in (1, 2) else 1
     if optim is not None:
@@ -149,74 +147,8 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
     )
 
 
-def named_by_optimizer(
-    checkpoint: ZeroCheckpoint,
-    optim: OptimStates,
-    groups: Sequence[Sequence[tuple[str, Shape]]],
-) -> ZeroCheckpoint:
-    """A stage 0 checkpoint whose parameters are named by the job's optimizer: `groups` of (name, shape).
-
-    They are matched by position; every group's size and every tensor's shape must agree. Raises `LayoutError`.
-    """
-    expected = [len(group) for group in groups]
-    got = [0] * (max(optim.group_of.values(), default=-1) + 1)
-    for group in optim.group_of.values():
-        got[group] += 1
-    if expected != got:
-        raise LayoutError(
-            f"{optim.file}: its optimizer has parameter groups of {got} parameters, this job's of {expected}. Stage "
-            "0 does not keep their names, so they can only be matched by position",
-            path=optim.file,
-        )
-    parameters = dict(checkpoint.parameters)
-    flat = [entry for group in groups for entry in group]
-    # Positions count through the groups, whatever numbers the file's ``params`` lists hold.
-    order = sorted(optim.group_of, key=lambda index: (optim.group_of[index], index))
-    for position, (index, (name, shape)) in enumerate(zip(order, flat, strict=True)):
-        for kind, tensors in optim.tensors.items():
-            if index in tensors and tensors[index].shape != shape:
-                raise LayoutError(
-                    f"{optim.file}: {kind} of the optimizer's parameter {position} has shape "
-                    f"{tensors[index].shape}, but {name}, which is at this position here, has {shape}. Stage 0 does "
-                    "not keep names: give the optimizer its parameters in the order of the job that saved",
-                    path=optim.file,
-                )
-        parameters[name] = SavedParameter(name, shape, index, 0)
-    return replace(checkpoint, parameters=parameters)
-
-
-def _rows(
-    model: ModelStates, paddings: Sequence[Sequence[int]] | None, ranks: Sequence[Sequence[int]]
-) -> tuple[dict[str, SavedParameter], list[int]]:
-    """Stages 1 and 2: each parameter's offset in its group, and the partitions' sizes."""
-    parameters: dict[str, SavedParameter] = {}
-    numels = []
-    for group, shapes in enumerate(model.param_shapes or ()):
-        offset = 0
-        for position, (name, shape) in enumerate(shapes.items()):
-            parameters[name] = SavedParameter(name, shape, group, offset)
-            offset += math.prod(shape) + (paddings[group][position] if paddings is not None else 0)
-        count = len(ranks[group]) if ranks else model.world_size
-        numels.append(2 * -(-offset // (2 * count)))
-    return parameters, numels
-
-
-def _shares(
-    groups: Sequence[Mapping[str, Shape]], world_size: int
-) -> tuple[dict[str, SavedParameter], list[int]]:
-    """Stage 3: each parameter's offset in every rank's flat tensor, and the flat tensors' sizes."""
-    parameters: dict[str, SavedParameter] = {}
-    numels = []
-    for group, shapes in enumerate(groups):
-        offset = 0
-        for name, shape in shapes.items():
-            parameters[name] = SavedParameter(name, shape, group, offset)
-            offset += -(-math.prod(shape) // world_size)
-        numels.append(offset)
-    return parameters, numels
-
-
 def _check_agreement(model: ModelStates, optim: OptimStates | None) -> None:
+    """Raises where the two files are not of the same stage, groups or number of ranks."""
     if optim is None:
         return
     groups = model.param_shapes or ()
@@ -250,8 +182,52 @@ def _check_paddings(optim: OptimStates, groups: Sequence[Mapping[str, Shape]]) -
             )
 
 
+def _offsets_in_groups(
+    model: ModelStates, paddings: Sequence[Sequence[int]] | None, ranks: Sequence[Sequence[int]]
+) -> tuple[dict[str, SavedParameter], list[int]]:
+    """Stages 1 and 2: each parameter's offset in its group, and the elements of each group's partitions."""
+    parameters: dict[str, SavedParameter] = {}
+    numels = []
+    for group, shapes in enumerate(model.param_shapes or ()):
+        offset = 0
+        for position, (name, shape) in enumerate(shapes.items()):
+            parameters[name] = SavedParameter(name, shape, group, offset)
+            offset += math.prod(shape) + (paddings[group][position] if paddings is not None else 0)
+        count = len(ranks[group]) if ranks else model.world_size
+        numels.append(padded_partition(offset, count))
+    return parameters, numels
+
+
+def _offsets_in_shares(
+    groups: Sequence[Mapping[str, Shape]], world_size: int
+) -> tuple[dict[str, SavedParameter], list[int]]:
+    """Stage 3: each parameter's offset in every rank's flat tensor, and the elements of the flat tensors."""
+    parameters: dict[str, SavedParameter] = {}
+    numels = []
+    for group, shapes in enumerate(groups):
+        offset = 0
+        for name, shape in shapes.items():
+            parameters[name] = SavedParameter(name, shape, group, offset)
+            offset += padded_share(math.prod(shape), world_size)
+        numels.append(offset)
+    return parameters, numels
+
+
+def padded_partition(numel: int, ranks: int) -> int:
+    """Stages 1, 2: elements of each partition, padding included, of a group that is cut over `ranks` ranks.
+
+    The group's `numel` elements, alignment paddings included, are padded to the next multiple of 2 * `ranks`.
+    """
+    return 2 * -(-numel // (2 * ranks))
+
+
+def padded_share(numel: int, world_size: int) -> int:
+    """Stage 3: elements of each rank's share, padding included, of a parameter of `numel` elements."""
+    return -(-numel // world_size)
+
+
 def _check_tensors(optim: OptimStates, numels: Sequence[int]) -> None:
-    """Every flat tensor has the size that the rules give, or that less this rank's padding."""
+    """Raises `CorruptError` unless every flat tensor has the size that the rules give, or that less its padding."""
     for index, expected in enumerate(numels):
         padding = optim.group_paddings[index] if optim.group_paddings else 0
         trimmed = {expected - padding, expected}
@@ -267,10 +243,59 @@ def _check_tensors(optim: OptimStates, numels: Sequence[int]) -> None:
                 )
 
 
-def check_pieces(checkpoint: ZeroCheckpoint, optim: OptimStates, rank: int) -> None:
-    """Checks that saved rank `rank`'s tensors hold every element that the layout places in them.
+def share_pieces(numel: int, world_size: int, group: int, offset: int) -> list[Piece]:
+    """Stage 3: where a parameter's elements lie, given its `offset` in every rank's flat tensor.
 
-    Raises `CorruptError` naming file, kind and parameter.
+    Rank r has elements [r * p, (r + 1) * p), where p is `padded_share`; its padding is in no piece.
+    """
+    share = padded_share(numel, world_size)
+    return [
+        Piece(Place(rank, group), offset, rank * share, min(share, numel - rank * share))
+        for rank in range(-(-numel // share) if share else 0)
+    ]
+
+
+def named_by_optimizer(
+    checkpoint: ZeroCheckpoint,
+    optim: OptimStates,
+    groups: Sequence[Sequence[tuple[str, Shape]]],
+) -> ZeroCheckpoint:
+    """`checkpoint`, of stage 0, with the parameters that `optim` holds, named by the job's optimizer.
+
+    `groups` are the job's parameter groups, as (name, shape). They are matched by position. Raises `LayoutError` where
+    a group's size or a tensor's shape differs.
+    """
+    expected = [len(group) for group in groups]
+    got = [0] * (max(optim.group_of.values(), default=-1) + 1)
+    for group in optim.group_of.values():
+        got[group] += 1
+    if expected != got:
+        raise LayoutError(
+            f"{optim.file}: its optimizer has parameter groups of {got} parameters, this job's of {expected}. Stage "
+            "0 does not keep their names, so they can only be matched by position",
+            path=optim.file,
+        )
+    parameters = dict(checkpoint.parameters)
+    flat = [entry for group in groups for entry in group]
+    # Positions count through the groups, whatever numbers the file's ``params`` lists hold.
+    order = sorted(optim.group_of, key=lambda index: (optim.group_of[index], index))
+    for position, (index, (name, shape)) in enumerate(zip(order, flat, strict=True)):
+        for kind, tensors in optim.tensors.items():
+            if index in tensors and tensors[index].shape != shape:
+                raise LayoutError(
+                    f"{optim.file}: {kind} of the optimizer's parameter {position} has shape "
+                    f"{tensors[index].shape}, but {name}, which is at this position here, has {shape}. Stage 0 does "
+                    "not keep names: give the optimizer its parameters in the order of the job that saved",
+                    path=optim.file,
+                )
+        parameters[name] = SavedParameter(name, shape, index, 0)
+    return replace(checkpoint, parameters=parameters)
+
+
+def check_pieces(checkpoint: ZeroCheckpoint, optim: OptimStates, rank: int) -> None:
+    """Checks that the tensors of saved rank `rank`, in `optim`, hold every element that the layout places in them.
+
+    Raises `CorruptError`, naming file, kind and parameter.
     """
     for name, parameter in checkpoint.parameters.items():
         if parameter.frozen:

@@ -1,8 +1,8 @@
-"""How a model is split over ranks besides data parallelism: pipeline stages and tensor parallelism. Pure.
+"""Compares how a model was split over pipeline stages and tensor-parallel ranks with how this job splits it. Pure.
 
-DeepSpeed numbers the parts of a model (``mp_rank``): a part is what one stage of the pipeline has, or one share of
-tensor parallelism, or both together. Each part is saved as if it were a model of its own, in files that carry its
-number, and is partitioned over the data-parallel ranks that have it.
+DeepSpeed numbers the parts of a model (``mp_rank``): a part is one pipeline stage, one tensor-parallel share, or one
+share of one stage. Each part is saved as if it were a model of its own, in files that carry its number, and is
+partitioned over the data-parallel ranks that have it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .fields import Field, a_count, a_mapping
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Into what a model is split."""
+    """How a model is split into parts."""
 
     parts: int = 1
     """DeepSpeed's ``mp_world_size``."""
     stages: int | None = 1
-    """Of the pipeline; None where it is not told."""
+    """Of the pipeline; None where the file does not record it."""
     tensor: int | None = 1
-    """Ranks that share each tensor; None where it is not told."""
+    """Ranks that share each tensor; None where the file does not record it."""
     pipeline: bool = False
     """Whether weights are in a file for each layer of the pipeline, whatever the number of stages."""
 
     @property
     def split(self) -> bool:
-        """Whether there is more than the one part that needs no number."""
+        """Whether there are several parts, or a pipeline."""
         return self.parts > 1 or self.pipeline
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class ParallelLayout:
         )
 
     def fits(self, other: ParallelLayout) -> bool:
-        """Whether both are split alike, as far as both tell."""
+        """Whether both are split alike; what either does not record counts as equal."""
         return (
             self.parts == other.parts
             and self.pipeline == other.pipeline
@@ -52,17 +52,17 @@ class ParallelLayout:
         )
 
     def has_layers_of(self, other: ParallelLayout) -> bool:
-        """Whether the layers' files of `other` are those of this one, however many stages share them out."""
+        """Whether the layer files of `other` serve this layout too: both pipelines without tensor parallelism."""
         return self.pipeline and other.pipeline and self.tensor == other.tensor == 1
 
 
 UNSPLIT = ParallelLayout()
-"""Of a model that every data-parallel rank has as a whole."""
+"""The layout of a model that every data-parallel rank has as a whole."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank stands: which part of the model it has, and its place among those that have the same."""
+    """A rank's part of the model, and its place in the data-parallel group that partitions this part."""
 
     rank: int
     """Within the data-parallel group."""
@@ -74,20 +74,20 @@ class Position:
 
 
 def saved_layout(tree: Mapping[Any, Any], top: Field) -> ParallelLayout:
-    """The layout that a model file tells. Raises `CorruptError` for numbers that cannot be."""
+    """The layout that a model file records. Raises `CorruptError` for impossible numbers."""
     parts = a_count(tree.get("mp_world_size", 1), top.at("mp_world_size"), least=1)
     pipeline = tree["module"] is None
     place = top.at("checkpoint_parallel_dimensions")
-    told = a_mapping(tree.get("checkpoint_parallel_dimensions") or {}, place)
-    if not told:
+    degrees = a_mapping(tree.get("checkpoint_parallel_dimensions") or {}, place)
+    if not degrees:
         return ParallelLayout(parts, None if parts > 1 else 1, None if parts > 1 else 1, pipeline)
-    stages = a_count(told.get("pp_degree", 1), place.at("pp_degree"), least=1)
-    tensor = a_count(told.get("tp_degree", 1), place.at("tp_degree"), least=1)
+    stages = a_count(degrees.get("pp_degree", 1), place.at("pp_degree"), least=1)
+    tensor = a_count(degrees.get("tp_degree", 1), place.at("tp_degree"), least=1)
     return ParallelLayout(parts, stages, tensor, pipeline)
 
 
 def check_layout(saved: ParallelLayout, file: str, own: ParallelLayout, *, engine: bool) -> None:
-    """Raises `LayoutError` where what `file` tells was `saved` under another layout than this job's `own`.
+    """Raises `LayoutError` where the layout `saved`, which `file` records, does not fit this job's `own`.
 
     `engine`: whether this job's model is a DeepSpeed engine.
     """
@@ -102,7 +102,7 @@ def check_layout(saved: ParallelLayout, file: str, own: ParallelLayout, *, engin
 
 
 class _Part(Protocol):
-    """What one part's model file tells of all."""
+    """What the model files of all parts must agree on (`ModelStates`, which cannot be imported here)."""
 
     @property
     def file(self) -> str: ...

@@ -1,4 +1,8 @@
-"""A DeepSpeed ``model_states`` file, checked and given names. Pure."""
+"""Reads a DeepSpeed ``model_states`` file: checks its entries, and gives them as `ModelStates`. Pure.
+
+DeepSpeed writes the file in ``_save_checkpoint`` (``runtime/engine.py``). The experts of a mixture of experts are in
+files of their own (`experts`), and so are the layers of a pipeline (`layers`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from .model_parallel import UNSPLIT, ParallelLayout, saved_layout
 Shape = tuple[int, ...]
 
 EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
-"""Between an MoE layer's name and its experts' numbers, in parameters' names."""
+"""In parameters' names, what stands between the MoE layer's name and the expert's number."""
 
 _OWN_KEYS = frozenset(
     {
@@ -31,26 +35,51 @@ _OWN_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
+class ExpertLayer:
+    """An MoE layer of this job's module, and which of its experts this rank has."""
+
+    name: str
+    index: int
+    """Its number among the module's MoE layers, as in the files' names."""
+    num_experts: int
+    """Over all ranks."""
+    ep_size: int
+    """Ranks that the experts are spread over."""
+    ep_rank: int
+    """This rank's place among them."""
+
+    @property
+    def experts(self) -> range:
+        """Numbers, over all ranks, of this rank's experts; its module numbers the same experts from 0 on."""
+        count = self.num_experts // self.ep_size
+        return range(self.ep_rank * count, (self.ep_rank + 1) * count)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names, relative to the tag folder, of the files with this rank's experts."""
+        return tuple(expert_file(self.index, expert) for expert in self.experts)
+
+
+@dataclass(frozen=True)
 class ModelStates:
-    """What one ``model_states`` file holds, all of it lazy."""
+    """The entries of one ``model_states`` file; tensors are lazy."""
 
     file: str
     world_size: int
     """Data-parallel ranks that saved."""
     module: dict[str, Any]
-    """Names to lazy tensors, or to what modules keep as extra state. Where `partitioned`, parameters are empty.
-
-    Nothing for a pipeline's stage until its layers' files were read (`zero_layers`)."""
+    """Names to lazy tensors, or to modules' extra state. Where `partitioned`, parameters are empty tensors. Of a
+    pipeline's stage nothing, until `layers.with_layers` has filled it."""
     buffer_names: frozenset[str]
     param_shapes: tuple[dict[str, Shape], ...] | None
     """Per (sub)group, in the order of the flat tensors; None at stage 0."""
     shared: dict[str, str]
-    """Alias to owner, for tied parameters; only rank 0's file tells."""
+    """Alias to owner, for tied parameters; in rank 0's file only."""
     frozen_shapes: dict[str, Shape]
     frozen_fragments: dict[str, LazyTensor]
-    """What the optimizer does not own. Where `partitioned`, this rank's share, padded."""
+    """The frozen parameters themselves; where `partitioned`, the padded share of the rank that saved the file."""
     optimizer: Any
-    """Stage 0: the whole optimizer's state. None otherwise."""
+    """Stage 0: the whole optimizer's state, not checked yet. None otherwise."""
     lr_scheduler: Any
     data_sampler: Any
     random_ltd: Any
@@ -58,29 +87,29 @@ class ModelStates:
     global_samples: int | None
     skipped_steps: int
     bf16: bool | None
-    """What the saved configuration says; None where it does not say."""
+    """Whether the saved configuration has bf16 on; None where it does not say."""
     configured_stage: int | None
+    """The ZeRO stage in the saved configuration; None where it does not say."""
     partitioned: bool
     """Stage 3: parameters are in the optimizer files alone."""
     client_state: dict[str, Any]
     num_experts: tuple[int, ...] = ()
-    """Of each MoE layer, in the order of the module's; () for a module without experts."""
+    """Experts of each MoE layer, over all ranks, in the module's order; () without experts."""
     data_before_experts: bool = False
     """Whether the ranks that have the same experts are neighbours, rather than ``ep_size`` apart."""
     experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
-    """Names of MoE layers to what this rank takes of them, once `module` has its experts (`with_experts`)."""
+    """MoE layers by name, once `experts.with_experts` has added this rank's experts to `module`."""
     optimizer_file: str = ""
-    """Where `optimizer` came from, if not from this file."""
+    """What messages call the file that `optimizer` came from; empty where it is this one."""
     layout: ParallelLayout = UNSPLIT
-    """The model's, of which this file tells one part."""
+    """How the model was split; this file is of one part."""
 
 
 def read_model_states(tree: Any, *, file: str) -> ModelStates:
-    """The file whose pickle is `tree`; `file` is what messages call it.
+    """The entries of a model file, given the `tree` of its pickle; `file` is what messages call it.
 
-    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for experts of kinds that are not known, and
-    `CorruptError` where what it holds cannot be. The experts of a mixture of experts are in files of their own
-    (`zero_experts`), and so are the layers of a pipeline (`zero_layers`).
+    Raises `FormatError` where it is no DeepSpeed model file, `LayoutError` for experts of kinds that are not supported,
+    and `CorruptError` where entries have impossible types or values, or contradict each other.
     """
     if not isinstance(tree, Mapping) or "module" not in tree or "dp_world_size" not in tree:
         raise FormatError(
@@ -176,7 +205,10 @@ def _tensors(value: Any, place: Field) -> dict[str, LazyTensor]:
 def _is_partitioned(
     module: Mapping[str, Any], shapes: tuple[dict[str, Shape], ...] | None, top: Field
 ) -> bool:
-    """Whether parameters are empty in the module; checks that the others have the shapes that are told."""
+    """Whether the module's parameters are empty tensors.
+
+    Raises `CorruptError` where some are and some are not, or one is neither empty nor of its shape in `shapes`.
+    """
     empty = whole = 0
     for group in shapes or ():
         for name, shape in group.items():
@@ -207,29 +239,3 @@ def _stage(config: Mapping[Any, Any]) -> int | None:
     section = config.get("zero_optimization")
     stage = section.get("stage") if isinstance(section, Mapping) else None
     return stage if isinstance(stage, int) and 0 <= stage <= 3 else None
-
-
-@dataclass(frozen=True)
-class ExpertLayer:
-    """An MoE layer of this job's, and which of its experts this rank has."""
-
-    name: str
-    index: int
-    """Among the module's MoE layers: the number in the files' names."""
-    num_experts: int
-    """Of all ranks."""
-    ep_size: int
-    """Ranks that the experts are spread over."""
-    ep_rank: int
-    """This rank among them."""
-
-    @property
-    def experts(self) -> range:
-        """This rank's, by their numbers over all ranks; the module numbers them from 0 on."""
-        count = self.num_experts // self.ep_size
-        return range(self.ep_rank * count, (self.ep_rank + 1) * count)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Of this rank's experts' weights, relative to the tag folder."""
-        return tuple(expert_file(self.index, expert) for expert in self.experts)

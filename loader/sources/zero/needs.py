@@ -1,8 +1,8 @@
-"""Whose files a rank reads: worked out from the layout alone, before the files are fetched. Pure.
+"""Works out which saved ranks' files a rank reads, from the layout alone and before they are fetched. Pure.
 
-Nothing is listed. At stage 3 rank 0's model file tells where every element lies. At stages 1 and 2 it lacks one
-thing, the alignment paddings, which any optimizer file tells; so each rank reads one first, the one that it most
-likely needs anyhow (`likeliest`), and then works out the others.
+At stage 3 rank 0's model file is enough to know where every element lies. At stages 1 and 2 it lacks the alignment
+paddings, which every optimizer file holds. So a rank first reads one optimizer file, the one that it most likely needs
+anyway (`likeliest`, in `own_files`), and then works out the others (`files_of_slots`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from .layout import FROZEN_GROUP, ZeroCheckpoint
 
 
 def likeliest(rank: int, world_size: int, saved_world_size: int) -> int:
-    """The saved rank that had what comes first in `rank`'s share: where both cut the same row, and equally."""
+    """The saved rank that had the first elements of `rank`'s partition, if both jobs cut the same elements evenly."""
     return min(rank * saved_world_size // world_size, saved_world_size - 1)
 
 
 def own_files(
     rank: int, world_size: int, saved_world_size: int, *, partitioned: bool, with_optimizer: bool
 ) -> Needed:
-    """What `rank` reads in any case.
+    """The files that `rank`, of a data-parallel group of `world_size`, reads in any case.
 
-    Rank 0's model file; at stage 3 also its own, for buffers and client_state, where as many ranks saved; ranks
-    beyond those take rank 0's. And one optimizer file (`likeliest`), where the optimizer's are needed at all.
+    The model file of saved rank 0; at stage 3 (`partitioned`) also that of `likeliest` and that of `rank` itself, for
+    buffers and client_state (a rank beyond the saved ones takes rank 0's). With `with_optimizer`, the optimizer file of
+    `likeliest`.
     """
     one = likeliest(rank, world_size, saved_world_size)
     models = {0, one, *((rank,) if rank < saved_world_size else ())} if partitioned else {0}
@@ -34,16 +35,17 @@ def own_files(
 
 
 def all_files(saved_world_size: int, *, partitioned: bool, with_optimizer: bool) -> Needed:
-    """Every saved rank's: for a target whose own layout is not known before it is filled."""
+    """The files of all saved ranks, for a target whose layout is not known before it is filled."""
     ranks = frozenset(range(saved_world_size))
     return Needed(ranks if partitioned else frozenset({0}), ranks if with_optimizer else frozenset())
 
 
 def files_of_slots(checkpoint: ZeroCheckpoint, wanted: Mapping[str, Iterable[Piece]]) -> Needed:
-    """The saved ranks that hold any element of `wanted`: parameters of the checkpoint to slots of this rank.
+    """The files of the saved ranks that hold any element of `wanted`.
 
-    Slots may overlap (the same elements may go to more than one place). Parameters that are whole in the model file
-    need nothing more. Raises `LayoutError` for elements that no saved rank has.
+    `wanted` maps parameters of the checkpoint to the slots that this rank keeps of them. Slots may overlap, since the
+    same elements may go to more than one place. Parameters that are whole in the model file need no further file.
+    Raises `LayoutError` for elements that no saved rank has.
     """
     models: set[int] = set()
     optims: set[int] = set()

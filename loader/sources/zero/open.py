@@ -1,4 +1,7 @@
-"""Opening ZeRO's files of one checkpoint, whichever way they came: which a rank needs, and what they tell."""
+"""Opens the files of a ZeRO checkpoint that this rank needs, from a folder or from archives, and joins their contents.
+
+In order: `ZeroFiles.open` (the first model file), `gather_files` (all the others), `zero_parts` (contents and layout).
+"""
 
 from __future__ import annotations
 
@@ -30,32 +33,34 @@ from .optim_states import OptimStates, read_optim_states
 
 @dataclass
 class ZeroFiles:
-    """Those files of a checkpoint that were read, by saved rank; the first told of all the others.
+    """The files of a checkpoint that this rank has read, by saved rank.
 
-    Of a model that is split, those of this rank's part: its first model file takes the place of the one that was
-    read first.
+    Of a model that is split, they are those of this rank's part; `head` may be of another part.
     """
 
     name: str
+    """What messages call the checkpoint."""
     source: ZeroSource
     position: Position
-    """Of this rank in the job."""
+    """This rank's in the job."""
     head: ModelStates
-    """The file that was read first, which tells how the model is split."""
+    """The model file that was read first, with how the model was split."""
     models: dict[int, ModelStates] = field(default_factory=dict)
     optims: dict[int, OptimStates] = field(default_factory=dict)
     indexes: list[FileIndex] = field(default_factory=list)
     expert_layers: tuple[ExpertLayer, ...] = ()
-    """This job's MoE layers; once their files are read, the first model file has this rank's experts."""
+    """This job's MoE layers; once their files are read, model file 0 has this rank's experts."""
     experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """Experts' files that were read: name to (tree, what messages call it)."""
     layers: tuple[LayerFile, ...] = ()
-    """Of this rank's stage of a pipeline."""
+    """The layer files of this rank's pipeline stage."""
 
     @classmethod
     def open(cls, source: ZeroSource, *, name: str, opening: Opening) -> ZeroFiles:
-        """Reads the first rank's model file.
+        """Reads the first model file, which `source` has fetched.
 
-        Raises `NotFoundError` where there is none, `LayoutError` where the model was split otherwise than this job's.
+        Raises `NotFoundError` where there is none, `LayoutError` where the model was split in another way than this
+        job's.
         """
         for candidate in MODEL_STATES:
             found = source.find(candidate)
@@ -70,6 +75,7 @@ class ZeroFiles:
 
     @property
     def first(self) -> ModelStates:
+        """The model file of saved rank 0 of this rank's part; `head` until it is read."""
         return self.models.get(0, self.head)
 
     @property
@@ -84,17 +90,17 @@ class ZeroFiles:
 
     @property
     def stage(self) -> int:
-        """3, 0, or 1 for 1 and 2, which differ in nothing here."""
+        """3, 0, or 1 for both 1 and 2, whose files need no distinction here."""
         if self.first.partitioned:
             return 3
         return 0 if self.first.param_shapes is None else 1
 
     def has_optimizer_files(self, *, weights_only: bool) -> bool:
-        """Whether there are files of the optimizer that this load needs."""
+        """Whether this load needs files of the optimizer."""
         return self.stage == 3 or (self.stage > 0 and not weights_only)
 
     def fetch(self, needed: Needed, stage: str) -> None:
-        """Fetches what is `needed` and was not read, and the stage's layers. Every rank must call."""
+        """Fetches what is `needed` and was not read, and this pipeline stage's layer files. Every rank must call."""
         self.source.fetch(
             needed - self.held,
             stage,
@@ -105,9 +111,10 @@ class ZeroFiles:
         )
 
     def read(self, needed: Needed) -> None:
-        """Reads the indexes of what is `needed` and was fetched.
+        """Reads the indexes of the fetched files that are `needed` and were not read, and of the layer files.
 
-        Raises `NotFoundError` where a file is not among the fetched ones, naming those that are.
+        Raises `NotFoundError` where a file is not among the fetched ones, naming those that are, and what the readers
+        of the files raise.
         """
         missing = needed - self.held
         for rank in sorted(missing.models):
@@ -128,10 +135,11 @@ class ZeroFiles:
 
     @property
     def held(self) -> Needed:
-        """What was read so far."""
+        """The files that were read so far."""
         return Needed(frozenset(self.models), frozenset(self.optims), frozenset(self.experts))
 
     def _read(self, names: list[str], reader: Callable[..., Any]) -> Any:
+        """What `reader` makes of the first of `names` that was fetched."""
         for name in names:
             found = self.source.find(name)
             if found is not None:
@@ -152,12 +160,12 @@ def _layer(tree: Any, *, file: str) -> tuple[dict[str, Any], str]:
 
 
 def _position(opening: Opening, first: ModelStates) -> Position:
-    """Where this rank stands among those that read the same files."""
+    """This rank's part of the model and place in its data-parallel group; checks that they fit the saved layout."""
     model, topology = getattr(opening.request.state, "model", None), opening.session.topology
     live = is_deepspeed_engine(model)
     position = engine_position(model) if live else Position(topology.rank, topology.world_size)
     if opening.request.weights_only and position.layout.has_layers_of(first.layout):
-        # All weights are in the layers' files, which do not depend on the stages.
+        # The layer files hold all weights, and do not depend on how many stages there were.
         return replace(position, part=0)
     check_layout(first.layout, first.file, position.layout, engine=live)
     return position
@@ -166,8 +174,8 @@ def _position(opening: Opening, first: ModelStates) -> Position:
 def gather_files(opening: Opening, zero: ZeroFiles) -> None:
     """Fetches and reads all files that this rank restores from. Every rank must call.
 
-    A DeepSpeed engine tells which elements it holds on this rank, so it gets the files of those saved ranks that
-    have them: in two steps, see `zero_needs`. Any other target gets those of all saved ranks.
+    Which elements a DeepSpeed engine holds on this rank is known, so that only the files of the saved ranks that have
+    them are fetched: in two steps, see `needs`. For any other target the files of all saved ranks are.
     """
     request, position, watch = opening.request, zero.position, opening.watch
     with_optimizer = zero.has_optimizer_files(weights_only=request.weights_only)
@@ -207,7 +215,10 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
 
 
 def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
-    """The files of this rank's experts. Every rank must call; all raise where the experts are others than saved."""
+    """The files of this rank's experts. Every rank must call.
+
+    Raises `LayoutError`, on every rank, where the checkpoint's experts are others than this job's.
+    """
     engine = getattr(opening.request.state, "model", None)
     live = is_deepspeed_engine(engine)
     if not zero.first.num_experts and not (live and getattr(engine, "has_moe_layers", False)):
@@ -222,7 +233,10 @@ def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
 
 
 def zero_parts(opening: Opening, zero: ZeroFiles) -> tuple[Contents, ZeroContents]:
-    """Contents and layout of the files that were read."""
+    """The parts under Composer's names, and the joined files with their layout, for the target.
+
+    Raises `LayoutError` or `CorruptError` where the files that were read were not saved together.
+    """
     request, rank = opening.request, zero.position.rank
     whole = zero_contents(zero.models, zero.optims, weights_only=request.weights_only)
     model = getattr(request.state, "model", None)

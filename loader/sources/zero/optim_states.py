@@ -1,4 +1,9 @@
-"""A DeepSpeed ``optim_states`` file, or stage 0's optimizer, checked and given names. Pure."""
+"""Reads a DeepSpeed ``optim_states`` file, or stage 0's optimizer: checks the entries, and gives them as `OptimStates`.
+Pure.
+
+The entries are those of the optimizers' ``state_dict`` in DeepSpeed (``runtime/zero/stage_1_and_2.py``,
+``runtime/zero/stage3.py``, ``runtime/bf16_optimizer.py``).
+"""
 
 from __future__ import annotations
 
@@ -11,50 +16,54 @@ from ...saved.values import InertObject, LazyTensor
 from .fields import Field, a_count, a_mapping, a_sequence, a_tensor, enum_value
 
 Writer = Literal["zero", "zero3", "bf16", "whole"]
-"""DeepSpeed's optimizers: of stages 1 and 2, of stage 3, BF16_Optimizer, and those of stage 0."""
+"""Which of DeepSpeed's optimizers wrote it: that of stages 1 and 2, of stage 3, BF16_Optimizer, one of stage 0."""
 
 MASTER = "fp32"
 """The kind of the fp32 master weights; the other kinds are the optimizer's own state keys."""
-
-
-@dataclass(frozen=True)
-class OptimStates:
-    """What one rank's optimizer file holds, all of it lazy. Lists go by flat tensor: group, or subgroup at stage 3."""
-
-    file: str
-    writer: Writer
-    stage: int
-    """BF16_Optimizer: 1."""
-    tensors: dict[str, dict[int, LazyTensor]]
-    """Kind to flat tensor's index to tensor: what lies element by element along the partition."""
-    scalars: dict[int, dict[str, Any]]
-    """Flat tensor's index to what its state holds besides (``step``): numbers, None, or tensors of one element."""
-    groups: tuple[dict[str, Any], ...] | None
-    """Hyperparameters of each parameter group, without ``params``; None where the file does not tell them."""
-    group_of: dict[int, int]
-    """Flat tensor's index to parameter group's."""
-    partition_count: tuple[int, ...] | None
-    """Per group; None where there is one for all: see `ranks`."""
-    ranks: int | None
-    group_paddings: tuple[int, ...] | None
-    """Elements of this rank's partition that belong to no parameter, per group."""
-    alignment_paddings: tuple[tuple[int, ...], ...] | None
-    """Zeros after each parameter, per group."""
-    globals: dict[str, Any] = field(default_factory=dict)
-    """``loss_scaler``, ``dynamic_loss_scale``, ``overflow``, ``clip_grad``, and stage 0's scale numbers."""
-
 
 _GLOBALS = (
     "loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter",
     "scale_factor", "scale_window",
 )  # fmt: skip
+"""Keys that become `OptimStates.globals`."""
+
+
+@dataclass(frozen=True)
+class OptimStates:
+    """The entries of one rank's optimizer file; tensors are lazy.
+
+    A flat tensor is a partition of a parameter group, or of a subgroup at stage 3; at stage 0 a parameter's own tensor.
+    """
+
+    file: str
+    writer: Writer
+    stage: int
+    """1 for BF16_Optimizer, which saves none."""
+    tensors: dict[str, dict[int, LazyTensor]]
+    """Kind to flat tensor's index to tensor: the masters, and element-wise state."""
+    scalars: dict[int, dict[str, Any]]
+    """Flat tensor's index to its other state, such as ``step``: numbers, None, or tensors of one element."""
+    groups: tuple[dict[str, Any], ...] | None
+    """Hyperparameters of each parameter group, without ``params``; None where the file has none."""
+    group_of: dict[int, int]
+    """Flat tensor's index to its parameter group's."""
+    partition_count: tuple[int, ...] | None
+    """Stages 1, 2: ranks that each group is cut over; None where the file does not record it."""
+    ranks: int | None
+    """Ranks that all groups are cut over, where the file has one number for all."""
+    group_paddings: tuple[int, ...] | None
+    """Elements of this rank's partition that belong to no parameter, per group."""
+    alignment_paddings: tuple[tuple[int, ...], ...] | None
+    """Elements of padding after each parameter, per group."""
+    globals: dict[str, Any] = field(default_factory=dict)
+    """``loss_scaler``, ``dynamic_loss_scale``, ``overflow``, ``clip_grad``, and stage 0's scale numbers."""
 
 
 def read_optim_states(tree: Any, *, file: str) -> OptimStates:
-    """The file whose pickle is `tree`; `file` is what messages call it.
+    """The entries of an optimizer file, given the `tree` of its pickle; `file` is what messages call it.
 
-    Raises `FormatError` where it is no optimizer file of ZeRO's, `LayoutError` for state that does not lie element
-    by element along the parameters, `CorruptError` where what it holds cannot be.
+    Raises `FormatError` where it is no optimizer file of ZeRO's, `LayoutError` for state that is not element-wise,
+    `CorruptError` where entries have impossible types or values, or contradict each other.
     """
     outer = tree.get("optimizer_state_dict") if isinstance(tree, Mapping) else None
     if not isinstance(outer, Mapping):
@@ -84,7 +93,7 @@ def _stages_1_and_2(outer: Mapping[Any, Any], top: Field) -> OptimStates:
         if sorted(group_of) != list(range(len(masters))) or any(k != v for k, v in group_of.items()):
             raise place.at("param_groups").wrong(f"one flat parameter in each of {len(masters)} groups", base)
     else:
-        # elastic_checkpoint: a list of states, and no hyperparameters but a common step of some optimizers.
+        # elastic_checkpoint: a list of states; of the hyperparameters at most a common step.
         states = dict(enumerate(a_sequence(base, place, len(masters))))
         group_of = {index: index for index in range(len(masters))}
         if "base_optimizer_state_step" in outer:
@@ -141,9 +150,10 @@ def _stage_3(outer: Mapping[Any, Any], top: Field) -> OptimStates:
 
 
 def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
-    """Stage 0's optimizer, which the model file holds whole: one tensor a parameter, in the optimizer's order.
+    """Stage 0's optimizer, which the model file holds whole (`ModelStates.optimizer`): one tensor for each parameter,
+    in the optimizer's order.
 
-    Raises as `read_optim_states`.
+    Raises as `read_optim_states`, and `LayoutError` for optimizers whose state names no parameters.
     """
     top = Field(file).at("optimizer")
     outer = a_mapping(tree, top)
@@ -222,7 +232,10 @@ def _groups(value: Any, place: Field) -> tuple[tuple[dict[str, Any], ...], dict[
 def _states(
     states: Mapping[Any, Any], masters: list[LazyTensor], place: Field, *, exact: bool = False
 ) -> tuple[dict[str, dict[int, LazyTensor]], dict[int, dict[str, Any]]]:
-    """State tensors by kind, and the rest, of flat parameters."""
+    """The element-wise tensors by kind and flat tensor, and the other state by flat tensor.
+
+    `exact`: tensors are as long as the masters; else they may be longer, by padding.
+    """
     tensors: dict[str, dict[int, LazyTensor]] = {}
     scalars: dict[int, dict[str, Any]] = {}
     for index, entries in states.items():
@@ -231,7 +244,7 @@ def _states(
             raise at.wrong(f"an index below {len(masters)}", index)
         for key, value in a_mapping(entries, at).items():
             if isinstance(value, LazyTensor) and len(value.shape) > 0:
-                # Trimmed or padded, but never shorter than the (trimmed) fp32 partition.
+                # Trimmed or padded, but never shorter than the fp32 partition, which most optimizers trim.
                 if (
                     len(value.shape) != 1
                     or value.numel < masters[index].numel

@@ -1,4 +1,7 @@
-"""ZeRO's shards as whole tensors, for a target that is no DeepSpeed engine. Pure."""
+"""Puts ZeRO's shards together to whole tensors, for a target that is no DeepSpeed engine. Pure.
+
+Nothing is read: an `AssembledTensor` lists which elements of which files' tensors make it up.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,28 @@ from .model_states import Shape
 from .optim_states import MASTER
 
 ENGINE = "engine"
-"""The part of a ZeRO checkpoint's state that only a DeepSpeed engine has a place for."""
+"""The part of a ZeRO checkpoint's state that only a DeepSpeed engine can take."""
+
+Groups = Sequence[Sequence[tuple[str, Shape]]]
+"""For each of an optimizer's groups, the name and shape of each parameter."""
 
 
 @dataclass(frozen=True)
 class WholeContents:
-    """A ZeRO checkpoint's contents in which every tensor is whole to whoever restores it."""
+    """A ZeRO checkpoint's contents in which every tensor is whole."""
 
     contents: Contents
     masters: Mapping[int, SavedTensor] = field(default_factory=dict)
     """``id`` of a low-precision weight in `contents` to its fp32 master, where the optimizer's files were read."""
 
 
-Groups = Sequence[Sequence[tuple[str, Shape]]]
-"""Name and shape of each parameter of each of an optimizer's groups."""
-
-
 def whole_contents(zero: ZeroContents, contents: Contents, groups: Groups = ()) -> WholeContents:
-    """`contents`, or what ``ignore_keys`` left of them, with its shards put together; nothing is read.
+    """`contents`, as they are or as ``ignore_keys`` left them, with every `ShardedTensor` as an `AssembledTensor`.
 
-    `groups` are this job's: stage 0 keeps its masters in the optimizer's order, without names.
+    `groups` are this job's; they name the masters of stage 0, which are saved in the optimizer's order without names.
 
     Raises `LayoutError` where a saved rank's file is needed and was not read, or stage 0's groups are others than
-    `groups`; `CorruptError` where a parameter's pieces are not all of it.
+    `groups`; `CorruptError` where a parameter's pieces do not cover it, or a tensor is shorter than its pieces.
     """
     state = dict(contents.state)
     if isinstance(state.get("model"), Mapping):
@@ -77,7 +79,7 @@ def _whole(zero: ZeroContents, value: Any) -> Any:
 
 
 def assemble(zero: ZeroContents, sharded: ShardedTensor) -> AssembledTensor:
-    """Which runs of which files' tensors are all of `sharded`. Raises as `whole_contents` does."""
+    """The whole tensor as runs of the files' flat tensors, in the order of its elements. Raises as `whole_contents`."""
     numel = math.prod(sharded.shape)
     try:
         copies = intersect(sharded.pieces, [Piece(Place(0, 0), 0, 0, numel)])
@@ -105,7 +107,7 @@ def assemble(zero: ZeroContents, sharded: ShardedTensor) -> AssembledTensor:
 
 
 def _masters(zero: ZeroContents, model: Mapping[str, Any]) -> dict[int, AssembledTensor]:
-    """Below stage 3 the weights are saved as the module computed with them, and beside them in fp32."""
+    """Stages 1 and 2: the fp32 master of each weight that the model file has in the module's lower precision."""
     checkpoint = zero.checkpoint
     saved_name = {id(value): name for name, value in zero.model_of(0).module.items()}
     found: dict[int, AssembledTensor] = {}
@@ -123,7 +125,7 @@ def _masters(zero: ZeroContents, model: Mapping[str, Any]) -> dict[int, Assemble
 def _masters_by_position(
     zero: ZeroContents, model: Mapping[str, Any], groups: Groups
 ) -> dict[int, LazyTensor]:
-    """Stage 0: each master is whole, and only the job's optimizer tells whose it is."""
+    """Stage 0: the fp32 master of each such weight; they are matched by position in the job's optimizer."""
     optim = zero.any_optim
     if optim is None or MASTER not in optim.tensors or not groups:
         return {}

@@ -1,8 +1,12 @@
-"""Fills a DeepSpeed engine's own tensors in place, and sets what hangs on them. No collective is used here."""
+"""Carries out a plan on a DeepSpeed engine: fills its tensors in place, then sets numbers, counters and schedulers.
+
+In this order: `fill_tensors`, `set_numbers`, `relink`, `set_engine`; `cast_masters` once more when weights that the
+node's ranks share are there. No collective is used here, and no rank waits for another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,15 +14,18 @@ import torch
 from ...materialize.objects import materialize
 from ...materialize.tensors import CopyRequest, TensorReader, read_tensor
 from ...saved.values import InertObject, LazyTensor
+from ..module import NoteChange
 from .flats import MasterFlat
 from .plan import EnginePlan, Fill
 from .target import flat_view
 
-NoteChange = Callable[[str], None]
-
 
 def fill_tensors(plan: EnginePlan, reader: TensorReader) -> None:
-    """Reads everything that the plan names straight into the engine's tensors, in the order of the files."""
+    """Reads weights, masters, optimizer state and buffers straight into the engine's tensors, in the files' order.
+
+    Then casts the shares and masters that come from each other, and sets extra state. Raises `CorruptError` where
+    bytes are missing or do not match their checksum.
+    """
     target = plan.target
     requests = [_request(destination, fill) for destination, fill in plan.low]
     requests += [_request(flat_view(target.flats[index].master), fill) for index, fill in plan.masters]
@@ -44,7 +51,7 @@ def fill_tensors(plan: EnginePlan, reader: TensorReader) -> None:
 
 def _request(destination: torch.Tensor, fill: Fill) -> CopyRequest:
     if destination.dim() != 1:
-        # Memory that is not contiguous: such a parameter is only ever wanted whole.
+        # A parameter whose memory is not contiguous, which is only ever filled whole.
         return CopyRequest(fill.source, destination, fill.name, fill.source_start, fill.length)
     part = destination[fill.target_start : fill.target_start + fill.length]
     return CopyRequest(fill.source, part, fill.name, fill.source_start, fill.length)
@@ -67,7 +74,7 @@ def _make_state(plan: EnginePlan, index: int, keys: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def _derive(plan: EnginePlan) -> None:
-    """The module's shares at stage 3, cast from this rank's masters."""
+    """Casts the module's shares at stage 3 from this rank's masters."""
     target = plan.target
     for name, slot in plan.low_from_master:
         part = slice(slot.start, slot.start + slot.length)
@@ -77,7 +84,8 @@ def _derive(plan: EnginePlan) -> None:
 
 @torch.no_grad()
 def cast_masters(plan: EnginePlan, *, shared: bool) -> None:
-    """Masters that no file tells, cast from the module's weights: those of ``plan.shared``, or the others."""
+    """Casts masters that no file holds from the module's weights: with `shared` those of ``plan.shared``, which come
+    after the others; else the others."""
     target = plan.target
     for name, index, slot in plan.master_from_low:
         if (name in plan.shared) != shared:
@@ -92,7 +100,7 @@ def cast_masters(plan: EnginePlan, *, shared: bool) -> None:
 
 
 def set_numbers(plan: EnginePlan, reader: TensorReader) -> None:
-    """The optimizer's ``step`` and the like, and its hyperparameters."""
+    """Sets the optimizer's ``step`` and the like, and its hyperparameters."""
     target = plan.target
     for index, saved in plan.all_scalars.items():
         flat = target.flats[index]
@@ -101,10 +109,10 @@ def set_numbers(plan: EnginePlan, reader: TensorReader) -> None:
             continue
         for key, value in saved.items():
             if key in plan.scalars.get(index, {}):
-                state[key] = _number(value, state.get(key), reader, flat)
+                state[key] = _number_like(value, state.get(key), reader, flat)
             elif key not in state:
-                # Ignored, but the optimizer cannot do without it beside the rest.
-                zero = _number(value, None, reader, flat)
+                # It was ignored, but the optimizer needs it with the others.
+                zero = _number_like(value, None, reader, flat)
                 state[key] = (
                     torch.zeros_like(zero) if isinstance(zero, torch.Tensor) else zero and type(zero)(0)
                 )
@@ -123,8 +131,8 @@ def _has_state(plan: EnginePlan, index: int) -> bool:
     return bool(plan.scalars.get(index)) or master in plan.target.optimizer.state
 
 
-def _number(value: Any, own: Any, reader: TensorReader, flat: MasterFlat) -> Any:
-    """`value` in the form that the optimizer keeps it in: a tensor of its own, or a plain number."""
+def _number_like(value: Any, own: Any, reader: TensorReader, flat: MasterFlat) -> Any:
+    """`value` in the form that the optimizer keeps `own` in: written into that tensor, or as a plain number."""
     if isinstance(value, LazyTensor):
         real = read_tensor(value, reader=reader, name="optimizer number")
         if isinstance(own, torch.Tensor):
@@ -134,7 +142,10 @@ def _number(value: Any, own: Any, reader: TensorReader, flat: MasterFlat) -> Any
 
 
 def set_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) -> list[str]:
-    """Loss scaler, overflow, clipping, learning-rate scheduler and counters, as DeepSpeed's own load sets them."""
+    """Sets loss scaler, overflow, clipping, counters and lr scheduler, as DeepSpeed's own ``load_checkpoint`` does.
+
+    Returns what was restored, for the receipt. `note_change` is called with a part's name before that part is changed.
+    """
     engine, optimizer = plan.target.engine, plan.target.engine.optimizer
     restored = []
     saved = plan.counters
@@ -182,7 +193,10 @@ def set_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) 
 
 
 def _set_learning_rates(plan: EnginePlan, scheduler: Any) -> bool:
-    """With ``elastic_checkpoint`` no hyperparameters are saved, so the next step would begin at the first rate."""
+    """Sets the groups' learning rates from the restored scheduler; returns whether it did.
+
+    Only where the files hold no hyperparameters (``elastic_checkpoint``): the next step would use the initial rate.
+    """
     optim = plan.zero.any_optim if plan.zero is not None else None
     if optim is None or any("lr" in group for group in optim.groups or ()) or not optim.group_of:
         return False
@@ -199,7 +213,7 @@ def _set_learning_rates(plan: EnginePlan, scheduler: Any) -> bool:
 
 
 def _set_scaler(optimizer: Any, saved: Any) -> bool:
-    """Sets the fields of the engine's own loss scaler, where the saved one is of the same class."""
+    """Sets the fields of the engine's own loss scaler where the saved one is of the same class; whether it did."""
     own = getattr(optimizer, "loss_scaler", None)
     if not isinstance(saved, InertObject) or own is None:
         return False
@@ -212,7 +226,7 @@ def _set_scaler(optimizer: Any, saved: Any) -> bool:
 
 
 def relink(plan: EnginePlan) -> None:
-    """Has DeepSpeed's views of parameters (``safe_get_full_*``) follow state tensors that were made anew."""
+    """Links DeepSpeed's per-parameter views (``safe_get_full_*``) to the state tensors that `fill_tensors` made."""
     optimizer, target = plan.target.engine.optimizer, plan.target
     link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if target.kind in ("zero", "bf16") and link is not None and plan.fresh_keys:

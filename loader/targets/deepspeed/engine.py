@@ -1,9 +1,9 @@
-"""Restoring into a live DeepSpeed engine: plan, apply, finish.
+"""Restores into a live DeepSpeed engine: `plan_engine`, then `apply_engine`, then `finish_engine`.
 
-The engine's own tensors are filled in place, straight from the files, so a restore takes no second copy of a
-partition and none of DeepSpeed's collectives: below stage 3 the ranks of a node bring the module's weights there once
-(`weight_sharing`), at stage 3 each casts its shares from its own masters. Collectives are left for `finish_engine`
-alone, at stage 3 with persistent parameters.
+The engine's own tensors are filled in place, straight from the files, so a restore needs no second copy of a
+partition. Below stage 3 the ranks of a node read the module's weights once for all (``verify.weights``); at stage 3
+each rank casts its shares from its own masters. Only `finish_engine` runs collectives: at stage 3, for persistent
+parameters.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ...errors import CorruptError, LayoutError
 from ...materialize.tensors import TensorReader
 from ...saved.contents import Contents
 from ...sources.zero.contents import ZeroContents, kept_parts
-from ...sources.zero.experts import spoken_layers
+from ...sources.zero.experts import describe_layers
 from ...sources.zero.layout import named_by_optimizer
-from .apply import NoteChange, fill_tensors, relink, set_engine, set_numbers
+from ..module import NoteChange
+from .apply import fill_tensors, relink, set_engine, set_numbers
 from .plan import EnginePlan, plan_model, plan_states
 from .target import EngineTarget, engine_target, is_deepspeed_engine
 
@@ -34,8 +35,21 @@ __all__ = [
 ]
 
 
+_COUNTER_TYPES: dict[str, tuple[type, ...]] = {
+    "dynamic_loss_scale": (bool,),
+    "overflow": (bool,),
+    "clip_grad": (int, float),
+    "cur_scale": (int, float),
+    "cur_iter": (int,),
+    "last_overflow_iter": (int,),
+    "scale_factor": (int, float),
+    "scale_window": (int,),
+}
+"""Types of the counters and the like that are set in the engine's optimizer; other types are an error."""
+
+
 def engine_classes(engine: Any) -> tuple[str, str]:
-    """Class names of the engine's optimizer proper and learning-rate scheduler, for `zero_tree`."""
+    """Class names of the engine's optimizer, inside DeepSpeed's, and its learning-rate scheduler, for `zero_tree`."""
     optimizer = getattr(engine, "basic_optimizer", None) or engine.optimizer
     scheduler = getattr(engine, "lr_scheduler", None)
     return (
@@ -45,10 +59,10 @@ def engine_classes(engine: Any) -> tuple[str, str]:
 
 
 def name_parameters(engine: Any, zero: ZeroContents) -> ZeroContents:
-    """Stage 0's files do not name the optimizer's parameters: here they get the names of `engine`'s, by position.
+    """`zero` with the names of `engine`'s parameters, by position, where stage 0's files do not name the optimizer's.
 
-    Contents of other stages come back as they are. To be called before `zero_tree`, so that ``ignore_keys`` sees
-    names. Raises `LayoutError` where groups or shapes differ.
+    Contents of other stages are returned as they are. Call it before `zero_tree`, so that ``ignore_keys`` sees names.
+    Raises `LayoutError` where groups or shapes differ.
     """
     return _named(zero, engine_target(engine))
 
@@ -74,20 +88,26 @@ def plan_engine(
     weights_only: bool,
     rename: Mapping[str, str] | None = None,
 ) -> EnginePlan:
-    """Matches a checkpoint with `engine` and works out what goes where; changes nothing, and no rank waits.
+    """Matches a checkpoint with `engine` and plans which elements go where; changes nothing, and no rank waits.
 
-    `unfiltered.state` is what `zero_tree` gave, `contents` the same after ``ignore_keys``. `zero` None: the
-    checkpoint is a single file in another layout, of which an engine takes the weights. What does not fit is in
-    the plan's ``mismatch``, for the caller to raise.
+    What does not fit is in the plan's ``mismatch``, for the caller to raise.
 
-    Raises `LayoutError` where the engine is of a kind that is not supported, or files of a rank are lacking.
+    Args:
+        zero: the ZeRO files that this rank has read; None where the checkpoint is a single file, of which an engine
+            takes the weights alone.
+        contents: the engine's parts of the checkpoint, as ``ignore_keys`` left them.
+        unfiltered: the checkpoint's contents before ``ignore_keys``; for ZeRO, what `zero_tree` returned.
+        weights_only: plan the module's weights and buffers alone.
+        rename: saved name to this job's, before names are matched.
+
+    Raises `LayoutError` where the engine is of a kind that is not supported, or files of a saved rank are missing.
     """
     target = engine_target(engine)
     if zero is not None:
         zero = _named(zero, target)
     elif any(layer.ep_size > 1 for layer in target.experts):
         raise LayoutError(
-            f"the engine's experts are spread over ranks ({spoken_layers(target.experts)}), and a single file does "
+            f"the engine's experts are spread over ranks ({describe_layers(target.experts)}), and a single file does "
             "not tell which rank's they are: restore it from the folder that DeepSpeed saved"
         )
     elif target.layout.split:
@@ -116,21 +136,9 @@ def plan_engine(
     return plan
 
 
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "dynamic_loss_scale": (bool,),
-    "overflow": (bool,),
-    "clip_grad": (int, float),
-    "cur_scale": (int, float),
-    "cur_iter": (int,),
-    "last_overflow_iter": (int,),
-    "scale_factor": (int, float),
-    "scale_window": (int,),
-}
-
-
 def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: EnginePlan) -> dict[str, Any]:
     file = zero.model_of(plan.target.rank).file
-    for key, kinds in _PLAIN.items():
+    for key, kinds in _COUNTER_TYPES.items():
         if key in saved and not isinstance(saved[key], kinds):
             raise CorruptError(
                 f"{file}: {key} is a {type(saved[key]).__name__}, expected {' or '.join(k.__name__ for k in kinds)}",
@@ -148,9 +156,9 @@ def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: Engine
 def apply_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) -> list[str]:
     """Carries out `plan` on this rank; returns what was restored, for the receipt. No rank waits for another.
 
-    Weights in ``plan.shared`` come afterwards, see `weight_sharing`. `note_change` is told each part before it is
-    first changed. Raises `CorruptError` where bytes are missing or do
-    not match their checksum; by then parts may have been changed.
+    The weights in ``plan.shared`` are left out: ``verify.weights`` brings them afterwards. `note_change` is called
+    with a part's name before that part is first changed. Raises `CorruptError` where bytes are missing or do not match
+    their checksum; by then parts may have been changed.
     """
     target = plan.target
     optimizer = target.engine.optimizer
@@ -158,7 +166,7 @@ def apply_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange
         note_change("model")
     if plan.states or plan.scalars or plan.groups:
         note_change("optimizer")
-    # Gives up gathered copies of parameters, which would otherwise outlive the change of their shares.
+    # Frees gathered copies of parameters, which would otherwise keep the old values of their shares.
     if target.kind == "zero3":
         optimizer.checkpoint_event_prologue()
     elif hasattr(optimizer, "partition_all_parameters"):
@@ -179,9 +187,10 @@ def apply_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange
 
 
 def finish_engine(plan: EnginePlan) -> None:
-    """Every rank, once all of them have applied: stage 3 gathers the parameters that it keeps whole.
+    """Gathers the parameters that stage 3 keeps whole on every rank.
 
-    These are the only collectives of a restore, and DeepSpeed's own; so the ranks should have agreed that all are well.
+    Every rank must call it, and only once all have agreed that they applied their plans: these are collectives, the
+    only ones of a restore, in which a rank waits for ever for one that failed.
     """
     optimizer = plan.target.engine.optimizer
     _gather_whole(
@@ -196,10 +205,10 @@ def finish_engine(plan: EnginePlan) -> None:
 
 
 def _gather_whole(parameters: list[Any]) -> None:
-    """Those of one group in one collective, as DeepSpeed's own forward pass gathers them.
+    """Gathers `parameters`: those of one process group in one collective, as DeepSpeed's own forward pass does.
 
-    Its ``all_gather`` of a list starts a collective for each, and before 0.19 waits for the last alone, while gloo may
-    end others later. What has a second copy of its shares, or is quantized, is gathered by it one by one.
+    DeepSpeed's ``all_gather`` of a list starts a collective for each, and before 0.19 waits for the last alone, while
+    gloo may end others later. It is used, one by one, for parameters that are quantised or have a secondary partition.
     """
     by_group: dict[int, list[Any]] = {}
     for one in parameters:

@@ -1,6 +1,7 @@
-"""Where this rank stands in a DeepSpeed engine's layout: which part of the model it has, and which files that has.
+"""Reads from a DeepSpeed engine which part of the model this rank has, its pipeline's layer files, and its experts.
 
-Nothing is changed and no collective is used here, and DeepSpeed is never imported.
+`engine_position`, `layer_files` and `expert_layers` answer these three. Nothing is changed, no collective is used, and
+DeepSpeed is not imported; its classes are found in ``sys.modules``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _STAGES = ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_si
 _TENSOR = (
     "get_tensor_model_parallel_world_size", "get_slice_parallel_world_size", "get_model_parallel_world_size",
 )  # fmt: skip
-"""What an ``mpu`` may call them, in the order in which DeepSpeed asks when it saves."""
+"""Methods of an ``mpu`` for the number of pipeline stages and of tensor-parallel ranks, in DeepSpeed's own order."""
 
 
 def engine_position(engine: Any) -> Position:
@@ -37,17 +38,18 @@ def engine_position(engine: Any) -> Position:
 
 
 def data_parallel_place(engine: Any) -> tuple[int, int]:
-    """This rank within the group that partitions, and its size."""
+    """This rank within the data-parallel group that partitions the optimizer, and the group's size."""
     if not torch.distributed.is_initialized():
         return 0, 1
     group = getattr(engine.optimizer, "dp_process_group", None)
     if group is None:
-        # Stage 0 in fp32 partitions nothing; its ranks stand as in any other stage.
+        # Stage 0 in fp32 partitions nothing; its ranks are numbered as in any other stage.
         group = getattr(engine, "seq_data_parallel_group", None)
     return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
 def _asked(mpu: Any, names: tuple[str, ...]) -> int:
+    """The result of the first method of `names` that `mpu` has; 1 without any."""
     for name in names:
         if hasattr(mpu, name):
             return int(getattr(mpu, name)())
@@ -61,23 +63,23 @@ def is_pipeline(module: Any) -> bool:
 
 
 def layer_files(module: Any) -> tuple[LayerFile, ...]:
-    """The files of the layers that this stage of the pipeline `module` has, tied ones too, each once."""
+    """The files of the layers of this pipeline stage, tied ones too, each once. `module` is a ``PipelineModule``."""
     start = module._local_start
     found: dict[str, LayerFile] = {}
     tied = {id(layer): key for key, layer in module.tied_modules.items()}
     for local, layer in enumerate(module.forward_funcs):
-        # As DeepSpeed's own rule: functions have no file.
+        # DeepSpeed's own rule: functions have no file.
         if not hasattr(layer, "state_dict"):
             continue
         key = tied.get(id(layer))
         prefix = f"{start + local}." if key is None else _tied_prefix(key)
-        found.setdefault(prefix, LayerFile(_name(module, local), prefix))
+        found.setdefault(prefix, LayerFile(_file_name(module, local), prefix))
     for key in tied.values():
-        # Here it is only used by a function; another stage may have it as a layer.
+        # A tied module that only a function uses here; another stage may have it as a layer.
         for index, spec in enumerate(module._layer_specs):
             if getattr(spec, "key", None) == key and getattr(spec, "forward_fn", "") is None:
                 prefix = _tied_prefix(key)
-                found.setdefault(prefix, LayerFile(_name(module, index - start), prefix))
+                found.setdefault(prefix, LayerFile(_file_name(module, index - start), prefix))
     return tuple(found.values())
 
 
@@ -85,13 +87,14 @@ def _tied_prefix(key: str) -> str:
     return f"tied_modules.{key}."
 
 
-def _name(module: Any, local: int) -> str:
-    """DeepSpeed's own name, which a subclass may have changed; it counts layers from the stage's first one."""
+def _file_name(module: Any, local: int) -> str:
+    """A layer file's name by DeepSpeed's ``ckpt_layer_path``, which a subclass may override; `local` counts layers from
+    the stage's first one."""
     return str(module.ckpt_layer_path("", local)).rsplit("/", 1)[-1]
 
 
 def unsaved_prefixes(module: Any) -> tuple[str, ...]:
-    """What the names of a pipeline's submodules begin with that are in no file, such as a loss function's."""
+    """Name prefixes of a pipeline's submodules that are in no layer file, such as a loss function's; else ()."""
     if not is_pipeline(module):
         return ()
     return tuple(
@@ -102,8 +105,8 @@ def unsaved_prefixes(module: Any) -> tuple[str, ...]:
 def expert_layers(engine: Any) -> tuple[ExpertLayer, ...]:
     """The engine's MoE layers in the order of its module, by which DeepSpeed numbers their files; () without any.
 
-    No collective is used. Raises `LayoutError` for experts that are no `deepspeed.moe.layer.MoE` (AutoEP), and for
-    pipeline or tensor parallelism beside them.
+    Raises `LayoutError` for experts that are no ``deepspeed.moe.layer.MoE`` (AutoEP), and for experts together with
+    pipeline or tensor parallelism.
     """
     if not getattr(engine, "has_moe_layers", False):
         return ()

@@ -1,7 +1,8 @@
-"""How a checkpoint's tensors become a DeepSpeed engine's: everything checked, nothing changed.
+"""Plans which saved elements go into which of a DeepSpeed engine's tensors: all is checked, nothing changed.
 
-The target's layout is the engine's own, the source's the checkpoint's; parameters are matched by name, and what is
-left to do is interval arithmetic, so any two layouts fit as long as the files that it leads to were read.
+`plan_model` plans weights, buffers and masters, then `plan_states` the optimizer's state and numbers. Parameters are
+matched by name; the rest is interval arithmetic between the checkpoint's pieces and the engine's slots
+(``saved.intervals``), so any two layouts fit as long as the files that it leads to were read.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from ...saved.names import match_names
 from ...saved.values import LazyTensor
 from ...sources.zero.contents import FROZEN, KeptParts, ShardedTensor, ZeroContents
 from ...sources.zero.optim_states import MASTER
+from ..module import dtype_name
 from .target import EngineTarget
 
 Saved = LazyTensor | ShardedTensor
+"""A whole tensor in one file, or one in pieces in several ranks' files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fill:
-    """Elements of the checkpoint that go into one of the engine's tensors."""
+    """A run of saved elements that goes into one of the engine's tensors; starts and length count elements."""
 
     name: str
     """What messages call it: ``model/NAME``, ``fp32/NAME``, ``exp_avg/NAME``."""
@@ -37,7 +40,7 @@ class Fill:
 
 @dataclass
 class EnginePlan:
-    """A restore into an engine, checked and not yet begun."""
+    """A restore into an engine, checked; nothing is changed yet. Names are the engine's parameters."""
 
     target: EngineTarget
     zero: ZeroContents | None
@@ -47,36 +50,38 @@ class EnginePlan:
     cast: dict[str, str] = field(default_factory=dict)
     """``model/NAME`` to ``source dtype -> target dtype``."""
     low: list[tuple[Any, Fill]] = field(default_factory=list)
-    """(destination, what goes there): what the module computes with, one-dimensional or whole."""
+    """(destination, what goes there): weights that the module computes with, one-dimensional or whole parameters."""
     whole: dict[str, Saved] = field(default_factory=dict)
-    """Parameters that this rank computes with whole, to what those weights come from; all of it is in ``low`` too."""
+    """Parameters that this rank computes with whole, to the saved weights for them; all of it is in ``low`` too."""
     masters: list[tuple[int, Fill]] = field(default_factory=list)
     """(index of the flat, what goes there)."""
     filled_masters: set[str] = field(default_factory=set)
-    """Parameters whose masters on this rank all come from saved ones."""
+    """Parameters whose masters on this rank are all filled from saved masters."""
     states: list[tuple[int, str, Fill]] = field(default_factory=list)
     """(index of the flat, state key, what goes there)."""
     shared: set[str] = field(default_factory=set)
-    """Parameters whose low-precision weights this rank's node gets once; they are not in ``low`` any more."""
+    """Parameters whose weights this rank's node reads once for all its ranks; `leave_out` took them out of ``low``."""
     low_from_master: list[tuple[str, Piece]] = field(default_factory=list)
-    """Stage 3: shares that are cast from this rank's own masters."""
+    """Stage 3: (parameter, slot in a flat) of shares that are cast from this rank's own masters."""
     master_from_low: list[tuple[str, int, Piece]] = field(default_factory=list)
-    """Masters that are cast from the module's own elements."""
+    """(parameter, index of the flat, slot in it) of masters that are cast from the module's weights."""
     buffers: dict[str, LazyTensor] = field(default_factory=dict)
     extra_state: dict[str, Any] = field(default_factory=dict)
     fresh_keys: dict[int, dict[str, str]] = field(default_factory=dict)
     """Index of the flat to the state keys that the optimizer needs there, with the dtype saved."""
     scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Index of the flat to ``step`` and the like, lazy; those that are wanted."""
+    """Index of the flat to ``step`` and the like, lazy, without the ignored ones."""
     all_scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The same, wanted or not: a state that is made anew needs all of its keys."""
+    """The same with the ignored ones: a new state needs all of its keys."""
     groups: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The engine's parameter group to the hyperparameters it gets, lazy."""
+    """Index of the engine's parameter group to the hyperparameters it gets, lazy."""
     scheduler: Any = None
+    """The saved state of the lr scheduler, lazy; None where it stays as it is."""
     counters: dict[str, Any] = field(default_factory=dict)
+    """Counters, loss scaler and the like, by DeepSpeed's names."""
     not_restored: list[str] = field(default_factory=list)
     saved_names: dict[int, str] = field(default_factory=dict)
-    """``id`` of what the model file holds to its name there."""
+    """``id`` of a value in the model file to its name there."""
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +96,10 @@ class EnginePlan:
 def plan_model(
     plan: EnginePlan, saved: Mapping[str, Any], kept: Iterable[str], rename: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """Plans module, buffers and masters; returns the engine's parameters to their names in the checkpoint.
+    """Plans weights, buffers, extra state and masters; returns each of the engine's parameters' name in the checkpoint.
 
-    `saved` is everything the checkpoint has, `kept` the names that were not ignored.
+    `saved` is the whole saved model, `kept` the names of it that were not ignored. Raises `LayoutError` where pieces
+    of a parameter overlap, or lie in files that were not read.
     """
     target = plan.target
     names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
@@ -128,7 +134,9 @@ def plan_model(
             _plan_parameter(plan, name, saved[left[0]])
     for name, buffer in target.buffers.items():
         source = source_of.get(name)
-        if source in wanted and _fits(plan, name, saved[source], tuple(buffer.shape), _dtype(buffer)):
+        if source in wanted and _fits(
+            plan, name, saved[source], tuple(buffer.shape), dtype_name(buffer.dtype)
+        ):
             plan.buffers[name] = saved[source]
     plan.extra_state.update(
         {name: saved[source_of[name]] for name in target.extra_state if source_of.get(name) in wanted}
@@ -137,7 +145,7 @@ def plan_model(
 
 
 def _is_alias(plan: EnginePlan, name: str, source_of: Mapping[str, str]) -> bool:
-    """Whether `name` is another name of something that was matched, tied in the checkpoint."""
+    """Whether `name` is tied, in the checkpoint, to a name that was matched."""
     if plan.zero is None:
         return False
     parameter = plan.zero.checkpoint.find(name)
@@ -150,6 +158,7 @@ def _is_alias(plan: EnginePlan, name: str, source_of: Mapping[str, str]) -> bool
 
 
 def _fits(plan: EnginePlan, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether `value` is a tensor of `shape` that can be cast to `dtype`; notes in the plan where it is not."""
     if not isinstance(value, LazyTensor | ShardedTensor):
         plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
         return False
@@ -164,7 +173,7 @@ def _fits(plan: EnginePlan, name: str, value: Any, shape: tuple[int, ...], dtype
 
 
 def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
-    """Where the module's elements of `name`, and its fp32 masters, come from."""
+    """Plans what the weights and the fp32 masters of `name` are filled from, given its saved `value`."""
     target = plan.target
     dtype = target.dtypes[name]
     if not _fits(plan, name, value, target.shapes[name], dtype):
@@ -176,7 +185,7 @@ def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
         plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
     slots = target.slots_of.get(name, ())
     owned = name in target.owned
-    # In another precision than saved, the masters tell more than the module does.
+    # A module of another dtype than saved is filled from the masters, which are more precise.
     low_source = value if exact or master is None else master
     if owned and name not in target.shared_memory:
         if master is not None:
@@ -200,7 +209,7 @@ def _plan_parameter(plan: EnginePlan, name: str, value: Any) -> None:
 
 
 def _master_source(plan: EnginePlan, value: Saved) -> ShardedTensor | None:
-    """The saved fp32 master weights of what `value` is a parameter's saved value of."""
+    """The saved fp32 masters of the parameter whose saved weights are `value`; None where the files read have none."""
     if isinstance(value, ShardedTensor):
         return value if value.kind == MASTER else None
     if plan.zero is None or not plan.zero.optims or MASTER not in plan.zero.checkpoint.kinds:
@@ -218,6 +227,10 @@ def _fill_masters(plan: EnginePlan, name: str, source: Saved, slots: Sequence[tu
 
 
 def fills_of(plan: EnginePlan, name: str, source: Saved, slots: Sequence[Piece]) -> list[Fill]:
+    """The fills of `slots` from `source`, in the order of the parameter's elements; `name` is for messages.
+
+    Raises `LayoutError` where the pieces do not hold all wanted elements once, or lie in files that were not read.
+    """
     if isinstance(source, LazyTensor):
         whole = [Piece(Place(0, 0), 0, 0, source.numel)] if source.numel else []
         return [
@@ -242,12 +255,12 @@ def fills_of(plan: EnginePlan, name: str, source: Saved, slots: Sequence[Piece])
     return fills
 
 
-def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def plan_states(plan: EnginePlan, found: Mapping[str, str], wanted: KeptParts, optimizer_class: str) -> None:
-    """Plans the optimizer's state, its numbers and its hyperparameters. `found` is what `plan_model` returned."""
+    """Plans the optimizer's state tensors, its numbers (``step``) and its hyperparameters.
+
+    `found` is what `plan_model` returned, `wanted` what ``ignore_keys`` left; `optimizer_class` is for messages. Reads
+    numbers that are saved as tensors, to compare them.
+    """
     zero, target = plan.zero, plan.target
     if zero is None:
         return
@@ -303,9 +316,9 @@ def plan_states(plan: EnginePlan, found: Mapping[str, str], wanted: KeptParts, o
 
 
 def _padding(target: EngineTarget, index: int, saved_of: Mapping[str, str]) -> Iterator[tuple[str, Piece]]:
-    """Nothing of one of its group's parameters, for a partition that is padding alone.
+    """For a partition that is padding alone, an empty slot of one of its group's parameters.
 
-    DeepSpeed's optimizer keeps state there too, and counts its steps.
+    DeepSpeed's optimizer keeps state for such a partition too, and counts its steps.
     """
     for name in target.groups[target.flats[index].param_group]:
         if name in saved_of:
@@ -330,15 +343,15 @@ def _plan_groups(
         return
     at = f"optimizers/{optimizer_class}/param_groups"
     for index, names in enumerate(plan.target.groups):
-        origins = sorted(
+        saved_groups = sorted(
             {optim.group_of[zero.checkpoint.parameters[saved_of[n]].group] for n in names if n in saved_of}
         )
-        if not origins:
+        if not saved_groups:
             continue
-        first = optim.groups[origins[0]]
-        if any(optim.groups[other] != first for other in origins[1:]):
+        first = optim.groups[saved_groups[0]]
+        if any(optim.groups[other] != first for other in saved_groups[1:]):
             plan.mismatch.wrong.append(
-                f"{at}: this job's group {index} takes parameters from the checkpoint's groups {origins}, whose "
+                f"{at}: this job's group {index} takes parameters from the checkpoint's groups {saved_groups}, whose "
                 "hyperparameters differ; group the parameters as they were grouped when the checkpoint was saved"
             )
             continue
@@ -350,5 +363,5 @@ def _plan_groups(
                     f"{', '.join(sorted(first))}; this job's has {', '.join(sorted(set(own) - {'params'}))}"
                 )
                 break
-        if origins[0] in wanted.groups:
-            plan.groups[index] = wanted.groups[origins[0]]
+        if saved_groups[0] in wanted.groups:
+            plan.groups[index] = wanted.groups[saved_groups[0]]

@@ -1,7 +1,7 @@
-"""What a live DeepSpeed engine wants: which elements of which parameters its tensors on this rank hold.
+"""Lists a live DeepSpeed engine's tensors on this rank: which elements of which parameters each of them holds.
 
-Nothing is changed and no collective is used here. DeepSpeed itself is never imported: an engine can only exist where
-somebody else did.
+`engine_target` makes the list, `wanted_slots` says which of its elements must be read from ZeRO's files. Nothing is
+changed and no collective is used here. DeepSpeed is not imported; its classes are found in ``sys.modules`` or by name.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from ...saved.values import LazyTensor
 from ...sources.zero.layout import ZeroCheckpoint, share_pieces
 from ...sources.zero.model_parallel import UNSPLIT, ParallelLayout
 from ...sources.zero.model_states import ExpertLayer, ModelStates, Shape
+from ..module import dtype_name
 from .flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
 from .parallel import engine_position, expert_layers, unsaved_prefixes
 
 Kind = Literal["zero", "zero3", "bf16", "unfused", "plain", "none"]
+"""DeepSpeed's optimizer, in this order: of stages 1 and 2, of stage 3, BF16_Optimizer, FP16_UnfusedOptimizer (stage 0
+in bf16 or fp16), torch's own (stage 0 in fp32), none."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowSlot:
-    """Elements of a parameter as the module computes with them, on this rank."""
+    """Where elements of a parameter lie that the module computes with, on this rank."""
 
     flat: torch.Tensor
     """One-dimensional, or the whole parameter where its memory is not contiguous."""
@@ -42,30 +45,30 @@ class EngineTarget:
 
     engine: Any
     kind: Kind
-    """DeepSpeed's optimizer: of stages 1 and 2, of stage 3, BF16_Optimizer, stage 0 in bf16, stage 0 in fp32, none."""
     rank: int
     """Within the data-parallel group."""
     world_size: int
     shapes: dict[str, Shape]
     """Every parameter's whole shape, by its first name."""
     dtypes: dict[str, str]
-    """What the module computes with."""
+    """By the same names: the dtype that the module computes with, such as ``bfloat16``."""
     aliases: dict[str, str]
     """Every further name of a tied parameter to its first."""
     buffers: dict[str, torch.Tensor]
-    """Persistent ones."""
+    """Persistent ones, by name."""
     extra_state: tuple[str, ...]
+    """Names of submodules' extra state."""
     flats: tuple[MasterFlat, ...]
     low: dict[str, tuple[LowSlot, ...]]
+    """Parameter to where its elements lie that the module computes with; () where this rank has none."""
     groups: tuple[tuple[str, ...], ...]
     """Names in the optimizer's parameter groups, in the order that the optimizer was given them."""
     shared_memory: frozenset[str] = field(default_factory=frozenset)
     """Parameters whose master is the module's own tensor."""
-
     slots_of: dict[str, tuple[tuple[int, Piece], ...]] = field(default_factory=dict)
-    """Parameter to (index of the flat, place in it); nothing where this rank updates none of its elements."""
+    """Parameter to (index of the flat, slot in it); no entry where this rank updates none of its elements."""
     experts: tuple[ExpertLayer, ...] = ()
-    """The module's MoE layers: experts' names are the same on every rank, and stand for other experts."""
+    """The module's MoE layers. Their experts have the same names on every rank, and are other experts there."""
     layout: ParallelLayout = UNSPLIT
     """Into what the model is split; the names and shapes here are those of this rank's part."""
 
@@ -76,7 +79,7 @@ class EngineTarget:
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer proper, inside DeepSpeed's."""
+        """The torch optimizer inside DeepSpeed's; the engine's own at stage 0 in fp32."""
         outer = self.engine.optimizer
         return outer if self.kind == "plain" else getattr(outer, "optimizer", None)
 
@@ -89,9 +92,10 @@ def is_deepspeed_engine(model: Any) -> bool:
 
 
 def engine_target(engine: Any) -> EngineTarget:
-    """What `engine` holds on this rank.
+    """What `engine` holds on this rank. Reads its attributes only; no rank waits for another.
 
-    Raises `LayoutError` for engines with AutoEP, with experts beside pipeline or tensor parallelism, or state on NVMe.
+    Raises `LayoutError` for engines with AutoEP, with experts together with pipeline or tensor parallelism, with state
+    on NVMe, with quantised shares, or with an optimizer that is not known.
     """
     _refuse_other_engines(engine)
     experts = expert_layers(engine)
@@ -135,7 +139,7 @@ def engine_target(engine: Any) -> EngineTarget:
         rank=rank,
         world_size=world_size,
         shapes=shapes,
-        dtypes={name: _dtype_name(parameter) for name, parameter in parameters.items()},
+        dtypes={name: dtype_name(parameter.dtype) for name, parameter in parameters.items()},
         aliases=aliases,
         buffers=buffers,
         extra_state=extra,
@@ -216,7 +220,7 @@ def _low(
 
 
 def _share(name: str, parameter: Any, rank: int, world_size: int) -> Iterator[LowSlot]:
-    """This rank's share of a parameter that stage 3 partitioned and no optimizer owns."""
+    """This rank's share of a parameter that no optimizer updates at stage 3; all of one that is not partitioned."""
     if not hasattr(parameter, "ds_id"):
         yield LowSlot(flat_view(parameter), Piece(Place(0, 0), 0, 0, parameter.numel()))
         return
@@ -226,12 +230,6 @@ def _share(name: str, parameter: Any, rank: int, world_size: int) -> Iterator[Lo
     for piece in share_pieces(parameter.ds_numel, world_size, 0, 0):
         if piece.place.rank == rank:
             yield LowSlot(share.data.view(-1), piece)
-
-
-def flat_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in one dimension; the tensor itself where its memory is not contiguous."""
-    plain = tensor.data
-    return plain.view(-1) if plain.is_contiguous() else plain
 
 
 def _module_rest(
@@ -252,17 +250,14 @@ def _module_rest(
     return buffers, tuple(extra)
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def wanted_slots(
     target: EngineTarget, checkpoint: ZeroCheckpoint, model: ModelStates, rename: Mapping[str, str] | None
 ) -> dict[str, list[Piece]]:
-    """The checkpoint's parameters to the slots of this rank that are filled from what ranks have apart.
+    """Saved parameter's name to the slots of this rank that are filled from the saved ranks' partitions.
 
-    `model` is rank 0's model file; what only the optimizer's files have is wanted too. Parameters that do not fit are
-    left out: the plan reports them.
+    Those are slots of masters and of the optimizer's state; at stage 3 of weights too. `model` is rank 0's model file;
+    parameters that only the optimizer's files have count as well. Parameters that do not fit are left out here, and
+    reported by the plan.
     """
     names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
     in_no_layer = (
@@ -278,8 +273,14 @@ def wanted_slots(
         slots = wanted.setdefault(parameter.name, [])
         slots += [slot for _, slot in target.slots_of.get(first, ())]
         saved = model.module.get(saved_name)
-        # In another precision than saved, what the module computes with is cast from the fp32 masters.
+        # A module of another dtype than saved gets its weights cast from the fp32 masters.
         whole = isinstance(saved, LazyTensor) and saved.dtype == target.dtypes[first]
         if checkpoint.partitioned or not whole:
             slots += [low.slot for low in target.low[first]]
     return wanted
+
+
+def flat_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in one dimension; the tensor's data as it is where its memory is not contiguous."""
+    plain = tensor.data
+    return plain.view(-1) if plain.is_contiguous() else plain

@@ -1,6 +1,8 @@
-"""The weights that a DeepSpeed engine of stages 0 to 2 keeps whole on every rank, brought to each node once.
+"""Fills the weights that a DeepSpeed engine of stages 0 to 2 keeps whole on every rank from one copy in each node.
 
-`weight_regions` tells how; here are the tensors. Imports torch.
+A region is a run of bytes in the node's shared memory (the "image"). The ranks of a node each provide a part of it,
+cast from their masters or read (`provide`), and each takes the whole from there (`take`). ``verify.weight_regions``
+deals out the parts and ``verify.weights`` runs this; here is what is done to the tensors. Imports torch.
 """
 
 from __future__ import annotations
@@ -18,53 +20,59 @@ from ...sources.zero.model_states import EXPERTS
 from ...sources.zero.optim_states import MASTER
 from ...verify.joint import StorageId
 from ...verify.weight_regions import MASTERS, RegionOffer, RegionShare
+from ..module import dtype_name
 from .plan import EnginePlan, Saved, fills_of
 from .target import flat_view
 
 MIN_REGION_BYTES = 1 << 20
-"""Below this, every rank reads for itself."""
+"""Weights of smaller regions are read by every rank itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """A parameter in a region."""
+    """A parameter's weights, and where they lie in a region."""
 
     name: str
     destination: torch.Tensor
-    """One-dimensional: all of what this rank computes with."""
+    """One-dimensional: the whole parameter that this rank computes with."""
     source: Saved
     start: int
-    """Of its first byte in the region."""
+    """Its first byte in the region."""
 
     @property
     def span(self) -> ByteRange:
+        """Its bytes in the region."""
         return ByteRange(self.start, self.start + self.destination.numel() * self.destination.element_size())
 
 
 @dataclass
 class Region:
-    """Weights that come to the node together."""
+    """Weights that lie together in the node's image: a storage of the module's file, or all that only masters give."""
 
     nbytes: int
     storage: StorageRef | None
-    """The module file's; None where the weights are told by the masters alone."""
+    """The module file's storage; None where only the masters give the weights."""
     complete: bool
-    """Whether ``weights`` are all that the storage holds, but for paddings."""
+    """Whether ``weights`` are all that the storage holds, except padding."""
     weights: list[Weight] = field(default_factory=list)
 
 
 def find_regions(plan: EnginePlan, name_of: Callable[[str], str]) -> dict[StorageId, Region]:
-    """The regions of a plan, by names that are the same on all ranks; `name_of` tells a local file's."""
+    """The regions of `plan` of at least `MIN_REGION_BYTES`, by names that are the same on all ranks; {} at stage 3, at
+    stage 0 in fp32, and for a single file.
+
+    `name_of(path)` is the name, the same on all ranks, of the file at a local path.
+    """
     if plan.zero is None or plan.target.kind not in ("zero", "bf16", "unfused"):
         return {}
     found: dict[StorageId, Region] = {}
-    apart = f"weights of {plan.zero.model_of(0).file}"
+    by_masters = f"weights of {plan.zero.model_of(0).file}"
     for name, source in plan.whole.items():
         destination = plan.target.low[name][0].flat
         if not destination.numel():
             continue
         if isinstance(source, LazyTensor):
-            if source.dtype != _dtype(destination) or not source.is_contiguous:
+            if source.dtype != dtype_name(destination.dtype) or not source.is_contiguous:
                 continue
             storage = source.storage
             region = found.setdefault(
@@ -72,22 +80,21 @@ def find_regions(plan: EnginePlan, name_of: Callable[[str], str]) -> dict[Storag
             )
             region.weights.append(Weight(name, destination, source, source.storage_offset * source.itemsize))
         elif source.kind == MASTER and EXPERTS not in name:
-            # Experts of one name are other ones on other ranks.
-            region = found.setdefault((apart, _dtype(destination)), Region(0, None, complete=True))
+            # Experts of one name are different ones on different ranks.
+            region = found.setdefault(
+                (by_masters, dtype_name(destination.dtype)), Region(0, None, complete=True)
+            )
             weight = Weight(name, destination, source, region.nbytes)
             region.weights.append(weight)
             region.nbytes = -(-weight.span[1] // 64) * 64
     for region in found.values():
         if region.storage is not None:
-            _tell_complete(plan, region)
+            _set_complete(plan, region)
     return {name: region for name, region in found.items() if region.nbytes >= MIN_REGION_BYTES}
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _tell_complete(plan: EnginePlan, region: Region) -> None:
+def _set_complete(plan: EnginePlan, region: Region) -> None:
+    """Clears ``complete`` where some tensor of the module file lies in the storage and not in the region's weights."""
     spans = union([weight.span for weight in region.weights])
     module = plan.zero.model_of(plan.target.rank).module if plan.zero is not None else {}
     for value in module.values():
@@ -98,7 +105,7 @@ def _tell_complete(plan: EnginePlan, region: Region) -> None:
 
 
 def offer_of(plan: EnginePlan, region: Region) -> RegionOffer:
-    """What this rank can do for a region."""
+    """The bytes of `region` that this rank's masters can be cast to, and the facts about it, for all ranks to see."""
     cast: list[ByteRange] = []
     for weight in region.weights:
         if weight.name in plan.filled_masters:
@@ -112,7 +119,7 @@ def offer_of(plan: EnginePlan, region: Region) -> RegionOffer:
 
 
 def leave_out(plan: EnginePlan, regions: Mapping[StorageId, Region]) -> None:
-    """Takes the regions' weights out of what `plan` reads for this rank alone."""
+    """Moves the regions' weights from ``plan.low``, which this rank reads itself, to ``plan.shared``."""
     plan.shared = {weight.name for region in regions.values() for weight in region.weights}
     names = {f"model/{name}" for name in plan.shared}
     plan.low = [(destination, fill) for destination, fill in plan.low if fill.name not in names]
@@ -121,12 +128,16 @@ def leave_out(plan: EnginePlan, regions: Mapping[StorageId, Region]) -> None:
 def provide(
     plan: EnginePlan, region: Region, share: RegionShare, image: torch.Tensor, reader: TensorReader
 ) -> None:
-    """Puts this rank's part of `region` into its node's image (bytes), cast from its masters or read."""
+    """Puts this rank's part of `region` into the node's `image` (uint8): cast from its masters, or read.
+
+    The masters must have been restored. Raises `CorruptError` where bytes are missing; what was read is compared with
+    its checksum by ``verify.weights``.
+    """
     memory = image[share.offset : share.offset + region.nbytes]
     if share.source == MASTERS:
         with torch.no_grad():
             for weight in region.weights:
-                _cast_masters(plan, weight, share, memory)
+                _cast_from_masters(plan, weight, share, memory)
         return
     storage = region.storage
     if storage is None:
@@ -140,7 +151,7 @@ def provide(
     )
 
 
-def _cast_masters(plan: EnginePlan, weight: Weight, share: RegionShare, memory: torch.Tensor) -> None:
+def _cast_from_masters(plan: EnginePlan, weight: Weight, share: RegionShare, memory: torch.Tensor) -> None:
     size = weight.destination.element_size()
     low = memory[weight.span[0] : weight.span[1]].view(weight.destination.dtype)
     for index, slot in plan.target.slots_of.get(weight.name, ()):
@@ -156,7 +167,7 @@ def _cast_masters(plan: EnginePlan, weight: Weight, share: RegionShare, memory: 
 
 
 def take(region: Region, share: RegionShare, image: torch.Tensor) -> None:
-    """Copies the region's weights from the image into the engine."""
+    """Copies the region's weights from the node's `image` into the engine. All ranks must have provided their parts."""
     with torch.no_grad():
         for weight in region.weights:
             start, stop = (share.offset + edge for edge in weight.span)
@@ -164,7 +175,7 @@ def take(region: Region, share: RegionShare, image: torch.Tensor) -> None:
 
 
 def read_apart(plan: EnginePlan, regions: Mapping[StorageId, Region], reader: TensorReader) -> None:
-    """Reads the regions' weights for this rank alone: where its node cannot share memory."""
+    """Reads the regions' weights for this rank alone, where its node's ranks cannot share memory."""
     requests = []
     for region in regions.values():
         for weight in region.weights:
