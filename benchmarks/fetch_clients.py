@@ -21,9 +21,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankload.loader.byte_ranges import ByteRange
+from rankload.loader.ranges.destinations import FileDestination, MemoryDestination, Target
 from rankload.loader.ranges.engine import ObjectRead, read_ranges
 from rankload.loader.ranges.open import open_range_source
-from rankload.loader.ranges.targets import FileTarget, MemoryTarget, Target
 from rankload.loader.stores.open import open_store
 
 CHUNK = 8 << 20
@@ -49,13 +49,13 @@ class Place:
 
 def fetch_ours(place: Place, target: str) -> Fetch:
     """rankload's own way from a store into a node's file."""
-    return _ours(place, lambda: FileTarget(target, place.size))
+    return _ours(place, lambda: FileDestination(target, place.size))
 
 
 def ours_into_buffer(place: Place, target: str) -> Fetch:
     """The same into memory that is there already."""
     buffer = touched(place.size)
-    return _ours(place, lambda: MemoryTarget([(0, memoryview(buffer))]))
+    return _ours(place, lambda: MemoryDestination([(0, memoryview(buffer))]))
 
 
 def _ours(place: Place, make_target: Callable[[], Target]) -> Fetch:

@@ -12,13 +12,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+from .channel import LINGER_AFTER_FAILURE_S, LINGER_S
 from .errors import PeerError
 from .rendezvous import MeetingPoint, await_all, meeting_point, open_meeting_store
 from .topology import Topology, group_topology
 
-LINGER_S = 10.0
-"""How long rank 0 keeps the store's server at the end for the others to leave, and they wait until it is closed."""
-LINGER_AFTER_FAILURE_S = 2.0
 _groups = itertools.count()
 """Numbers the groups made by this process: their keys in a store that outlives them stay apart."""
 

@@ -13,7 +13,7 @@ from .request import LoadRequest
 from .rng import RngState, check_state
 from .saved.contents import Contents
 from .saved.ignore import Ignored
-from .stages import Stopwatch
+from .stages import Stages
 from .targets.restore import Prepared, prepare_restore
 
 
@@ -30,15 +30,15 @@ class Checked:
     materialize_options: dict[str, Any]
 
 
-def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, watch: Stopwatch) -> Checked:
+def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, stages: Stages) -> Checked:
     """Compares names, shapes, dtypes and types with what they are to be restored into; changes nothing."""
-    with watch.stage("check"):
+    with stages.stage("check"):
         contents = checkpoint.contents.with_tree(ignored.tree)
         options: dict[str, Any] = {"safe_types": request.options.safe_types, "file": checkpoint.name}
         verify = request.options.verify or "during"
         reader = TensorReader(
             verify=verify,
-            on_bytes=watch.count,
+            on_bytes=stages.count,
             comes_in_parts=checkpoint.opening.remote.known.__contains__,
         )
         wanted = _wanted_parts(contents, weights_only=request.weights_only)

@@ -19,7 +19,7 @@ from .saved.tree import find_unknown, tensors
 from .saved.values import StorageRef
 from .sources.zero.contents import ZeroContents
 from .sources.zero.model_parallel import Position
-from .stages import Stopwatch
+from .stages import Stages
 from .stores.base import Store
 
 
@@ -71,7 +71,7 @@ class Opening:
 
     request: LoadRequest
     session: Session
-    watch: Stopwatch
+    stages: Stages
     store: Store
     cache: NodeCache
     name_of: Callable[[str], str]
@@ -87,7 +87,7 @@ class Opening:
 
     def fetch(self, names: list[str], stage: str) -> Fetched:
         """Brings files to this node. Every rank must call."""
-        with self.watch.lap(stage) as lap:
+        with self.stages.lap(stage) as lap:
             fetched = fetch_files(
                 self.session.channel,
                 self.session.topology,

@@ -30,7 +30,7 @@ from .receipt import FileRecord, Receipt, StageRecord, combine, log_receipt, tra
 from .request import LoadRequest, check_arguments, check_same
 from .rng import RngState, accepted, complete_states, offered
 from .saved.ignore import Ignored, IgnoreKeys, ignore
-from .stages import Stopwatch
+from .stages import Stages
 from .targets.algorithms import AlgorithmPass
 from .targets.deepspeed.engine import finish_engine
 from .targets.restore import apply_restore
@@ -182,30 +182,30 @@ def load(
         open_session(stall_timeout_s=stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
     ):
-        watch = Stopwatch(session.channel)
-        _agree_on_arguments(request, problem, session, watch)
-        checkpoint = open_checkpoint(request, session, watch, leaving)
+        stages = Stages(session.channel)
+        _agree_on_arguments(request, problem, session, stages)
+        checkpoint = open_checkpoint(request, session, stages, leaving)
         fetch_now(checkpoint.opening, small_parts(checkpoint), "fetch small parts")
-        ignored = _leave_out(request, checkpoint, watch)
-        checked = check(request, checkpoint, ignored, watch)
+        ignored = _leave_out(request, checkpoint, stages)
+        checked = check(request, checkpoint, ignored, stages)
         verify = request.options.verify or "during"
-        weights = plan_weights(checkpoint, checked, session, watch, verify=verify)
-        verification = deal_checks(checkpoint, checked, session, watch, verify=verify)
+        weights = plan_weights(checkpoint, checked, session, stages, verify=verify)
+        verification = deal_checks(checkpoint, checked, session, stages, verify=verify)
         parts = restore_parts(checkpoint, checked, verification, weights)
         if verify == "before":
             fetch_now(checkpoint.opening, parts.wanted, "fetch parts")
-        verify_before(verification, checkpoint, checked, session, watch)
+        verify_before(verification, checkpoint, checked, session, stages)
         with fetching(checkpoint, checked.reader, parts, "fetch parts"):
             begun.append(checkpoint.name)
-            restored = _restore(request, checkpoint, checked, watch)
-            share_weights(weights, checkpoint, checked, session, watch, fetcher(checkpoint), verify=verify)
-            verify_after(verification, checkpoint, checked, session, watch)
-        _finish(checkpoint, checked, watch)
+            restored = _restore(request, checkpoint, checked, stages)
+            share_weights(weights, checkpoint, checked, session, stages, fetcher(checkpoint), verify=verify)
+            verify_after(verification, checkpoint, checked, session, stages)
+        _finish(checkpoint, checked, stages)
         agree_on_timestamp(request.state, session.channel)
-        rng_states, derived = _rng(request, checkpoint, checked, session, watch)
+        rng_states, derived = _rng(request, checkpoint, checked, session, stages)
         notes = weights.notes if weights is not None else []
         receipt = make_receipt(
-            request, checkpoint, ignored, checked, restored, derived, notes, session, watch
+            request, checkpoint, ignored, checked, restored, derived, notes, session, stages
         )
     if session.topology.rank == 0:
         try:
@@ -227,29 +227,29 @@ def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
 
 
 def _agree_on_arguments(
-    request: LoadRequest, problem: OptionError | None, session: Session, watch: Stopwatch
+    request: LoadRequest, problem: OptionError | None, session: Session, stages: Stages
 ) -> None:
     """All ranks were asked for the same, and for something that can be done."""
-    with watch.stage("arguments"):
+    with stages.stage("arguments"):
         if problem is not None:
             raise problem
         check_arguments(request)
     session.channel.decide("same arguments", request.comparable(), check_same)
 
 
-def _leave_out(request: LoadRequest, checkpoint: Checkpoint, watch: Stopwatch) -> Ignored:
+def _leave_out(request: LoadRequest, checkpoint: Checkpoint, stages: Stages) -> Ignored:
     """The checkpoint's nested dict without what ``ignore_keys`` names."""
-    with watch.stage("ignore"):
+    with stages.stage("ignore"):
         ignored = ignore(checkpoint.contents.as_tree(), request.ignore_keys)
         for glob in ignored.unmatched:
             warnings.warn(f"ignore_keys: {glob!r} matches nothing in {checkpoint.name}", stacklevel=3)
         return ignored
 
 
-def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> list[str]:
+def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, stages: Stages) -> list[str]:
     """The only stage that changes what the user owns."""
     changed: list[str] = []
-    with watch.stage("restore"), after_first_change(checkpoint.name, changed):
+    with stages.stage("restore"), after_first_change(checkpoint.name, changed):
         return apply_restore(
             request,
             checked.prepared,
@@ -261,20 +261,20 @@ def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, wat
         )
 
 
-def _finish(checkpoint: Checkpoint, checked: Checked, watch: Stopwatch) -> None:
+def _finish(checkpoint: Checkpoint, checked: Checked, stages: Stages) -> None:
     """What DeepSpeed does together, now that every rank is known to be well."""
     if checked.prepared.engine is None:
         return
-    with watch.stage("finish"), after_first_change(checkpoint.name, ["all parts"]):
+    with stages.stage("finish"), after_first_change(checkpoint.name, ["all parts"]):
         finish_engine(checked.prepared.engine)
 
 
 def _rng(
-    request: LoadRequest, checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch
+    request: LoadRequest, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
 ) -> tuple[list[RngState] | None, tuple[str, ...]]:
     """One random state for each rank of this world, and which of them were derived."""
     saved = checked.rng
-    with watch.lap("rng"):
+    with stages.lap("rng"):
         if checkpoint.rng_per_rank and not request.weights_only:
             # Each saved rank's file has its own (or, gathered by the job that saved, all of them), which this rank has
             # read where it stands as the saved one did; the others have none.
@@ -303,7 +303,7 @@ def make_receipt(
     derived: tuple[str, ...],
     notes: list[str],
     session: Session,
-    watch: Stopwatch,
+    stages: Stages,
 ) -> Receipt:
     """The same receipt on every rank, from what each rank did."""
     prepared, remote = checked.prepared, checkpoint.opening.remote
@@ -321,7 +321,7 @@ def make_receipt(
         "streamed": remote.streamed,
         "node": session.topology.node_rank,
         "host": session.channel.host,
-        "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in watch.laps],
+        "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in stages.laps],
         "files": [
             [
                 file.name,

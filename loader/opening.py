@@ -22,7 +22,7 @@ from .saved.contents import Contents
 from .sources.single_file import read_layout
 from .sources.zero.files import ZERO_FOLDER, ArchiveSource, FolderSource
 from .sources.zero.open import ZeroFiles, gather_files, zero_parts
-from .stages import Stopwatch
+from .stages import Stages
 from .stores.base import Store
 from .stores.locate import Located, locate
 from .stores.manifest import find_manifests, known_sums
@@ -35,29 +35,29 @@ COMPOSER_STATES = "composer_states.pt"
 
 
 def open_checkpoint(
-    request: LoadRequest, session: Session, watch: Stopwatch, leaving: contextlib.ExitStack
+    request: LoadRequest, session: Session, stages: Stages, leaving: contextlib.ExitStack
 ) -> Checkpoint:
     """Finds, fetches and indexes the checkpoint that `request` names. Every rank must call.
 
     The store and the node's cache stay open until `leaving` ends: the indexes refer to files in the cache.
     """
     topology, channel = session.topology, session.channel
-    with watch.stage("open"):
+    with stages.stage("open"):
         options = (request.object_store, request.options.storage_options)
         first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
         store, first_name = open_store(first_path, *options)
         leaving.callback(store.close)
         cache = leaving.enter_context(_cache(request))
-    with watch.lap("locate"):
+    with stages.lap("locate"):
         located = Located(**channel.decide("locate", None, lambda _: asdict(locate(store, first_name))))
     cache.of_checkpoint(store.identity, store.describe(located.name))
     leaving.enter_context(
         JobProgress(channel.counters, rank=topology.rank, enabled=request.progress_bar and not store.is_local)
     )
-    checks = _whole_checks(request, session, watch, store, located)
+    checks = _whole_checks(request, session, stages, store, located)
     remote = leaving.enter_context(RemoteFiles(checks))
     opening = Opening(
-        request, session, watch, store, cache, lambda path: open_store(path, *options)[1], remote
+        request, session, stages, store, cache, lambda path: open_store(path, *options)[1], remote
     )
     first = opening.fetch([located.first], "fetch first")
     file = first.files[located.first]
@@ -69,13 +69,13 @@ def open_checkpoint(
 
 
 def _whole_checks(
-    request: LoadRequest, session: Session, watch: Stopwatch, store: Store, located: Located
+    request: LoadRequest, session: Session, stages: Stages, store: Store, located: Located
 ) -> WholeChecks:
     """How whole objects are compared: with what lies beside the checkpoint too. Every rank must call."""
     verify = request.options.verify or "during"
     if verify == "off":
         return WholeChecks(verify)
-    with watch.lap("manifest"):
+    with stages.lap("manifest"):
         found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
     return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
 
@@ -88,7 +88,7 @@ def _cache(request: LoadRequest) -> NodeCache:
 def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
     """One file for all ranks, alone or in an archive."""
     request = opening.request
-    with opening.watch.stage("read"):
+    with opening.stages.stage("read"):
         if file.kind == "archive":
             member = _single_member(file)
             index = opening.index(f"{file.path}/{member}", f"{file.source}:{member}")
@@ -120,10 +120,10 @@ def _single_member(file: FetchedFile) -> str:
 def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
     """Composer's archives of a ZeRO job: one a saved rank, the first with what all ranks need."""
     source = ArchiveSource(opening, file)
-    with opening.watch.stage("read first"):
+    with opening.stages.stage("read first"):
         zero = ZeroFiles.open(source, name=file.source, opening=opening)
     gather_files(opening, zero)
-    with opening.watch.stage("read states"):
+    with opening.stages.stage("read states"):
         contents, whole = zero_parts(opening, zero)
         indexes = list(zero.indexes)
         if COMPOSER_STATES in file.members and not opening.request.weights_only:
@@ -150,10 +150,10 @@ def _open_folder(opening: Opening, located: Located, file: FetchedFile) -> Check
     """A DeepSpeed folder: names are derived from rank and stage."""
     shown = opening.store.describe(located.name)
     source = FolderSource(opening, located.name, file)
-    with opening.watch.stage("read first"):
+    with opening.stages.stage("read first"):
         zero = ZeroFiles.open(source, name=shown, opening=opening)
     gather_files(opening, zero)
-    with opening.watch.stage("read states"):
+    with opening.stages.stage("read states"):
         contents, whole = zero_parts(opening, zero)
     return opened(
         opening, shown, "deepspeed", contents, zero.ranks, zero.indexes, source.files, whole, zero.position,

@@ -21,7 +21,7 @@ class Lap:
     """When it began, by this machine's clock."""
 
 
-class Stopwatch:
+class Stages:
     """Runs a load's stages over a channel and keeps what each cost this rank."""
 
     def __init__(self, channel: Channel) -> None:

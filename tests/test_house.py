@@ -28,7 +28,7 @@ ROOMS = (
     ("stores",),
     ("http",),
     ("saved",),
-    ("state", "options", "stages", "template", "checksums", "store_errors"),
+    ("state", "options", "stages", "template", "checksums", "store_errors", "workers"),
     ("byte_ranges",),
     ("errors",),
 )

@@ -32,7 +32,8 @@ from typing import Any
 from ...distributed.liveness import this_process
 from ..errors import AccessError
 from ..stores.base import OnBytes
-from ..stores.transfer import POLL_S, bytes_on_disk
+from ..stores.transfer import bytes_on_disk
+from ..workers import POLL_S
 from .bounds import bound, make_room
 from .folder import locked, remove_if_empty
 from .homes import CacheHome, Room, homes_for
@@ -51,7 +52,7 @@ from .records import (
     write_json,
 )
 
-HEARTBEAT_S = 5.0
+TOUCH_S = 5.0
 """How often the files of this process are touched."""
 
 _logger = logging.getLogger("rankload")
@@ -161,7 +162,7 @@ class NodeCache:
                 make_room(home.folder, nbytes - home.free_bytes())
 
     def touch(self, path: str) -> None:
-        """Touches `path` now and every `HEARTBEAT_S`, until `untouch`: its process counts as alive."""
+        """Touches `path` now and every `TOUCH_S`, until `untouch`: its process counts as alive."""
         with contextlib.suppress(OSError):
             os.utime(path)
         self._touched.add(path)
@@ -205,7 +206,7 @@ class NodeCache:
         return self._homes[-1]
 
     def _touch_all(self) -> None:
-        while not self._ended.wait(HEARTBEAT_S):
+        while not self._ended.wait(TOUCH_S):
             for path in list(self._touched):
                 with contextlib.suppress(OSError):
                     os.utime(path)

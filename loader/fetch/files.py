@@ -7,20 +7,20 @@ into the node's cache, once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..cache.node import NodeCache
-from ..errors import FormatError, NotFoundError, StalledError
-from ..ranges.workers import Stop, run_jobs
+from ..errors import FormatError, NotFoundError
 from ..stores.base import Store
 from ..stores.symlinks import resolve
+from ..workers import Stop, run_jobs
 from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, ranks_text
 from .remote_files import ObjectPart
 from .room_check import agree_on_room
-from .whole import Tally, obtain, whole_bytes
+from .tally import FetchWatch, Tally
+from .whole import obtain, whole_bytes
 
 if TYPE_CHECKING:
     from ...distributed.channel import Channel
@@ -49,8 +49,6 @@ class FetchedFile:
     """As stored; -1 where the store did not state it and the file was there already."""
     fetched_bytes: int
     """Fetched by this node for it: 0 for local files, and where the cache had it."""
-    seconds: float
-    """How long the leader took to obtain it."""
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
     parts: Mapping[str, ObjectPart] = field(default_factory=dict)
@@ -179,7 +177,6 @@ def _fetch(
             tally.expect(name, 0 if in_parts else info.size_bytes)
 
     def job(name: str, stop: Stop) -> None:
-        started = time.monotonic()
         info = wanted[name]
         try:
             one = obtain(store, info, cache, remote, table.load_id, tally.of(name, stop))
@@ -195,7 +192,6 @@ def _fetch(
             kind=one.kind,
             size_bytes=one.size_bytes,
             fetched_bytes=one.fetched_bytes,
-            seconds=time.monotonic() - started,
             members=one.members,
             parts=one.parts,
             compared_by=one.compared.by,
@@ -207,28 +203,3 @@ def _fetch(
     run_jobs([lambda stop, name=name: job(name, stop) for name in order], watch.tick)  # type: ignore[misc]
     watch.tick()
     return {name: asdict(file) for name, file in files.items()}
-
-
-class FetchWatch:
-    """Reports a `Tally` to the channel while files are fetched, and ends the fetch when nothing moves any more."""
-
-    def __init__(self, channel: Channel, tally: Tally) -> None:
-        self.tally = tally
-        self._channel = channel
-        self._seen = -1
-        self._since = time.monotonic()
-
-    def tick(self) -> None:
-        """To be called several times a second. Raises another rank's failure, or `StalledError`."""
-        now = time.monotonic()
-        if self.tally.moved != self._seen:
-            self._seen, self._since = self.tally.moved, now
-        elif now - self._since > self._channel.stall_timeout_s:
-            where = self.tally.unfinished()
-            raise StalledError(
-                f"nothing has arrived for {now - self._since:.0f} s: {where}",
-                rank=self._channel.rank,
-                host=self._channel.host,
-            )
-        # Called whether or not anything moved, since it raises another rank's failure; stalls are found above.
-        self._channel.progress(**self.tally.counters())

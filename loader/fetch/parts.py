@@ -74,7 +74,7 @@ def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage
     if opening.store.is_local:
         return
     fetch_round = plan_round(opening, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
-    with opening.watch.stage(stage) as lap:
+    with opening.stages.stage(stage) as lap:
         if fetch_round:
             lap.bytes += fetch_round.run()
 
@@ -96,7 +96,7 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
 
     def work() -> None:
         try:
-            with opening.watch.beside(stage) as lap:
+            with opening.stages.beside(stage) as lap:
                 lap.bytes += fetch_round.run()
         except BaseException as error:
             failure.append(error)
@@ -106,7 +106,7 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
     def wait() -> None:
         if failure:
             raise failure[0]
-        opening.watch.count(0)
+        opening.stages.count(0)
 
     thread = threading.Thread(target=work, name="rankload-fetch", daemon=True)
     reader.waiting(wait, parts.wanted)
@@ -117,7 +117,7 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
         ended.set()
     try:
         yield
-        with opening.watch.stage(f"{stage}: end"):
+        with opening.stages.stage(f"{stage}: end"):
             while not ended.wait(0.05):
                 wait()
             wait()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
-POLL_S = 0.2
+REFRESH_S = 0.2
 LINE_EVERY_S = 10.0
 
 Counters = Callable[[], Mapping[int, Mapping[str, float]]]
@@ -57,7 +57,7 @@ class JobProgress:
 
     def _run(self) -> None:
         try:
-            while not self._ended.wait(POLL_S):
+            while not self._ended.wait(REFRESH_S):
                 self._show(last=False)
             self._show(last=True)
         except Exception as error:

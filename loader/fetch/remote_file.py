@@ -20,8 +20,8 @@ from ..cache.records import PARTS, product_name
 from ..checksums import crc32
 from ..errors import RankloadError
 from ..ranges.base import RangeSource
+from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, read_ranges
-from ..ranges.targets import FileTarget
 from ..stores.base import ObjectInfo, OnBytes, Store
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def open_remote_file(
     raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
 
 
-class _SummedTarget(FileTarget):
+class _SummedTarget(FileDestination):
     """Computes the CRC-32 of what is written, while the bytes are in the processor's cache."""
 
     def __init__(self, path: str, size_bytes: int) -> None:

@@ -23,13 +23,13 @@ from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
 from ..http.connections import Connections
 from ..ranges.base import RangeSource
+from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, ReadReport, read_ranges
 from ..ranges.open import RangeServers, open_range_source
-from ..ranges.targets import FileTarget
 from ..ranges.window import WindowSource
-from ..ranges.workers import Stop
 from ..store_errors import TryAgainError
 from ..stores.base import ObjectInfo, OnBytes, Store
+from ..workers import Stop
 from .remote_file import RemoteFile, open_remote_file
 from .tars import RemoteArchive, open_archive
 from .whole_checks import Compared, WholeChecks
@@ -207,7 +207,7 @@ class RemoteFiles:
         if source is None:
             return False
         try:
-            target = FileTarget(path, source.size_bytes)
+            target = FileDestination(path, source.size_bytes)
             try:
                 read_ranges([ObjectRead(source, [ByteRange(0, source.size_bytes)], target)], on_bytes)
             finally:

@@ -16,8 +16,7 @@ from ..checkpoint import Opening
 from ..ranges.base import RangeSource
 from ..ranges.direct import DirectReads
 from ..ranges.peer import PeerSource
-from ..ranges.workers import Stop, run_jobs
-from .files import FetchWatch
+from ..workers import Stop, run_jobs
 from .plan import (
     FetchPlan,
     FetchRequest,
@@ -28,7 +27,7 @@ from .plan import (
     plan_fetch,
 )
 from .room_check import agree_on_room
-from .whole import Tally
+from .tally import FetchWatch, Tally
 
 WantedRanges = dict[str, list[ByteRange]]
 """Ranges of files, by the files' paths on this node."""

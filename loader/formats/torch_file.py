@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
 from ..saved.tree import check_tree
 from ..saved.values import LazyTensor, StorageRef
-from .pickle.inert import SealedTensor
+from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
 from .sniff import HEAD_BYTES, KINDS, sniff
@@ -150,7 +150,7 @@ class _ZipStorages:
                 f"storage {named.key!r} is used as {named.numel:,} elements of {named.dtype}, but has "
                 f"{storage.nbytes:,} bytes"
             )
-        return SealedTensor(storage, named.dtype, (named.numel,), (1,))
+        return PickledTensor(storage, named.dtype, (named.numel,), (1,))
 
 
 def _memory_limit(file_size: int, pickle_size: int) -> int:

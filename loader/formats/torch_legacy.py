@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from ..errors import CorruptError, FormatError, UnsafeError
 from ..saved.values import LazyTensor, StorageRef
-from .pickle.inert import SealedTensor
+from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import PickleScan, scan_beginning, scan_pickle
 from .sniff import LEGACY_MAGIC
@@ -111,7 +111,7 @@ class _ElementTypes:
             raise CorruptError(
                 f"storage {named.key!r} claims {named.nbytes:,} bytes, in a file of {self.size:,}"
             )
-        return SealedTensor(whole, named.dtype, (named.numel,), (1,))
+        return PickledTensor(whole, named.dtype, (named.numel,), (1,))
 
 
 def _place_storages(
@@ -169,4 +169,4 @@ class _Places:
                 count * named.itemsize,
                 None,
             )
-        return SealedTensor(place, named.dtype, (count,), (1,))
+        return PickledTensor(place, named.dtype, (count,), (1,))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
-from ..formats.pickle.arrays import SealedDtype
+from ..formats.pickle.arrays import PickledDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
 from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
 from ..saved.tree import join_path, tensors
@@ -173,7 +173,7 @@ class _Materializer:
             return self._construct(value, path, depth)
         if not value.known:
             raise unsafe(path, name, self.file)
-        if isinstance(value, SealedDtype):
+        if isinstance(value, PickledDtype):
             if value.text == UNSUPPORTED:
                 raise unsafe(path, "numpy.dtype of objects", self.file)
             return np.dtype(value.text)

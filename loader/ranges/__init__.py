@@ -5,7 +5,7 @@
    `window` makes a source of an archive's member.
 2. `engine.read_ranges` joins ranges that are near each other, cuts them into chunks, and queues them.
 3. `workers.run_jobs` runs its threads; `concurrency.Concurrency` decides how many of them read at once.
-4. Each thread takes adjacent chunks, reads them with one request, and puts the bytes into a `targets.Target`.
+4. Each thread takes adjacent chunks, reads them with one request, and puts the bytes into a `destinations.Destination`.
 5. Where a read fails with `TryAgainError`, `retries.Retries` decides whether it is tried again, and when.
 6. `RangeSource.confirm` compares the version once more where answers do not state it.
 

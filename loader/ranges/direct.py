@@ -15,8 +15,8 @@ from ..byte_ranges import ByteRange, total_bytes, union
 from ..stores.base import OnBytes
 from .base import RangeSource
 from .concurrency import MOST, START, Concurrency
+from .destinations import MemoryDestination
 from .engine import ObjectRead, OnLanded, ReadReport, read_ranges
-from .targets import MemoryTarget
 
 SINGLE_CHUNK_BYTES = 2 << 20
 """The chunks of a single range, so that several connections share it."""
@@ -27,7 +27,7 @@ class Placement:
     """What is read of one file, and where it goes."""
 
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
-    """Memory for the file's bytes from a position on, as for `MemoryTarget`."""
+    """Memory for the file's bytes from a position on, as for `MemoryDestination`."""
     headers: list[ByteRange] = field(default_factory=list)
     """The ranges of storages' headers, to be kept for `DirectReads.header`."""
     landed: OnLanded | None = None
@@ -94,7 +94,9 @@ class DirectReads:
                     memory = self._headers[path, header.start] = bytearray(header.length)
                     pieces.append((header.start, memoryview(memory)))
             spans = union((start, start + view.nbytes) for start, view in pieces)
-            reads.append(ObjectRead(self._open_source(path), spans, MemoryTarget(pieces), placement.landed))
+            reads.append(
+                ObjectRead(self._open_source(path), spans, MemoryDestination(pieces), placement.landed)
+            )
             self._add(path, total_bytes(spans))
         if reads:
             report = read_ranges(reads, self._on_bytes, concurrency=self._concurrency())
@@ -103,7 +105,7 @@ class DirectReads:
     def read(self, path: str, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, which must be among the ranges. Raises as `read_ranges` does."""
         span = ByteRange(start, start + view.nbytes)
-        object_read = ObjectRead(self._open_source(path), [span], MemoryTarget([(start, view)]))
+        object_read = ObjectRead(self._open_source(path), [span], MemoryDestination([(start, view)]))
         self._add(path, span.length)
         self._settle(path, read_ranges([object_read], self._on_bytes, chunk_bytes=SINGLE_CHUNK_BYTES))
 

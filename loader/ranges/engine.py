@@ -1,4 +1,4 @@
-"""Reads many ranges of one or several objects, over as many connections as bring more, directly into their targets.
+"""Reads many ranges of one or several objects, over as many connections as pay, directly into their destinations.
 
     wanted ranges  →  small gaps added  →  chunks  →  requests for adjacent chunks  →  landed, chunk by chunk
 
@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from ..byte_ranges import CHUNK_BYTES, ByteRange, coalesce, overlap, split, union
 from ..store_errors import TryAgainError
 from ..stores.base import OnBytes
+from ..workers import Stop, run_jobs
 from .base import RangeSource
 from .concurrency import Concurrency
+from .destinations import Destination
 from .retries import Retries
-from .targets import Target
 from .window import shared_source
-from .workers import Stop, run_jobs
 
 __all__ = ["ObjectRead", "OnLanded", "ReadReport", "read_ranges"]
 
@@ -34,7 +34,7 @@ _WAIT_S = 0.05
 """How often a waiting thread checks whether the work is given up."""
 
 OnLanded = Callable[[int, int], None]
-"""Called as ``landed(start, stop)`` when those bytes of an object are in its target."""
+"""Called as ``landed(start, stop)`` when those bytes of an object are in its destination."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ObjectRead:
 
     source: RangeSource
     ranges: Sequence[ByteRange]
-    target: Target
+    destination: Destination
     landed: OnLanded | None = None
     """Called for every wanted byte once, in the reading threads, by several of them at a time. What it raises ends
     `read_ranges`."""
@@ -302,7 +302,9 @@ class Filling:
                     yield from self._given(_nowhere(trash, part.start - position), position, counts=False)
                     position = max(position, part.start)
                     yield from self._given(
-                        self._request.object_read.target.views(position, part.stop), position, counts=True
+                        self._request.object_read.destination.views(position, part.stop),
+                        position,
+                        counts=True,
                     )
                     position = part.stop
             yield from self._given(_nowhere(trash, chunk.span.stop - position), position, counts=False)
@@ -315,9 +317,9 @@ class Filling:
             self.end()
 
     def end(self) -> None:
-        """Hands the target what has come into the last view so far."""
+        """Hands the destination what has come into the last view so far."""
         if self._counts and self._filled:
-            self._request.object_read.target.take(self._start, self._view[: self._filled])
+            self._request.object_read.destination.take(self._start, self._view[: self._filled])
         self._view, self._filled = memoryview(b""), 0
 
     def _given(self, views: Iterator[memoryview], position: int, *, counts: bool) -> Iterator[memoryview]:

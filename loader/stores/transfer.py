@@ -17,16 +17,10 @@ from concurrent.futures import wait
 from typing import Any, TypeVar
 
 from ..errors import CorruptError
+from ..workers import POLL_S, Stopped
 from .base import OnBytes
 
-POLL_S = 0.1
-"""How often the progress of a transfer in another thread is reported."""
-
 T = TypeVar("T")
-
-
-class Stopped(BaseException):
-    """Raised inside a backend's own thread to end a transfer that was given up."""
 
 
 class Meter:

@@ -17,7 +17,7 @@ from ..check import Checked
 from ..checkpoint import Checkpoint
 from ..errors import after_first_change
 from ..saved.values import StorageRef
-from ..stages import Stopwatch
+from ..stages import Stages
 from .joint import JointCheck, StorageId, StorageRead, decode_reads, encode_reads
 from .wanted_reads import WantedReads, wanted_reads
 
@@ -46,13 +46,13 @@ class Verification:
 
 
 def deal_checks(
-    checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch, *, verify: str
+    checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages, *, verify: str
 ) -> Verification:
     """Decides what each rank has to sum while it reads, and prepares its `TensorReader` for that. Every rank must call.
 
     Raises `CorruptError` on all ranks where files of one name differ between them.
     """
-    with watch.stage("plan"):
+    with stages.stage("plan"):
         wanted = wanted_reads(checked.prepared)
     if verify == "off":
         return Verification(verify, wanted)
@@ -95,7 +95,7 @@ def _storage_read(storage: StorageRef, wanted: WantedReads) -> StorageRead:
 
 
 def verify_before(
-    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch
+    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
 ) -> None:
     """With ``verify="before"``, compares everything that will be read, before anything is changed.
 
@@ -103,16 +103,16 @@ def verify_before(
     """
     if verification.verify != "before":
         return
-    with watch.stage("verify"):
+    with stages.stage("verify"):
         if checked.prepared.algorithms:
             # Algorithms may change the model, and with it what is read of it.
             checked.reader.verify(checkpoint.storages({"state": checked.contents.state}))
         checked.reader.verify(verification.alone)
-    _judge(verification, checked, session, watch)
+    _judge(verification, checked, session, stages)
 
 
 def verify_after(
-    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch
+    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
 ) -> None:
     """With ``verify="during"``, compares what the ranks have summed while they restored.
 
@@ -121,11 +121,11 @@ def verify_after(
     if verification.verify != "during":
         return
     with after_first_change(checkpoint.name, ["all parts"]):
-        _judge(verification, checked, session, watch)
+        _judge(verification, checked, session, stages)
 
 
-def _judge(verification: Verification, checked: Checked, session: Session, watch: Stopwatch) -> None:
-    with watch.stage("checksums"):
+def _judge(verification: Verification, checked: Checked, session: Session, stages: Stages) -> None:
+    with stages.stage("checksums"):
         sums = checked.reader.finish_shares()
     record = [[*name, sums.get(storage, [])] for name, storage in verification.shared.items()]
 

@@ -23,7 +23,7 @@ from ..checkpoint import Checkpoint
 from ..checksums import crc32, crc32_joined
 from ..errors import AccessError, CorruptError, after_first_change
 from ..saved.values import StorageRef
-from ..stages import Stopwatch
+from ..stages import Stages
 from ..targets.deepspeed.apply import cast_masters
 from ..targets.deepspeed.weights import Region, find_regions, leave_out, offer_of, provide, read_apart, take
 from .joint import StorageId
@@ -106,7 +106,7 @@ class SharedWeights:
 
 
 def plan_weights(
-    checkpoint: Checkpoint, checked: Checked, session: Session, watch: Stopwatch, *, verify: str
+    checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages, *, verify: str
 ) -> SharedWeights | None:
     """Agrees on the weights that come to each node once, and takes them out of the engine's plan. Every rank must call.
 
@@ -114,7 +114,7 @@ def plan_weights(
     from restored masters cannot be compared before those are restored: each rank reads the module's file itself.
     """
     plan = checked.prepared.engine
-    with watch.stage("plan weights"):
+    with stages.stage("plan weights"):
         name_of = {index.path: index.name for index in checkpoint.indexes}
         found = (
             find_regions(plan, lambda path: name_of[path]) if plan is not None and verify != "before" else {}
@@ -149,7 +149,7 @@ def share_weights(
     checkpoint: Checkpoint,
     checked: Checked,
     session: Session,
-    watch: Stopwatch,
+    stages: Stages,
     fetch: Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None],
     *,
     verify: str,
@@ -164,7 +164,7 @@ def share_weights(
     if shared is None:
         return
     with after_first_change(checkpoint.name, ["all parts"]), contextlib.ExitStack() as leaving:
-        image = _common_image(shared, session, watch, leaving)
+        image = _common_image(shared, session, stages, leaving)
         if image is None:
             fetch(
                 {
@@ -173,7 +173,7 @@ def share_weights(
                     if region.storage is not None
                 }
             )
-            with watch.stage("weights"):
+            with stages.stage("weights"):
                 if checked.prepared.engine is not None:
                     read_apart(checked.prepared.engine, shared.regions, checked.reader)
                     cast_masters(checked.prepared.engine, shared=True)
@@ -182,8 +182,8 @@ def share_weights(
         refuted: set[StorageId] = set()
         todo = set(shared.regions)
         while True:
-            _fill(shared, checked, image, todo, watch)
-            failed = _compare(shared, image, todo, session, watch, verify=verify) - refuted
+            _fill(shared, checked, image, todo, stages)
+            failed = _compare(shared, image, todo, session, stages, verify=verify) - refuted
             if not failed:
                 break
             refuted |= failed
@@ -191,7 +191,7 @@ def share_weights(
             shared.share, _ = _from_record(dealt)
             todo = failed & shared.regions.keys()
             fetch(shared.reads)
-        with watch.stage("take weights"):
+        with stages.stage("take weights"):
             if image.nbytes:
                 memory = torch.frombuffer(image.memory, dtype=torch.uint8)
                 for name, region in shared.regions.items():
@@ -203,13 +203,13 @@ def share_weights(
 
 
 def _common_image(
-    shared: SharedWeights, session: Session, watch: Stopwatch, leaving: contextlib.ExitStack
+    shared: SharedWeights, session: Session, stages: Stages, leaving: contextlib.ExitStack
 ) -> SharedMemory | None:
     """The image of this rank's node; None on all ranks of the job where any of them cannot open its own."""
     share, rank = shared.share, session.topology.rank
     nbytes = max(1, share.image_bytes)
     image: SharedMemory | None = None
-    with watch.stage("share memory"), contextlib.suppress(AccessError):
+    with stages.stage("share memory"), contextlib.suppress(AccessError):
         if share.maker == rank:
             image = leaving.enter_context(SharedMemory.make(nbytes))
     handles = session.channel.gather("shared memory", image.handle if image is not None else None)
@@ -220,10 +220,10 @@ def _common_image(
 
 
 def _fill(
-    shared: SharedWeights, checked: Checked, image: SharedMemory, todo: set[StorageId], watch: Stopwatch
+    shared: SharedWeights, checked: Checked, image: SharedMemory, todo: set[StorageId], stages: Stages
 ) -> None:
     """Puts this rank's parts of the regions `todo` into the image."""
-    with watch.stage("weights"):
+    with stages.stage("weights"):
         plan = checked.prepared.engine
         if plan is None or not todo:
             return
@@ -239,13 +239,13 @@ def _compare(
     image: SharedMemory,
     todo: set[StorageId],
     session: Session,
-    watch: Stopwatch,
+    stages: Stages,
     *,
     verify: str,
 ) -> set[StorageId]:
     """Sums this rank's part of the regions `todo` in the image; all regions, so far, that masters must not provide."""
     sums: list[Record] = []
-    with watch.stage("sum weights"):
+    with stages.stage("sum weights"):
         memory = memoryview(image.memory)
         for name in todo:
             share, region = shared.share.regions[name], shared.regions[name]

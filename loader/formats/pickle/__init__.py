@@ -3,9 +3,9 @@
 1. `scan.scan_pickle` follows the opcodes (tables: `opcodes`) before any object exists. It refuses a pickle that would
    take undue memory, nesting or hashing, or that uses opcodes which reach outside the file.
 2. `read.read_pickle` runs Python's unpickler with a ``find_class`` of its own: each global (a class or function that
-   the pickle names) becomes a `SealedGlobal`, which is its name and whether the allow-list in `known` has it.
+   the pickle names) becomes a `PickledGlobal`, which is its name and whether the allow-list in `known` has it.
 3. Where the pickle calls a global, `build.make` finds a stand-in for it by name: `tensors` for torch's functions,
-   `arrays` for NumPy's, `build` for Python's. A call without a stand-in becomes a `SealedObject`, which records it.
+   `arrays` for NumPy's, `build` for Python's. A call without a stand-in becomes a `PickledObject`, which records it.
    `inert` holds these types; `budget` limits what the stand-ins of one file copy and hash.
 
 Where a global is refused: in `materialize.safe_types.require_safe`, which raises `UnsafeError` for every name off the

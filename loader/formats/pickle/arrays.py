@@ -14,13 +14,13 @@ from typing import Any
 
 from ...errors import CorruptError
 from ...saved.values import UNSUPPORTED, GlobalName
-from .inert import SealedArray, SealedObject
+from .inert import PickledArray, PickledObject
 
 _PLAIN = re.compile(r"(?:([biufc])(1|2|4|8|16)|([SUV])(\d{1,6})|([Mm])8)\Z")
 _UNIT = re.compile(r"[A-Za-z]{1,2}\Z")
 
 
-class SealedDtype(SealedObject):
+class PickledDtype(PickledObject):
     """A ``numpy.dtype``; its state is (version, byte order, subarray, names, fields, ..., metadata at 8)."""
 
     __slots__ = ()
@@ -59,17 +59,17 @@ def _unit(state: tuple[Any, ...]) -> str:
     return f"[{name}]" if count == 1 else f"[{count}{name}]"
 
 
-def _dtype(budget: Any, *args: Any) -> SealedDtype:
-    return SealedDtype(global_name="numpy.dtype", args=args, known=True)
+def _dtype(budget: Any, *args: Any) -> PickledDtype:
+    return PickledDtype(global_name="numpy.dtype", args=args, known=True)
 
 
-def _reconstruct(budget: Any, kind: Any, shape: Any = (), code: Any = b"b") -> SealedArray | SealedObject:
+def _reconstruct(budget: Any, kind: Any, shape: Any = (), code: Any = b"b") -> PickledArray | PickledObject:
     if not isinstance(kind, GlobalName) or kind.name != "numpy.ndarray":
-        return SealedObject(global_name=getattr(kind, "name", "numpy.ndarray"), args=(shape, code))
-    return SealedArray(UNSUPPORTED, (), b"", fill=_fill)
+        return PickledObject(global_name=getattr(kind, "name", "numpy.ndarray"), args=(shape, code))
+    return PickledArray(UNSUPPORTED, (), b"", fill=_fill)
 
 
-def _fill(array: SealedArray, state: Any) -> None:
+def _fill(array: PickledArray, state: Any) -> None:
     """Sets the contents of an array that `_reconstruct` made empty, from the state that the pickle gives it."""
     if not isinstance(state, tuple) or len(state) not in (4, 5):
         raise CorruptError("a NumPy array without its state")
@@ -77,20 +77,22 @@ def _fill(array: SealedArray, state: Any) -> None:
     _set(array, dtype, shape, data, bool(fortran_order), scalar=False)
 
 
-def _frombuffer(budget: Any, data: Any, dtype: Any, shape: Any, order: Any = "C") -> SealedArray:
-    array = SealedArray(UNSUPPORTED, (), b"")
+def _frombuffer(budget: Any, data: Any, dtype: Any, shape: Any, order: Any = "C") -> PickledArray:
+    array = PickledArray(UNSUPPORTED, (), b"")
     _set(array, dtype, shape, data, order == "F", scalar=False)
     return array
 
 
-def _scalar(budget: Any, dtype: Any, data: Any = b"") -> SealedArray:
-    array = SealedArray(UNSUPPORTED, (), b"")
+def _scalar(budget: Any, dtype: Any, data: Any = b"") -> PickledArray:
+    array = PickledArray(UNSUPPORTED, (), b"")
     _set(array, dtype, (), data, False, scalar=True)
     return array
 
 
-def _set(array: SealedArray, dtype: Any, shape: Any, data: Any, fortran_order: bool, *, scalar: bool) -> None:
-    if not isinstance(dtype, SealedDtype):
+def _set(
+    array: PickledArray, dtype: Any, shape: Any, data: Any, fortran_order: bool, *, scalar: bool
+) -> None:
+    if not isinstance(dtype, PickledDtype):
         raise CorruptError("a NumPy array without a dtype")
     if isinstance(shape, int):
         shape = (shape,)
@@ -117,7 +119,7 @@ def _set(array: SealedArray, dtype: Any, shape: Any, data: Any, fortran_order: b
 
 
 def _itemsize(text: str) -> int:
-    """Bytes per element of a dtype, given as `SealedDtype.text` gives it."""
+    """Bytes per element of a dtype, given as `PickledDtype.text` gives it."""
     code, digits = text[1], text[2:].split("[")[0]
     return int(digits) * (4 if code == "U" else 1)
 

@@ -3,7 +3,7 @@ Free of torch.
 
 `BUILDERS` has the stand-ins by name: this module's own for Python's types (dicts, sets, bytes, dates), and those of
 `tensors` and `arrays`. A stand-in checks its arguments, which are the file's, and raises `CorruptError` where they do
-not fit; none runs anything of the file's choosing. The call of a name without a stand-in becomes a `SealedObject`:
+not fit; none runs anything of the file's choosing. The call of a name without a stand-in becomes a `PickledObject`:
 nothing is refused here for being unknown.
 """
 
@@ -17,7 +17,7 @@ from ...errors import CorruptError
 from ...saved.values import GlobalName
 from .arrays import NUMPY_BUILDERS
 from .budget import Budget
-from .inert import Ordered, SealedGlobal, SealedObject, Text
+from .inert import Ordered, PickledGlobal, PickledObject, Text
 from .known import KNOWN_OBJECTS
 from .tensors import TENSOR_BUILDERS
 
@@ -32,7 +32,7 @@ def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     function = BUILDERS.get(name)
     if function is not None and not kwargs:
         return function(budget, *args)
-    return SealedObject(
+    return PickledObject(
         global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
     )
 
@@ -43,9 +43,9 @@ def new_object(kind: Any, args: Any, kwargs: Any) -> Any:
         raise CorruptError("an object whose arguments are no tuple")
     if not all(isinstance(key, str) for key in kwargs):
         raise CorruptError("an object whose keyword arguments are not named by text")
-    if isinstance(kind, SealedGlobal):
+    if isinstance(kind, PickledGlobal):
         return kind.make_new(args, kwargs)
-    if isinstance(kind, SealedObject):
+    if isinstance(kind, PickledObject):
         return kind(*args, **kwargs)
     raise CorruptError("an object of something that is no class")
 
@@ -58,10 +58,10 @@ def _newobj_ex(budget: Budget, kind: Any, args: Any, kwargs: Any) -> Any:
     return new_object(kind, args, kwargs)
 
 
-def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> SealedObject:
+def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> PickledObject:
     name = getattr(kind, "name", "copyreg._reconstructor")
     plain = isinstance(base, GlobalName) and base.name == "builtins.object"
-    return SealedObject(
+    return PickledObject(
         global_name=name, args=() if plain else (state,), known=name in KNOWN_OBJECTS, via_new=True
     )
 

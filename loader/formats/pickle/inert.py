@@ -1,7 +1,7 @@
 """Defines the values that the unpickler makes, which later opcodes of the pickle cannot change. Free of torch.
 
 A pickle may ask to set the state, the attributes or the items of anything that it has on its stack, also of the classes
-and functions that it names. A `SealedObject` records the request; a global, a tensor, a filled array or a size refuses
+and functions that it names. A `PickledObject` records the request; a global, a tensor, a filled array or a size refuses
 it with `UnsafeError`. Readers of the finished tree use these values as their base classes in `saved.values`; copying or
 pickling one gives an instance of the base class.
 """
@@ -16,7 +16,7 @@ from ...errors import UnsafeError
 from ...saved.values import GlobalName, InertArray, InertObject, LazyTensor
 
 
-class SealedGlobal(GlobalName):
+class PickledGlobal(GlobalName):
     """A class or function by name. Calling it, as the unpickler does, gives what `build.make` makes of the call."""
 
     __slots__ = ("_make",)
@@ -49,13 +49,13 @@ class SealedGlobal(GlobalName):
         return hash(self.name)
 
 
-class SealedObject(InertObject):
+class PickledObject(InertObject):
     """An object as its pickle describes it; records calls, state and items, and runs nothing."""
 
     __slots__ = ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> SealedObject:
-        return SealedObject(global_name=f"{self.global_name}()", args=args, kwargs=kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> PickledObject:
+        return PickledObject(global_name=f"{self.global_name}()", args=args, kwargs=kwargs)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -85,7 +85,7 @@ class SealedObject(InertObject):
         )
 
 
-class SealedTensor(LazyTensor):
+class PickledTensor(LazyTensor):
     """A tensor that has been found to lie inside its storage, and can no longer be changed."""
 
     __slots__ = ()
@@ -104,11 +104,11 @@ class SealedTensor(LazyTensor):
         )
 
 
-class SealedArray(InertArray):
+class PickledArray(InertArray):
     """A NumPy array; one that was made empty takes its contents once, by way of `fill`."""
 
     __slots__ = ("_fill",)
-    _fill: Callable[[SealedArray, Any], None] | None
+    _fill: Callable[[PickledArray, Any], None] | None
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SealedArray(InertArray):
         *,
         fortran_order: bool = False,
         scalar: bool = False,
-        fill: Callable[[SealedArray, Any], None] | None = None,
+        fill: Callable[[PickledArray, Any], None] | None = None,
     ) -> None:
         self.set(dtype, shape, data, fortran_order, scalar)
         object.__setattr__(self, "_fill", fill)

@@ -21,7 +21,7 @@ from ...errors import CorruptError, RankloadError, UnsafeError
 from ...saved.values import LazyTensor
 from .budget import Budget
 from .build import make, new_object
-from .inert import SealedGlobal, SealedObject
+from .inert import PickledGlobal, PickledObject
 from .known import KNOWN_VALUES, canonical
 from .opcodes import MAX_NAME
 from .scan import PickleScan
@@ -59,8 +59,7 @@ def read_pickle(
     try:
         return reader.load()
     except RankloadError as error:
-        kind = UnsafeError if isinstance(error, UnsafeError) else type(error)
-        raise kind(f"{name}: {error.message}", path=name) from None
+        raise type(error)(f"{name}: {error.message}", path=name) from None
     except Exception as error:
         # The unpickler and the stand-ins raise many types for malformed input.
         raise CorruptError(
@@ -87,7 +86,7 @@ class _InertUnpickler(pickle.Unpickler):
         super().__init__(source, fix_imports=False, encoding="utf-8")
         self._make = functools.partial(make, budget)
         self._find_storage = find_storage
-        self._globals: dict[tuple[str, str], SealedGlobal] = {}
+        self._globals: dict[tuple[str, str], PickledGlobal] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """The class or function as a name. Raises `UnsafeError` for an overlong name only, never for an unknown one."""
@@ -96,7 +95,7 @@ class _InertUnpickler(pickle.Unpickler):
             if len(module) > MAX_NAME or len(name) > MAX_NAME:
                 raise UnsafeError(f"a class or function whose name has {len(module) + len(name)} characters")
             full = canonical(module, name)
-            found = SealedGlobal(full, full in KNOWN_VALUES, self._make)
+            found = PickledGlobal(full, full in KNOWN_VALUES, self._make)
             self._globals[module, name] = found
         return found
 
@@ -105,7 +104,7 @@ class _InertUnpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) < 2:
             raise CorruptError("a persistent id that names no storage")
         first = pid[0]
-        if isinstance(first, (SealedGlobal, SealedObject)):
+        if isinstance(first, (PickledGlobal, PickledObject)):
             return new_object(first, pid[1], pid[2] if len(pid) == 3 else {})
         if isinstance(first, bytes):
             first = first.decode("ascii", "replace")

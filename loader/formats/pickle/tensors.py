@@ -15,7 +15,7 @@ from ...errors import CorruptError
 from ...saved.dtypes import ITEMSIZE
 from ...saved.values import GlobalName, LazyTensor
 from .budget import Budget
-from .inert import SealedGlobal, SealedObject, SealedTensor, TorchSize
+from .inert import PickledGlobal, PickledObject, PickledTensor, TorchSize
 from .known import DTYPES, TENSOR_CLASSES
 
 MAX_DIMENSIONS = 64
@@ -24,7 +24,7 @@ _LARGEST = 1 << 62
 
 def _tensor(
     budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
-) -> SealedTensor | SealedObject:
+) -> PickledTensor | PickledObject:
     if not isinstance(storage, LazyTensor) or len(rest) > 3:
         raise CorruptError("a tensor without a storage")
     if len(rest) == 3 and rest[2]:
@@ -42,25 +42,25 @@ def _tensor_v3(
     hooks: Any,
     dtype: Any,
     metadata: Any = None,
-) -> SealedTensor | SealedObject:
+) -> PickledTensor | PickledObject:
     if not isinstance(dtype, GlobalName) or dtype.name not in DTYPES:
-        return SealedObject(global_name=f"{getattr(dtype, 'name', 'an unknown dtype')}", args=(storage,))
+        return PickledObject(global_name=f"{getattr(dtype, 'name', 'an unknown dtype')}", args=(storage,))
     if metadata:
         return _special(metadata)
     return lay_out(storage, DTYPES[dtype.name], offset, size, stride, requires_grad)
 
 
-def _special(metadata: Any) -> SealedObject:
+def _special(metadata: Any) -> PickledObject:
     # Lazily conjugated or negated: its bytes are not its values.
-    return SealedObject(global_name="torch._utils.set_tensor_metadata", args=(metadata,))
+    return PickledObject(global_name="torch._utils.set_tensor_metadata", args=(metadata,))
 
 
 def _parameter(
     budget: Budget, data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
 ) -> Any:
     if not isinstance(data, LazyTensor):
-        return SealedObject(global_name="torch._utils._rebuild_parameter", args=(data, requires_grad))
-    return SealedTensor(
+        return PickledObject(global_name="torch._utils._rebuild_parameter", args=(data, requires_grad))
+    return PickledTensor(
         data.storage, data.dtype, data.shape, data.stride, data.storage_offset, bool(requires_grad)
     )
 
@@ -68,14 +68,14 @@ def _parameter(
 def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> Any:
     """A tensor of a subclass, or a plain one with attributes (as DeepSpeed's ``ds_id``), which are dropped."""
     if (
-        isinstance(function, SealedGlobal)
+        isinstance(function, PickledGlobal)
         and function.name in _REBUILDERS
         and isinstance(kind, GlobalName)
         and kind.name in TENSOR_CLASSES
         and isinstance(args, tuple)
     ):
         return function(*args)
-    return SealedObject(
+    return PickledObject(
         global_name=getattr(kind, "name", "torch._tensor._rebuild_from_type_v2"), args=(args,), state=state
     )
 
@@ -87,7 +87,7 @@ def _size(budget: Budget, items: Any = ()) -> TorchSize:
 
 def lay_out(
     base: LazyTensor, dtype: str, offset: Any, shape: Any, stride: Any, requires_grad: Any
-) -> SealedTensor:
+) -> PickledTensor:
     """A tensor over ``base``'s storage; ``offset`` and ``stride`` count elements of ``dtype``.
 
     Raises `CorruptError` unless every element lies inside the storage.
@@ -108,7 +108,7 @@ def lay_out(
             )
         if math.prod(sizes) > _LARGEST:
             raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
-    return SealedTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
+    return PickledTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
 
 
 def _integers(value: Any, what: str) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ class FolderSource:
             tried = ", ".join(namings)
             raise NotFoundError(f"{shown} has no optimizer file of rank 0; looked for {tried}", path=shown)
 
-        with self._opening.watch.lap("locate"):
+        with self._opening.stages.lap("locate"):
             self._naming = namings[self._opening.session.channel.decide("optimizer files", None, probe)]
 
     def fetch(
@@ -143,7 +143,7 @@ class ArchiveSource:
     ) -> None:
         ranks = sorted((needed.models | needed.optims) - self._found.keys())
         names: dict[int, str] = {}
-        with self._opening.watch.stage(f"{stage}: names"):
+        with self._opening.stages.stage(f"{stage}: names"):
             if needed.experts:
                 raise LayoutError(
                     f"{self._found[0].source}: experts (MoE) in Composer's archives are not supported; restore them "

@@ -177,7 +177,7 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
     Which elements a DeepSpeed engine holds on this rank is known, so that only the files of the saved ranks that have
     them are fetched: in two steps, see `needs`. For any other target the files of all saved ranks are.
     """
-    request, position, watch = opening.request, zero.position, opening.watch
+    request, position, stages = opening.request, zero.position, opening.stages
     with_optimizer = zero.has_optimizer_files(weights_only=request.weights_only)
     partitioned, saved = zero.first.partitioned, zero.world_size
     if with_optimizer:
@@ -199,7 +199,7 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
     needed |= experts
     zero.fetch(needed, "fetch")
     rest = Needed(frozenset(), frozenset())
-    with watch.stage("read"):
+    with stages.stage("read"):
         zero.read(needed)
         if with_optimizer and is_deepspeed_engine(engine):
             layout = zero_checkpoint(zero.first, zero.optims[min(zero.optims)])
@@ -210,7 +210,7 @@ def gather_files(opening: Opening, zero: ZeroFiles) -> None:
             rest = files_of_slots(layout, slots) - zero.held
     if opening.session.channel.decide("further files", bool(rest), any):
         zero.fetch(rest, "fetch others")
-        with watch.stage("read others"):
+        with stages.stage("read others"):
             zero.read(rest)
 
 
@@ -223,7 +223,7 @@ def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
     live = is_deepspeed_engine(engine)
     if not zero.first.num_experts and not (live and getattr(engine, "has_moe_layers", False)):
         return Needed(frozenset())
-    with opening.watch.stage("experts"):
+    with opening.stages.stage("experts"):
         zero.expert_layers = expert_layers(engine) if live else ()
         check_experts(zero.first, zero.expert_layers, weights_only=opening.request.weights_only)
     names = {name for layer in zero.expert_layers for name in layer.files}

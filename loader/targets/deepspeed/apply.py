@@ -15,7 +15,6 @@ from ...materialize.objects import materialize
 from ...materialize.tensors import CopyRequest, TensorReader, read_tensor
 from ...saved.values import InertObject, LazyTensor
 from ..module import NoteChange
-from .flats import MasterFlat
 from .plan import EnginePlan, Fill
 from .target import flat_view
 
@@ -109,10 +108,10 @@ def set_numbers(plan: EnginePlan, reader: TensorReader) -> None:
             continue
         for key, value in saved.items():
             if key in plan.scalars.get(index, {}):
-                state[key] = _number_like(value, state.get(key), reader, flat)
+                state[key] = _number_like(value, state.get(key), reader)
             elif key not in state:
                 # It was ignored, but the optimizer needs it with the others.
-                zero = _number_like(value, None, reader, flat)
+                zero = _number_like(value, None, reader)
                 state[key] = (
                     torch.zeros_like(zero) if isinstance(zero, torch.Tensor) else zero and type(zero)(0)
                 )
@@ -131,7 +130,7 @@ def _has_state(plan: EnginePlan, index: int) -> bool:
     return bool(plan.scalars.get(index)) or master in plan.target.optimizer.state
 
 
-def _number_like(value: Any, own: Any, reader: TensorReader, flat: MasterFlat) -> Any:
+def _number_like(value: Any, own: Any, reader: TensorReader) -> Any:
     """`value` in the form that the optimizer keeps `own` in: written into that tensor, or as a plain number."""
     if isinstance(value, LazyTensor):
         real = read_tensor(value, reader=reader, name="optimizer number")

@@ -30,7 +30,7 @@ def run(
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "POLL_S", 0.01)
+    monkeypatch.setattr(progress, "REFRESH_S", 0.01)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
 
 

@@ -29,9 +29,9 @@ from rankload.loader.fetch.archive import unpack
 from rankload.loader.fetch.remote_file import RemoteFile
 from rankload.loader.fetch.tars import SMALL_MEMBER_BYTES, open_archive, read_members
 from rankload.loader.http.answers import Arrived
+from rankload.loader.ranges.destinations import MemoryDestination
 from rankload.loader.ranges.engine import ObjectRead, read_ranges
 from rankload.loader.ranges.open import RangeServers, open_range_source
-from rankload.loader.ranges.targets import MemoryTarget
 from rankload.loader.ranges.window import WindowSource
 from rankload.loader.stores.base import ObjectInfo
 from rankload.loader.stores.http import HttpStore
@@ -416,7 +416,7 @@ def test_windows_share_the_connections_of_the_whole(tmp_path: Path) -> None:
     for base in (0, 100_000, 200_000):
         window = WindowSource(source, base, 100_000, object_name="a", described=f"a:{base}")
         got.append(bytearray(100_000))
-        target = MemoryTarget([(0, memoryview(got[-1]))])
+        target = MemoryDestination([(0, memoryview(got[-1]))])
         readings.append(ObjectRead(window, [ByteRange(0, 100_000)], target))
     read_ranges(readings, quiet, chunk_bytes=10_000)
     assert b"".join(got) == data

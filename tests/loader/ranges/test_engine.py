@@ -26,10 +26,10 @@ from rankload.loader.http.connections import Connections
 from rankload.loader.ranges import retries as range_retries
 from rankload.loader.ranges.base import RangeSource
 from rankload.loader.ranges.concurrency import Concurrency
+from rankload.loader.ranges.destinations import FileDestination, MemoryDestination
 from rankload.loader.ranges.engine import ObjectRead, ReadReport, read_ranges
 from rankload.loader.ranges.http import HttpSource
 from rankload.loader.ranges.open import open_range_source
-from rankload.loader.ranges.targets import FileTarget, MemoryTarget
 from rankload.loader.stores.base import ObjectInfo
 from rankload.loader.stores.open import open_store
 
@@ -62,7 +62,7 @@ def source_of(url: str, options: dict[str, object] | None = None) -> RangeSource
 def read_all(source: RangeSource, **more: object) -> tuple[bytes, ReadReport]:
     memory = bytearray(source.size_bytes)
     whole = [ByteRange(0, source.size_bytes)]
-    target = MemoryTarget([(0, memoryview(memory))])
+    target = MemoryDestination([(0, memoryview(memory))])
     try:
         report = read_ranges([ObjectRead(source, whole, target)], lambda n: None, chunk_bytes=CHUNK, **more)
     finally:
@@ -255,7 +255,7 @@ def test_streamed_once() -> None:
         landed: list[tuple[int, int]] = []
         wanted = [ByteRange(100_000, 200_000), ByteRange(450_000, 600_000)]
         view = memoryview(memory)
-        target = MemoryTarget([(100_000, view[:100_000]), (450_000, view[100_000:])])
+        target = MemoryDestination([(100_000, view[:100_000]), (450_000, view[100_000:])])
         counted: list[int] = []
         reading = ObjectRead(source, wanted, target, lambda *part: landed.append(part))
         report = read_ranges([reading], counted.append, chunk_bytes=CHUNK)
@@ -273,7 +273,7 @@ def test_streamed_anew_after_a_break() -> None:
         landed: list[tuple[int, int]] = []
         memory = bytearray(len(BODY))
         reading = ObjectRead(
-            source, [ByteRange(0, len(BODY))], MemoryTarget([(0, memoryview(memory))]),
+            source, [ByteRange(0, len(BODY))], MemoryDestination([(0, memoryview(memory))]),
             lambda *part: landed.append(part),
         )  # fmt: skip
         read_ranges([reading], counted.append, chunk_bytes=CHUNK)
@@ -409,7 +409,7 @@ def test_what_a_callback_raises_stops_all() -> None:
         def tick(n_bytes: int) -> None:
             raise KeyError("enough")
 
-        target = MemoryTarget([(0, memoryview(bytearray(len(BODY))))])
+        target = MemoryDestination([(0, memoryview(bytearray(len(BODY))))])
         begin = time.monotonic()
         with pytest.raises(KeyError, match="enough"):
             read_ranges([ObjectRead(source, [ByteRange(0, len(BODY))], target)], tick, chunk_bytes=CHUNK)
@@ -425,7 +425,7 @@ def test_what_landed_raises_stops_all() -> None:
         def landed(start: int, stop: int) -> None:
             raise CorruptError("a checksum differs")
 
-        target = MemoryTarget([(0, memoryview(bytearray(len(BODY))))])
+        target = MemoryDestination([(0, memoryview(bytearray(len(BODY))))])
         reading = ObjectRead(source, [ByteRange(0, len(BODY))], target, landed)
         with pytest.raises(CorruptError, match="a checksum differs"):
             read_ranges([reading], lambda n: None, chunk_bytes=CHUNK)
@@ -455,7 +455,7 @@ def test_every_wanted_byte_lands_once(edges: list[int], chunk_bytes: int, data: 
         view = memoryview(memory)
         pieces += [(one.start, view[one.start : cut]), (cut, view[cut : one.stop])]
     reading = ObjectRead(
-        source, wanted, MemoryTarget(pieces), lambda start, stop: landed.append(ByteRange(start, stop))
+        source, wanted, MemoryDestination(pieces), lambda start, stop: landed.append(ByteRange(start, stop))
     )
     report = read_ranges([reading], lambda n: None, chunk_bytes=chunk_bytes)
     assert union(landed) == union(wanted)
@@ -469,7 +469,7 @@ def test_into_a_sparse_file_and_on_from_there(tmp_path: Path) -> None:
     source_path.write_bytes(BODY)
     for wanted in ([ByteRange(0, 5000)], [ByteRange(5000, 300_000), ByteRange(900_000, 1_000_000)]):
         source = FileSource(str(source_path), ObjectInfo("a", None))
-        target = FileTarget(str(tmp_path / "b"), len(BODY))
+        target = FileDestination(str(tmp_path / "b"), len(BODY))
         read_ranges([ObjectRead(source, wanted, target)], lambda n: None, chunk_bytes=CHUNK)
         target.close()
         source.close()
@@ -477,7 +477,7 @@ def test_into_a_sparse_file_and_on_from_there(tmp_path: Path) -> None:
     assert data == BODY[:300_000] + bytes(600_000) + BODY[900_000:]
     assert os.stat(tmp_path / "b").st_mode & 0o777 == 0o600
     with pytest.raises(CorruptError, match="expected 7"):
-        FileTarget(str(tmp_path / "b"), 7)
+        FileDestination(str(tmp_path / "b"), 7)
 
 
 def test_file_systems_that_change() -> None:
@@ -497,7 +497,7 @@ def test_file_systems_that_change() -> None:
 
 def read_some(source: RangeSource) -> bytes:
     memory = bytearray(50_000)
-    target = MemoryTarget([(5, memoryview(memory))])
+    target = MemoryDestination([(5, memoryview(memory))])
     read_ranges([ObjectRead(source, [ByteRange(5, 50_005)], target)], lambda n: None)
     return bytes(memory)
 

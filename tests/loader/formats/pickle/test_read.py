@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
-from rankload.loader.formats.pickle.inert import SealedGlobal, SealedTensor
+from rankload.loader.formats.pickle.inert import PickledGlobal, PickledTensor
 from rankload.loader.formats.pickle.read import read_pickle
 from rankload.loader.formats.pickle.scan import scan_pickle
 from rankload.loader.formats.pickle.tensors import lay_out
@@ -21,7 +21,7 @@ LIMIT = 64 << 20
 
 
 def find_storage(pid: tuple[Any, ...]) -> LazyTensor:
-    return SealedTensor(StorageRef("f", str(pid[2]), 0, 400, None), "float32", (pid[4],), (1,))
+    return PickledTensor(StorageRef("f", str(pid[2]), 0, 400, None), "float32", (pid[4],), (1,))
 
 
 def read(data: bytes) -> Any:
@@ -244,6 +244,6 @@ def test_results_can_be_copied_but_not_patched() -> None:
     assert type(again[0]) is InertObject
     assert again[0].state == {"a": 1}
     assert type(again[1]) is GlobalName
-    assert isinstance(got[1], SealedGlobal)
+    assert isinstance(got[1], PickledGlobal)
     tensor = read(TENSOR + b".")
     assert copy.deepcopy(tensor).shape == (10,)

@@ -16,7 +16,7 @@ BUFFER_BYTES = 1 << 20
 """What is received before it is written: small enough to be in the processor's cache still."""
 
 
-class Target(Protocol):
+class Destination(Protocol):
     """Takes bytes of one object. Called from several threads, never for the same bytes at once."""
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
@@ -26,7 +26,7 @@ class Target(Protocol):
         """Stores the bytes from `start` on, which are in `view`: one that `views` returned, or the beginning of one."""
 
 
-class MemoryTarget:
+class MemoryDestination:
     """Memory that is filled in place: of `pieces`, ``(start, view)`` takes the object's bytes from `start` on.
 
     Views are one-dimensional, contiguous and writable, of any item size. Raises `ValueError` where they overlap, or
@@ -59,7 +59,7 @@ class MemoryTarget:
         """Does nothing: the bytes are in place."""
 
 
-class FileTarget:
+class FileDestination:
     """A file of `size_bytes`, sparse where nothing has landed. `close` it.
 
     The file is made where it is missing (0600) and kept as it is where it has that size; raises `CorruptError` where it

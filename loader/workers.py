@@ -6,12 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ..stores.transfer import POLL_S, Stopped
-
+POLL_S = 0.1
+"""How often work that runs in another thread is looked at."""
 GROW_S = 0.01
 """How often `run_jobs` checks whether more threads are wanted."""
 STOP_TIMEOUT_S = 5.0
 """How long threads have to end once they are stopped; one that is stuck in a backend is left behind."""
+
+
+class Stopped(BaseException):
+    """Raised in a thread whose work was given up, inside a backend too, so that it ends."""
 
 
 class Stop:
