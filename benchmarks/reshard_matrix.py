@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from .tables import publish
+from rankload.benchmarks.tables import publish
 
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))

@@ -7,7 +7,7 @@
 3. `group.process_group`: the default process group where there is one; otherwise a gloo group for the length of the
    session, made at the address that `rendezvous` finds.
 4. `channel.open_channel`: this rank's end of the channel. `agreement` reaches one agreement at a time; `store_thread`
-   carries it over torch's key-value store (`key_value`, in the store that `stores` picks).
+   carries it over torch's key-value store (`key_value`).
 5. `topology.confirm_topology`: all ranks' places are compared.
 
 A rank learns in `store_thread` that another died: once a second it looks at heartbeats (`heartbeat`), at the processes

@@ -22,10 +22,9 @@ from typing import Any, Protocol
 from .agreement import Agreement, Combine, join_bytes, join_json, split_bytes
 from .errors import RankloadError, StalledError, TopologyError, from_record, to_record
 from .failures import as_rankload_error, bounded, store_lost
-from .key_value import KeyValue
+from .key_value import KeyValue, key_value_opener
 from .liveness import this_process
 from .store_thread import AGREED, StoreLostError, StoreThread, decision_key, heartbeat_key
-from .stores import key_value_opener
 
 LINGER_S = 10.0
 """How long rank 0 waits at the end for the others to leave: it may host the store."""

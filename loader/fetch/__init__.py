@@ -1,7 +1,7 @@
 """Fetch: brings a checkpoint's files to every node, and each byte that the ranks of a node need once.
 
 1. `files.fetch_files`: all ranks state the files that they need (`needs`). The lowest rank of each node, its leader,
-   finds them, checks that there is room (`room_check`), and obtains each into the node's cache (`whole.obtain`). Tars
+   finds them, checks that there is room (`space_check`), and obtains each into the node's cache (`whole.obtain`). Tars
    are unpacked (`archive`) and compressed files expanded (`decompress`); local files are used where they are.
 2. A torch file in a store that does ranges "comes in parts" (`remote_files`): at first only its index is fetched,
    into a file with holes (`remote_file`). Large torch files inside a tar come so, too (`tars`).

@@ -18,7 +18,7 @@ from ..stores.symlinks import resolve
 from ..workers import Stop, run_jobs
 from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, ranks_text
 from .remote_files import ObjectPart
-from .room_check import agree_on_room
+from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
 from .whole import obtain, whole_bytes
 

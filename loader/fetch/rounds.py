@@ -26,7 +26,7 @@ from .plan import (
     encode_request,
     plan_fetch,
 )
-from .room_check import agree_on_room
+from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
 
 WantedRanges = dict[str, list[ByteRange]]

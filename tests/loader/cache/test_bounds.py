@@ -15,7 +15,7 @@ from rankload.loader.cache.bounds import Held, victims
 from rankload.loader.cache.holes import PartialFile
 from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import AccessError
-from rankload.loader.fetch.room_check import agree_on_room
+from rankload.loader.fetch.space_check import agree_on_room
 from rankload.loader.stores.transfer import bytes_on_disk
 
 FORK = multiprocessing.get_context("fork")
