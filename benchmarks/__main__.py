@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rankload.benchmarks import http_restore, local_restore
-from rankload.benchmarks.measure import drop_from_page_cache, make_model
 from rankload.launch.children import rank_environment, run_torchrun
 from rankload.launch.demo import counts, serving
+
+from . import http_restore, local_restore
+from .measure import drop_from_page_cache, make_model
 
 RANKS = 2
 DEADLINE_S = 300.0

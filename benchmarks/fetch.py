@@ -27,9 +27,9 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from rankload.benchmarks.fetch_clients import CLIENTS, DISCARD, Place
-from rankload.benchmarks.measure import peak_private_bytes
-from rankload.benchmarks.tables import REPOSITORY, publish, table
+from .fetch_clients import CLIENTS, DISCARD, Place
+from .measure import peak_private_bytes
+from .tables import REPOSITORY, publish, table
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
 from certificates import BUNDLES, make_certificate

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rankload.benchmarks.measure import make_model, measured
 from rankload.loader import State, load_checkpoint
+
+from .measure import make_model, measured
 
 METHODS = ("each rank downloads", "rankload, once per node")
 

@@ -11,8 +11,9 @@ import sys
 from dataclasses import asdict
 
 import torch
-from rankload.benchmarks.measure import make_model, measured
 from rankload.loader import State, load_checkpoint
+
+from .measure import make_model, measured
 
 METHODS = ("torch.load", "torch.load(mmap)", "rankload", "rankload, verify=off", "plain read")
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rankload.benchmarks.tables import publish
+
+from .tables import publish
 
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))

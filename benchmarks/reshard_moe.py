@@ -15,7 +15,8 @@ SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
 
 from moe_worker import SETTINGS  # noqa: E402
-from rankload.benchmarks.reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
+
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 SIZES = {1: (1, 2, 3, 4), 2: (2, 4, 8), 4: (4, 8)}
 """World sizes by the widest expert-parallel size, which divides them."""

@@ -13,7 +13,7 @@ from pathlib import Path
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
 
-from rankload.benchmarks.reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
+from .reshard_matrix import Case, Matrix, command_line, covering, tell  # noqa: E402
 
 WORKER = SUPPORT / "parallel_worker.py"
 SETTINGS = (
