@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankload.loader.byte_ranges import ByteRange
-from rankload.loader.ranges.destinations import FileDestination, MemoryDestination, Target
+from rankload.loader.ranges.destinations import Destination, FileDestination, MemoryDestination
 from rankload.loader.ranges.engine import ObjectRead, read_ranges
 from rankload.loader.ranges.open import open_range_source
 from rankload.loader.stores.open import open_store
@@ -58,7 +58,7 @@ def ours_into_buffer(place: Place, target: str) -> Fetch:
     return _ours(place, lambda: MemoryDestination([(0, memoryview(buffer))]))
 
 
-def _ours(place: Place, make_target: Callable[[], Target]) -> Fetch:
+def _ours(place: Place, make_target: Callable[[], Destination]) -> Fetch:
     store, name = open_store(place.url, storage_options=place.options)
     info = store.stat(name)
     if info is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import itertools
 import subprocess
 import sys
@@ -66,3 +68,13 @@ def test_a_table_takes_its_own_place_only(tmp_path: Path) -> None:
     )
     with pytest.raises(SystemExit, match="no place for the table: <!-- three: begin -->"):
         publish(path, "three", "new")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_of_ours_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = f"benchmarks.{node.module}" if node.level else node.module or ""
+            if node.module and module.split(".")[0] in ("rankload", "benchmarks"):
+                found = importlib.import_module(module)
+                assert not [alias.name for alias in node.names if not hasattr(found, alias.name)]
