@@ -391,3 +391,16 @@ def test_the_map_shows_every_room() -> None:
     named_there = set(re.findall(r"`([a-z_0-9]+)/?`", shown))
     assert {room for rooms in ROOMS for room in rooms} - named_there == set()
     assert {path.stem for path in (REPOSITORY / "distributed").glob("[a-z]*.py")} - named_there == set()
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    named_there = {
+        (page.name, path)
+        for page in [*REPOSITORY.glob("*.md"), *sorted((REPOSITORY / "docs").glob("*.md"))]
+        for path in re.findall(
+            r"\b((?:loader|distributed|launch|rankload|tests|benchmarks|configs)/[\w/]+\.\w+)",
+            page.read_text(),
+        )
+    }
+    assert len(named_there) > 10
+    assert sorted((page, path) for page, path in named_there if not (REPOSITORY / path).exists()) == []
