@@ -1,7 +1,23 @@
-"""Restores checkpoints of distributed PyTorch jobs: `load_checkpoint`.
+"""Loader: restores a checkpoint into a job's model, optimizers and other state, on every rank or on none.
 
-Importing this package imports neither torch nor deepspeed nor any store's client: each name below brings in what
-it needs when it is first used.
+`journey.load` does it, in this order:
+
+1. `request` checks the arguments and compares them over all ranks; `options` and `template` are their parts.
+2. `opening.open_checkpoint`: a path becomes a store (`stores`), its files come to each node once (`fetch`, `ranges`,
+   `http`, `cache`), and their indexes become saved values (`formats`, `sources`, `saved`): a `checkpoint.Checkpoint`.
+3. `check.check`: names, shapes, dtypes and types are compared, and the restore is planned (`targets`).
+4. The restore: `materialize` copies bytes into the live tensors. `verify` compares them with their checksums, and
+   brings weights that ranks share to each node once.
+5. `rng` completes the random states, and `receipt` says what was done.
+
+All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
+
+Not guaranteed: a rollback. Before the restore a failure changes nothing; after its first change it is a
+`PartialRestoreError`, and the state is undefined until a load succeeds. Nothing is written to a store. CRC-32 finds
+damage, not forgery. Modules other than the names below may change.
+
+May import ``distributed``; which room imports which is in ``docs/map.md``. Importing this package imports neither torch
+nor deepspeed nor any store's client: each name below brings in what it needs when it is first used.
 """
 
 from __future__ import annotations

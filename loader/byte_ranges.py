@@ -1,4 +1,7 @@
-"""Byte ranges of one object: union, what is missing, which gaps to read along, and cutting into chunks. Pure."""
+"""Computes with byte ranges of one object: union, difference, overlap, merging over small gaps, cutting into chunks.
+
+Pure. Arguments may be in any order and overlap; ranges are returned in order, without overlaps.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import NamedTuple
 CHUNK_BYTES = 8 << 20
 """Chunks begin and end at multiples of this, or where their range does."""
 MAX_GAP_BYTES = 256 << 10
-"""A longer gap is never read along: a request costs about as much as so many bytes on a fast link."""
+"""`coalesce` reads no longer gap: one more request costs about as much as so many bytes on a fast link."""
 MAX_WASTE = 1 / 256
-"""How much more than the wanted bytes may be read for the sake of fewer requests, as a share of them."""
+"""How many bytes `coalesce` may add for the sake of fewer requests, as a share of the wanted bytes."""
 
 
 class ByteRange(NamedTuple):
@@ -26,7 +29,7 @@ class ByteRange(NamedTuple):
 
 
 def union(*many: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
-    """The same bytes as ranges in order that neither overlap nor touch; empty ones are left out.
+    """The bytes that are in any of the ranges, as ranges that neither overlap nor touch; empty ones are left out.
 
     Raises `ValueError` for a range that begins before 0 or ends before it begins.
     """
@@ -64,7 +67,7 @@ def subtract(wanted: Iterable[tuple[int, int]], have: Iterable[tuple[int, int]])
 
 
 def overlap(one: Iterable[ByteRange], other: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """The bytes that are in both."""
+    """The bytes that are in both `one` and `other`."""
     kept = union(one)
     return subtract(kept, subtract(kept, other))
 
@@ -93,9 +96,9 @@ def total_bytes(ranges: Iterable[ByteRange]) -> int:
 def coalesce(
     ranges: Iterable[ByteRange], *, max_gap: int = MAX_GAP_BYTES, max_waste: float = MAX_WASTE
 ) -> tuple[ByteRange, ...]:
-    """`ranges` with small gaps read along, the smallest first, so that there are fewer requests.
+    """`ranges` merged over small gaps, the smallest first, so that fewer requests read them.
 
-    No gap over `max_gap` bytes is, and all of them together are at most `max_waste` of the wanted bytes.
+    No gap of more than `max_gap` bytes is included, and all that are have at most `max_waste` of the wanted bytes.
     """
     merged = union(ranges)
     left = int(sum(one.length for one in merged) * max_waste)
@@ -114,10 +117,10 @@ def coalesce(
 
 
 def split(ranges: Iterable[ByteRange], *, chunk_bytes: int = CHUNK_BYTES) -> tuple[ByteRange, ...]:
-    """`ranges` cut at multiples of `chunk_bytes`, which depend on nothing else and so are stable.
+    """`ranges` cut at multiples of `chunk_bytes` in the object, so that the cuts do not move when ranges change.
 
-    A piece of less than half a chunk at either end of a range stays with its neighbour, so that chunks hold half
-    of `chunk_bytes` to twice as many, or a whole range that is shorter.
+    A chunk has from half of `chunk_bytes` to twice as many, or is a whole range that is shorter: less than half a
+    chunk at either end of a range stays with its neighbour. Raises `ValueError` for chunks of fewer than 2 bytes.
     """
     if chunk_bytes < 2:
         raise ValueError(f"chunks of {chunk_bytes} bytes")

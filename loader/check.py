@@ -1,4 +1,8 @@
-"""The last stage before the first change: everything that can be compared is compared."""
+"""Checks a load before its first change: types, names, shapes, dtypes and random states.
+
+It hands on `Checked`: the plan of the restore, and as real values what the user gets back. Checksums are not compared
+here; `verify.checks` does that.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,30 @@ from .targets.restore import Prepared, prepare_restore
 
 @dataclass(frozen=True)
 class Checked:
-    """A load in which everything fits, one step before its first change."""
+    """A load in which everything fits, before its first change: what the stages after `check` need."""
 
     contents: Contents
+    """Without what ``ignore_keys`` names."""
     prepared: Prepared
+    """The plans that `targets.restore.apply_restore` carries out."""
     reader: TensorReader
+    """The one reader of this load: it reads and sums every storage."""
     rng: list[RngState | None] | None
-    """By rank; None at those that were ignored."""
+    """By saved rank, None at those that were ignored; None as a whole where the checkpoint has none, or with
+    ``load_weights_only``."""
     extra: dict[str, Any]
+    """Top-level entries that are no part of a `State`, as real values."""
     materialize_options: dict[str, Any]
+    """For `materialize`: which types are allowed, and what messages call the checkpoint."""
 
 
 def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, stages: Stages) -> Checked:
-    """Compares names, shapes, dtypes and types with what they are to be restored into; changes nothing."""
+    """Compares what will be restored with where it goes, and plans the restore; changes nothing that the user owns.
+
+    Every rank must call. Raises, on all ranks alike, `UnsafeError` for a type that is neither known nor in
+    ``safe_types``, `MismatchError` with every name, shape and dtype that does not fit, `FormatError` for a random state
+    that no generator takes, and `LayoutError`, `CorruptError` or `OptionError` where planning or reading raises them.
+    """
     with stages.stage("check"):
         contents = checkpoint.contents.with_tree(ignored.tree)
         options: dict[str, Any] = {"safe_types": request.options.safe_types, "file": checkpoint.name}
@@ -64,13 +79,13 @@ def check(request: LoadRequest, checkpoint: Checkpoint, ignored: Ignored, stages
 
 
 def _ignored_ranks(ignored: Ignored) -> list[int]:
-    """Positions that were taken out of the list of random states: the others are still the same ranks'."""
+    """The ranks whose random states were taken out of the list, which shifted those that follow."""
     found = (path.removeprefix("rng/") for path in ignored.paths if path.startswith("rng/"))
     return sorted(int(position) for position in found if position.isdigit())
 
 
 def _wanted_parts(contents: Contents, *, weights_only: bool) -> dict[str, Any]:
-    """The parts of a checkpoint that will be read, by key."""
+    """The parts of the checkpoint whose types must be safe, since they will be made real, by key."""
     if weights_only:
         return {"state/model": contents.state.get("model")}
     return {"state": contents.state, "rng": contents.rng, **contents.extra}

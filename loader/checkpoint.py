@@ -1,4 +1,9 @@
-"""A checkpoint that was opened, and what the steps of opening one share."""
+"""Holds what a load passes on: `Opening` while files are found, fetched and indexed, and then `Checkpoint`.
+
+`opening.open_checkpoint` makes the `Opening`, through which files are fetched and indexed. `make_checkpoint` puts what
+came of it into the `Checkpoint` that `check`, `verify`, `targets` and `fetch` take: the saved parts, their tensors not
+read yet, and where each file is on this node.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,52 @@ from .stores.base import Store
 
 
 @dataclass(frozen=True)
+class Opening:
+    """One load's store, cache and request, as the steps of opening use them; it stays part of the `Checkpoint`."""
+
+    request: LoadRequest
+    session: Session
+    stages: Stages
+    store: Store
+    cache: NodeCache
+    name_of: Callable[[str], str]
+    """Gives the name in the store of the object that a path, without variables, means."""
+    remote: RemoteFiles
+    """The files that come in parts: at first their index alone."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether bytes may be fetched from the store directly into a rank's tensors, past the node's cache."""
+        options = self.request.options
+        return not self.store.is_local and options.mode in ("direct", "auto") and options.verify != "before"
+
+    def fetch(self, names: list[str], stage: str) -> Fetched:
+        """Fetches to this node the files that its ranks name; each rank gets those in `names` (see `fetch_files`).
+
+        Every rank must call, whatever it names. The stage's bytes are counted on the node's first rank.
+        """
+        with self.stages.timed(stage) as timing:
+            fetched = fetch_files(
+                self.session.channel,
+                self.session.topology,
+                self.store,
+                names,
+                self.cache,
+                self.remote,
+                stage=stage,
+            )
+            if self.session.topology.local_rank == 0:
+                timing.bytes += fetched.fetched_bytes
+        return fetched
+
+    def index(self, path: str, name: str) -> FileIndex:
+        """The index of the torch file at `path`, fetched whole or its index alone; messages call it `name`."""
+        return self.remote.index(path, name)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files, or their indexes, are on this node; its tensors are lazy."""
+    """A checkpoint whose files, or their indexes, are on this node; no storage was read, so its tensors are lazy."""
 
     opening: Opening
     name: str
@@ -38,20 +87,20 @@ class Checkpoint:
     """Of the torch files that this rank reads."""
     files: tuple[FileRecord, ...]
     cache_dir: str | None
-    """Where fetched files were put, two folders where there was too little room in one; None where all were used in
-    place."""
+    """The folder that fetched files were put into, or two with a comma between them where one had too little room; None
+    where all were used in place."""
     zero: ZeroContents | None = None
     rng_per_rank: bool = False
-    """Whether each saved rank's own file has its random state, rather than one file all ranks'."""
+    """Whether each saved rank's random state is in its own file; otherwise one file has those of all ranks."""
     own_rng: bool = True
-    """Where they are so: whether there is one of this rank's."""
+    """With `rng_per_rank`: whether this rank's counterpart among the saved ranks had its random state kept."""
     notes: tuple[str, ...] = ()
-    """What the receipt is to say besides."""
+    """Sentences for the receipt's notes."""
     paths: Mapping[str, str] = field(default_factory=dict)
-    """Names of `files` to where they are on this node."""
+    """Where each of `files` is on this node, by its name."""
 
     def file_of(self, tree: Any) -> str:
-        """What messages call the file that an unknown type in `tree` came from; `name` where it has none."""
+        """The name of the file that an unknown type in `tree` came from, for messages; `name` where there is none."""
         unknown = {name for _, name in find_unknown(tree)}
         for index in self.indexes:
             if unknown and not unknown.isdisjoint(name for _, name in find_unknown(index.tree)):
@@ -59,54 +108,13 @@ class Checkpoint:
         return self.name
 
     def storages(self, wanted: Mapping[str, Any]) -> list[StorageRef]:
-        """What will be read of this rank's files to restore the parts `wanted`."""
+        """The storages to read for the parts `wanted`; of a ZeRO checkpoint, all in the files that this rank reads."""
         if self.zero is not None:
             return [storage for index in self.indexes for storage in index.storages]
         return list({tensor.storage for tree in wanted.values() for _, tensor in tensors(tree)})
 
 
-@dataclass(frozen=True)
-class Opening:
-    """What the steps of opening share."""
-
-    request: LoadRequest
-    session: Session
-    stages: Stages
-    store: Store
-    cache: NodeCache
-    name_of: Callable[[str], str]
-    """An expanded path to the object's name in the store."""
-    remote: RemoteFiles
-    """Files of which only the index is fetched at first."""
-
-    @property
-    def direct(self) -> bool:
-        """Whether bytes may come straight from the store into a rank's tensors."""
-        options = self.request.options
-        return not self.store.is_local and options.mode in ("direct", "auto") and options.verify != "before"
-
-    def fetch(self, names: list[str], stage: str) -> Fetched:
-        """Brings files to this node. Every rank must call."""
-        with self.stages.lap(stage) as lap:
-            fetched = fetch_files(
-                self.session.channel,
-                self.session.topology,
-                self.store,
-                names,
-                self.cache,
-                self.remote,
-                stage=stage,
-            )
-            if self.session.topology.local_rank == 0:
-                lap.bytes += fetched.fetched_bytes
-        return fetched
-
-    def index(self, path: str, name: str) -> FileIndex:
-        """The index of a file that was fetched, or of which the index was."""
-        return self.remote.index(path, name)
-
-
-def opened(
+def make_checkpoint(
     opening: Opening,
     name: str,
     kind: str,
@@ -119,7 +127,7 @@ def opened(
     *,
     rng_per_rank: bool = False,
 ) -> Checkpoint:
-    """The checkpoint, with the records of the `files` that this rank uses."""
+    """The opened checkpoint, with a record for the receipt of each of the `files` that this rank uses."""
     records = []
     for file in files:
         read = [index.verifiable for index in indexes if index.name.startswith(file.source)]
@@ -149,7 +157,7 @@ def opened(
 
 
 def _own_rng(zero: ZeroContents | None, position: Position | None) -> bool:
-    """Below stage 3 only the first data-parallel rank's was kept, of each part of the model."""
+    """Below stage 3, DeepSpeed kept only the first data-parallel rank's, for each part of the model."""
     if zero is None or position is None:
         return True
     return position.rank < (zero.checkpoint.world_size if zero.checkpoint.partitioned else 1)

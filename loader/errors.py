@@ -1,9 +1,9 @@
-"""Every error that a load can raise.
+"""Defines every error that a load can raise, and turns failures after the first change into `PartialRestoreError`.
 
 RankloadError                  rank, host, path
 ├── TemplateError              the path template names a variable that does not exist
 ├── NotFoundError              a file, object, tag or folder is not there
-├── AccessError                it is there, but may not be read
+├── AccessError                it is there, but cannot be read, or this node cannot keep it
 ├── CorruptError               truncated, or its bytes do not match its checksums or its own index
 ├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
 ├── FormatError                readable, but of a kind or layout that is not known, or not supported
@@ -53,7 +53,7 @@ class NotFoundError(RankloadError):
 
 
 class AccessError(RankloadError):
-    """The object is there (or may be), but the store refuses to hand it out."""
+    """The object is there (or may be), but the store refuses or fails to return it, or there is no room for it here."""
 
 
 class CorruptError(RankloadError):
@@ -115,11 +115,11 @@ class TimestampError(RankloadError, RuntimeError):
 
 @contextmanager
 def after_first_change(name: str, changed: Sequence[str] | None = None) -> Iterator[None]:
-    """Within the block, every failure is a `PartialRestoreError` of the checkpoint `name`.
+    """Raises every failure of the block as a `PartialRestoreError` of the checkpoint `name`.
 
-    `changed` lists what this rank has changed so far; it may grow while the block runs. None where a failure is
-    heard of from other ranks: its message is theirs, and says nothing that is this rank's alone. A
-    `TimestampError`, which says by itself that everything was restored, passes.
+    `changed` lists what this rank has changed so far; it may grow while the block runs. None where the failure may be
+    another rank's: the message then says nothing of what this rank has changed. A `TimestampError` passes as it is: it
+    means that everything was restored.
     """
     try:
         yield
@@ -148,9 +148,9 @@ def after_first_change(name: str, changed: Sequence[str] | None = None) -> Itera
 
 @contextmanager
 def partial_once_begun() -> Iterator[list[str]]:
-    """Around a whole session: yields a list, to which the checkpoint's name is added when the first change is near.
+    """Around a whole session: yields a list, to which the caller adds the checkpoint's name before its first change.
 
-    From then on what fails is told as by `after_first_change`, also what this rank hears of another one's end.
+    From then on every failure is raised as by `after_first_change`, another rank's too.
     """
     begun: list[str] = []
     try:

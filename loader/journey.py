@@ -1,11 +1,20 @@
-"""A load from end to end: `load` runs the stages in order. Each takes values and returns a value.
+"""Runs a load from end to end: `load` calls the stages below in order, and the functions of this file follow its order.
 
-    arguments → locate → fetch → read → (fetch → read)* → ignore → check → plan → restore → agree → RNG → receipt
-                                                                               └── fetch parts ──┘
+    arguments      _agree_on_arguments     each rank's arguments are checked, and compared over all ranks
+    open ... read  opening                 the path is located, its files fetched and their indexes read: `Checkpoint`
+    ignore         _leave_out              what ``ignore_keys`` names is taken out of the saved parts: `Ignored`
+    check          check                   types, names, shapes and dtypes; the restore is planned: `Checked`
+    plan           verify, fetch           which rank sums which bytes, provides which weights, fetches which ranges
+    restore        _restore                FIRST CHANGE: bytes are copied into place, while others are still fetched
+    weights        verify.weights          weights that ranks share come to each node once
+    checksums      verify.checks           what was summed is compared (with ``verify="before"``: before `restore`)
+    finish         _finish                 what DeepSpeed does on all ranks at the end
+    timestamp      _agree_on_timestamp     all ranks restored the same batch count
+    rng            _complete_rng           one random state for each rank; returned, not applied
+    receipt        _make_receipt           every rank's report is joined to one `Receipt`
 
-Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns
-is changed before ``restore``. `opening.py` has the stages up to ``read``, `check.py` has ``check``; the rest is here,
-in the order in which it runs.
+Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns is
+changed before ``restore``.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from .opening import open_checkpoint
 from .options import LoadOptions, resolve_options
 from .receipt import FileRecord, Receipt, StageRecord, combine, log_receipt, trace_events, write_trace
 from .request import LoadRequest, check_arguments, check_same
-from .rng import RngState, accepted, complete_states, offered
+from .rng import RngState, complete_states, decode_each, encode_own
 from .saved.ignore import Ignored, IgnoreKeys, ignore
 from .stages import Stages
 from .targets.algorithms import AlgorithmPass
@@ -43,8 +52,8 @@ class LoadResult:
     """What a load returns.
 
     Attributes:
-        rng_states: one entry for each rank of this world, for `restore_rng`; None with ``load_weights_only``, or when
-            the checkpoint has none.
+        rng_states: one entry for each rank of this world, for `restore_rng`; None with ``load_weights_only``, when the
+            checkpoint has none, or when ``rng`` is ignored.
         receipt: what was restored, from which bytes, and what was not; the same on every rank.
         extra: top-level entries of the checkpoint that are no part of `State`, as real values: a hand-written file's
             ``epoch``, DeepSpeed's ``client_state``.
@@ -71,8 +80,8 @@ def load_checkpoint(
 ) -> list[RngState] | None:
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns the random states.
 
-    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ). It is `load` under
-    the name and with the result of Composer's function.
+    It is `load` under the name, and with the result, of Composer's function. Every rank of the job must call it, with
+    the same arguments (``options.cache_dir`` may differ).
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
@@ -97,8 +106,7 @@ def load_checkpoint(
         when the checkpoint has none, or when ``rng`` is ignored.
 
     Raises:
-        RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
-            `PartialRestoreError`, or a `TimestampError` after the restore, nothing was changed.
+        RankloadError: as `load` raises.
     """
     return load(
         path,
@@ -152,7 +160,7 @@ def load(
         options: `LoadOptions`, or a mapping of its fields.
 
     Returns:
-        The random states, the receipt, and what the checkpoint holds besides (see `LoadResult`).
+        A `LoadResult`: the random states, the receipt, and the checkpoint's other top-level entries.
 
     Raises:
         RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
@@ -161,7 +169,7 @@ def load(
     try:
         resolved, problem = resolve_options(options), None
     except OptionError as error:
-        # Told to the others once they can be talked to: they are on their way here.
+        # Raised in the first stage, on all ranks: they are about to enter the session, and would wait for this one.
         resolved, problem = resolve_options(None, {}), error
     request = LoadRequest(
         path,  # type: ignore[arg-type]  # made text there, or refused by `check_arguments`
@@ -201,10 +209,10 @@ def load(
             share_weights(weights, checkpoint, checked, session, stages, fetcher(checkpoint), verify=verify)
             verify_after(verification, checkpoint, checked, session, stages)
         _finish(checkpoint, checked, stages)
-        agree_on_timestamp(request.state, session.channel)
-        rng_states, derived = _rng(request, checkpoint, checked, session, stages)
+        _agree_on_timestamp(request.state, session.channel)
+        rng_states, derived = _complete_rng(request, checkpoint, checked, session, stages)
         notes = weights.notes if weights is not None else []
-        receipt = make_receipt(
+        receipt = _make_receipt(
             request, checkpoint, ignored, checked, restored, derived, notes, session, stages
         )
     if session.topology.rank == 0:
@@ -217,19 +225,10 @@ def load(
     return LoadResult(rng_states, receipt, checked.extra)
 
 
-def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
-    if request.options.trace is None:
-        return
-    try:
-        write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
-    except OSError as error:
-        warnings.warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)
-
-
 def _agree_on_arguments(
     request: LoadRequest, problem: OptionError | None, session: Session, stages: Stages
 ) -> None:
-    """All ranks were asked for the same, and for something that can be done."""
+    """Raises `OptionError` on all ranks where one has arguments that do not fit, or where they differ between ranks."""
     with stages.stage("arguments"):
         if problem is not None:
             raise problem
@@ -238,7 +237,7 @@ def _agree_on_arguments(
 
 
 def _leave_out(request: LoadRequest, checkpoint: Checkpoint, stages: Stages) -> Ignored:
-    """The checkpoint's nested dict without what ``ignore_keys`` names."""
+    """The checkpoint's nested dict without what ``ignore_keys`` names; warns of globs that match nothing."""
     with stages.stage("ignore"):
         ignored = ignore(checkpoint.contents.as_tree(), request.ignore_keys)
         for glob in ignored.unmatched:
@@ -247,7 +246,7 @@ def _leave_out(request: LoadRequest, checkpoint: Checkpoint, stages: Stages) -> 
 
 
 def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, stages: Stages) -> list[str]:
-    """The only stage that changes what the user owns."""
+    """Carries out the plan of `check`; returns what was restored, as the receipt names it. The first change is here."""
     changed: list[str] = []
     with stages.stage("restore"), after_first_change(checkpoint.name, changed):
         return apply_restore(
@@ -262,24 +261,46 @@ def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, sta
 
 
 def _finish(checkpoint: Checkpoint, checked: Checked, stages: Stages) -> None:
-    """What DeepSpeed does together, now that every rank is known to be well."""
+    """Runs what DeepSpeed does on all ranks together, once the restore has succeeded on every rank."""
     if checked.prepared.engine is None:
         return
     with stages.stage("finish"), after_first_change(checkpoint.name, ["all parts"]):
         finish_engine(checked.prepared.engine)
 
 
-def _rng(
+def _agree_on_timestamp(state: Any, channel: Channel) -> None:
+    """Raises `TimestampError` on every rank unless all have the same batch count, or none. Every rank must call."""
+
+    def compare(batches: list[Any]) -> None:
+        known = [batch for batch in batches if batch is not None]
+        if known and (min(known) != max(known) or len(known) != len(batches)):
+            listed = ", ".join(f"rank {rank}: {batch}" for rank, batch in list(enumerate(batches))[:16])
+            raise TimestampError(
+                f"timestamp.batch differs between ranks after the restore ({listed}): they did not load the same "
+                "checkpoint"
+            )
+
+    channel.decide("timestamp", _batch_of(state), compare)
+
+
+def _batch_of(state: Any) -> int | None:
+    """A state's batch count: Composer's ``timestamp.batch.value``, or a plain dict's ``batch``; None without one."""
+    timestamp = getattr(state, "timestamp", None)
+    batch = timestamp.get("batch") if isinstance(timestamp, Mapping) else getattr(timestamp, "batch", None)
+    batch = getattr(batch, "value", batch)
+    return int(batch) if isinstance(batch, int) else None
+
+
+def _complete_rng(
     request: LoadRequest, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
 ) -> tuple[list[RngState] | None, tuple[str, ...]]:
-    """One random state for each rank of this world, and which of them were derived."""
+    """One random state for each rank of this world, and which of them were derived; None where there are none saved."""
     saved = checked.rng
-    with stages.lap("rng"):
+    with stages.timed("rng"):
         if checkpoint.rng_per_rank and not request.weights_only:
-            # Each saved rank's file has its own (or, gathered by the job that saved, all of them), which this rank has
-            # read where it stands as the saved one did; the others have none.
-            own = offered(saved, session.topology.rank, single=checkpoint.own_rng)
-            saved = accepted(session.channel.gather_bytes("rng", own))
+            # The file that this rank read has one saved rank's state, or all ranks' where the saving job gathered them.
+            own = encode_own(saved, session.topology.rank, single=checkpoint.own_rng)
+            saved = decode_each(session.channel.gather_bytes("rng", own))
     if not saved:
         return None, ()
     states, derived = complete_states(saved, session.topology.world_size, checked.contents.rank_zero_seed)
@@ -294,7 +315,7 @@ def _rng(
     return states, derived
 
 
-def make_receipt(
+def _make_receipt(
     request: LoadRequest,
     checkpoint: Checkpoint,
     ignored: Ignored,
@@ -305,7 +326,7 @@ def make_receipt(
     session: Session,
     stages: Stages,
 ) -> Receipt:
-    """The same receipt on every rank, from what each rank did."""
+    """The receipt, from every rank's report: the same on all ranks, but for `Receipt.cache_dir`."""
     prepared, remote = checked.prepared, checkpoint.opening.remote
     own = {
         "ignored": list(ignored.paths),
@@ -321,7 +342,7 @@ def make_receipt(
         "streamed": remote.streamed,
         "node": session.topology.node_rank,
         "host": session.channel.host,
-        "laps": [[lap.stage, lap.seconds, lap.bytes, lap.begin_s] for lap in stages.laps],
+        "timings": [[one.stage, one.seconds, one.bytes, one.begin_s] for one in stages.timings],
         "files": [
             [
                 file.name,
@@ -330,23 +351,24 @@ def make_receipt(
                 remote.known.own_bytes(checkpoint.paths.get(file.name, "")),
                 file.verified,
                 checkpoint.paths.get(file.name, ""),
-                *compared(checkpoint, file),
+                *_compared(checkpoint, file),
             ]
             for file in checkpoint.files
         ],
     }
     verify = request.options.verify or "during"
     everybody = session.channel.gather("receipt", own)
-    # Every rank of a node tells what the node fetched for it; of what came in parts, the rank that fetched knows best.
+    # All ranks of a node report the same bytes of a file fetched whole; of one that came in parts, the counts of the
+    # rank that fetched it are the right ones.
     parts = {(one["node"], path): count for one in everybody for path, count in one["parts"].items()}
     cost: dict[str, dict[int, int]] = {}
     direct: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
     for one in everybody:
-        for name, size, told, own_bytes, verified, path, by, left_out in one["files"]:
+        for name, size, whole_bytes, own_bytes, verified, path, by, left_out in one["files"]:
             direct[name] = direct.get(name, 0) + own_bytes
             by_node = cost.setdefault(name, {})
-            fetched = parts.get((one["node"], path), told)
+            fetched = parts.get((one["node"], path), whole_bytes)
             by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
             known = files.get(name)
             files[name] = FileRecord(
@@ -383,35 +405,21 @@ def make_receipt(
         stages=tuple(
             StageRecord(rank, stage, seconds, count, begin_s)
             for rank, one in enumerate(everybody)
-            for stage, seconds, count, begin_s in one["laps"]
+            for stage, seconds, count, begin_s in one["timings"]
         ),
     )
 
 
-def compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[str]]:
-    """What `file` was compared with by now on this rank, and what it was not."""
+def _compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[str]]:
+    """The checksums that `file` was compared with on this rank until now, and those that it was not."""
     whole = checkpoint.opening.remote.compared(checkpoint.paths.get(file.name, "")) or NOTHING
     return [*file.verified_by, *whole.by], [*file.not_compared, *whole.left_out]
 
 
-def agree_on_timestamp(state: Any, channel: Channel) -> None:
-    """Raises `TimestampError` on every rank unless all restored the same batch. Every rank must call."""
-
-    def compare(batches: list[Any]) -> None:
-        known = [batch for batch in batches if batch is not None]
-        if known and (min(known) != max(known) or len(known) != len(batches)):
-            told = ", ".join(f"rank {rank}: {batch}" for rank, batch in list(enumerate(batches))[:16])
-            raise TimestampError(
-                f"timestamp.batch differs between ranks after the restore ({told}): they did not load the same "
-                "checkpoint"
-            )
-
-    channel.decide("timestamp", batch_of(state), compare)
-
-
-def batch_of(state: Any) -> int | None:
-    """A state's batch count: Composer's ``timestamp.batch.value``, or a plain dict's ``batch``."""
-    timestamp = getattr(state, "timestamp", None)
-    batch = timestamp.get("batch") if isinstance(timestamp, Mapping) else getattr(timestamp, "batch", None)
-    batch = getattr(batch, "value", batch)
-    return int(batch) if isinstance(batch, int) else None
+def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
+    if request.options.trace is None:
+        return
+    try:
+        write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
+    except OSError as error:
+        warnings.warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)

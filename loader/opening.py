@@ -1,7 +1,8 @@
-"""Opening a checkpoint: found, fetched once per node, its indexes read; nothing of its tensors yet.
+"""Opens a checkpoint: finds it, fetches what its index needs once per node, and reads that index; no tensor yet.
 
-The first file tells the kind by its content. A set of per-rank files then has its second fetch: what else this
-rank needs, which that first file told.
+The content of the first file decides the kind: one file for all ranks, Composer's archives of a ZeRO job, or a
+DeepSpeed folder. Of the last two, the first file also says which other files this rank needs, and those are fetched
+next. What is handed on is a `Checkpoint`: its parts as lazy values, and where each file's bytes are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict
 
 from ..distributed.session import Session
 from .cache.node import NodeCache
-from .checkpoint import Checkpoint, Opening, opened
+from .checkpoint import Checkpoint, Opening, make_checkpoint
 from .errors import FormatError
 from .fetch.files import FetchedFile
 from .fetch.progress import JobProgress
@@ -31,15 +32,17 @@ from .targets.state import optimizer_classes, scaler_class, scheduler_classes
 from .template import expand_for_rank_zero
 
 COMPOSER_STATES = "composer_states.pt"
-"""What Composer's archives keep everything but ZeRO's files in."""
+"""The member of Composer's archives that holds everything but ZeRO's files."""
 
 
 def open_checkpoint(
     request: LoadRequest, session: Session, stages: Stages, leaving: contextlib.ExitStack
 ) -> Checkpoint:
-    """Finds, fetches and indexes the checkpoint that `request` names. Every rank must call.
+    """Finds, fetches and indexes the checkpoint that `request` names; every rank gets its own `Checkpoint`.
 
-    The store and the node's cache stay open until `leaving` ends: the indexes refer to files in the cache.
+    Every rank must call. Raises, on all ranks alike, `TemplateError`, `NotFoundError`, `AccessError`, `FormatError`,
+    `UnsafeError`, `CorruptError` or `LayoutError`, as the path, the store or a file gives cause. The store and the
+    node's cache stay open until `leaving` ends: the indexes refer to files in the cache.
     """
     topology, channel = session.topology, session.channel
     with stages.stage("open"):
@@ -48,7 +51,7 @@ def open_checkpoint(
         store, first_name = open_store(first_path, *options)
         leaving.callback(store.close)
         cache = leaving.enter_context(_cache(request))
-    with stages.lap("locate"):
+    with stages.timed("locate"):
         located = Located(**channel.decide("locate", None, lambda _: asdict(locate(store, first_name))))
     cache.of_checkpoint(store.identity, store.describe(located.name))
     leaving.enter_context(
@@ -68,25 +71,72 @@ def open_checkpoint(
     return _open_single(opening, file)
 
 
-def _whole_checks(
-    request: LoadRequest, session: Session, stages: Stages, store: Store, located: Located
-) -> WholeChecks:
-    """How whole objects are compared: with what lies beside the checkpoint too. Every rank must call."""
-    verify = request.options.verify or "during"
-    if verify == "off":
-        return WholeChecks(verify)
-    with stages.lap("manifest"):
-        found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
-    return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
-
-
 def _cache(request: LoadRequest) -> NodeCache:
     options = request.options
     return NodeCache(options.cache_dir, size_bytes=options.cache_size or 0, home=options.cache_home or "auto")
 
 
+def _whole_checks(
+    request: LoadRequest, session: Session, stages: Stages, store: Store, located: Located
+) -> WholeChecks:
+    """The checksums that objects fetched whole are compared with; manifests next to the checkpoint are read for them.
+
+    Every rank must call.
+    """
+    verify = request.options.verify or "during"
+    if verify == "off":
+        return WholeChecks(verify)
+    with stages.timed("manifest"):
+        found = session.channel.decide("manifest", None, lambda _: find_manifests(store, located))
+    return WholeChecks(verify, known_sums(found), tuple(found["notes"]))
+
+
+def _open_folder(opening: Opening, located: Located, file: FetchedFile) -> Checkpoint:
+    """A DeepSpeed folder. It is not listed: names of files are derived from rank and stage."""
+    shown = opening.store.describe(located.name)
+    source = FolderSource(opening, located.name, file)
+    with opening.stages.stage("read first"):
+        zero = ZeroFiles.open(source, name=shown, opening=opening)
+    gather_files(opening, zero)
+    with opening.stages.stage("read states"):
+        contents, whole = zero_parts(opening, zero)
+    return make_checkpoint(
+        opening, shown, "deepspeed", contents, zero.ranks, zero.indexes, source.files, whole, zero.position,
+        rng_per_rank=zero.stage == 3 or zero.position.layout.split,
+    )  # fmt: skip
+
+
+def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
+    """Composer's archives of a ZeRO job: one for each saved rank; the first also has what all ranks need."""
+    source = ArchiveSource(opening, file)
+    with opening.stages.stage("read first"):
+        zero = ZeroFiles.open(source, name=file.source, opening=opening)
+    gather_files(opening, zero)
+    with opening.stages.stage("read states"):
+        contents, whole = zero_parts(opening, zero)
+        indexes = list(zero.indexes)
+        if COMPOSER_STATES in file.members and not opening.request.weights_only:
+            states = opening.index(f"{file.path}/{COMPOSER_STATES}", f"{file.source}:{COMPOSER_STATES}")
+            indexes.append(states)
+            contents = _with_composers(contents, read_layout(states.tree, file=states.name))
+    return make_checkpoint(
+        opening, file.source, "composer-zero", contents, zero.ranks, indexes, source.files, whole, zero.position,
+    )  # fmt: skip
+
+
+def _with_composers(contents: Contents, composer: Contents) -> Contents:
+    """DeepSpeed's parts and Composer's own; of a part that both have, DeepSpeed's, and Composer's random states."""
+    schedulers = {**composer.state.get("schedulers", {}), **contents.state.get("schedulers", {})}
+    return Contents(
+        "composer",
+        {**composer.state, **contents.state, "schedulers": schedulers},
+        composer.rng if composer.rng is not None else contents.rng,
+        {**contents.extra, **composer.extra},
+    )
+
+
 def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
-    """One file for all ranks, alone or in an archive."""
+    """One torch file for all ranks, as it is or in an archive."""
     request = opening.request
     with opening.stages.stage("read"):
         if file.kind == "archive":
@@ -102,7 +152,7 @@ def _open_single(opening: Opening, file: FetchedFile) -> Checkpoint:
             scheduler_classes=scheduler_classes(request.state),
             scaler_class=scaler_class(request.state),
         )
-    return opened(opening, file.source, "monolithic", contents, None, [index], [file])
+    return make_checkpoint(opening, file.source, "monolithic", contents, None, [index], [file])
 
 
 def _single_member(file: FetchedFile) -> str:
@@ -115,47 +165,3 @@ def _single_member(file: FetchedFile) -> str:
         f"{file.source}: expected {COMPOSER_STATES}, or one torch file, in the archive; it holds {shown}",
         path=file.source,
     )
-
-
-def _open_archives(opening: Opening, file: FetchedFile) -> Checkpoint:
-    """Composer's archives of a ZeRO job: one a saved rank, the first with what all ranks need."""
-    source = ArchiveSource(opening, file)
-    with opening.stages.stage("read first"):
-        zero = ZeroFiles.open(source, name=file.source, opening=opening)
-    gather_files(opening, zero)
-    with opening.stages.stage("read states"):
-        contents, whole = zero_parts(opening, zero)
-        indexes = list(zero.indexes)
-        if COMPOSER_STATES in file.members and not opening.request.weights_only:
-            states = opening.index(f"{file.path}/{COMPOSER_STATES}", f"{file.source}:{COMPOSER_STATES}")
-            indexes.append(states)
-            contents = _with_composers(contents, read_layout(states.tree, file=states.name))
-    return opened(
-        opening, file.source, "composer-zero", contents, zero.ranks, indexes, source.files, whole, zero.position,
-    )  # fmt: skip
-
-
-def _with_composers(contents: Contents, composer: Contents) -> Contents:
-    """What DeepSpeed kept, and what Composer kept beside it."""
-    schedulers = {**composer.state.get("schedulers", {}), **contents.state.get("schedulers", {})}
-    return Contents(
-        "composer",
-        {**composer.state, **contents.state, "schedulers": schedulers},
-        composer.rng if composer.rng is not None else contents.rng,
-        {**contents.extra, **composer.extra},
-    )
-
-
-def _open_folder(opening: Opening, located: Located, file: FetchedFile) -> Checkpoint:
-    """A DeepSpeed folder: names are derived from rank and stage."""
-    shown = opening.store.describe(located.name)
-    source = FolderSource(opening, located.name, file)
-    with opening.stages.stage("read first"):
-        zero = ZeroFiles.open(source, name=shown, opening=opening)
-    gather_files(opening, zero)
-    with opening.stages.stage("read states"):
-        contents, whole = zero_parts(opening, zero)
-    return opened(
-        opening, shown, "deepspeed", contents, zero.ranks, zero.indexes, source.files, whole, zero.position,
-        rng_per_rank=zero.stage == 3 or zero.position.layout.split,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a load can be told beyond its arguments: explicit value, then environment, then default."""
+"""Settles the options of a load: each is the value given, else the environment's, else the default."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ Mode = Literal["node", "direct", "auto", "job"]
 MODE_CHOICES: tuple[str, ...] = ("node", "direct", "auto", "job")
 CacheHomeChoice = Literal["auto", "memory", "disk"]
 CACHE_HOME_CHOICES: tuple[str, ...] = ("auto", "memory", "disk")
+LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
+"""The roles that `LoadOptions.layout` can give to keys of a hand-written file."""
+
+_FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
+"""Fields that a variable ``RANKLOAD_<FIELD>`` can set."""
+
+_UNITS = {unit + tail: base**power
+          for base, tail in ((1000, "B"), (1024, "iB"))
+          for power, unit in enumerate("KMGT", 1)}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a load can be told beyond its arguments. The same on every rank, apart from the three ``cache_`` fields.
+    """Settings of a load beyond its arguments. The same on every rank, apart from the three ``cache_`` fields.
 
     A field left at None takes the environment's ``RANKLOAD_<FIELD>`` (``RANKLOAD_CACHE_DIR``, ``RANKLOAD_CACHE_HOME``,
     ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``), then its default.
@@ -100,73 +109,14 @@ class LoadOptions:
             )
 
 
-LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
-"""What `LoadOptions.layout` can map."""
-
-_FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
-
-_UNITS = {unit + tail: base**power
-          for base, tail in ((1000, "B"), (1024, "iB"))
-          for power, unit in enumerate("KMGT", 1)}  # fmt: skip
-
-
-def parse_size(name: str, value: Any) -> int:
-    """Bytes, from a number of them or from text such as ``20GB`` or ``1.5 GiB``."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        units = {"": 1, "B": 1, **_UNITS}
-        if found is not None and found[2] in units:
-            return (
-                int(float(found[1]) * units[found[2]]) if "." in found[1] else int(found[1]) * units[found[2]]
-            )
-    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise OptionError(f"{name}={value!r}: expected a number of bytes, or text such as '20GB' or '20GiB'")
-
-
-def _path(name: str, value: Any, what: str) -> str:
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or not path:
-        raise OptionError(f"{name}={value!r}: expected the path of a {what}")
-    return path
-
-
-def _is_seconds(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
-
-
-def _check_safe_types(value: Any) -> None:
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise OptionError(
-            f"safe_types={value!r}: expected a list of types or names, got one {type(value).__name__}"
-        )
-    for item in value:
-        if not isinstance(item, str | type):
-            raise OptionError(
-                f"safe_types holds {item!r}: expected types, or their names as in 'package.module.Type'"
-            )
-
-
-def _check_mapping(name: str, value: Any, *, to_names: bool = False) -> None:
-    """Messages say of what type a value is, never the value: it may be a secret."""
-    if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is of type {type(value).__name__}: expected a mapping")
-    for key, item in value.items():
-        if not isinstance(key, str):
-            raise OptionError(f"{name} has a key of type {type(key).__name__}: expected strings")
-        if to_names and not isinstance(item, str):
-            raise OptionError(f"{name}[{key!r}] is of type {type(item).__name__}: expected a string")
-
-
 def resolve_options(
     options: LoadOptions | Mapping[str, Any] | None, environ: Mapping[str, str] | None = None
 ) -> LoadOptions:
-    """`options` with every gap filled from the environment, then from the defaults.
+    """`options` with every field at None filled from the environment, else with its default.
 
-    A mapping is taken as `LoadOptions`'s fields. Raises `OptionError` for an unknown field, an unknown
-    ``RANKLOAD_*`` variable, or a value that does not fit.
+    A mapping has the fields of `LoadOptions`; `environ` is ``os.environ`` where it is None. ``cache_dir`` and ``trace``
+    may stay None. Raises `OptionError` for an unknown field, an unknown ``RANKLOAD_*`` variable, a value that does not
+    fit, or ``mode="direct"`` together with ``verify="before"``.
     """
     environ = os.environ if environ is None else environ
     known = {f.name: f for f in fields(LoadOptions)}
@@ -217,3 +167,56 @@ def _parse(variable: str, text: str) -> str | float:
         return float(text)
     except ValueError:
         raise OptionError(f"{variable}={text!r}: expected a number of seconds") from None
+
+
+def parse_size(name: str, value: Any) -> int:
+    """A number of bytes, from a whole number or from text such as ``20GB`` or ``1.5 GiB``.
+
+    ``KB`` to ``TB`` are powers of 1000, ``KiB`` to ``TiB`` of 1024. Raises `OptionError`, which names `name`.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        units = {"": 1, "B": 1, **_UNITS}
+        if found is not None and found[2] in units:
+            return (
+                int(float(found[1]) * units[found[2]]) if "." in found[1] else int(found[1]) * units[found[2]]
+            )
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise OptionError(f"{name}={value!r}: expected a number of bytes, or text such as '20GB' or '20GiB'")
+
+
+def _path(name: str, value: Any, what: str) -> str:
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise OptionError(f"{name}={value!r}: expected the path of a {what}")
+    return path
+
+
+def _is_seconds(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
+
+
+def _check_safe_types(value: Any) -> None:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise OptionError(
+            f"safe_types={value!r}: expected a list of types or names, got one {type(value).__name__}"
+        )
+    for item in value:
+        if not isinstance(item, str | type):
+            raise OptionError(
+                f"safe_types holds {item!r}: expected types, or their names as in 'package.module.Type'"
+            )
+
+
+def _check_mapping(name: str, value: Any, *, to_names: bool = False) -> None:
+    """Messages say of what type a value is, never the value: it may be a secret."""
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is of type {type(value).__name__}: expected a mapping")
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise OptionError(f"{name} has a key of type {type(key).__name__}: expected strings")
+        if to_names and not isinstance(item, str):
+            raise OptionError(f"{name}[{key!r}] is of type {type(item).__name__}: expected a string")

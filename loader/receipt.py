@@ -1,6 +1,6 @@
-"""What a load did: the receipt, the lines and figures that loggers get of it, and the trace of its stages. Pure.
+"""Says what a load did: the receipt, its lines and figures for loggers, and the trace of its stages.
 
-`combine` joins what the ranks report, `Receipt` is the result, `log_receipt` hands it to a logger, and `write_trace`
+`combine` joins what the ranks report, `Receipt` holds it, `log_receipt` hands it to a logger, and `write_trace`
 writes its stages as a file for Perfetto or ``chrome://tracing``: a row for each rank, a bar for each stage.
 """
 
@@ -17,6 +17,10 @@ from typing import Any
 SCHEMA_VERSION = 1
 """Of `Receipt.as_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
+_LISTS = ("ignored", "missing", "unexpected", "derived", "not_restored")
+_MAPPINGS = ("renamed", "cast")
+"""Fields of a receipt in which ranks may differ."""
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -26,35 +30,35 @@ class FileRecord:
     """Path or URI, without secrets."""
     size_bytes: int
     fetched_bytes: int
-    """What this file cost the store, over all nodes; 0 where it was used in place."""
+    """Bytes that the store sent for this file, to all nodes together; 0 where it was used in place."""
     verified: bool
     """Whether every byte that was restored was compared with a checksum."""
     verified_by: tuple[str, ...] = ()
-    """With which: ``zip CRC-32`` (of what was restored), or, of the whole file, such as ``crc32c of the store`` and
-    ``sha256 of SHA256SUMS``."""
+    """Which checksums: ``zip CRC-32``, of the bytes that were restored, or those of the whole file, such as
+    ``crc32c of the store`` and ``sha256 of SHA256SUMS``."""
     not_compared: tuple[str, ...] = ()
-    """Checksums that are known of it and were not compared, each with the reason."""
+    """Known checksums of the file that were not compared, each with the reason."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One rank's share of one stage."""
+    """What one stage took on one rank."""
 
     rank: int
     stage: str
     seconds: float
     bytes: int
     begin_s: float = 0.0
-    """Since 1970, by the rank's own machine."""
+    """When it began, in seconds since 1970, by the clock of the rank's machine."""
 
 
 @dataclass(frozen=True)
 class Receipt:
     """What a load did: the same on every rank, but for `cache_dir`, which is this node's.
 
-    `restored` tells rank 0's parts: what they are is the same on all ranks, but where state is sharded, their
-    bytes are each rank's own. What was ignored, missing, unexpected, renamed, cast, derived or not restored is
-    what any rank told; see `combine`.
+    `restored` lists rank 0's parts. The parts are the same on all ranks; of sharded state, the bytes that it states are
+    rank 0's alone. What was ignored, missing, unexpected, renamed, cast, derived or not restored is what any rank
+    reported (see `combine`).
     """
 
     path: str
@@ -78,13 +82,13 @@ class Receipt:
     cast: Mapping[str, str] = field(default_factory=dict)
     """Tensors whose dtype changed: ``float32 -> bfloat16``."""
     derived: tuple[str, ...] = ()
-    """What the checkpoint lacks and was made up, deterministically."""
+    """What the checkpoint lacks and the load made instead, the same in every load: random states, zeros."""
     unverified: tuple[str, ...] = ()
-    """Files whose bytes could not be, or were not asked to be, compared with a checksum."""
+    """Files compared with no checksum: there is none that could be, or ``verify`` is ``off``."""
     not_restored: tuple[str, ...] = ()
     """Parts that the checkpoint holds and this job has no place for."""
     notes: tuple[str, ...] = ()
-    """What a reader should know besides, such as where weights of another precision came from."""
+    """Sentences on anything else, such as where weights of another precision came from."""
     files: tuple[FileRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -95,8 +99,8 @@ class Receipt:
     def as_dict(self) -> dict[str, Any]:
         """The receipt as JSON types, with `SCHEMA_VERSION` under ``schema_version``."""
         fields = asdict(self)
-        told = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        return {**told, "schema_version": SCHEMA_VERSION}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return {**plain, "schema_version": SCHEMA_VERSION}
 
     @property
     def fetched_bytes(self) -> int:
@@ -166,16 +170,19 @@ class Receipt:
         return first, second, third
 
 
-_LISTS = ("ignored", "missing", "unexpected", "derived", "not_restored")
-_MAPPINGS = ("renamed", "cast")
+def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:
+    slowest: dict[str, float] = {}
+    for record in stages:
+        slowest[record.stage] = max(slowest.get(record.stage, 0.0), record.seconds)
+    return slowest
 
 
 def combine(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a `Receipt` that ranks may differ in, out of every rank's own, by rank.
+    """The fields of a `Receipt` in which ranks may differ, joined from every rank's report; `reports` is by rank.
 
     A report has lists under ``ignored``, ``missing``, ``unexpected``, ``derived`` and ``not_restored``, and
-    mappings under ``renamed`` and ``cast``; other keys are not looked at. Each field becomes the union in the
-    order of ranks, every entry once; of a name that ranks map differently, the lowest rank's stays.
+    mappings under ``renamed`` and ``cast``; other keys are not used. Each field becomes the union in the
+    order of ranks, every entry once; where ranks map a name differently, the lowest rank's entry is kept.
     """
     fields: dict[str, Any] = {}
     for key in _LISTS:
@@ -189,15 +196,8 @@ def combine(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:
-    slowest: dict[str, float] = {}
-    for record in stages:
-        slowest[record.stage] = max(slowest.get(record.stage, 0.0), record.seconds)
-    return slowest
-
-
 def log_receipt(receipt: Receipt, logger: Any) -> None:
-    """Gives `logger` the receipt.
+    """Gives `logger` the receipt; raises what the logger raises. Call it on one rank.
 
     A ``logging.Logger`` gets three lines; an object with ``log_metrics(dict)`` or ``log_hyperparameters(dict)``
     gets the figures, and the package's own logger the lines; None means the package's own logger.
@@ -216,7 +216,11 @@ def log_receipt(receipt: Receipt, logger: Any) -> None:
 def trace_events(
     stages: Sequence[StageRecord], hosts: Sequence[str], nodes: Sequence[int]
 ) -> list[dict[str, object]]:
-    """`hosts` and `nodes` are by rank. Times count from the first stage of any rank, by each node's own clock."""
+    """The stages as events of Chrome's trace format: a row for each rank, under its node, and a bar for each stage.
+
+    `hosts` and `nodes` are by rank. Times are in microseconds since the first stage of any rank began, by each
+    machine's own clock: rows of different machines may be shifted against each other.
+    """
     first = min((record.begin_s for record in stages), default=0.0)
     events: list[dict[str, object]] = []
     for rank, (host, node) in enumerate(zip(hosts, nodes, strict=True)):
@@ -242,7 +246,7 @@ def _named(kind: str, node: int, rank: int, name: str) -> dict[str, object]:
 
 
 def write_trace(path: str, events: Sequence[dict[str, object]]) -> None:
-    """Writes the events to `path`, all or nothing. Raises OSError."""
+    """Writes `events` to `path` as a JSON file, whole or not at all. Raises `OSError`."""
     part = f"{path}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(part, "x", encoding="utf-8") as file:

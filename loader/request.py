@@ -1,4 +1,7 @@
-"""What a load was asked for, whether it makes sense, and whether every rank was asked for the same."""
+"""Holds the arguments of a load, checks them on each rank, and compares them over all ranks.
+
+`check_arguments` runs on each rank; then rank 0 passes every rank's `LoadRequest.comparable` to `check_same`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class LoadRequest:
     options: LoadOptions
 
     def __post_init__(self) -> None:
-        # What is no path stays as it is, for `check_arguments` to refuse where all ranks hear of it.
+        # What is no path stays as it is: `check_arguments` refuses it, in a stage that raises it on all ranks.
         with contextlib.suppress(OptionError):
             object.__setattr__(self, "path", as_path(self.path))
 
@@ -80,16 +83,16 @@ def as_path(path: Any) -> str:
     """`path` (text, or any ``os.PathLike`` of text) as text. Raises `OptionError` for anything else."""
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
-        raise OptionError(f"path is {_spoken(path)}: expected a string or an os.PathLike of one")
+        raise OptionError(f"path is {_shown(path)}: expected a string or an os.PathLike of one")
     if not text:
         raise OptionError("path is empty: expected a path, a URL or an object's name")
     return text
 
 
 def check_arguments(request: LoadRequest) -> None:
-    """Raises `OptionError` for an argument that cannot be meant, saying what was got and what is expected.
+    """Raises `OptionError` for an argument of the wrong type or form, saying what was passed and what is expected.
 
-    Nothing is opened or asked. To be called where an error of one rank is heard by all.
+    Opens nothing and asks no store. Call it in a stage, so that an error of one rank is raised on all.
     """
     as_path(request.path)
     check_logger(request.logger)
@@ -100,10 +103,10 @@ def check_arguments(request: LoadRequest) -> None:
         ("progress_bar", request.progress_bar),
     ):
         if not isinstance(flag, bool):
-            raise OptionError(f"{name} is {_spoken(flag)}: expected True or False")
+            raise OptionError(f"{name} is {_shown(flag)}: expected True or False")
     if isinstance(request.object_store, str | bytes | Mapping | os.PathLike):
         raise OptionError(
-            f"object_store is {_spoken(request.object_store)}: expected an fsspec file system, or an object with "
+            f"object_store is {_shown(request.object_store)}: expected an fsspec file system, or an object with "
             "download_object or download_file"
         )
     ignored = request.ignore_keys
@@ -111,22 +114,34 @@ def check_arguments(request: LoadRequest) -> None:
         _check_entries("ignore_keys", ignored, "globs such as 'state/model/*', or a callable")
     if isinstance(request.exclude_algorithms, str):
         raise OptionError(
-            f"exclude_algorithms is {_spoken(request.exclude_algorithms)}: pass a list, "
+            f"exclude_algorithms is {_shown(request.exclude_algorithms)}: pass a list, "
             f"[{request.exclude_algorithms!r}]"
         )
     _check_entries("exclude_algorithms", request.exclude_algorithms, "names of algorithms")
     passes: Any = request.algorithm_passes
     if passes is not None and not isinstance(passes, list | tuple):
-        raise OptionError(f"algorithm_passes is {_spoken(passes)}: expected a list of callables, or None")
+        raise OptionError(f"algorithm_passes is {_shown(passes)}: expected a list of callables, or None")
     for one in passes or ():
         if not callable(one):
-            raise OptionError(f"algorithm_passes holds {_spoken(one)}: expected callables")
+            raise OptionError(f"algorithm_passes holds {_shown(one)}: expected callables")
+
+
+def check_logger(logger: Any) -> None:
+    """Raises `OptionError` where `logger` is none of the kinds that `receipt.log_receipt` takes."""
+    known = logger is None or isinstance(logger, logging.Logger)
+    if not known and not any(
+        callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparameters")
+    ):
+        raise OptionError(
+            f"logger={logger!r}: expected a logging.Logger, an object with log_metrics or log_hyperparameters, "
+            "or None"
+        )
 
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, State | ForeignState):
         raise OptionError(
-            f"state is {_spoken(state)}: expected a rankload.loader.State, or an object with load_state_dict and "
+            f"state is {_shown(state)}: expected a rankload.loader.State, or an object with load_state_dict and "
             "load_model_state such as Composer's State"
         )
     if not isinstance(state, State):
@@ -135,7 +150,7 @@ def _check_state(state: Any) -> None:
         callable(getattr(state.model, name, None)) for name in ("state_dict", "load_state_dict")
     ):
         raise OptionError(
-            f"state.model is {_spoken(state.model)}: expected State(model=...) with a module or a DeepSpeed engine"
+            f"state.model is {_shown(state.model)}: expected State(model=...) with a module or a DeepSpeed engine"
         )
 
 
@@ -143,13 +158,13 @@ def _check_entries(name: str, value: Any, expected: str) -> None:
     if value is None:
         return
     if not isinstance(value, list | tuple | set | frozenset):
-        raise OptionError(f"{name} is {_spoken(value)}: expected a list of {expected}, or None")
+        raise OptionError(f"{name} is {_shown(value)}: expected a list of {expected}, or None")
     for entry in value:
         if not isinstance(entry, str):
-            raise OptionError(f"{name} holds {_spoken(entry)}: expected {expected}")
+            raise OptionError(f"{name} holds {_shown(entry)}: expected {expected}")
 
 
-def _spoken(value: Any) -> str:
+def _shown(value: Any) -> str:
     """`value` for messages; longer values, and those of the user's types, by their type alone."""
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
@@ -158,8 +173,26 @@ def _spoken(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+def check_same(asked: Sequence[Mapping[str, str]]) -> None:
+    """Raises `OptionError` naming the first argument that differs between ranks; `asked` is by rank."""
+    for name, value in asked[0].items():
+        groups: dict[str, list[int]] = {}
+        for rank, arguments in enumerate(asked):
+            groups.setdefault(arguments.get(name, "(not passed)"), []).append(rank)
+        if len(groups) == 1:
+            continue
+        listed = "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in groups.items())
+        hint = " (pass one template, such as ep1-rank{rank}.tar, on every rank)" if name == "path" else ""
+        raise OptionError(f"argument {name} differs between ranks{hint}: {listed}; first rank's was {value}")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
 def _parts(state: Any) -> dict[str, str]:
-    """Of what kind a state and its parts are, under their names; foreign states may lack some.
+    """The types of a state and of its parts, by name; a `ForeignState` may lack some.
 
     Callbacks are left out: many jobs have some on the first rank only.
     """
@@ -184,14 +217,15 @@ _WRAPPERS = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "a DeepSpeed engine"),
     ("torch.nn.parallel", "DistributedDataParallel", "a DistributedDataParallel module"),
 )
+"""Classes that wrap a model: module, name, and what messages call one."""
 
 
 def _wrapper(model: Any) -> str:
-    """The kind of wrapper that `model` is; what was never imported cannot have made it."""
-    for module, name, spoken in _WRAPPERS:
+    """What messages call a model. A wrapper is looked for only in modules that were imported: no other made it."""
+    for module, name, described in _WRAPPERS:
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type) and isinstance(model, kind):
-            return spoken
+            return described
     return "none" if model is None else "a module"
 
 
@@ -211,33 +245,3 @@ def _plain(value: Any) -> Any:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-
-
-def check_same(asked: Sequence[Mapping[str, str]]) -> None:
-    """Raises `OptionError` naming the first argument that differs between ranks; `asked` is by rank."""
-    for name, value in asked[0].items():
-        groups: dict[str, list[int]] = {}
-        for rank, arguments in enumerate(asked):
-            groups.setdefault(arguments.get(name, "(not passed)"), []).append(rank)
-        if len(groups) == 1:
-            continue
-        told = "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in groups.items())
-        hint = " (pass one template, such as ep1-rank{rank}.tar, on every rank)" if name == "path" else ""
-        raise OptionError(f"argument {name} differs between ranks{hint}: {told}; first rank's was {value}")
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
-
-
-def check_logger(logger: Any) -> None:
-    """Raises `OptionError` where `logger` is none of the kinds that `log_receipt` knows."""
-    known = logger is None or isinstance(logger, logging.Logger)
-    if not known and not any(
-        callable(getattr(logger, name, None)) for name in ("log_metrics", "log_hyperparameters")
-    ):
-        raise OptionError(
-            f"logger={logger!r}: expected a logging.Logger, an object with log_metrics or log_hyperparameters, "
-            "or None"
-        )

@@ -1,7 +1,7 @@
-"""Random states: captured, gathered over the ranks, restored; derived where a checkpoint lacks them.
+"""Captures random states, gathers them over the ranks and restores them; derives those that a checkpoint lacks.
 
-Keys are Composer's: ``python`` (``random.getstate()``), ``numpy`` (the legacy global generator's tuple),
-``torch`` (the CPU generator's ByteTensor) and ``cuda`` (this rank's device, where CUDA is initialised).
+A state is a dict with Composer's keys: ``python`` (``random.getstate()``), ``numpy`` (the legacy global generator's
+tuple), ``torch`` (the CPU generator's ByteTensor) and ``cuda`` (this rank's device, where CUDA is initialised).
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 RngState = dict[str, Any]
 
+_LACKING = b"-"
+"""Sent for a random state that this rank's own file should have, and lacks."""
+
 
 def capture_rng() -> RngState:
-    """This rank's random states, now."""
+    """This rank's random states as they are now; ``cuda`` only where CUDA is initialised."""
     state: RngState = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -46,7 +49,7 @@ def gather_rng() -> list[RngState]:
 
 
 def gather_states(channel: Channel, state: RngState) -> list[RngState]:
-    """Every rank's `state`, by global rank, on every rank of `channel`."""
+    """Every rank's `state`, by global rank, on every rank of `channel`. All ranks must call it."""
     return [decode(payload) for payload in channel.gather_bytes("gather rng", encode(state))]
 
 
@@ -73,7 +76,7 @@ def restore_rng(rng_states: Sequence[RngState] | None) -> None:
 
 
 def apply_rng(state: Mapping[str, Any]) -> None:
-    """Sets this process's generators from one rank's states."""
+    """Sets this process's generators from one rank's state, once `check_state` has checked all of it."""
     checked = check_state(state)
     if "python" in checked:
         random.setstate(checked["python"])
@@ -90,7 +93,10 @@ def _cuda_is_initialised() -> bool:
 
 
 def check_state(state: Mapping[str, Any], where: str = "rng") -> RngState:
-    """`state` in the exact forms that the generators take; raises `FormatError` where that cannot be."""
+    """`state` in the exact types that the generators take, which are not touched.
+
+    Raises `FormatError`, which calls the state `where`, for an unknown key or a value that no generator takes.
+    """
     checked: RngState = {}
     for key, value in state.items():
         try:
@@ -155,7 +161,7 @@ def _derived(root: bytes, rank: int, *, with_cuda: bool) -> RngState:
 
 
 def _canonical(state: Mapping[str, Any]) -> str:
-    """`state` as JSON text."""
+    """`state` as JSON text, the same in every process for equal states: states are derived from it."""
     plain: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -174,12 +180,12 @@ def _number(value: Any) -> int | float:
 
 
 def encode(state: Mapping[str, Any]) -> bytes:
-    """`state` as JSON bytes, for the way between ranks: nothing is pickled."""
+    """`state` as JSON, to be sent to other ranks; nothing is pickled."""
     return _canonical(state).encode()
 
 
 def decode(payload: bytes) -> RngState:
-    """What `encode` wrote."""
+    """The state that `encode` was given; raises `CorruptError` where an entry is no random state."""
     state: RngState = json.loads(payload)
     try:
         for key, value in state.items():
@@ -194,13 +200,12 @@ def decode(payload: bytes) -> RngState:
     return state
 
 
-_LACKING = b"-"
+def encode_own(saved: Sequence[RngState | None] | None, rank: int, *, single: bool) -> bytes:
+    """The state of `rank` among those in the files that it read, for the other ranks' `decode_each`.
 
-
-def offered(saved: Sequence[RngState | None] | None, rank: int, *, single: bool) -> bytes:
-    """What `rank` tells the others of the states in the files that it read, for `accepted`.
-
-    A list of several is of all ranks; one of one entry is this rank's own where `single` says so.
+    `saved` with several entries has one for each saved rank. With at most one, that is the state of `rank` itself if
+    `single`, else of another rank. Empty where no file has a state for `rank`; a mark where the file that should, lacks
+    it.
     """
     alone = saved is None or len(saved) < 2
     if not (single if alone else rank < len(saved or ())):
@@ -209,6 +214,9 @@ def offered(saved: Sequence[RngState | None] | None, rank: int, *, single: bool)
     return encode(own) if own else _LACKING
 
 
-def accepted(each: Sequence[bytes]) -> list[RngState | None] | None:
-    """The states by rank, None at ranks that are to have none. A rank that lacks its own keeps all from theirs."""
+def decode_each(each: Sequence[bytes]) -> list[RngState | None] | None:
+    """The states from every rank's `encode_own`, by rank; None at ranks without one, which get a derived state.
+
+    None as a whole where the file of any rank lacks the state that it should have: then no rank gets one.
+    """
     return None if _LACKING in each else [decode(state) if state else None for state in each]

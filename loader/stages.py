@@ -1,4 +1,4 @@
-"""Stages of one load, timed: each is an agreement of all ranks, and a line in the receipt."""
+"""Times the stages of one load: each is an agreement of all ranks, and a line in the receipt."""
 
 from __future__ import annotations
 
@@ -11,62 +11,66 @@ from ..distributed.channel import Channel
 
 
 @dataclass
-class Lap:
-    """One stage under way on this rank; `bytes` counts what it read or fetched here."""
+class Timing:
+    """What one stage took on this rank."""
 
     stage: str
     seconds: float = 0.0
+    """0 until it has ended."""
     bytes: int = 0
+    """What this rank read or fetched in it."""
     begin_s: float = 0.0
-    """When it began, by this machine's clock."""
+    """When it began, in seconds since 1970, by this machine's clock."""
 
 
 class Stages:
-    """Runs a load's stages over a channel and keeps what each cost this rank."""
+    """Runs a load's stages over `channel`; `timings` keeps what each took on this rank, in the order they ended."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.laps: list[Lap] = []
-        self._current = Lap("start")
+        self.timings: list[Timing] = []
+        self._current = Timing("start")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Timing]:
+        """A timed block that all ranks leave together, or all with the same error (see `Channel.stage`).
+
+        Every rank must enter. The wait for the others at its end is not counted: the seconds show who was slow.
+        """
+        with self.channel.stage(name), self.timed(name) as timing:
+            yield timing
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[Timing]:
+        """A timed block without an agreement of its own; `count` adds to it until it ends."""
+        outer, timing = self._current, Timing(name, begin_s=time.time())
+        self._current = timing
+        begin = time.monotonic()
+        try:
+            yield timing
+        finally:
+            self._current = outer
+            timing.seconds = time.monotonic() - begin
+            self.timings.append(timing)
+
+    @contextmanager
+    def timed_in_thread(self, name: str) -> Iterator[Timing]:
+        """A timed block in another thread; `count` keeps adding to the stage under way in this load's own thread."""
+        timing = Timing(name, begin_s=time.time())
+        begin = time.monotonic()
+        try:
+            yield timing
+        finally:
+            timing.seconds = time.monotonic() - begin
+            self.timings.append(timing)
 
     def count(self, nbytes: int) -> None:
-        """Says that `nbytes` were just read in the current stage: this rank moves. With 0 it waits, and learns of the
-        failure of others."""
+        """Adds `nbytes`, just read, to the current stage, and counts as this rank's progress.
+
+        With 0 the rank only waits: no progress. Either raises the failure of another rank (see `Channel.progress`).
+        """
         if not nbytes:
             self.channel.check()
             return
         self._current.bytes += nbytes
         self.channel.progress()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Lap]:
-        """A block that all ranks leave together, or all with the same error (see `Channel.stage`).
-
-        The waiting for the others is not counted: the seconds tell who was slow.
-        """
-        with self.channel.stage(name), self.lap(name) as lap:
-            yield lap
-
-    @contextmanager
-    def beside(self, name: str) -> Iterator[Lap]:
-        """A timed block in another thread, beside the stage that is under way."""
-        lap = Lap(name, begin_s=time.time())
-        begin = time.monotonic()
-        try:
-            yield lap
-        finally:
-            lap.seconds = time.monotonic() - begin
-            self.laps.append(lap)
-
-    @contextmanager
-    def lap(self, name: str) -> Iterator[Lap]:
-        """A timed block without an agreement of its own."""
-        outer, lap = self._current, Lap(name, begin_s=time.time())
-        self._current = lap
-        begin = time.monotonic()
-        try:
-            yield lap
-        finally:
-            self._current = outer
-            lap.seconds = time.monotonic() - begin
-            self.laps.append(lap)

@@ -1,4 +1,4 @@
-"""What a load restores into: the user's model, optimizers and whatever else a training job keeps."""
+"""Defines what a load restores into: `State`, the parts of a training job, and `ForeignState`, which loads itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import LayoutError
+
+PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
+"""Parts of a `State` that are saved as they are, or as their ``state_dict``."""
 
 
 @runtime_checkable
@@ -78,10 +81,12 @@ class State:
         self.eval_metrics = eval_metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Composer's layout: ``torch.save({"state": state.state_dict(), "rng": gather_rng()}, path)``.
+        """The parts in Composer's layout, for ``torch.save({"state": state.state_dict(), "rng": gather_rng()}, path)``.
 
         The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
+
+        Raises `LayoutError` for a DeepSpeed engine, whose weights and optimizer are sharded over the ranks.
         """
         if hasattr(self.model, "zero_optimization_stage"):
             raise LayoutError(
@@ -105,10 +110,6 @@ class State:
         return found
 
 
-PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
-"""Parts of a `State` that are saved as they are, or as their ``state_dict``."""
-
-
 def as_list(value: Any) -> list[Any]:
     """None as no object, a list or tuple as its items, anything else as one object."""
     if value is None:
@@ -117,7 +118,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def by_class_name(objects: list[Any]) -> dict[str, Any]:
-    """`objects` under their class names, numbered from the second of a name on; a dict of objects under its keys."""
+    """`objects` by class name, the second of a name as ``NAME.1``; the objects in a dict by its keys."""
     named: dict[str, Any] = {}
     for item in objects:
         if isinstance(item, Mapping) and any(callable(getattr(v, "state_dict", None)) for v in item.values()):
@@ -133,7 +134,7 @@ def by_class_name(objects: list[Any]) -> dict[str, Any]:
 
 
 def saved_form(value: Any) -> Any:
-    """What is saved of `value`: its ``state_dict()`` where it has one, its items' likewise, else itself."""
+    """What is saved of `value`: its ``state_dict()``, of a mapping each item's saved form, of anything else itself."""
     if callable(getattr(value, "state_dict", None)):
         return value.state_dict()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Path templates: which object a rank's checkpoint is. Pure.
+"""Expands path templates to the object that a rank's checkpoint is. Pure.
 
     {rank}  {local_rank}  {node_rank}  {run_name}      with any format spec: {rank:05d}
     <rank>  <local_rank>  <node_rank>  <run_name>      the same, without a spec
@@ -64,7 +64,7 @@ def expand_path(template: str, *, rank: int, local_rank: int, node_rank: int, ru
 
 
 def expand_for_rank_zero(template: str, *, run_name: str | None) -> str:
-    """The one file of a checkpoint that is not sharded: rank, local_rank and node_rank are all 0."""
+    """`template` expanded with rank, local_rank and node_rank 0: the first file of a checkpoint, or its only one."""
     return expand_path(template, rank=0, local_rank=0, node_rank=0, run_name=run_name)
 
 

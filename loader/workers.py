@@ -1,4 +1,4 @@
-"""Runs jobs in a few threads while the calling thread reports progress, and stops all of them when one fails."""
+"""Runs jobs in a few threads while the calling thread watches them, and stops all of them when one fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 POLL_S = 0.1
-"""How often work that runs in another thread is looked at."""
+"""How often the calling thread looks at work in other threads, and calls `tick`."""
 GROW_S = 0.01
 """How often `run_jobs` checks whether more threads are wanted."""
 STOP_TIMEOUT_S = 5.0
@@ -15,7 +15,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Stopped(BaseException):
-    """Raised in a thread whose work was given up, inside a backend too, so that it ends."""
+    """Ends a thread whose work was given up. No `Exception`: a backend that called back must not catch it."""
 
 
 class Stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -328,6 +329,21 @@ def test_resolving_load_imports_no_store_no_deepspeed_and_no_framework():
     loaded = loaded_after("from rankload import load, State, LoadOptions, restore_rng")
     assert "torch" in loaded
     assert not (loaded - by_torch) & CLIENTS
+
+
+def test_help_explains_every_argument_in_place():
+    from rankload import LoadOptions, State, load, load_checkpoint
+
+    for documented, names in (
+        (load, inspect.signature(load).parameters),
+        (load_checkpoint, inspect.signature(load_checkpoint).parameters),
+        (LoadOptions, LoadOptions.__dataclass_fields__),
+        (State, inspect.signature(State).parameters),
+    ):
+        explained = re.findall(r"^        (\w+): ", documented.__doc__ or "", flags=re.M)
+        assert explained[: len(names)] == list(names)
+    arguments = [one.__doc__.split("Args:")[1].split("Returns:")[0] for one in (load, load_checkpoint)]
+    assert arguments[0] == arguments[1]
 
 
 def test_every_public_name_is_documented():

@@ -74,9 +74,9 @@ def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage
     if opening.store.is_local:
         return
     fetch_round = plan_round(opening, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
-    with opening.stages.stage(stage) as lap:
+    with opening.stages.stage(stage) as timing:
         if fetch_round:
-            lap.bytes += fetch_round.run()
+            timing.bytes += fetch_round.run()
 
 
 @contextlib.contextmanager
@@ -96,8 +96,8 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
 
     def work() -> None:
         try:
-            with opening.stages.beside(stage) as lap:
-                lap.bytes += fetch_round.run()
+            with opening.stages.timed_in_thread(stage) as timing:
+                timing.bytes += fetch_round.run()
         except BaseException as error:
             failure.append(error)
         finally:

@@ -87,7 +87,7 @@ class FolderSource:
             tried = ", ".join(namings)
             raise NotFoundError(f"{shown} has no optimizer file of rank 0; looked for {tried}", path=shown)
 
-        with self._opening.stages.lap("locate"):
+        with self._opening.stages.timed("locate"):
             self._naming = namings[self._opening.session.channel.decide("optimizer files", None, probe)]
 
     def fetch(
