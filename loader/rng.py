@@ -185,9 +185,9 @@ def encode(state: Mapping[str, Any]) -> bytes:
 
 
 def decode(payload: bytes) -> RngState:
-    """The state that `encode` was given; raises `CorruptError` where an entry is no random state."""
-    state: RngState = json.loads(payload)
+    """The state that `encode` was given; raises `CorruptError` where `payload` holds no random states."""
     try:
+        state: RngState = json.loads(payload)
         for key, value in state.items():
             if key == "python":
                 state[key] = (value[0], tuple(value[1]), value[2])
@@ -195,7 +195,7 @@ def decode(payload: bytes) -> RngState:
                 state[key] = (value[0], np.array(value[1], dtype=np.uint32), *value[2:])
             else:
                 state[key] = torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise CorruptError(f"a rank sent an RNG state that cannot be read: {error}") from error
     return state
 

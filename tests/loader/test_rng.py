@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankload.loader.errors import FormatError
+from rankload.loader.errors import CorruptError, FormatError
 from rankload.loader.rng import apply_rng, capture_rng, complete_states, decode, encode, restore_rng
 
 
@@ -91,6 +91,14 @@ def test_states_that_lack_are_derived_the_same_every_time_and_all_differ(seed: i
         assert draws() == first
         assert first not in seen
         seen.append(first)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"nonsense", b"[1]", b'{"python": 1}', b'{"numpy": []}', b'{"torch": "*"}']
+)
+def test_what_is_no_random_state_is_not_taken_for_one(payload: bytes) -> None:
+    with pytest.raises(CorruptError, match="a rank sent an RNG state that cannot be read"):
+        decode(payload)
 
 
 def test_another_seed_gives_other_states() -> None:
