@@ -49,8 +49,9 @@ class LoadOptions:
         safe_types: types that a checkpoint may construct, besides the known ones: the types, or their names
             (``package.module.Type``, imported when a checkpoint first names them). You vouch for what their
             constructors do.
-        storage_options: credentials, endpoint and other settings for the path's file system, handed to fsspec. Never
-            shown in messages, logs or receipts.
+        storage_options: credentials, endpoint and other settings for the path's file system, in fsspec's names and
+            handed to fsspec; those for http(s) URLs are read here, and unknown ones refused. Never shown in messages,
+            logs or receipts.
         rename: names in the checkpoint mapped to names in the model. A key that ends with a dot is a prefix:
             ``{"model.": ""}``. Any other key is a whole name.
         layout: for a hand-written file, which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,

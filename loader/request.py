@@ -16,10 +16,10 @@ from typing import Any
 
 from .errors import OptionError
 from .options import LoadOptions
+from .redaction import redact_path
 from .saved.ignore import IgnoreKeys
 from .state import ForeignState, State, as_list
 from .targets.algorithms import AlgorithmPass
-from .template import describe_template
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LoadRequest:
         if callable(ignore_keys):
             ignore_keys = "a callable"
         found = {
-            "path": describe_template(self.path),
+            "path": redact_path(self.path),
             "path's user info or query": f"not shown, digest {_digest(self.path)}",
             "object_store": "None" if self.object_store is None else type(self.object_store).__qualname__,
             "load_weights_only": str(self.weights_only),

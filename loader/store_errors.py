@@ -1,31 +1,17 @@
-"""The one boundary where backends' exceptions become rankload's, and secrets are taken out of messages."""
+"""The one boundary where backends' exceptions become rankload's, and secrets are taken out of messages.
+
+An HTTP status becomes an error in ``http.answers.status_error``, a failure of a connection in
+``http.exchange.network_error``; everything else in `store_error`.
+"""
 
 from __future__ import annotations
 
 import errno
-import re
-from urllib.parse import urlsplit, urlunsplit
 
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
+from .redaction import redact_text
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\)]+")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def redact_url(url: str) -> str:
-    """`url` without user info, query and fragment: a query may be a signature."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def redact_uri(uri: str) -> str:
-    """As `redact_url`, for URIs whose path may hold ``?`` and ``#`` (object names): only user info goes."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
-
-
-def redact_text(text: str) -> str:
-    """`text` with every URL in it redacted."""
-    return _URL.sub(lambda match: redact_url(match[0]), text)
 
 
 def http_status(error: BaseException) -> int | None:
@@ -93,17 +79,3 @@ def _mapped(error: BaseException, described: str) -> RankloadError:
     ):
         return refused(described, f"{kind}: {message}" if status is None else f"HTTP {status}")
     return AccessError(f"{described}: could not be read: {kind}: {message}", path=described)
-
-
-class TryAgainError(Exception):
-    """A failure that another attempt may mend; `error` is what to raise once there is none left."""
-
-    def __init__(
-        self, error: RankloadError, *, after_s: float | None = None, throttled: bool = False
-    ) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.after_s = after_s
-        """How long the server asks to be left alone."""
-        self.throttled = throttled
-        """Whether the server has too much to do: fewer connections may help."""

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import TemplateError
+from .redaction import redact_path
 
 VARIABLES = ("rank", "local_rank", "node_rank", "run_name")
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|<(?P<angle>[A-Za-z_][A-Za-z0-9_]*)>|(?P<stray>[{}])")
 _FIELD = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::(?P<spec>.*))?\Z", re.DOTALL)
 _LONG_NUMBER = re.compile(r"\d{4,}")
-_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
-_URL_QUERY = re.compile(r"(https?://[^?#]*)[?#].*", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +70,6 @@ def expand_for_rank_zero(template: str, *, run_name: str | None) -> str:
 def template_variables(template: str) -> frozenset[str]:
     """Names of the variables that `template` uses. Raises `TemplateError` as `expand_path` does."""
     return frozenset(piece.name for piece in _pieces(template) if isinstance(piece, _Variable))
-
-
-def describe_template(template: str) -> str:
-    """`template` for messages: without user info, and an http(s) URL without its query; variables stay.
-
-    The query of other URIs stays too: ``?`` may be part of an object's name there.
-    """
-    return _URL_QUERY.sub(r"\1", _USER_INFO.sub("", template))
 
 
 def _pieces(template: str) -> Iterator[str | _Variable]:
@@ -140,7 +131,7 @@ def _substitute(template: str, variable: _Variable, value: int | str | None) -> 
 
 
 def _error(template: str, problem: str) -> TemplateError:
-    described = describe_template(template)
+    described = redact_path(template)
     return TemplateError(f"{described!r}: {problem}", path=described)
 
 

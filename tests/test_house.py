@@ -29,8 +29,8 @@ ROOMS = (
     ("stores",),
     ("http",),
     ("saved",),
-    ("state", "options", "stages", "template", "checksums", "store_errors", "workers"),
-    ("byte_ranges",),
+    ("state", "options", "stages", "template", "checksums", "store_errors", "retries", "workers"),
+    ("byte_ranges", "redaction"),
     ("errors",),
 )
 """The rooms of `loader`, from left to right: each may import any room of a later line, and none of its own line."""
@@ -100,7 +100,7 @@ MAY_IMPORT_HEAVY = {
 }
 """Rooms and modules that import such things at their top: whoever imports them has torch."""
 MAY_IMPORT_HEAVY_LATE = {
-    "loader.stores": {"fsspec", "aiohttp"},
+    "loader.stores": {"fsspec"},
     "loader.state": {"torch"},
     "loader.targets": {"torch"},
     "distributed": {"torch"},

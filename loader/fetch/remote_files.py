@@ -27,7 +27,7 @@ from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, ReadReport, read_ranges
 from ..ranges.open import RangeServers, open_range_source
 from ..ranges.window import WindowSource
-from ..store_errors import TryAgainError
+from ..retries import TryAgainError
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..workers import Stop
 from .remote_file import RemoteFile, open_remote_file

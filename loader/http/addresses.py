@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import netrc
 import os
+import re
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from ..errors import AccessError
-from ..store_errors import redact_url
+from ..redaction import redact_path
 
 _LEGAL = "%/:=&?~#+!$,;'@()*[]-._"
+_SENDABLE = re.compile(r"[\x21-\x7e]*")
+"""What a request may hold."""
 
 
 class Origin(NamedTuple):
@@ -48,18 +51,25 @@ def origin_of(url: str) -> Origin:
     except (KeyError, ValueError):
         host, port = "", 0
     if not host:
-        raise AccessError(f"{redact_url(url)}: not a valid http(s) URL", path=redact_url(url))
+        raise AccessError(f"{redact_path(url)}: not a valid http(s) URL", path=redact_path(url))
     return Origin(parts.scheme.lower(), host, port)
 
 
-def address_of(url: str, headers: Mapping[str, str]) -> Address:
+def address_of(
+    url: str, headers: Mapping[str, str], *, encoded: bool = False, trust_env: bool = True
+) -> Address:
     """The address of `url`, as the user wrote it, with the user's `headers`.
 
-    Where those hold no Authorization and no Cookie, credentials come from the URL's user info, or else from the
-    host's entry in the netrc file (``$NETRC`` or ``~/.netrc``). Raises `AccessError` for what is no http(s) URL.
+    Where those hold no Authorization and no Cookie, credentials come from the URL's user info, or else, with
+    `trust_env`, from the host's entry in the netrc file (``$NETRC`` or ``~/.netrc``). What no URL may hold is
+    percent-encoded, unless the URL is `encoded` already. Raises `AccessError` for what is no http(s) URL.
     """
     parts = urlsplit(url)
-    clean = _legal(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="")))
+    clean = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment=""))
+    if not encoded:
+        clean = _legal(clean)
+    elif not _SENDABLE.fullmatch(clean):
+        raise AccessError(f"{redact_path(url)}: not a valid http(s) URL", path=redact_path(url))
     origin = origin_of(clean)
     sent = dict(headers)
     names = {name.lower() for name in sent}
@@ -68,7 +78,7 @@ def address_of(url: str, headers: Mapping[str, str]) -> Address:
     if parts.username is not None:
         sent["Authorization"] = basic(unquote(parts.username), unquote(parts.password or ""))
         return Address(clean, sent, "user info of the URL")
-    entry = _netrc_entry(origin.host)
+    entry = _netrc_entry(origin.host) if trust_env else None
     if entry is not None:
         sent["Authorization"] = basic(*entry)
         return Address(clean, sent, "the netrc file")
@@ -110,7 +120,7 @@ def proxy_for(origin: Origin) -> str | None:
 
 
 def request_target(url: str) -> str:
-    """The path and query of `url`, which follow GET."""
+    """The path and query of `url`, which follow the method."""
     parts = urlsplit(url)
     return urlunsplit(("", "", parts.path or "/", parts.query, ""))
 

@@ -1,4 +1,4 @@
-"""Checks that an HTTP answer to a ranged GET has the range, size and version that were asked for. Pure.
+"""Checks that an HTTP answer has the range, size and version that were asked for. Pure.
 
 `status_error` makes an error of any other status, and decides after which of them another attempt may succeed.
 """
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from email.message import Message
 
 from ..errors import AccessError, CorruptError, NotFoundError, RankloadError
-from ..store_errors import TryAgainError, refused
+from ..retries import TryAgainError
+from ..store_errors import refused
 
 Arrived = Callable[[int], None]
 """Called in the reading thread with the number of bytes that have just been placed, before any more are; with 0 about
-twice a second while nothing comes. What it raises ends the read."""
+twice a second while nothing comes, or a connection is made. What it raises ends the read."""
 Headers = Message | Mapping[str, str]
 WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
@@ -86,6 +87,17 @@ def check_whole_answer(headers: Headers, pin: Pin, described: str) -> None:
         raise _changed(described, f"{pin.size_bytes} bytes", f"{length}")
 
 
+def check_expected(pin: Pin, size_bytes: int | None, version: str | None, described: str) -> None:
+    """Raises `CorruptError` where `pin`, of an answer, is not the object of `size_bytes` and `version`.
+
+    Those are what an earlier answer stated, as `Pin.version` puts it; what either lacks is not compared.
+    """
+    if size_bytes is not None and pin.size_bytes is not None and pin.size_bytes != size_bytes:
+        raise _changed(described, f"{size_bytes} bytes", f"{pin.size_bytes}")
+    if version and pin.version and pin.version != version:
+        raise _changed(described, f"version {version}", pin.version)
+
+
 def check_unchanged(headers: Headers, pin: Pin, described: str) -> None:
     """Raises `CorruptError` where the answer is of another version than `pin`, or states none to compare.
 
@@ -143,12 +155,16 @@ def retry_after_s(headers: Headers, now: float | None = None) -> float | None:
     return max(0.0, min(until - (time.time() if now is None else now), _MAX_RETRY_AFTER_S))
 
 
-def cut_short(described: str, start: int, expected: int, got: int) -> TryAgainError:
-    """The error for a body, from byte `start` of the object on, that ended after `got` of `expected` bytes."""
+def cut_short(described: str, start: int, expected: int | None, got: int) -> TryAgainError:
+    """The error for a body, from byte `start` of the object on, that ended after `got` of `expected` bytes.
+
+    `expected` is None where the server told no length.
+    """
+    wanted = "more" if expected is None else f"{expected} bytes"
+    place = f" from {start} on" if start else ""
     return TryAgainError(
         CorruptError(
-            f"{described}: the body ended early: expected {expected} bytes from {start} on, got {got}",
-            path=described,
+            f"{described}: the body ended early: expected {wanted}{place}, got {got} bytes", path=described
         )
     )
 

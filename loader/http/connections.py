@@ -8,11 +8,12 @@ import os
 import socket
 import ssl
 import threading
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import AccessError
-from ..store_errors import redact_url
+from ..redaction import redact_path
 from .addresses import Origin, basic, proxy_for
 
 CONNECT_TIMEOUT_S = 20.0
@@ -20,10 +21,26 @@ _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """The environment's variables that may name a bundle of certificates; the first one that is set counts."""
 
 
+@dataclass(frozen=True)
+class Route:
+    """How servers are reached."""
+
+    verify: Any = None
+    """Who is trusted, as for `trusted`."""
+    proxy: str | None = None
+    """An ``http://`` URL; None for what the environment sets."""
+    trust_env: bool = True
+    """Whether the environment's proxies and netrc file count."""
+    connect_timeout_s: float | None = None
+    """None for `CONNECT_TIMEOUT_S`."""
+    silence_timeout_s: float | None = None
+    """None for ``exchange.SILENCE_TIMEOUT_S``."""
+
+
 class Connection:
     """One connection to `origin`, made when it is first used. Raises `AccessError` for a proxy that is not http."""
 
-    def __init__(self, origin: Origin, context: ssl.SSLContext | None) -> None:
+    def __init__(self, origin: Origin, context: ssl.SSLContext | None, route: Route) -> None:
         self.origin = origin
         self.is_used = False
         """Whether an answer has come over it: then the server may have closed it since."""
@@ -31,15 +48,18 @@ class Connection:
         """Sent with every request, to a proxy."""
         self.target_prefix = ""
         """Goes before path and query: scheme and host, which a proxy needs."""
-        proxy = proxy_for(origin)
+        self.connect_timeout_s = route.connect_timeout_s or CONNECT_TIMEOUT_S
+        self.silence_timeout_s = route.silence_timeout_s
+        proxy = route.proxy or (proxy_for(origin) if route.trust_env else None)
+        timeout_s = self.connect_timeout_s
         host, port, tunnel = origin.host, origin.port, None
         if proxy is not None:
             host, port, tunnel = self._through(proxy)
         self.http: http.client.HTTPConnection
         if origin.scheme == "https":
-            self.http = http.client.HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=context)
+            self.http = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         else:
-            self.http = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+            self.http = http.client.HTTPConnection(host, port, timeout=timeout_s)
         if tunnel is not None:
             self.http.set_tunnel(origin.host, origin.port, tunnel)
 
@@ -67,7 +87,7 @@ class Connection:
         parts = urlsplit(proxy)
         if parts.scheme != "http" or not parts.hostname:
             raise AccessError(
-                f"the environment's proxy {redact_url(proxy)} is not of a kind that is known here: expected "
+                f"the proxy {redact_path(proxy)} is not of a kind that is known here: expected "
                 "http://host:port"
             )
         headers = {}
@@ -86,11 +106,11 @@ class Connection:
 class Connections:
     """The connections of one or several sources. Threads may share it; a forked child makes its own."""
 
-    def __init__(self, verify: Any = None) -> None:
-        """`verify` is as for `trusted`, which is called for the first connection that is encrypted."""
-        self._verify = verify
+    def __init__(self, route: Route | None = None) -> None:
+        """`route` says how servers are reached; certificates are read for the first connection that is encrypted."""
+        self.route = route or Route()
         self._context: ssl.SSLContext | None = None
-        self._others: dict[Any, Connections] = {}
+        self._others: dict[Route, Connections] = {}
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
         self._busy: set[Connection] = set()
@@ -109,17 +129,21 @@ class Connections:
                 connection = idle.pop()
             else:
                 if origin.scheme == "https" and self._context is None:
-                    self._context = trusted(self._verify)
-                connection = Connection(origin, self._context)
+                    self._context = trusted(self.route.verify)
+                connection = Connection(origin, self._context, self.route)
             self._busy.add(connection)
         return connection
 
     def trusting(self, verify: Any) -> Connections:
         """Connections that trust as `verify` says (see `trusted`): these for None, else others, closed with these."""
-        if verify is None:
+        return self if verify is None else self.by(replace(self.route, verify=verify))
+
+    def by(self, route: Route) -> Connections:
+        """Connections that reach servers by `route`: these where it is their own, else others, closed with these."""
+        if route == self.route:
             return self
         with self._lock:
-            return self._others.setdefault(verify, Connections(verify))
+            return self._others.setdefault(route, Connections(route))
 
     def give_back(self, connection: Connection) -> None:
         """Keeps `connection`, whose last answer was read to its end, for the next read."""

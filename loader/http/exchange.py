@@ -1,26 +1,31 @@
-"""Sends one GET over one connection and receives its answer; a caller can end the wait for a silent server.
+"""Sends one request over one connection and receives its answer; a caller can end the wait for a silent server.
 
-`exchange` sends the request and returns the head of the answer, an `Answer`; `Answer.receive` receives the body.
-Both call `Arrived`, which ends them by raising.
+`exchange` sends the request and returns the head of the answer, an `Answer`. `Answer.receive` receives a body of known
+length into the caller's memory, `Answer.pieces` any body to its end. All call `Arrived`, which ends them by raising.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import select
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..errors import AccessError, RankloadError
-from ..store_errors import TryAgainError, store_error
+from ..retries import TryAgainError
+from ..store_errors import store_error
 from .addresses import origin_of, request_target
 from .answers import Arrived, cut_short
-from .connections import CONNECT_TIMEOUT_S, Connection, Connections
+from .connections import Connection, Connections
 
+Method = Literal["GET", "HEAD"]
 SILENCE_TIMEOUT_S = 60.0
 """Without a byte for so long, a connection is given up. A slow one never is."""
 GLANCE_S = 0.5
@@ -30,36 +35,48 @@ GATHER_BYTES = 1 << 20
 call for each takes about as long as deciphering it."""
 GATHER_S = 0.02
 """How long it is gathered at most, where less comes."""
+PIECE_BYTES = 1 << 20
+"""The memory that `Answer.pieces` receives into: small enough to be in the processor's cache still when it is read."""
+_CHUNK_BYTES = 256 << 10
 _ERROR_BODY_BYTES = 4096
+
+_Receive = Callable[[memoryview], int]
+"""Receives bytes into the beginning of some memory, and returns how many: 0 where there are no more."""
 
 
 def exchange(
-    connections: Connections, url: str, headers: Mapping[str, str], arrived: Arrived, described: str
+    connections: Connections,
+    method: Method,
+    url: str,
+    headers: Mapping[str, str],
+    arrived: Arrived,
+    described: str,
 ) -> Answer:
-    """Sends a GET for `url` with `headers`, and returns the head of the answer, whatever its status.
+    """Sends a request for `url` with `headers`, and returns the head of the answer, whatever its status.
 
-    The answer's connection is the caller's to give back or to drop. A kept connection that the server has closed is
-    replaced once. Raises `TryAgainError` or `AccessError` as `network_error` does, and whatever `arrived` raises.
+    The answer is the caller's to `Answer.give_back` or to `Answer.drop`. A kept connection that the server has closed
+    is replaced once. Raises `TryAgainError` or `AccessError` as `network_error` does, and whatever `arrived` raises.
     """
     origin = origin_of(url)
     sent = {"Accept-Encoding": "identity", "Accept": "*/*", "User-Agent": "rankload", **headers}
     connection = connections.take(origin)
     while True:
+        silence_s = connection.silence_timeout_s or SILENCE_TIMEOUT_S
         try:
-            sock = connection.connect()
-            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock = _connected(connection, arrived)
+            sock.settimeout(connection.connect_timeout_s)
             target = connection.target_prefix + request_target(url)
-            connection.http.request("GET", target, headers={**sent, **connection.headers})
-            _await_readable(sock, arrived)
-            sock.settimeout(SILENCE_TIMEOUT_S)
-            return Answer(connection, sock, connection.http.getresponse())
+            connection.http.request(method, target, headers={**sent, **connection.headers})
+            _await_readable(sock, arrived, silence_s)
+            sock.settimeout(silence_s)
+            return Answer(connections, connection, sock, connection.http.getresponse(), silence_s)
         except BaseException as error:
             connections.drop(connection)
             if connection.is_used and isinstance(error, ConnectionError | http.client.BadStatusLine):
                 connection = connections.take(origin, fresh=True)
                 continue
             if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, described) from None
+                raise network_error(error, described, silence_s) from None
             raise
 
 
@@ -67,9 +84,20 @@ def exchange(
 class Answer:
     """The head of an answer, and the connection over which its body comes."""
 
+    connections: Connections
     connection: Connection
     sock: socket.socket
     response: http.client.HTTPResponse
+    silence_s: float
+    """Without a byte for so long, the body is given up."""
+    is_read: bool = False
+    """Whether `pieces` has come to the end of the body."""
+
+    @property
+    def n_bytes(self) -> int | None:
+        """How long the body is, before any of it is read; None where its end alone tells that."""
+        length: int | None = self.response.length
+        return length
 
     def error_body(self) -> bytes:
         """The first bytes of an answer that carries an error; the connection is of no use afterwards."""
@@ -92,33 +120,15 @@ class Answer:
         `start` is where the body begins in the object, for messages. Raises `TryAgainError` where it ends early, the
         connection's own errors where nothing came at all, and whatever `arrived` raises.
         """
-        response, sock = self.response, self.sock
-        receive = _receive_records if isinstance(sock, ssl.SSLSocket) else _receive_once
-        # A chunked body has to be taken apart; of any other, only the beginning is with the parser.
-        sock.settimeout(SILENCE_TIMEOUT_S if response.chunked else GLANCE_S)
-        buffered = 0
-        if not response.chunked:
-            with contextlib.suppress(TimeoutError):
-                buffered = len(response.fp.peek(1))
+        receive = _receiver(self, arrived)
         got = 0
-        heard = time.monotonic()
         while got < n_bytes:
             if not view:
                 view = next(targets)
-            wanted = view[: n_bytes - got]
             try:
-                if response.chunked:
-                    n_new = response.readinto(wanted)
-                elif buffered:
-                    n_new = response.fp.readinto(wanted[:buffered])
-                    buffered -= n_new
-                else:
-                    n_new = receive(sock, wanted)
+                n_new = receive(view[: n_bytes - got])
             except TimeoutError:
-                if time.monotonic() - heard >= SILENCE_TIMEOUT_S:
-                    raise
-                arrived(0)
-                continue
+                raise
             except (OSError, http.client.HTTPException):
                 if got:
                     raise cut_short(described, start, n_bytes, got) from None
@@ -126,19 +136,64 @@ class Answer:
             if not n_new:
                 raise cut_short(described, start, n_bytes, got)
             got += n_new
-            heard = time.monotonic()
             view = view[n_new:]
             arrived(n_new)
         return view
 
+    def pieces(self, arrived: Arrived, described: str) -> Iterator[memoryview]:
+        """The body to its end, piece by piece, each in the same memory as the one before.
 
-def network_error(error: Exception, described: str) -> RankloadError | TryAgainError:
+        `arrived` is called with 0 while nothing comes, and never with more. Raises `TryAgainError` where the body ends
+        before the length that the server told, or without its last chunk, and for what `network_error` says; and
+        whatever `arrived` raises.
+        """
+        n_bytes = self.n_bytes
+        got = 0
+        memory = memoryview(bytearray(PIECE_BYTES))
+        receive = None
+        while got != n_bytes:
+            try:
+                receive = receive or _receiver(self, arrived)
+                n_new = receive(memory if n_bytes is None else memory[: n_bytes - got])
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, http.client.IncompleteRead) or (
+                    got and not isinstance(error, TimeoutError)
+                ):
+                    raise cut_short(described, 0, n_bytes, got) from None
+                raise network_error(error, described, self.silence_s) from None
+            if not n_new:
+                if n_bytes is None:
+                    break
+                raise cut_short(described, 0, n_bytes, got)
+            got += n_new
+            yield memory[:n_new]
+        self.is_read = True
+
+    def give_back(self) -> None:
+        """Ends an answer that was read to its end: its connection is kept where the server keeps it."""
+        self.response.close()
+        if self.response.will_close:
+            self.connections.drop(self.connection)
+        else:
+            self.connections.give_back(self.connection)
+
+    def drop(self) -> None:
+        """Ends an answer that was not read to its end, and its connection with it."""
+        self.response.close()
+        self.connections.drop(self.connection)
+
+
+def network_error(
+    error: Exception, described: str, silence_s: float | None = None
+) -> RankloadError | TryAgainError:
     """The error for a failure of the connection: a `TryAgainError`, unless it will last.
 
-    A name that does not resolve, a certificate that does not verify and a URL that is not valid stay so.
+    A name that does not resolve, a certificate that does not verify and a URL that is not valid stay so. `silence_s` is
+    how long the server was waited for.
     """
     if isinstance(error, TimeoutError):
-        text = f"{described}: the server sent nothing for {SILENCE_TIMEOUT_S:g} s, or took no connection"
+        waited_s = SILENCE_TIMEOUT_S if silence_s is None else silence_s
+        text = f"{described}: the server sent nothing for {waited_s:g} s, or took no connection"
         return TryAgainError(AccessError(text, path=described))
     mapped = store_error(error, described)
     lasting = isinstance(error, ssl.SSLCertVerificationError | http.client.InvalidURL) or (
@@ -147,16 +202,104 @@ def network_error(error: Exception, described: str) -> RankloadError | TryAgainE
     return mapped if lasting else TryAgainError(mapped)
 
 
-def _await_readable(sock: socket.socket, arrived: Arrived) -> None:
+def _connected(connection: Connection, arrived: Arrived) -> socket.socket:
+    """The connection's socket. What makes it blocks (names, TLS, proxies), so it is made by a thread, and awaited."""
+    if connection.http.sock is not None:
+        return connection.connect()
+    made: list[socket.socket] = []
+    failed: list[BaseException] = []
+    ended, given_up = threading.Event(), threading.Event()
+
+    def connect() -> None:
+        try:
+            made.append(connection.connect())
+        except BaseException as error:
+            failed.append(error)
+        ended.set()
+        if given_up.is_set():
+            connection.hang_up()
+
+    threading.Thread(target=connect, name="rankload-connect", daemon=True).start()
+    try:
+        while not ended.wait(GLANCE_S):
+            arrived(0)
+    except BaseException:
+        given_up.set()
+        raise
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
+def _await_readable(sock: socket.socket, arrived: Arrived, silence_s: float) -> None:
     if isinstance(sock, ssl.SSLSocket) and sock.pending():
         return
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    end = time.monotonic() + SILENCE_TIMEOUT_S
+    end = time.monotonic() + silence_s
     while not poll.poll(GLANCE_S * 1000):
         if time.monotonic() >= end:
             raise TimeoutError
         arrived(0)
+
+
+def _receiver(answer: Answer, arrived: Arrived) -> _Receive:
+    """What receives the answer's body. While nothing comes it calls `arrived`, and raises TimeoutError in the end."""
+    response, sock = answer.response, answer.sock
+    once = _receive_records if isinstance(sock, ssl.SSLSocket) else _receive_once
+    sock.settimeout(GLANCE_S)
+    # The beginning of the body is with the parser already.
+    beginning = b""
+    with contextlib.suppress(TimeoutError):
+        beginning = bytes(response.fp.peek(1))
+
+    def receive(view: memoryview) -> int:
+        nonlocal beginning
+        if beginning:
+            n_new = min(len(view), len(beginning))
+            view[:n_new] = beginning[:n_new]
+            beginning = beginning[n_new:]
+            return n_new
+        heard = time.monotonic()
+        while True:
+            try:
+                return once(sock, view)
+            except TimeoutError:
+                if time.monotonic() - heard >= answer.silence_s:
+                    raise
+                arrived(0)
+
+    if not response.chunked:
+        return receive
+
+    # http.client takes a chunked body apart, and reads it through `receive`, which can be ended in the middle.
+    response.fp = io.BufferedReader(_Raw(receive, response.fp))
+
+    def receive_of_chunk(view: memoryview) -> int:
+        data = response.read1(min(len(view), _CHUNK_BYTES))
+        view[: len(data)] = data
+        return len(data)
+
+    return receive_of_chunk
+
+
+class _Raw(io.RawIOBase):
+    """The bytes that `receive` receives, as a raw file. Closes `held` too, without which the socket would close."""
+
+    def __init__(self, receive: _Receive, held: Any) -> None:
+        super().__init__()
+        self._receive = receive
+        self._held = held
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._receive(memoryview(buffer))
+
+    def close(self) -> None:
+        self._held.close()
+        super().close()
 
 
 def _receive_once(sock: socket.socket, view: memoryview) -> int:

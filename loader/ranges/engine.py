@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..byte_ranges import CHUNK_BYTES, ByteRange, coalesce, overlap, split, union
-from ..store_errors import TryAgainError
+from ..retries import TryAgainError, pause, read_retries
 from ..stores.base import OnBytes
 from ..workers import Stop, run_jobs
 from .base import RangeSource
 from .concurrency import Concurrency
 from .destinations import Destination
-from .retries import Retries
 from .window import shared_source
 
 __all__ = ["ObjectRead", "OnLanded", "ReadReport", "read_ranges"]
@@ -126,7 +125,7 @@ class _Engine:
         self._reads = [one for one in reads if union(one.ranges)]
         self._queue = deque(chunks(self._reads, chunk_bytes))
         self._left_bytes = sum(chunk.span.length for chunk in self._queue)
-        self._retries = Retries(len(self._queue))
+        self._retries = read_retries(len(self._queue))
         self._ready = threading.Condition()
         self._working = 0
         self._by_source: dict[int, int] = {}
@@ -263,7 +262,7 @@ class _Engine:
                         self._taken_back += position - request.start
                     position = request.start
                     pending = deque(request.chunks)
-                _sleep(pause_s, stop)
+                pause(pause_s, stop.check)
 
 
 def chunks(reads: Iterable[ObjectRead], chunk_bytes: int) -> Iterator[Chunk]:
@@ -332,10 +331,3 @@ class Filling:
 def _nowhere(trash: memoryview, n_bytes: int) -> Iterator[memoryview]:
     for start in range(0, n_bytes, len(trash)):
         yield trash[: min(len(trash), n_bytes - start)]
-
-
-def _sleep(seconds: float, stop: Stop) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        stop.check()
-        time.sleep(min(left, _WAIT_S))

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from ..errors import CorruptError
 from ..http.answers import WORTH_RETRYING, Arrived, cut_short
-from ..store_errors import TryAgainError, http_status, store_error
+from ..retries import TryAgainError
+from ..store_errors import http_status, store_error
 from ..stores.base import ObjectInfo
 from ..stores.fsspec import FsspecStore
 from .base import pieces

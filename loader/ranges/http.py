@@ -1,7 +1,7 @@
 """The range source over http(s): each read is one GET on a connection of its own, received into the caller's memory.
 
-`HttpSource` follows redirects, and has a signed URL signed anew when it expires. Every answer is compared with the
-version that the first one stated.
+`HttpSource` remembers where redirects lead, and has a signed URL signed anew when it expires. Every answer is compared
+with the version that the first one stated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ..errors import AccessError, CorruptError
-from ..http.addresses import Address, Origin, origin_of, redirected
+from ..errors import AccessError
+from ..http.addresses import Address
 from ..http.answers import (
     Arrived,
     Pin,
+    check_expected,
     check_partial_answer,
     check_whole_answer,
     content_length,
@@ -26,14 +27,13 @@ from ..http.answers import (
     status_error,
 )
 from ..http.connections import Connections
-from ..http.exchange import Answer, exchange, network_error
-from ..store_errors import redact_url
+from ..http.exchange import Answer, network_error
+from ..http.redirects import follow
+from ..redaction import redact_path
 from ..stores.base import ObjectInfo
 from ..stores.sums import StoredSum, in_headers
 from .base import pieces
 
-MAX_REDIRECTS = 10
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAY_HAVE_EXPIRED = frozenset({400, 401, 403, 404, 410})
 """What a server may answer where a signature, or the target of a redirect, has expired."""
 
@@ -42,9 +42,8 @@ _MAY_HAVE_EXPIRED = frozenset({400, 401, 403, 404, 410})
 class _Place:
     """The URL that is asked for now: as given, as signed, or the target of a redirect."""
 
+    address: Address
     url: str
-    own: Origin
-    """The server that the address's headers are for."""
     is_redirected: bool = False
     until: float = float("inf")
     """When it is to be renewed, by `time.monotonic`."""
@@ -77,7 +76,7 @@ class HttpSource:
         self._lock = threading.Lock()
         self._address = make_address()
         self._place = self._first_place()
-        self._described = described or redact_url(self._address.url)
+        self._described = described or redact_path(self._address.url)
         self._sends_if_match = True
         self._pin = Pin()
         self.stored_sums: tuple[StoredSum, ...] = ()
@@ -136,7 +135,7 @@ class HttpSource:
                 answer.response.read(1)
         else:
             # The body is the whole object, or of no use.
-            self._forget(answer)
+            answer.drop()
             self.has_ranges = status == 416
             total = content_length(headers) if status == 200 else total
         if total is None or (status == 416 and total != 0):
@@ -145,13 +144,7 @@ class HttpSource:
         self.stored_sums = in_headers(headers, whole=status == 200)
         if expected is None:
             return
-        check_whole_answer({"Content-Length": str(total)}, Pin(expected.size_bytes), self._described)
-        if expected.version and self.version and self.version != expected.version:
-            raise CorruptError(
-                f"{self._described}: changed while it was loaded: expected version {expected.version}, got "
-                f"{self.version}",
-                path=self._described,
-            )
+        check_expected(self._pin, expected.size_bytes, expected.version, self._described)
 
     def _check(self, response: http.client.HTTPResponse, start: int, stop: int) -> int:
         """How many bytes from `start` on the body holds."""
@@ -174,43 +167,41 @@ class HttpSource:
         """The answer to one GET, redirects followed, an expired address renewed once."""
         is_renewed = False
         place = self._current()
-        hops = 0
+        is_moved = False
         while True:
             sent = dict(headers)
-            origin = origin_of(place.url)
             if self._pin.strong is not None and self._sends_if_match:
                 sent["If-Match"] = self._pin.strong
-            if origin == place.own:
-                sent = {**self._address.headers, **sent}
-            answer = exchange(self._connections, place.url, sent, arrived, self._described)
+            followed = follow(
+                self._connections,
+                "GET",
+                place.address,
+                sent,
+                arrived,
+                self._described,
+                begin_at=place.url,
+            )
+            answer = followed.answer
+            if followed.passed:
+                is_moved, place = True, replace(place, url=followed.url)
             status = answer.response.status
             if status in any_of:
-                if hops:
+                if is_moved:
                     self._place = replace(place, is_redirected=True)
                 return answer
-            location = answer.response.headers.get("Location")
-            if status in _REDIRECTS and location is not None:
-                self._forget(answer)
-                hops += 1
-                if hops > MAX_REDIRECTS:
-                    raise AccessError(
-                        f"{self._described}: more than {MAX_REDIRECTS} redirects", path=self._described
-                    )
-                place = replace(place, url=redirected(place.url, location, self._described))
-                continue
             body = answer.error_body()
-            self._forget(answer)
+            answer.drop()
             if status == 412 and "If-Match" in sent:
                 # Some servers compare wrongly: the next answer's own ETag shows whether it changed.
                 self._sends_if_match = False
                 continue
             was_remembered = self._signed_for_s is not None or place.is_redirected
             if status in _MAY_HAVE_EXPIRED and was_remembered and not is_renewed:
-                is_renewed, hops = True, 0
+                is_renewed, is_moved = True, False
                 place = self._renewed(place)
                 continue
             raise status_error(
-                status, answer.response.headers, body, self._described, self._address.credentials
+                status, answer.response.headers, body, self._described, place.address.credentials
             )
 
     @contextlib.contextmanager
@@ -219,26 +210,21 @@ class HttpSource:
         try:
             yield
         except BaseException as error:
-            self._forget(answer)
+            answer.drop()
             if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, self._described) from None
+                raise network_error(error, self._described, answer.silence_s) from None
             raise
         response = answer.response
         is_whole = response.status == 206 or content_length(response.headers) == self.size_bytes
-        response.close()
-        if response.will_close or response.chunked or not is_whole or not self.has_ranges:
-            self._connections.drop(answer.connection)
+        # Of a chunked body, the last chunk was not read, which is empty.
+        if response.chunked or not is_whole or not self.has_ranges:
+            answer.drop()
         else:
-            self._connections.give_back(answer.connection)
-
-    def _forget(self, answer: Answer) -> None:
-        """Closes the connection of an answer that is not read to its end."""
-        answer.response.close()
-        self._connections.drop(answer.connection)
+            answer.give_back()
 
     def _first_place(self) -> _Place:
         life = float("inf") if self._signed_for_s is None else self._signed_for_s * 0.8
-        return _Place(self._address.url, self._address.origin, until=time.monotonic() + life)
+        return _Place(self._address, self._address.url, until=time.monotonic() + life)
 
     def _current(self) -> _Place:
         place = self._place

@@ -8,11 +8,9 @@ http(s)  →  a URL that the backend signs (S3, GCS, Azure)  →  the backend's 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from ssl import SSLContext
-from typing import Any
+from collections.abc import Callable
 
-from ..http.addresses import Origin, address_of, origin_of
+from ..http.addresses import Origin, origin_of
 from ..http.connections import Connections
 from ..stores.base import ObjectInfo, Store
 from ..stores.fsspec import FsspecStore
@@ -21,9 +19,6 @@ from .base import RangeSource
 from .fsspec import open_fsspec_source
 from .http import HttpSource
 from .signed import open_signed
-
-_KNOWN_OPTIONS = frozenset({"headers", "cookies", "auth", "ssl", "trust_env", "timeout", "block_size"})
-"""Options of fsspec's http file system and its client that are honoured here, or make no difference."""
 
 
 def open_range_source(
@@ -88,35 +83,13 @@ class RangeServers:
                 self.streamed.append(described)
 
 
-def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | None) -> RangeSource | None:
-    """None where the store has options that only its own client honours."""
-    settings = _settings(store.options)
-    if settings is None:
-        return None
-    headers, verify = settings
+def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | None) -> RangeSource:
     owns = connections is None
-    connections = (connections or Connections()).trusting(verify)
     source = HttpSource(
-        lambda: address_of(info.name, headers), connections, owns_connections=owns, expected=info
+        lambda: store.address(info.name),
+        (connections or Connections()).by(store.settings.route),
+        owns_connections=owns,
+        expected=info,
     )
     store.add_sums(info.name, source.stored_sums)
     return source
-
-
-def _settings(options: Mapping[str, Any]) -> tuple[dict[str, str], Any] | None:
-    """Headers, and `verify` as for `Connections.trusting`, in fsspec's http `options`; None where they hold more."""
-    client = dict(options.get("client_kwargs") or {})
-    given = {**client, **{name: value for name, value in options.items() if name != "client_kwargs"}}
-    if set(given) - _KNOWN_OPTIONS:
-        return None
-    headers = {**(client.get("headers") or {}), **(options.get("headers") or {})}
-    if given.get("cookies"):
-        headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in dict(given["cookies"]).items())
-    if given.get("auth") is not None:
-        if not callable(getattr(given["auth"], "encode", None)):
-            return None
-        headers["Authorization"] = given["auth"].encode()
-    verify = given.get("ssl")
-    if verify is not None and not isinstance(verify, bool | SSLContext):
-        return None
-    return {str(name): str(value) for name, value in headers.items()}, None if verify is True else verify

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from ...distributed.range_server import PeerAddress, PeerConnection
 from ..errors import AccessError
 from ..http.answers import Arrived
-from ..store_errors import TryAgainError
+from ..retries import TryAgainError
 from .base import pieces
 
 

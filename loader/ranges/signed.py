@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import AccessError
 from ..http.addresses import Address
 from ..http.connections import Connections
-from ..store_errors import TryAgainError
+from ..retries import TryAgainError
 from ..stores.base import ObjectInfo
 from ..stores.fsspec import FsspecStore
 from .http import HttpSource

@@ -10,8 +10,8 @@
 6. `sums` reads the checksums that stores keep, and `digests` computes checksums of the same kinds.
 
 Not promised: no store lists names. A download is checked for its size, and for its version over http(s) only; its
-checksum is compared by the caller (`fetch.whole_checks`). `http` and `given` try a download again by themselves; any
-other backend does as it is configured.
+checksum is compared by the caller (`fetch.whole_checks`). `http` and `given` try a download again, as
+``loader.retries`` decides; any other backend does as it is configured.
 
-May import `http`, `checksums`, `errors` and `store_errors`; fsspec and aiohttp inside functions.
+May import `http`, `retries`, `workers`, `checksums`, `redaction`, `errors` and `store_errors`; fsspec inside functions.
 """

@@ -60,7 +60,8 @@ class Store(Protocol):
         """Writes the whole object to `target_path`, where a file appears only once its size has been checked.
 
         `expected` is what `stat` said. Raises `NotFoundError`, `AccessError`, or `CorruptError` for a body
-        that is shorter or longer than the store said, and whatever `on_bytes` raises; no partial file stays.
+        that is shorter or longer than the store said, and whatever `on_bytes` raises; no partial file stays. Where
+        the disk refuses, some stores raise its OSError, others an `AccessError`.
         """
 
     def read_small(self, name: str, limit: int) -> bytes:
@@ -86,3 +87,8 @@ def path_scheme(path: str) -> str | None:
     """``s3`` for ``s3://bucket/key`` and ``zip`` for ``zip::s3://...``; None for a local path."""
     match = _SCHEME.match(path)
     return match[0].lower() if match else None
+
+
+def path_schemes(path: str) -> list[str]:
+    """Those of a chain, in order: ``zip`` and ``s3`` for ``zip::s3://...``."""
+    return [scheme.lower() for scheme in _SCHEME.findall(path)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import NotFoundError, OptionError, UnsafeError
-from ..store_errors import redact_text, redact_uri, store_error
-from .base import ObjectInfo, OnBytes, Store, path_scheme
+from ..redaction import redact_path, redact_text
+from ..store_errors import store_error
+from .base import ObjectInfo, OnBytes, Store, path_scheme, path_schemes
 from .local import LocalStore, within_limit
 from .sums import StoredSum, in_info
 from .transfer import Meter, bytes_on_disk, receive, run_watched
@@ -19,7 +19,7 @@ from .transfer import Meter, bytes_on_disk, receive, run_watched
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
     "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
-    "hf": "hf",
+    "hf": "hf", "http": "http", "https": "http",
 }  # fmt: skip
 """The extra of this distribution that installs the backend of a protocol."""
 _WITH_BUCKETS = frozenset(
@@ -58,7 +58,7 @@ class FsspecStore:
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def describe(self, name: str) -> str:
-        return redact_uri(f"{self.protocol}://{name}")
+        return redact_path(f"{self.protocol}://{name}")
 
     def join(self, name: str, child: str) -> str:
         return f"{name.rstrip('/')}/{child}"
@@ -189,7 +189,7 @@ def store_of_filesystem(filesystem: Any, path: str) -> tuple[Store, str]:
 def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    shown = redact_uri(uri)
+    shown = redact_path(uri)
     try:
         filesystem, name = url_to_fs(uri, **storage_options)
     except ImportError as error:
@@ -211,10 +211,10 @@ def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _how_to_install(uri: str, error: ImportError) -> str:
-    schemes = re.findall(r"([A-Za-z][A-Za-z0-9+.-]*)(?=://|::)", uri)
+    schemes = path_schemes(uri)
     for scheme in schemes:
-        if scheme.lower() in _EXTRAS:
-            extra = _EXTRAS[scheme.lower()]
+        if scheme in _EXTRAS:
+            extra = _EXTRAS[scheme]
             return f"reading {scheme}:// needs a package that is missing; pip install 'rankload[{extra}]'"
     return f"a package that {schemes[0] if schemes else 'its protocol'}:// needs is missing: {error}"
 

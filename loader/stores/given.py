@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CorruptError, NotFoundError, OptionError
-from ..store_errors import redact_url, store_error
+from ..redaction import redact_path
+from ..retries import TryAgainError, whole_attempts
+from ..store_errors import store_error
 from .base import ObjectInfo, OnBytes, Store
 from .local import within_limit
 from .sums import StoredSum
 from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
 
-DOWNLOAD_ATTEMPTS = 3
 _TRANSIENT = "ObjectStoreTransientError"
 """Composer's error for what another attempt may fix, by its name: Composer is not imported. No other is tried again."""
+
+T = TypeVar("T")
 
 
 class GivenStore:
@@ -32,7 +35,7 @@ class GivenStore:
 
     def describe(self, name: str) -> str:
         try:
-            return redact_url(str(self._backend.get_uri(name)))
+            return redact_path(str(self._backend.get_uri(name)))
         except Exception:
             # get_uri is optional, and describing an object for a message must not fail.
             return f"{type(self._backend).__name__}:{name}"
@@ -48,7 +51,7 @@ class GivenStore:
         if not hasattr(self._backend, "get_object_size"):
             return ObjectInfo(name=name, size_bytes=None, certain=False)
         try:
-            size = self._retry(lambda: self._backend.get_object_size(name))
+            size = whole_attempts(lambda: self._once(name, lambda: self._backend.get_object_size(name)))
         except NotImplementedError:
             return ObjectInfo(name=name, size_bytes=None, certain=False)
         except Exception as error:
@@ -76,7 +79,13 @@ class GivenStore:
                     on_disk = bytes_on_disk(os.path.dirname(part))
                     meter.reach(on_disk if size is None else min(on_disk, size))
 
-            run_watched(lambda: self._retry(lambda: self._fetch(name, part, callback)), meter, poll)
+            def work() -> None:
+                # Where the transfer was given up meanwhile, `add` ends this thread.
+                whole_attempts(
+                    lambda: self._once(name, lambda: self._fetch(name, part, callback)), lambda: meter.add(0)
+                )
+
+            run_watched(work, meter, poll)
             if os.path.exists(part):
                 meter.reach(os.path.getsize(part))
                 meter.report()
@@ -118,14 +127,14 @@ class GivenStore:
         else:
             self._backend.download_file(name, part, overwrite=True, progress_bar=False)
 
-    def _retry(self, work: Callable[[], Any]) -> Any:
-        for attempt in range(DOWNLOAD_ATTEMPTS):
-            try:
-                return work()
-            except Exception as error:
-                if type(error).__name__ != _TRANSIENT or attempt == DOWNLOAD_ATTEMPTS - 1:
-                    raise
-        raise AssertionError("unreachable")
+    def _once(self, name: str, work: Callable[[], T]) -> T:
+        """What `work` returns. Raises what it raises, and `TryAgainError` for what another attempt may mend."""
+        try:
+            return work()
+        except Exception as error:
+            if type(error).__name__ != _TRANSIENT:
+                raise
+            raise TryAgainError(store_error(error, self.describe(name))) from error
 
 
 def open_object_store(object_store: object, path: str) -> tuple[Store, str]:

@@ -53,7 +53,7 @@ class StoredSum:
 
 
 def in_headers(headers: Any, *, whole: bool = True) -> tuple[StoredSum, ...]:
-    """The checksums in the headers of an answer (aiohttp's, http.client's or a mapping's).
+    """The checksums in the headers of an answer (http.client's, or a mapping).
 
     `whole` is False for an answer with a part of the object: then only fields that describe the whole one count. There
     are none where the object is sent otherwise than it is stored (``Content-Encoding``).
@@ -196,7 +196,7 @@ def _digest_fields(headers: Any) -> Iterator[StoredSum]:
 
 def _items(headers: Any, name: str) -> Iterator[str]:
     """The items of a comma-separated list, which may be spread over several fields of one name."""
-    many = getattr(headers, "getall", None) or getattr(headers, "get_all", None)
+    many = getattr(headers, "get_all", None)
     fields = many(name, []) if many is not None else [headers.get(name, "")]
     for one in fields:
         yield from (item.strip() for item in str(one).split(",") if item.strip())

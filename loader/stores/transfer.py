@@ -1,20 +1,18 @@
 """Runs one transfer into a file: reports its progress, and checks the size before the file gets its name.
 
-A store counts bytes in a `Meter`, runs its backend in `run_watched` (a blocking call) or `await_watched` (a coroutine),
-and does so inside `receive`, which gives the file its name.
+A store transfers inside `receive`, which gives the file its name. A backend that blocks runs in `run_watched`, and
+counts its bytes in a `Meter`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Coroutine
-from concurrent.futures import wait
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from ..errors import CorruptError
 from ..workers import POLL_S, Stopped
@@ -52,11 +50,6 @@ class Meter:
         except BaseException:
             self.stopped = True
             raise
-
-    def restart(self) -> None:
-        """Takes back what was counted and reported, since the transfer begins again."""
-        self._arrived = 0
-        self.report()
 
 
 def receive(
@@ -138,24 +131,6 @@ def run_watched(work: Callable[[], T], meter: Meter, poll: Callable[[], None] | 
         raise failure[0]
     meter.report()
     return outcome[0]
-
-
-def await_watched(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, meter: Meter) -> T:
-    """What the coroutine `work` returns; it runs on another thread's `loop` while `meter` is reported from this one.
-
-    What the report raises cancels it.
-    """
-    future = asyncio.run_coroutine_threadsafe(work, loop)
-    try:
-        while not wait([future], timeout=POLL_S).done:
-            meter.report()
-    except BaseException:
-        meter.stopped = True
-        future.cancel()
-        raise
-    result = future.result()
-    meter.report()
-    return result
 
 
 def bytes_on_disk(path: str) -> int:

@@ -16,7 +16,7 @@ import pytest
 from rankload.distributed.range_server import PeerAddress, PeerConnection, RangeServer, Served
 from rankload.loader.errors import AccessError
 from rankload.loader.ranges.peer import PeerSource
-from rankload.loader.store_errors import TryAgainError
+from rankload.loader.retries import TryAgainError
 
 DATA = os.urandom(3 << 20)
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rankload.loader.errors import TemplateError
 from rankload.loader.template import (
     VARIABLES,
-    describe_template,
     expand_for_rank_zero,
     expand_path,
     template_variables,
@@ -100,21 +99,6 @@ def test_values_come_back_out(rank: int, local_rank: int, node_rank: int, spelli
     template = "/".join(spelling % name for name in ("rank", "local_rank", "node_rank"))
     path = expand(template, rank=rank, local_rank=local_rank, node_rank=node_rank)
     assert tuple(map(int, path.split("/"))) == (rank, local_rank, node_rank)
-
-
-@pytest.mark.parametrize(
-    ("template", "described"),
-    [
-        ("https://me:secret@host:8/a{rank}.tar?sig=secret#secret", "https://host:8/a{rank}.tar"),
-        ("HTTP://host/<rank>?sig=secret", "HTTP://host/<rank>"),
-        ("s3://key:secret@bucket/what?{rank:05d}", "s3://bucket/what?{rank:05d}"),
-        ("simplecache::https://a:secret@host/x?sig=secret", "simplecache::https://host/x"),
-        ("s3://bucket/me@home/{rank}", "s3://bucket/me@home/{rank}"),
-        ("local/a#1/what?{rank}@x", "local/a#1/what?{rank}@x"),
-    ],
-)
-def test_described_without_secrets(template: str, described: str) -> None:
-    assert describe_template(template) == described
 
 
 @pytest.mark.parametrize(

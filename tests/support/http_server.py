@@ -39,7 +39,11 @@ class Served:
     """Send so many bytes, then nothing, until the server ends."""
     failures: int = 0
     """Answer 503 so many times first."""
+    retry_after: str | None = None
+    """Told with each 503."""
     send_length: bool = True
+    """Where false, the end of the connection is the end of the body."""
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._empty(served.head_status)
         if with_body and served.failures > 0:
             served.failures -= 1
-            return self._empty(503)
+            told = {} if served.retry_after is None else {"Retry-After": served.retry_after}
+            return self._empty(503, **told)
         if served.redirect is not None:
             return self._empty(302, Location=served.redirect)
         if served.status != 200:
             return self._empty(served.status)
         self.send_response(200)
-        if served.send_length:
+        if served.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif served.send_length:
             self.send_header("Content-Length", str(len(served.body)))
         else:
             self.send_header("Connection", "close")
@@ -142,15 +149,20 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(served.body) if served.truncate_to is None else served.truncate_to
         for start in range(0, end, served.chunk):
             if served.stall_after is not None and start >= served.stall_after:
+                if served.chunked:
+                    # In the middle of a chunk.
+                    self.wfile.write(b"%x\r\n%b" % (served.chunk, served.body[start : start + 10]))
                 self.owner.ending.wait()
                 break
             data = served.body[start : min(start + served.chunk, end)]
-            self.wfile.write(data)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if served.chunked else data)
             self.owner.sent(path, len(data))
             if served.pause_s:
                 time.sleep(served.pause_s)
         if served.truncate_to is not None or not served.send_length:
             self.close_connection = True
+        elif served.chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _empty(self, status: int, **headers: str) -> None:
         self.send_response(status)

@@ -17,13 +17,13 @@ from bad_server import BadServer, Behaviour, Fault, bad_server
 from file_source import FileSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rankload.loader import retries
 from rankload.loader.byte_ranges import ByteRange, total_bytes, union
 from rankload.loader.errors import AccessError, CorruptError, NotFoundError, RankloadError
 from rankload.loader.http import exchange as http_exchange
 from rankload.loader.http.addresses import Address, Origin, address_of, proxy_for
 from rankload.loader.http.answers import Arrived, retry_after_s
 from rankload.loader.http.connections import Connections
-from rankload.loader.ranges import retries as range_retries
 from rankload.loader.ranges.base import RangeSource
 from rankload.loader.ranges.concurrency import Concurrency
 from rankload.loader.ranges.destinations import FileDestination, MemoryDestination
@@ -44,7 +44,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
-    monkeypatch.setattr(range_retries, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
     monkeypatch.setattr(http_exchange, "SILENCE_TIMEOUT_S", 0.6)
     monkeypatch.setattr(http_exchange, "GLANCE_S", 0.1)
     begin = time.monotonic()
@@ -216,7 +216,7 @@ def test_retries_end() -> None:
     with bad_server(with_faults(*[Fault(status=503)] * 200)) as server:
         with pytest.raises(AccessError, match="503"):
             read_all(source_of(server.url("/a")))
-        assert len(server.asked) <= 1 + range_retries.ATTEMPTS * 4 + range_retries.BUDGET
+        assert len(server.asked) <= 1 + retries.READ_ATTEMPTS * 4 + retries.READ_BUDGET
 
 
 def test_not_the_object_that_stat_told_of() -> None:
