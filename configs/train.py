@@ -15,8 +15,9 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from rankload.loader import State, capture_rng, load_checkpoint, restore_rng
 from torch import nn
+
+from rankload import State, gather_rng, load_checkpoint, restore_rng
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 32
@@ -74,9 +75,9 @@ def main():
         if rank == 0:
             print(f"step {engine.global_steps} loss {loss!r}", flush=True)
         if args.save and engine.global_steps == args.save_at:
-            engine.save_checkpoint(args.save, client_state={"rng": capture_rng()})
+            engine.save_checkpoint(args.save, client_state={"rng": gather_rng()})
     if args.save and args.save_at is None:
-        engine.save_checkpoint(args.save, client_state={"rng": capture_rng()})
+        engine.save_checkpoint(args.save, client_state={"rng": gather_rng()})
     # Ranks end together: gloo may abort one whose peer is gone while it takes its connections down.
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

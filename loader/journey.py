@@ -163,7 +163,7 @@ def load(
         A `LoadResult`: the random states, the receipt, and the checkpoint's other top-level entries.
 
     Raises:
-        RankloadError: one of the tree in `rankload.loader.errors`, the same on every rank. Unless it is a
+        RankloadError: one of its subclasses, the same on every rank (``docs/errors.md`` lists them). Unless it is a
             `PartialRestoreError`, or a `TimestampError` after the restore, nothing was changed.
     """
     try:

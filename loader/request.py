@@ -141,7 +141,7 @@ def check_logger(logger: Any) -> None:
 def _check_state(state: Any) -> None:
     if not isinstance(state, State | ForeignState):
         raise OptionError(
-            f"state is {_shown(state)}: expected a rankload.loader.State, or an object with load_state_dict and "
+            f"state is {_shown(state)}: expected a rankload.State, or an object with load_state_dict and "
             "load_model_state such as Composer's State"
         )
     if not isinstance(state, State):

@@ -107,7 +107,7 @@ def prepare_restore(
     state = request.state
     if not isinstance(state, State | ForeignState):
         raise OptionError(
-            f"state={type(state).__name__}: expected a rankload.loader.State, or an object with load_state_dict "
+            f"state={type(state).__name__}: expected a rankload.State, or an object with load_state_dict "
             "and load_model_state such as Composer's State"
         )
     prepared = Prepared(Mismatch())

@@ -58,7 +58,7 @@ def test_paths() -> None:
         ({"path": 3}, "path is 3: expected a string"),
         ({"path": b"a"}, "path is of type bytes: expected a string"),
         ({"path": ""}, "path is empty"),
-        ({"state": Model()}, "state is of type Model: expected a rankload.loader.State"),
+        ({"state": Model()}, "state is of type Model: expected a rankload.State"),
         ({"state": State(None)}, r"state.model is None: expected State\(model=...\)"),
         ({"state": State({"w": 1})}, r"state.model is of type dict: expected State\(model=...\)"),
         ({"weights_only": "no"}, "load_weights_only is 'no': expected True or False"),
