@@ -340,9 +340,9 @@ def test_help_explains_every_argument_in_place():
         (LoadOptions, LoadOptions.__dataclass_fields__),
         (State, inspect.signature(State).parameters),
     ):
-        explained = re.findall(r"^        (\w+): ", documented.__doc__ or "", flags=re.M)
+        explained = re.findall(r"^    (\w+): ", inspect.getdoc(documented) or "", flags=re.M)
         assert explained[: len(names)] == list(names)
-    arguments = [one.__doc__.split("Args:")[1].split("Returns:")[0] for one in (load, load_checkpoint)]
+    arguments = [inspect.getdoc(one).split("Args:")[1].split("Returns:")[0] for one in (load, load_checkpoint)]
     assert arguments[0] == arguments[1]
 
 
