@@ -70,7 +70,7 @@ clean:
 
 # torch comes first: the build that the constraints name then satisfies everybody else's range.
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0), and where it cannot be installed the demo and the tests say so.
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt rankload/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt torch numpy "setuptools>=69" wheel
 	$(PIP) install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[test,zstd]"

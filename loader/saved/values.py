@@ -111,6 +111,19 @@ class InertArray:
     scalar: bool = False
 
 
+def kind_of(value: Any) -> str:
+    """What `value` was to whoever saved it, for messages: ``tensor``, ``NumPy array``, or the name of its class."""
+    if isinstance(value, LazyTensor):
+        return "tensor"
+    if isinstance(value, InertArray):
+        return "NumPy array"
+    if isinstance(value, InertObject):
+        return value.global_name
+    if isinstance(value, GlobalName):
+        return value.name
+    return type(value).__name__
+
+
 def _is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether `stride` is that of a C-contiguous tensor of `shape`; dimensions of size 1 may have any."""
     expected = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CorruptError, FormatError
 from ..saved.contents import Contents
-from ..saved.values import GlobalName, InertObject, LazyTensor
+from ..saved.values import GlobalName, InertObject, LazyTensor, kind_of
 
 __all__ = ["read_layout", "rng_list"]
 
@@ -152,9 +152,7 @@ def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
 
 def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise CorruptError(
-            f"{file}: {key} is a {type(value).__name__}, expected a dict of tensors", path=file
-        )
+        raise CorruptError(f"{file}: {key} is a {kind_of(value)}, expected a dict of tensors", path=file)
     return value  # not copied: a copy would lose the ``_metadata`` attribute of torch's state dicts
 
 
@@ -194,7 +192,7 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
         if role in _EXPECTED and not _fits(role, node):
             raise FormatError(
                 f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is a "
-                f"{type(node).__name__}; expected {_EXPECTED[role]}",
+                f"{kind_of(node)}; expected {_EXPECTED[role]}",
                 path=file,
             )
         parts[role] = node
@@ -295,4 +293,4 @@ def _not_a_dict(tree: Any, file: str) -> str:
             f"{file} holds one pickled {name}, expected a dict: a whole object can only be rebuilt by running "
             "its code. Save its state_dict() instead"
         )
-    return f"{file} holds a {type(tree).__name__}, expected a dict"
+    return f"{file} holds a {kind_of(tree)}, expected a dict"

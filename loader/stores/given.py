@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,7 +36,8 @@ class GivenStore:
 
     def describe(self, name: str) -> str:
         try:
-            return redact_path(str(self._backend.get_uri(name)))
+            # What such a store signs stands in the query, whatever the scheme.
+            return redact_path(re.split("[?#]", str(self._backend.get_uri(name)))[0])
         except Exception:
             # get_uri is optional, and describing an object for a message must not fail.
             return f"{type(self._backend).__name__}:{name}"

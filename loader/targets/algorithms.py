@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import AlgorithmError, FormatError, OptionError
+from ..saved.values import kind_of
 
 __all__ = [
     "Algorithm",
@@ -114,7 +115,9 @@ def saved_algorithms(entries: Any) -> list[tuple[str, str]]:
     found = []
     for entry in entries:
         if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise FormatError(f"state/algorithms holds {entry!r}, expected pairs (name, {{'repr': text}})")
+            raise FormatError(
+                f"state/algorithms holds a {kind_of(entry)}, expected pairs (name, {{'repr': text}})"
+            )
         text = entry[1].get("repr") if isinstance(entry[1], Mapping) else None
         found.append((entry[0], text if isinstance(text, str) else ""))
     return found

@@ -18,6 +18,7 @@ from ..materialize.tensors import TensorReader
 from ..saved.assembled import SavedTensor
 from ..saved.contents import Contents
 from ..saved.mismatch import Mismatch
+from ..saved.values import kind_of
 from ..sources.zero.whole import ENGINE
 from ..state import by_class_name
 from .algorithms import AlgorithmPass, metrics_logger, without_unregistered
@@ -91,9 +92,7 @@ def plan_foreign(
         else:
             saved["model"] = plan.module.sources
     elif "model" in saved:
-        plan.mismatch.wrong.append(
-            f"model: expected a dict of tensors, got a {type(saved['model']).__name__}"
-        )
+        plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {kind_of(saved['model'])}")
     elif "model" not in unfiltered.state:
         plan.mismatch.missing.append("model: the checkpoint has no weights")
     if weights_only:

@@ -21,6 +21,7 @@ from ..materialize.tensors import CopyRequest, TensorReader
 from ..saved.assembled import AssembledTensor, SavedTensor
 from ..saved.mismatch import Mismatch, dtype_problem
 from ..saved.names import match_names
+from ..saved.values import kind_of
 from ..state import unwrap
 from .dtensor import (
     TORCH_OWN,
@@ -164,7 +165,7 @@ def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor 
     if target is None:
         return  # extra state, which only the submodule itself can check
     if not isinstance(value, SavedTensor):
-        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
+        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {kind_of(value)}")
         return
     if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
         if isinstance(value, AssembledTensor):

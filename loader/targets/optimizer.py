@@ -18,7 +18,7 @@ from ..materialize.tensors import CopyRequest, TensorReader, torch_dtype
 from ..saved.assembled import AssembledTensor, SavedTensor
 from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
-from ..saved.values import LazyTensor
+from ..saved.values import LazyTensor, kind_of
 from .dtensor import fill_requests, is_dtensor
 from .module import NoteChange, dtype_name, parameter_names
 
@@ -124,7 +124,7 @@ def plan_optimizer(
     saved_state = saved.get("state", {})
     whole_state = whole.get("state", {})
     if not isinstance(saved_state, Mapping) or not isinstance(whole_state, Mapping):
-        plan.mismatch.wrong.append(f"{at}/state: expected a dict, got a {type(saved_state).__name__}")
+        plan.mismatch.wrong.append(f"{at}/state: expected a dict, got a {kind_of(saved_state)}")
         return plan
     groups = _groups(whole, at, plan.mismatch)
     if groups is None:
@@ -284,7 +284,7 @@ def _entries(
     """One parameter's entries: the checkpoint's; where some were ignored, this optimizer's own, or zeros. None where
     all were, or none were saved."""
     if not isinstance(whole, Mapping):
-        plan.mismatch.wrong.append(f"{at}: expected a dict, got a {type(whole).__name__}")
+        plan.mismatch.wrong.append(f"{at}: expected a dict, got a {kind_of(whole)}")
         return None
     if not saved:
         return None

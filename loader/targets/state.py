@@ -16,6 +16,7 @@ from ..materialize.tensors import TensorReader
 from ..saved.assembled import SavedTensor
 from ..saved.contents import Contents
 from ..saved.mismatch import Mismatch
+from ..saved.values import kind_of
 from ..state import PLAIN_PARTS, State, by_class_name
 from .module import ModulePlan, NoteChange, apply_module, parameter_names, plan_module
 from .optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
@@ -99,7 +100,7 @@ def _plan_model(
         return  # ignored as a whole
     saved = plan.contents.state.get("model", {})
     if not isinstance(saved, Mapping) or not isinstance(whole, Mapping):
-        plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {type(saved).__name__}")
+        plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {kind_of(saved)}")
         return
     plan.module = plan_module(plan.state.model, saved, all_names=whole, rename=rename, masters=masters)
     plan.mismatch.extend(plan.module.mismatch)

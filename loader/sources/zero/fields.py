@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CorruptError
-from ...saved.values import InertObject, LazyTensor
+from ...saved.values import InertObject, LazyTensor, kind_of
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,4 @@ def _shown(value: object) -> str:
         return "a dict"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)[:80]
-    return f"a {type(value).__name__}"
+    return f"a {kind_of(value)}"

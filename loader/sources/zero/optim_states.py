@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import FormatError, LayoutError
-from ...saved.values import InertObject, LazyTensor
+from ...saved.values import InertObject, LazyTensor, kind_of
 from .fields import Field, a_count, a_mapping, a_sequence, a_tensor, enum_value
 
 Writer = Literal["zero", "zero3", "bf16", "whole"]
@@ -268,7 +268,7 @@ def _scalar(value: Any, place: Field) -> Any:
             raise place.wrong("a number", value)
     elif isinstance(value, InertObject) or not (value is None or isinstance(value, bool | int | float | str)):
         raise LayoutError(
-            f"{place.file}: {place.key} holds a {type(value).__name__}; only numbers and tensors that lie element by "
+            f"{place.file}: {place.key} holds a {kind_of(value)}; only numbers and tensors that lie element by "
             "element along the parameters can be restored",
             path=place.file,
         )

@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import CorruptError, LayoutError
 from ...materialize.tensors import TensorReader
 from ...saved.contents import Contents
+from ...saved.values import kind_of
 from ...sources.zero.contents import ZeroContents, kept_parts
 from ...sources.zero.experts import describe_layers
 from ...sources.zero.layout import named_by_optimizer
@@ -141,7 +142,7 @@ def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: Engine
     for key, kinds in _COUNTER_TYPES.items():
         if key in saved and not isinstance(saved[key], kinds):
             raise CorruptError(
-                f"{file}: {key} is a {type(saved[key]).__name__}, expected {' or '.join(k.__name__ for k in kinds)}",
+                f"{file}: {key} is a {kind_of(saved[key])}, expected {' or '.join(k.__name__ for k in kinds)}",
                 path=file,
             )
     optimizer = plan.target.engine.optimizer

@@ -16,7 +16,7 @@ from ...materialize.tensors import read_tensor
 from ...saved.intervals import CoverageError, Piece, Place, intersect
 from ...saved.mismatch import Mismatch, dtype_problem
 from ...saved.names import match_names
-from ...saved.values import LazyTensor
+from ...saved.values import LazyTensor, kind_of
 from ...sources.zero.contents import FROZEN, KeptParts, ShardedTensor, ZeroContents
 from ...sources.zero.optim_states import MASTER
 from ..module import dtype_name
@@ -160,7 +160,7 @@ def _is_alias(plan: EnginePlan, name: str, source_of: Mapping[str, str]) -> bool
 def _fits(plan: EnginePlan, name: str, value: Any, shape: tuple[int, ...], dtype: str) -> bool:
     """Whether `value` is a tensor of `shape` that can be cast to `dtype`; notes in the plan where it is not."""
     if not isinstance(value, LazyTensor | ShardedTensor):
-        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {type(value).__name__}")
+        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {kind_of(value)}")
         return False
     if value.shape != shape:
         plan.mismatch.wrong.append(f"model/{name}: expected shape {shape}, got {value.shape}")

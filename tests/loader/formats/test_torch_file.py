@@ -1,4 +1,4 @@
-"""Real torch files: what `read_index` and `realise` make of them is what torch itself makes of them."""
+"""Real torch files: what `read_index` and `materialize` make of them is what torch itself makes of them."""
 
 from __future__ import annotations
 

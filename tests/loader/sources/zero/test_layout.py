@@ -268,7 +268,7 @@ BASE = "base_optimizer_state"
         (
             _set(BASE, "state", 0, "exp_avg", to=InertObject("a.b")),
             LayoutError,
-            "exp_avg holds a InertObject",
+            "exp_avg holds a a.b",
         ),
         (_set(BASE, "state", 7, to={}), CorruptError, "index below 2"),
         (_set(BASE, "param_groups", 0, "params", to=[1]), CorruptError, "params"),
