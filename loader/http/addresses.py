@@ -64,7 +64,10 @@ def address_of(
     `trust_env`, from the host's entry in the netrc file (``$NETRC`` or ``~/.netrc``). What no URL may hold is
     percent-encoded, unless the URL is `encoded` already. Raises `AccessError` for what is no http(s) URL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise AccessError(f"{redact_path(url)}: not a valid http(s) URL", path=redact_path(url)) from None
     clean = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment=""))
     if not encoded:
         clean = _legal(clean)
@@ -92,11 +95,12 @@ def redirected(url: str, location: str, described: str) -> str:
 
     Raises `AccessError` where it is no http(s) URL; `described` names the object in the message.
     """
-    target = urlsplit(urljoin(url, _legal(location)))
-    clean = urlunsplit(target._replace(netloc=target.netloc.rpartition("@")[2], fragment=""))
     try:
+        # http.client reads headers as Latin-1; servers write them in UTF-8.
+        target = urlsplit(urljoin(url, _legal(location.encode("latin-1").decode("utf-8", "replace"))))
+        clean = urlunsplit(target._replace(netloc=target.netloc.rpartition("@")[2], fragment=""))
         origin_of(clean)
-    except AccessError:
+    except (AccessError, ValueError):
         raise AccessError(f"{described}: redirects to what is no http(s) URL", path=described) from None
     return clean
 

@@ -184,7 +184,7 @@ def content_range(headers: Headers) -> tuple[int | None, int | None, int | None]
 def content_length(headers: Headers) -> int | None:
     """The bytes of the body that ``Content-Length`` states; None where it is missing or no number."""
     text = headers.get("Content-Length", "").strip()
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def bare_tag(tag: str) -> str:

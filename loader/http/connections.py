@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import select
 import socket
 import ssl
 import threading
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +19,8 @@ from ..redaction import redact_path
 from .addresses import Origin, basic, proxy_for
 
 CONNECT_TIMEOUT_S = 20.0
+MAX_IDLE_S = 15.0
+"""A connection that was kept for longer is not used again."""
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """The environment's variables that may name a bundle of certificates; the first one that is set counts."""
 
@@ -46,6 +50,7 @@ class Connection:
         """Whether an answer has come over it: then the server may have closed it since."""
         self.headers: dict[str, str] = {}
         """Sent with every request, to a proxy."""
+        self.idle_since = 0.0
         self.target_prefix = ""
         """Goes before path and query: scheme and host, which a proxy needs."""
         self.connect_timeout_s = route.connect_timeout_s or CONNECT_TIMEOUT_S
@@ -70,6 +75,17 @@ class Connection:
         sock: socket.socket = self.http.sock
         return sock
 
+    def is_quiet(self) -> bool:
+        """Whether the kept connection can be used again: not idle for too long, not closed, and nothing unread in it.
+
+        What comes unasked would be taken for the next answer; networks drop idle connections without a word.
+        """
+        if self.http.sock is None or time.monotonic() - self.idle_since > MAX_IDLE_S:
+            return False
+        poll = select.poll()
+        poll.register(self.http.sock, select.POLLIN)
+        return not poll.poll(0)
+
     def interrupt(self) -> None:
         """Ends another thread's read; that thread closes the socket."""
         sock = self.http.sock
@@ -84,8 +100,12 @@ class Connection:
 
     def _through(self, proxy: str) -> tuple[str, int, dict[str, str] | None]:
         """Host and port to connect to, and for https the headers of the request for a tunnel."""
-        parts = urlsplit(proxy)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(proxy)
+            fits = parts.scheme == "http" and bool(parts.hostname) and (parts.port or 80) > 0
+        except ValueError:
+            fits = False
+        if not fits or parts.hostname is None:
             raise AccessError(
                 f"the proxy {redact_path(proxy)} is not of a kind that is known here: expected "
                 "http://host:port"
@@ -121,13 +141,20 @@ class Connections:
 
         Raises `AccessError` as `trusted` and `Connection` do.
         """
+        if self._pid != os.getpid():
+            # Another thread of the parent may have held it.
+            self._lock = threading.Lock()
         with self._lock:
             if self._pid != os.getpid():
                 self._idle, self._busy, self._pid = {}, set(), os.getpid()
             idle = self._idle.get(origin, [])
-            if idle and not fresh:
+            connection = None
+            while idle and not fresh and connection is None:
                 connection = idle.pop()
-            else:
+                if not connection.is_quiet():
+                    connection.hang_up()
+                    connection = None
+            if connection is None:
                 if origin.scheme == "https" and self._context is None:
                     self._context = trusted(self.route.verify)
                 connection = Connection(origin, self._context, self.route)
@@ -148,6 +175,7 @@ class Connections:
     def give_back(self, connection: Connection) -> None:
         """Keeps `connection`, whose last answer was read to its end, for the next read."""
         connection.is_used = True
+        connection.idle_since = time.monotonic()
         with self._lock:
             if connection in self._busy and connection.http.sock is not None:
                 self._busy.discard(connection)

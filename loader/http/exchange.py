@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import select
 import socket
 import ssl
 import threading
@@ -40,6 +39,11 @@ PIECE_BYTES = 1 << 20
 _CHUNK_BYTES = 256 << 10
 _ERROR_BODY_BYTES = 4096
 
+_INTERIM = frozenset({102, 103})
+_MOST_INTERIM = 8
+"""Answers that come before the answer (RFC 9110, 15.2): more of them are taken for a mistake."""
+
+_ReceiveOnce = Callable[[socket.socket, memoryview], int]
 _Receive = Callable[[memoryview], int]
 """Receives bytes into the beginning of some memory, and returns how many: 0 where there are no more."""
 
@@ -67,9 +71,10 @@ def exchange(
             sock.settimeout(connection.connect_timeout_s)
             target = connection.target_prefix + request_target(url)
             connection.http.request(method, target, headers={**sent, **connection.headers})
-            _await_readable(sock, arrived, silence_s)
-            sock.settimeout(silence_s)
-            return Answer(connections, connection, sock, connection.http.getresponse(), silence_s)
+            waiting: list[_Waiting] = []
+            response = _head(connection, sock, arrived, silence_s, waiting)
+            _check_transfer_encoding(response, described)
+            return Answer(connections, connection, sock, response, silence_s, waiting[-1])
         except BaseException as error:
             connections.drop(connection)
             if connection.is_used and isinstance(error, ConnectionError | http.client.BadStatusLine):
@@ -90,6 +95,8 @@ class Answer:
     response: http.client.HTTPResponse
     silence_s: float
     """Without a byte for so long, the body is given up."""
+    waiting: _Waiting
+    """What `response` is read through."""
     is_read: bool = False
     """Whether `pieces` has come to the end of the body."""
 
@@ -101,9 +108,9 @@ class Answer:
 
     def error_body(self) -> bytes:
         """The first bytes of an answer that carries an error; the connection is of no use afterwards."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            self.sock.settimeout(GLANCE_S)
-            return self.response.read(_ERROR_BODY_BYTES)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            self.waiting.silence_s = GLANCE_S
+            return self.response.read1(_ERROR_BODY_BYTES)
         return b""
 
     def receive(
@@ -195,8 +202,11 @@ def network_error(
         waited_s = SILENCE_TIMEOUT_S if silence_s is None else silence_s
         text = f"{described}: the server sent nothing for {waited_s:g} s, or took no connection"
         return TryAgainError(AccessError(text, path=described))
+    if isinstance(error, http.client.InvalidURL):
+        # Its own text has the URL, whose query may be a signature.
+        return AccessError(f"{described}: not a valid http(s) URL", path=described)
     mapped = store_error(error, described)
-    lasting = isinstance(error, ssl.SSLCertVerificationError | http.client.InvalidURL) or (
+    lasting = isinstance(error, ssl.SSLCertVerificationError) or (
         isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
     )
     return mapped if lasting else TryAgainError(mapped)
@@ -231,27 +241,75 @@ def _connected(connection: Connection, arrived: Arrived) -> socket.socket:
     return made[0]
 
 
-def _await_readable(sock: socket.socket, arrived: Arrived, silence_s: float) -> None:
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
-        return
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    end = time.monotonic() + silence_s
-    while not poll.poll(GLANCE_S * 1000):
-        if time.monotonic() >= end:
-            raise TimeoutError
-        arrived(0)
+def _head(
+    connection: Connection, sock: socket.socket, arrived: Arrived, silence_s: float, waiting: list[_Waiting]
+) -> http.client.HTTPResponse:
+    """The head of the answer, read so that `arrived` can end the wait; ConnectionError where it is cut short."""
+    sock.settimeout(GLANCE_S)
+    raws: list[_Raw] = []
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(sock, *arguments, **keywords)
+            waiting.append(_Waiting(_receive_once, sock, arrived, silence_s))
+            raws.append(_Raw(waiting[-1], self.fp))
+            self.fp = io.BufferedReader(raws[0])
+
+        def _read_status(self) -> tuple[str, int, str]:
+            # http.client passes over 100 alone.
+            for _ in range(_MOST_INTERIM):
+                found: tuple[str, int, str] = getattr(super(), "_read_status")()  # noqa: B009
+                if found[1] not in _INTERIM:
+                    break
+                http.client.parse_headers(self.fp)
+            return found
+
+    connection.http.response_class = Response
+    response = connection.http.getresponse()
+    # http.client takes the end of the connection for the end of the head. Nothing is read past a head that is whole.
+    if raws[0].is_at_end:
+        response.close()
+        raise ConnectionResetError("the connection ended within the head of an answer")
+    return response
+
+
+def _check_transfer_encoding(response: http.client.HTTPResponse, described: str) -> None:
+    """Raises `AccessError` for a body in a form that http.client would hand on as it is, framing included."""
+    stated = ", ".join(response.headers.get_all("Transfer-Encoding", []))
+    if not response.chunked and stated.strip().lower() not in ("", "identity"):
+        raise AccessError(
+            f"{described}: the server sends it with Transfer-Encoding {stated!r}: expected chunked, or none",
+            path=described,
+        )
+
+
+class _Waiting:
+    """`once`, tried until something comes. Meanwhile it calls `arrived`; TimeoutError after `silence_s`."""
+
+    def __init__(self, once: _ReceiveOnce, sock: socket.socket, arrived: Arrived, silence_s: float) -> None:
+        self._once, self._sock, self._arrived = once, sock, arrived
+        self.silence_s = silence_s
+
+    def __call__(self, view: memoryview) -> int:
+        heard = time.monotonic()
+        while True:
+            try:
+                return self._once(self._sock, view)
+            except TimeoutError:
+                if time.monotonic() - heard >= self.silence_s:
+                    raise
+                self._arrived(0)
 
 
 def _receiver(answer: Answer, arrived: Arrived) -> _Receive:
     """What receives the answer's body. While nothing comes it calls `arrived`, and raises TimeoutError in the end."""
     response, sock = answer.response, answer.sock
-    once = _receive_records if isinstance(sock, ssl.SSLSocket) else _receive_once
+    # Of a chunked body little is asked for at a time: records would be gathered for longer than they take.
+    gathers = isinstance(sock, ssl.SSLSocket) and not response.chunked
+    wait = _Waiting(_receive_records if gathers else _receive_once, sock, arrived, answer.silence_s)
     sock.settimeout(GLANCE_S)
     # The beginning of the body is with the parser already.
-    beginning = b""
-    with contextlib.suppress(TimeoutError):
-        beginning = bytes(response.fp.peek(1))
+    beginning = bytes(response.fp.peek(1))
 
     def receive(view: memoryview) -> int:
         nonlocal beginning
@@ -260,14 +318,7 @@ def _receiver(answer: Answer, arrived: Arrived) -> _Receive:
             view[:n_new] = beginning[:n_new]
             beginning = beginning[n_new:]
             return n_new
-        heard = time.monotonic()
-        while True:
-            try:
-                return once(sock, view)
-            except TimeoutError:
-                if time.monotonic() - heard >= answer.silence_s:
-                    raise
-                arrived(0)
+        return wait(view)
 
     if not response.chunked:
         return receive
@@ -290,12 +341,16 @@ class _Raw(io.RawIOBase):
         super().__init__()
         self._receive = receive
         self._held = held
+        self.is_at_end = False
+        """Whether there was an attempt to read where nothing more comes."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        return self._receive(memoryview(buffer))
+        n_new = self._receive(memoryview(buffer))
+        self.is_at_end |= not n_new
+        return n_new
 
     def close(self) -> None:
         self._held.close()

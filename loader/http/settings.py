@@ -23,7 +23,7 @@ _NO_DIFFERENCE = frozenset(
     {
         "block_size", "cache_type", "cache_options", "simple_links", "same_scheme", "size_policy", "asynchronous",
         "loop", "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "auto_decompress",
-        "raise_for_status", "read_bufsize", "json_serialize",
+        "raise_for_status", "read_bufsize", "json_serialize", "verify_ssl",
     }
 )  # fmt: skip
 """Options for listings, caches and event loops, which a download has none of."""
@@ -55,6 +55,11 @@ def settings_of(storage_options: Mapping[str, Any]) -> Settings:
     if not isinstance(client, Mapping):
         raise _unfit("client_kwargs", client, "a mapping")
     given = {**client, **{name: value for name, value in storage_options.items() if name != "client_kwargs"}}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("allow_redirects") is True:
+        del given["allow_redirects"]
+    if given.get("verify_ssl") is False:
+        given.setdefault("ssl", False)
     unknown = sorted(set(given) - set(HONOURED) - _NO_DIFFERENCE)
     if unknown:
         raise OptionError(
@@ -106,7 +111,10 @@ def _pairs(option: str, value: Any) -> Iterator[tuple[str, str]]:
         raise _unfit(option, value, "a mapping") from None
     for name, each in pairs:
         # Cookies may come as http.cookies.Morsel.
-        yield str(name), str(getattr(each, "value", each))
+        value = getattr(each, "value", each)
+        if not isinstance(value, str | int):
+            raise _unfit(f"{option}[{name!r}]", value, "a string")
+        yield str(name), str(value)
 
 
 def _authorization(auth: Any) -> str:
@@ -129,10 +137,14 @@ def _verify(ssl: Any) -> SSLContext | bool | None:
 
 
 def _proxy(proxy: Any) -> str | None:
-    if proxy is None:
+    if proxy is None or proxy == "":
         return None
-    parts = urlsplit(str(proxy))
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        parts = urlsplit(str(proxy))
+        fits = parts.scheme == "http" and parts.hostname and (parts.port or 80)
+    except ValueError:
+        fits = False
+    if not fits:
         raise OptionError(
             "storage_options: proxy is not of a kind that is known here: expected http://host:port"
         )

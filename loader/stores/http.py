@@ -26,6 +26,8 @@ from .local import within_limit
 from .sums import StoredSum, in_headers, in_linked
 from .transfer import receive
 
+_WHOLE = frozenset({200, 203})
+"""Answers to a GET that carry the object: any other says something else, or brings a part that was not asked for."""
 _HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 """Answers to HEAD that say nothing about GET: URLs signed for GET alone answer 403."""
 
@@ -164,7 +166,7 @@ class HttpStore:
         answer = followed.answer
         try:
             status = answer.response.status
-            if not 200 <= status < 300:
+            if status not in _WHOLE:
                 raise status_error(
                     status,
                     answer.response.headers,

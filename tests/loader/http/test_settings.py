@@ -48,6 +48,9 @@ HONOURED_AS: list[tuple[dict[str, Any], Settings]] = [
     ({"block_size": 0, "cache_type": "none", "cache_options": {}, "skip_instance_cache": True}, Settings()),
     ({"simple_links": False, "same_scheme": False, "size_policy": None, "use_listings_cache": True}, Settings()),
     ({"asynchronous": False, "loop": None}, Settings()),
+    ({"get_client": None, "connector": None, "cookie_jar": None, "proxy": ""}, Settings()),
+    ({"allow_redirects": True, "verify_ssl": True}, Settings()),
+    ({"verify_ssl": False}, Settings(route=Route(verify=False))),
 ]  # fmt: skip
 
 
@@ -74,6 +77,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ssl": "SECRET"}, "ssl is of type str"),
     ({"proxy": "socks5://me:SECRET@h:1"}, "proxy.*http://host:port"),
     ({"headers": ["SECRET"]}, "headers is of type list"),
+    ({"headers": {"Authorization": None}}, "headers.'Authorization'. is of type NoneType"),
+    ({"headers": {"X-Key": b"SECRET"}}, "headers.'X-Key'. is of type bytes"),
+    ({"proxy": "http://me:SECRET@h:abc"}, "proxy.*http://host:port"),
     ({"headers": {"X-Key": "SECRET\r\nX-Other: 1"}}, "X-Key"),
     ({"headers": {"X-Key": "SECRET\u20ac"}}, "X-Key"),
     ({"headers": {"X Key": "SECRET"}}, "headers have a name"),
@@ -91,7 +97,7 @@ def test_refused_by_name(options: dict[str, Any], says: str) -> None:
 
 def test_what_is_honoured_is_listed() -> None:
     with pytest.raises(OptionError) as caught:
-        settings_of({"connector": None})
+        settings_of({"connector": object()})
     assert ", ".join(HONOURED) in str(caught.value)
     with pytest.raises(OptionError, match="client_kwargs is of type str"):
         settings_of({"client_kwargs": "x"})
