@@ -12,13 +12,14 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import Served, counting_server
+from rankload.distributed.channel import Channel
+from rankload.distributed.key_value import KeyValue
 from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import (
     CorruptError,
@@ -31,6 +32,7 @@ from rankload.loader.errors import (
 )
 from rankload.loader.fetch.files import Fetched, FileNeed, fetch_files
 from rankload.loader.stores.open import open_store
+from torch.distributed import HashStore
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,37 @@ class Place:
     node_rank: int
 
 
+class Rank:
+    """One rank's channel, and its place."""
+
+    def __init__(self, store: Any, nodes: list[int], rank: int, stall_timeout_s: float) -> None:
+        self.channel = Channel(lambda: KeyValue(store), rank, len(nodes), stall_timeout_s)
+        # Each node of the test is this machine.
+        self.channel.host = f"host{nodes[rank]}"
+        self.rank = rank
+        self.place = Place(rank, nodes[rank])
+
+
 class Job:
-    """Ranks as threads, agreeing over a barrier: what a channel does, as far as fetching can see."""
+    """Ranks as threads, which agree over real channels on a store in memory."""
 
     def __init__(self, nodes: list[int], stall_timeout_s: float = 30.0) -> None:
         self.nodes = nodes
         self.stall_timeout_s = stall_timeout_s
-        self.barrier = threading.Barrier(len(nodes))
-        self.values: list[Any] = [None] * len(nodes)
-        self.error: BaseException | None = None
-        self.told: dict[int, dict[str, float]] = {rank: {} for rank in range(len(nodes))}
+        self.told: dict[int, dict[str, float]] = {}
 
     def run(self, work: Callable[[Rank], Any], deadline_s: float = 20.0) -> list[Any]:
         outcomes: list[Any] = [None] * len(self.nodes)
+        store = HashStore()
 
-        def one(rank: int) -> None:
+        def one(number: int) -> None:
+            rank = Rank(store, self.nodes, number, self.stall_timeout_s)
             try:
-                outcomes[rank] = work(Rank(self, rank))
+                outcomes[number] = work(rank)
+                self.told[number] = dict(rank.channel.counters().get(number, {}))
+                rank.channel.close()
             except BaseException as error:
-                if self.error is None:
-                    self.error = error
-                self.barrier.abort()
-                outcomes[rank] = self.error
+                outcomes[number] = rank.channel.close(error) or error
 
         threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(len(self.nodes))]
         for thread in threads:
@@ -72,62 +83,19 @@ class Job:
         return outcomes
 
 
-class Rank:
-    def __init__(self, job: Job, rank: int) -> None:
-        self.job, self.rank = job, rank
-        self.host = f"host{job.nodes[rank]}"
-        self.stall_timeout_s = job.stall_timeout_s
-        self.place = Place(rank, job.nodes[rank])
-
-    def gather(self, name: str, value: Any) -> list[Any]:
-        self.job.values[self.rank] = value
-        self._meet()
-        values = list(self.job.values)
-        self._meet()
-        return values
-
-    def decide(self, name: str, value: Any, decider: Callable[[list[Any]], Any]) -> Any:
-        values = self.gather(name, value)
-        if self.rank == 0:
-            self.job.values[0] = decider(values)
-        self._meet()
-        decided = self.job.values[0]
-        self._meet()
-        return decided
-
-    @contextmanager
-    def stage(self, name: str) -> Any:
-        yield
-        self._meet()
-
-    def progress(self, **counters: float) -> None:
-        self.job.told[self.rank].update(counters)
-        if self.job.error is not None:
-            raise self.job.error
-
-    def counters(self) -> dict[int, dict[str, float]]:
-        return self.job.told
-
-    def _meet(self) -> None:
-        try:
-            self.job.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise self.job.error or RuntimeError("broken") from None
-
-
 def fetch(
     rank: Rank, path: str, needs: list[Any], cache_dir: Path, object_store: Any = None, keep: Any = None
 ) -> Fetched:
     store, _ = open_store(path, object_store)
     with NodeCache(str(cache_dir)) as cache:
-        got = fetch_files(rank, rank.place, store, needs, cache)  # type: ignore[arg-type]
+        got = fetch_files(rank.channel, rank.place, store, needs, cache)  # type: ignore[arg-type]
         for file in got.files.values():
             if file.kind == "file":
                 Path(file.path).read_bytes()
         if keep is not None:
             keep(rank, got)
         # As a load does: nobody gives the cache back while somebody reads.
-        with rank.stage("read"):
+        with rank.channel.stage("read"):
             pass
     store.close()
     return got
@@ -198,7 +166,7 @@ def test_a_second_fetch_of_the_same_load(tmp_path: Path) -> None:
             store, name = open_store(server.url("/a"))
             with NodeCache(str(tmp_path / "c")) as cache:
                 place: Any = rank.place
-                channel: Any = rank
+                channel = rank.channel
                 first = fetch_files(channel, place, store, [name], cache)
                 second = fetch_files(channel, place, store, [name, server.url("/b")], cache, stage="more")
                 third = fetch_files(channel, place, store, [server.url("/b")], cache, stage="again")
@@ -278,11 +246,11 @@ def test_another_ranks_failure_stops_the_threads(tmp_path: Path) -> None:
 
         def work(rank: Rank) -> Any:
             if rank.rank == 1:
-                fetch_needs = rank.gather(
+                fetch_needs = rank.channel.gather(
                     "fetch: needs", {"node": 0, "host": "h", "required": [], "optional": [], "load": ""}
                 )
                 assert fetch_needs
-                rank.decide("fetch: find", {}, lambda values: None)
+                rank.channel.decide("fetch: find", {}, lambda values: None)
                 time.sleep(0.3)
                 raise PeerError("rank 1 died")
             return fetch(rank, url, [url], tmp_path / "c")
@@ -326,9 +294,9 @@ def test_each_node_with_its_own_disk(tmp_path: Path) -> None:
 
     def work(rank: Rank) -> Any:
         store: Any = Disk(rank.place.node_rank)
-        channel: Any = rank
+        place: Any = rank.place
         with NodeCache(str(tmp_path / "c")) as cache:
-            return fetch_files(channel, channel.place, store, ["/r0.pt", f"/r{rank.rank}.pt"], cache)
+            return fetch_files(rank.channel, place, store, ["/r0.pt", f"/r{rank.rank}.pt"], cache)
 
     error = only_error(Job([0, 0, 1, 1]).run(work), NotFoundError)
     assert "/r0.pt: not there, needed by ranks 2, 3" in str(error)
@@ -449,10 +417,11 @@ def test_killed_while_fetching(tmp_path: Path) -> None:
 
 
 def _interruptible(url: str, cache_dir: Path) -> None:
-    rank = Rank(Job([0]), 0)
+    rank = Rank(HashStore(), [0], 0, 30.0)
     try:
         fetch(rank, url, [url], cache_dir)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        rank.channel.close(error)
         left = [each.name for each in threading.enumerate() if each.name.startswith("rankload-")]
         os._exit(3 if not left else 4)
     os._exit(1)
