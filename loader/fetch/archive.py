@@ -126,7 +126,7 @@ def _checked(
     total = 0
     # Over a `_Source`, tarfile can read headers only; and below it is made to forget its members.
     with tarfile.open(fileobj=cast(IO[bytes], source), mode="r:") as archive:
-        if archive.firstmember is None:
+        if getattr(archive, "firstmember") is None:  # noqa: B009 (typeshed does not know it)
             return  # Python 3.10 would seek to before the beginning of an archive without members.
         while (info := archive.next()) is not None:
             name = _safe_name(info, shown)
