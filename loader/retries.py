@@ -34,7 +34,7 @@ BACKOFF_S = 0.25
 """The longest pause before the second attempt; doubled with each."""
 MAX_BACKOFF_S = 8.0
 """The longest pause before any attempt, ``Retry-After`` left out."""
-GLANCE_S = 0.05
+PAUSE_STEP_S = 0.05
 """How often a pause is interrupted, to see whether the work is given up."""
 
 T = TypeVar("T")
@@ -104,4 +104,4 @@ def pause(seconds: float, idle: Callable[[], None]) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         idle()
-        time.sleep(min(left, GLANCE_S))
+        time.sleep(min(left, PAUSE_STEP_S))

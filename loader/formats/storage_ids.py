@@ -16,7 +16,7 @@ _LONGEST_KEY = 256
 
 
 @dataclass(frozen=True, slots=True)
-class StorageId:
+class PersistentId:
     """A storage as a tensor names it."""
 
     dtype: str
@@ -35,7 +35,7 @@ class StorageId:
         return self.numel * self.itemsize
 
 
-def read_storage_id(pid: tuple[Any, ...]) -> StorageId:
+def read_storage_id(pid: tuple[Any, ...]) -> PersistentId:
     """The parsed ``("storage", class, key, location, numel)``; legacy files add a view, mostly None.
 
     The form is that of ``persistent_id`` in ``torch/serialization.py``. Raises `CorruptError` where `pid` is not of it,
@@ -50,7 +50,7 @@ def read_storage_id(pid: tuple[Any, ...]) -> StorageId:
         key = key.decode("ascii", "replace")
     if not isinstance(key, str) or len(key) > _LONGEST_KEY or not _is_count(numel):
         raise CorruptError("a storage that is not named by class, key, location and size")
-    return StorageId(STORAGES[kind.name], key, numel, _view(pid[5]) if len(pid) == 6 else None)
+    return PersistentId(STORAGES[kind.name], key, numel, _view(pid[5]) if len(pid) == 6 else None)
 
 
 def _view(view: Any) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ from .joint import StorageId
 from .shared_memory import SPARE, SharedMemory
 from .weight_regions import APART, FILE, MASTERS, NodeShare, RegionOffer, RegionShare, deal_regions
 
-Record = Any
+Json = Any
 """JSON types, as ranks send them to each other."""
 
 
@@ -45,7 +45,7 @@ class _Dealer:
     refuted: set[StorageId] = field(default_factory=set)
     """Regions whose cast masters are other bytes than the file's."""
 
-    def deal(self) -> list[Record]:
+    def deal(self) -> list[Json]:
         """Each rank's share, by rank, for `_from_record`; a node without enough memory shares none."""
         shares = deal_regions(self.offers, self.nodes, not_from_masters=frozenset(self.refuted))
         fits = {share.maker: SPARE * share.image_bytes <= self.available[share.maker] for share in shares}
@@ -56,13 +56,13 @@ class _Dealer:
         )
         return [_to_record(share, apart=not fits[share.maker], some=some) for share in shares]
 
-    def compare(self, sums: Sequence[Record], *, verify: bool) -> list[Record]:
+    def compare(self, sums: Sequence[Json], *, verify: bool) -> list[Json]:
         """All regions, so far, whose cast masters are other bytes than the file's.
 
         `sums` are by rank, as `_compare` makes them. Raises `CorruptError` where a region that was read from its file
         does not match its checksum; with `verify` False only masters are compared.
         """
-        refuted: list[Record] = []
+        refuted: list[Json] = []
         parts: dict[tuple[StorageId, int, str], list[tuple[int, int, int]]] = {}
         for node, record in zip(self.nodes, sums, strict=True):
             for file, key, source, cells in record:
@@ -125,7 +125,7 @@ def plan_weights(
     record = {"node": session.topology.node_rank, "available": available_bytes(), "offers": offers}
     dealer: list[_Dealer] = []
 
-    def deal(records: Sequence[Record]) -> list[Record]:
+    def deal(records: Sequence[Json]) -> list[Json]:
         dealer.append(
             _Dealer(
                 [{(file, key): _to_offer(offer) for file, key, offer in one["offers"]} for one in records],
@@ -244,7 +244,7 @@ def _compare(
     verify: str,
 ) -> set[StorageId]:
     """Sums this rank's part of the regions `todo` in the image; all regions, so far, that masters must not provide."""
-    sums: list[Record] = []
+    sums: list[Json] = []
     with stages.stage("sum weights"):
         memory = memoryview(image.memory)
         for name in todo:
@@ -257,7 +257,7 @@ def _compare(
                 sums.append([*name, share.source, cells])
         memory.release()
 
-    def compare(records: Sequence[Record]) -> list[Record]:
+    def compare(records: Sequence[Json]) -> list[Json]:
         return shared.dealer[0].compare(records, verify=verify != "off")
 
     return {(file, key) for file, key in session.channel.decide("weights agree", sums, compare)}
@@ -285,7 +285,7 @@ def _to_offer(record: dict[str, Any]) -> RegionOffer:
     )
 
 
-def _to_record(share: NodeShare, *, apart: bool, some: bool) -> Record:
+def _to_record(share: NodeShare, *, apart: bool, some: bool) -> Json:
     regions = [
         [*name, one.offset, APART if apart else one.source, one.provide, one.sums]
         for name, one in share.regions.items()
@@ -293,7 +293,7 @@ def _to_record(share: NodeShare, *, apart: bool, some: bool) -> Record:
     return [0 if apart else share.image_bytes, share.maker, regions, some]
 
 
-def _from_record(record: Record) -> tuple[NodeShare, bool]:
+def _from_record(record: Json) -> tuple[NodeShare, bool]:
     image_bytes, maker, regions, some = record
     return NodeShare(
         image_bytes,
@@ -305,5 +305,5 @@ def _from_record(record: Record) -> tuple[NodeShare, bool]:
     ), some
 
 
-def _ranges(record: Record) -> tuple[ByteRange, ...]:
+def _ranges(record: Json) -> tuple[ByteRange, ...]:
     return tuple(ByteRange(*one) for one in record)
