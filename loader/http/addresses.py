@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from ..errors import AccessError
 from ..redaction import redact_path
@@ -121,6 +121,15 @@ def proxy_for(origin: Origin) -> str | None:
     if not found or bypass(f"{origin.host}:{origin.port}", proxies) or bypass(origin.host, proxies):
         return None
     return found if "://" in found else f"http://{found}"
+
+
+def proxy_parts(proxy: str) -> SplitResult | None:
+    """The parts of a proxy's URL; None where it is not ``http://host:port``, the one kind that is known here."""
+    try:
+        parts = urlsplit(proxy)
+        return parts if parts.scheme == "http" and parts.hostname and parts.port != 0 else None
+    except ValueError:
+        return None
 
 
 def request_target(url: str) -> str:

@@ -12,11 +12,11 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ..errors import AccessError
 from ..redaction import redact_path
-from .addresses import Origin, basic, proxy_for
+from .addresses import Origin, basic, proxy_for, proxy_parts
 
 CONNECT_TIMEOUT_S = 20.0
 MAX_IDLE_S = 15.0
@@ -100,12 +100,8 @@ class Connection:
 
     def _through(self, proxy: str) -> tuple[str, int, dict[str, str] | None]:
         """Host and port to connect to, and for https the headers of the request for a tunnel."""
-        try:
-            parts = urlsplit(proxy)
-            fits = parts.scheme == "http" and bool(parts.hostname) and (parts.port or 80) > 0
-        except ValueError:
-            fits = False
-        if not fits or parts.hostname is None:
+        parts = proxy_parts(proxy)
+        if parts is None or parts.hostname is None:
             raise AccessError(
                 f"the proxy {redact_path(proxy)} is not of a kind that is known here: expected "
                 "http://host:port"

@@ -71,10 +71,10 @@ def exchange(
             sock.settimeout(connection.connect_timeout_s)
             target = connection.target_prefix + request_target(url)
             connection.http.request(method, target, headers={**sent, **connection.headers})
-            waiting: list[_Waiting] = []
-            response = _head(connection, sock, arrived, silence_s, waiting)
+            waiting = _Waiting(_receive_once, sock, arrived, silence_s)
+            response = _head(connection, waiting)
             _check_transfer_encoding(response, described)
-            return Answer(connections, connection, sock, response, silence_s, waiting[-1])
+            return Answer(connections, connection, sock, response, waiting)
         except BaseException as error:
             connections.drop(connection)
             if connection.is_used and isinstance(error, ConnectionError | http.client.BadStatusLine):
@@ -93,10 +93,8 @@ class Answer:
     connection: Connection
     sock: socket.socket
     response: http.client.HTTPResponse
-    silence_s: float
-    """Without a byte for so long, the body is given up."""
     waiting: _Waiting
-    """What `response` is read through."""
+    """What `response` is read through; says after how long a silence the body is given up."""
     is_read: bool = False
     """Whether `pieces` has come to the end of the body."""
 
@@ -167,7 +165,7 @@ class Answer:
                     got and not isinstance(error, TimeoutError)
                 ):
                     raise cut_short(described, 0, n_bytes, got) from None
-                raise network_error(error, described, self.silence_s) from None
+                raise network_error(error, described, self.waiting.silence_s) from None
             if not n_new:
                 if n_bytes is None:
                     break
@@ -241,18 +239,15 @@ def _connected(connection: Connection, arrived: Arrived) -> socket.socket:
     return made[0]
 
 
-def _head(
-    connection: Connection, sock: socket.socket, arrived: Arrived, silence_s: float, waiting: list[_Waiting]
-) -> http.client.HTTPResponse:
-    """The head of the answer, read so that `arrived` can end the wait; ConnectionError where it is cut short."""
-    sock.settimeout(GLANCE_S)
+def _head(connection: Connection, waiting: _Waiting) -> http.client.HTTPResponse:
+    """The head of the answer, read through `waiting`; ConnectionError where it is cut short."""
+    waiting.sock.settimeout(GLANCE_S)
     raws: list[_Raw] = []
 
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: socket.socket, *arguments: Any, **keywords: Any) -> None:
             super().__init__(sock, *arguments, **keywords)
-            waiting.append(_Waiting(_receive_once, sock, arrived, silence_s))
-            raws.append(_Raw(waiting[-1], self.fp))
+            raws.append(_Raw(waiting, self.fp))
             self.fp = io.BufferedReader(raws[0])
 
         def _read_status(self) -> tuple[str, int, str]:
@@ -287,14 +282,14 @@ class _Waiting:
     """`once`, tried until something comes. Meanwhile it calls `arrived`; TimeoutError after `silence_s`."""
 
     def __init__(self, once: _ReceiveOnce, sock: socket.socket, arrived: Arrived, silence_s: float) -> None:
-        self._once, self._sock, self._arrived = once, sock, arrived
-        self.silence_s = silence_s
+        self._once, self._arrived = once, arrived
+        self.sock, self.silence_s = sock, silence_s
 
     def __call__(self, view: memoryview) -> int:
         heard = time.monotonic()
         while True:
             try:
-                return self._once(self._sock, view)
+                return self._once(self.sock, view)
             except TimeoutError:
                 if time.monotonic() - heard >= self.silence_s:
                     raise
@@ -306,7 +301,7 @@ def _receiver(answer: Answer, arrived: Arrived) -> _Receive:
     response, sock = answer.response, answer.sock
     # Of a chunked body little is asked for at a time: records would be gathered for longer than they take.
     gathers = isinstance(sock, ssl.SSLSocket) and not response.chunked
-    wait = _Waiting(_receive_records if gathers else _receive_once, sock, arrived, answer.silence_s)
+    wait = _Waiting(_receive_records if gathers else _receive_once, sock, arrived, answer.waiting.silence_s)
     sock.settimeout(GLANCE_S)
     # The beginning of the body is with the parser already.
     beginning = bytes(response.fp.peek(1))

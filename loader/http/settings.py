@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..errors import OptionError
-from .addresses import basic
+from .addresses import basic, proxy_parts
 from .connections import Route
 
 HONOURED = ("headers", "cookies", "auth", "ssl", "proxy", "timeout", "trust_env", "encoded")
@@ -139,12 +138,7 @@ def _verify(ssl: Any) -> SSLContext | bool | None:
 def _proxy(proxy: Any) -> str | None:
     if proxy is None or proxy == "":
         return None
-    try:
-        parts = urlsplit(str(proxy))
-        fits = parts.scheme == "http" and parts.hostname and (parts.port or 80)
-    except ValueError:
-        fits = False
-    if not fits:
+    if proxy_parts(str(proxy)) is None:
         raise OptionError(
             "storage_options: proxy is not of a kind that is known here: expected http://host:port"
         )

@@ -212,7 +212,7 @@ class HttpSource:
         except BaseException as error:
             answer.drop()
             if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, self._described, answer.silence_s) from None
+                raise network_error(error, self._described, answer.waiting.silence_s) from None
             raise
         response = answer.response
         is_whole = response.status == 206 or content_length(response.headers) == self.size_bytes
