@@ -3,12 +3,14 @@
 `journey.load` does it, in this order:
 
 1. `request` checks the arguments and compares them over all ranks; `options` and `template` are their parts.
-2. `opening.open_checkpoint`: a path becomes a store (`stores`), its files come to each node once (`fetch`, `ranges`,
-   `http`, `cache`), and their indexes become saved values (`formats`, `sources`, `saved`): a `checkpoint.Checkpoint`.
-3. `check.check`: names, shapes, dtypes and types are compared, and the restore is planned (`targets`).
-4. The restore: `materialize` copies bytes into the live tensors. `verify` compares them with their checksums, and
-   brings weights that ranks share to each node once.
-5. `rng` completes the random states, and `receipt` says what was done.
+2. `opening.open_files`: a path becomes a store (`stores`), in which its first file shows what kind of checkpoint it is.
+3. `targets` say what the job's state needs: a `saved.demand.Demand`. A source (`sources`) reads it, has the files
+   brought to each node once (`fetch`, `ranges`, `http`, `cache`), and reads their indexes (`formats`): a
+   `saved.contents.Saved`, whose tensors are `saved.tensor.SavedTensor`.
+4. The target compares names, shapes, dtypes and types, and plans the restore: a `targets.base.Plan`. What its copies
+   read is what is fetched, and what `verify` compares with checksums.
+5. The plan is carried out: `materialize` copies bytes into the live tensors, while others are still fetched.
+6. `rng` completes the random states, and `receipt` says what was done.
 
 All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         AlgorithmError,
         CorruptError,
         FormatError,
+        InternalError,
         LayoutError,
         MismatchError,
         NotFoundError,
@@ -58,6 +61,7 @@ _HOME = {
         "AlgorithmError",
         "CorruptError",
         "FormatError",
+        "InternalError",
         "LayoutError",
         "MismatchError",
         "NotFoundError",
@@ -87,6 +91,7 @@ __all__ = [
     "CorruptError",
     "Event",
     "FormatError",
+    "InternalError",
     "LayoutError",
     "LoadOptions",
     "LoadResult",

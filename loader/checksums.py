@@ -14,7 +14,10 @@ from functools import lru_cache
 
 from .byte_ranges import ByteRange
 
-__all__ = ["RangeSums", "crc32", "crc32_combine", "crc32_joined"]
+__all__ = ["CELL_BYTES", "RangeSums", "crc32", "crc32_combine", "crc32_joined"]
+
+CELL_BYTES = 8 << 20
+"""Storages are cut at multiples of this, so that ranks that read the same bytes share the summing."""
 
 _POLYNOMIAL = 0xEDB88320
 """CRC-32's generator polynomial (IEEE 802.3), lowest bit first, as zip archives use it."""

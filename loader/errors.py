@@ -12,6 +12,7 @@ RankloadError                  rank, host, path
 ├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
 ├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
 │   └── AlgorithmError         an algorithm that the checkpoint needs failed to apply (also a ValueError)
+├── InternalError              a mistake in rankload itself
 ├── TimestampError             the ranks' timestamps differ after the restore (also a RuntimeError)
 ├── PeerError, StalledError    see ``rankload.distributed.errors``
 └── TopologyError
@@ -29,6 +30,7 @@ __all__ = [
     "AlgorithmError",
     "CorruptError",
     "FormatError",
+    "InternalError",
     "LayoutError",
     "MismatchError",
     "NotFoundError",
@@ -107,6 +109,10 @@ class PartialRestoreError(RankloadError):
 
 class AlgorithmError(PartialRestoreError, ValueError):
     """An algorithm that the checkpoint needs could not be applied to the model."""
+
+
+class InternalError(RankloadError):
+    """A mistake in rankload itself: a plan that does not hold. Please report it."""
 
 
 class TimestampError(RankloadError, RuntimeError):

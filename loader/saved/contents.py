@@ -1,16 +1,28 @@
-"""Holds a checkpoint's parts under the names that Composer gives them, whatever the layout of its files. Pure."""
+"""Holds what a checkpoint holds, whatever the layout of its files: parts under the names that Composer gives them.
+
+Pure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from .tensor import SavedTensor
+
+ENGINE = "engine"
+"""The part of a checkpoint's state that only a DeepSpeed engine can take: counters, loss scale and the like."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """A checkpoint's parts under Composer's names; their tensors are lazy."""
+class Saved:
+    """A checkpoint's parts as nested dicts, whose tensors are `SavedTensor`: nothing of them was read."""
 
+    name: str
+    """What messages and the receipt call the checkpoint; without secrets."""
+    kind: str
+    """``monolithic``, ``composer-zero`` or ``deepspeed``."""
     layout: str
     """``composer``, ``lightning``, ``state dict``, ``hand-written`` or ``deepspeed``."""
     state: dict[str, Any]
@@ -19,6 +31,30 @@ class Contents:
     """Random states, by saved rank; None where the checkpoint has none."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Top-level entries that are neither: a training script's own, or DeepSpeed's ``client_state``."""
+    world_size: int | None = None
+    """Ranks that saved it; None where it does not say."""
+    data_parallel_size: int | None = None
+    """Ranks that each part of the model was partitioned over; None where it was not."""
+    masters: Mapping[str, SavedTensor] = field(default_factory=dict)
+    """By a name in ``state/model``: the fp32 weights that the optimizer updates in place of those, or those themselves
+    where the checkpoint has no others."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names of tied parameters to the one under which the optimizer's state is kept."""
+    engine_schedulers: frozenset[str] = frozenset()
+    """The keys in ``state/schedulers`` that a DeepSpeed engine saved itself."""
+    rng_per_rank: bool = False
+    """Whether each saved rank's random state is in its own file; otherwise one file has those of all ranks."""
+    own_rng: bool = True
+    """With `rng_per_rank`: whether this rank's counterpart among the saved ranks had its random state kept."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the receipt."""
+    unfiltered: Saved | None = None
+    """The same before ``ignore_keys``; None where nothing was left out."""
+
+    @property
+    def whole(self) -> Saved:
+        """The same as the checkpoint has it, before ``ignore_keys``."""
+        return self if self.unfiltered is None else self.unfiltered
 
     def as_tree(self) -> dict[str, Any]:
         """The nested dict that ``ignore_keys`` applies to."""
@@ -29,8 +65,8 @@ class Contents:
             tree.setdefault(key, value)
         return tree
 
-    def with_tree(self, tree: Mapping[str, Any]) -> Contents:
-        """The same contents after ``ignore_keys`` changed its nested dict."""
+    def with_tree(self, tree: Mapping[str, Any]) -> Saved:
+        """The same after ``ignore_keys`` changed its nested dict."""
         state = tree.get("state")
         rng = tree.get("rng") if self.rng is not None else None
         own = {"state"} if self.rng is None else {"state", "rng"}
@@ -38,12 +74,19 @@ class Contents:
         if "state" in self.extra:
             # A hand-written file's own entry of this name, which was not in the nested dict.
             extra["state"] = self.extra["state"]
-        return Contents(
-            self.layout,
-            dict(state) if isinstance(state, Mapping) else {},
-            list(rng) if isinstance(rng, list | tuple) else None,
-            extra,
+        return replace(
+            self,
+            state=dict(state) if isinstance(state, Mapping) else {},
+            rng=list(rng) if isinstance(rng, list | tuple) else None,
+            extra=extra,
+            unfiltered=self.whole,
         )
+
+    def only(self, parts: frozenset[str], *, without: bool = False) -> Saved:
+        """The same with those `parts` of its state alone, or `without` them; before ``ignore_keys`` too."""
+        kept = {key: value for key, value in self.state.items() if (key in parts) != without}
+        before = None if self.unfiltered is None else self.unfiltered.only(parts, without=without)
+        return replace(self, state=kept, unfiltered=before)
 
     @property
     def rank_zero_seed(self) -> int | None:

@@ -32,7 +32,7 @@ class Ignored:
 def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignored:
     """`tree` without what `ignore_keys` names; `tree` itself stays as it is.
 
-    A callable gets a copy of the nested containers and changes it in place; the tensors in it are lazy, and what it
+    A callable gets a copy of the nested containers and changes it in place; its tensors were not read, and what it
     returns is not used. A string is one glob. Raises `OptionError` where a glob is no string.
     """
     if ignore_keys is None:

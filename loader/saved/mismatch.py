@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import MismatchError
+from .tensor import SavedTensor
+from .values import kind_of
 
 _SHOWN = 20
 """How many names of a kind a message lists; the receipt and ``MismatchError.details`` have all of them."""
@@ -58,6 +61,28 @@ def _listed(title: str, names: Iterable[str]) -> list[str]:
     if len(names) > _SHOWN:
         shown.append(f"  ... and {len(names) - _SHOWN} more")
     return [f"{title} ({len(names)}):", *shown]
+
+
+def fits(
+    value: Any, name: str, shape: tuple[int, ...], dtype: str, mismatch: Mismatch, cast: dict[str, str]
+) -> bool:
+    """Whether `value` is a saved tensor of `shape` that can be restored as `dtype`.
+
+    `mismatch` is told where it is not, and `cast` where its dtype changes; `name` is its place in both.
+    """
+    if not isinstance(value, SavedTensor):
+        mismatch.wrong.append(f"{name}: expected a tensor, got a {kind_of(value)}")
+        return False
+    if value.shape != shape:
+        mismatch.wrong.append(f"{name}: expected shape {shape}, got {value.shape}")
+        return False
+    problem = dtype_problem(value.dtype, dtype)
+    if problem:
+        mismatch.wrong.append(f"{name}: {problem}")
+        return False
+    if value.dtype != dtype:
+        cast[name] = f"{value.dtype} -> {dtype}"
+    return True
 
 
 def dtype_problem(source: str, target: str) -> str | None:

@@ -37,6 +37,20 @@ class Layout:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is row-major without gaps; dimensions of size 1 may have any step."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and step != expected:
+                return False
+            expected *= size
+        return True
+
     def part(self, box: Box) -> Layout:
         """The layout of the elements in `box`."""
         moved = sum(start * step for start, step in zip(box.starts, self.stride, strict=True))

@@ -13,7 +13,8 @@ from reprlib import repr as short_repr
 from typing import Any
 
 from ..errors import CorruptError, UnsafeError
-from .values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor
+from .tensor import SavedTensor, StorageRef
+from .values import UNSUPPORTED, GlobalName, InertArray, InertObject
 
 MAX_DEPTH = 200
 MAX_UNSHARED = 1_000_000
@@ -66,9 +67,14 @@ def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def tensors(tree: Any, *, path: str = "") -> list[tuple[str, LazyTensor]]:
-    """Every lazy tensor of `tree` with its path, in order; those inside inert objects too."""
-    return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, LazyTensor)]
+def tensors(tree: Any, *, path: str = "") -> list[tuple[str, SavedTensor]]:
+    """Every saved tensor of `tree` with its path, in order; those inside inert objects too."""
+    return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, SavedTensor)]
+
+
+def storages(tree: Any) -> list[StorageRef]:
+    """The storages of every saved tensor of `tree` that are known, each once, in order."""
+    return list(dict.fromkeys(each for _, tensor in tensors(tree) for each in tensor.storages))
 
 
 def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:

@@ -1,70 +1,18 @@
-"""Holds what a torch file's pickle describes: lazy tensors, inert objects, arrays and names. Free of torch.
+"""Holds what a torch file's pickle describes, beside tensors: inert objects, arrays and names. Free of torch.
 
-`formats` turns a pickle into a tree of dicts, lists, tuples, numbers, strings and bytes, and of the values below. They
-run no code and read no storage; `materialize.objects` makes real ones of them.
+`formats` turns a pickle into a tree of dicts, lists, tuples, numbers, strings and bytes, of `tensor.SavedTensor` and of
+the values below. They run no code and read no storage; `materialize.objects` makes real ones of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .dtypes import ITEMSIZE
+from .tensor import SavedTensor
 
 UNSUPPORTED = "object"
 """The ``dtype`` of an `InertArray` whose elements are Python objects or structures; its data are not kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """Where one storage's bytes lie in a local file."""
-
-    file: str
-    """Path of the file on this node."""
-    key: str
-    """The record's name in the zip, or the storage's key in a legacy file."""
-    offset: int
-    """Of the storage's first byte, from the start of ``file``, in bytes."""
-    nbytes: int
-    crc32: int | None
-    """The CRC-32 that the bytes must have; None where the file states none."""
-    header: int = -1
-    """Where the header of its record starts in a zip, in bytes; the storage follows it. -1 in other files."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LazyTensor:
-    """A tensor that has not been read: where its elements lie, and how they are laid out.
-
-    ``stride`` and ``storage_offset`` count elements of ``dtype``. The code that makes one checks that all its elements
-    lie inside ``storage``.
-    """
-
-    storage: StorageRef
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    storage_offset: int = 0
-    requires_grad: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZE[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.itemsize
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether it is row-major without gaps, so that its elements are one byte range of the storage."""
-        return self.numel == 0 or _is_row_major(self.shape, self.stride)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +61,7 @@ class InertArray:
 
 def kind_of(value: Any) -> str:
     """What `value` was to whoever saved it, for messages: ``tensor``, ``NumPy array``, or the name of its class."""
-    if isinstance(value, LazyTensor):
+    if isinstance(value, SavedTensor):
         return "tensor"
     if isinstance(value, InertArray):
         return "NumPy array"
@@ -122,13 +70,3 @@ def kind_of(value: Any) -> str:
     if isinstance(value, GlobalName):
         return value.name
     return type(value).__name__
-
-
-def _is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether `stride` is that of a C-contiguous tensor of `shape`; dimensions of size 1 may have any."""
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True

@@ -1,0 +1,74 @@
+"""Says what a target asks of a checkpoint. A target makes a `Demand`; a source reads it to decide what to open.
+
+Pure. Nothing of a live model is in it: names, shapes, and which elements this rank keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .model_parallel import ExpertLayer, LayerFile, Position
+from .regions import Run
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParameterDemand:
+    """What this rank keeps of one parameter."""
+
+    shape: Shape
+    """Of the whole parameter."""
+    dtype: str
+    """That the module computes with."""
+    updated: tuple[Run, ...] = ()
+    """The elements that the optimizer updates on this rank."""
+    computed: tuple[Run, ...] = ()
+    """The elements that the module computes with on this rank; all of them where it is not partitioned."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a load wants of a checkpoint on this rank, and what a source must know of the job to read it."""
+
+    position: Position
+    """This rank's part of the model, and its place among the ranks that partition this part."""
+    weights_only: bool = False
+    optimizers: tuple[str, ...] = ()
+    """Class names of the job's optimizers, in order; files that keep none take these. So with the next two."""
+    schedulers: tuple[str, ...] = ()
+    scaler: str = "GradScaler"
+    engine_scheduler: str | None = None
+    """Class name of a DeepSpeed engine's own lr scheduler; None where the target is no engine."""
+    layout: Mapping[str, str] = field(default_factory=dict)
+    """``LoadOptions.layout``: where a hand-written file has its parts."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """``LoadOptions.rename``."""
+    parameters: Mapping[str, ParameterDemand] | None = None
+    """By this job's names; None where every rank needs all elements of all of them, or which ones is not known yet."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names of tied parameters to those in `parameters`."""
+    others: tuple[str, ...] = ()
+    """Names of buffers and extra state."""
+    groups: tuple[tuple[tuple[str, Shape], ...], ...] = ()
+    """Name and shape of each parameter in each group of the job's optimizer, in its order."""
+    experts: tuple[ExpertLayer, ...] = ()
+    """The module's MoE layers."""
+    layers: tuple[LayerFile, ...] = ()
+    """The layer files of this rank's pipeline stage."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether it is known which elements this rank keeps: a DeepSpeed engine's."""
+        return self.parameters is not None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the module's state, where they are known."""
+        return (*(self.parameters or ()), *self.aliases, *self.others)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The parameters that the job's optimizer updates, on this rank or another."""
+        return frozenset(name for group in self.groups for name, _ in group)

@@ -1,0 +1,21 @@
+"""Names a checkpoint's file on this node. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFile:
+    """One file on this node: all of it, or of a remote torch file its index."""
+
+    name: str
+    """As it was asked for."""
+    source: str
+    """The object it came from, after links were followed, without secrets."""
+    path: str
+    """What to read: the file, expanded where it was compressed; of an archive, its folder."""
+    kind: Literal["file", "archive"]
+    members: tuple[str, ...] = ()
+    """An archive's regular files, relative to `path`."""

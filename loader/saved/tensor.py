@@ -1,0 +1,182 @@
+"""Describes a saved tensor that was not read: of which pieces it is made, and where the elements of each lie. Pure.
+
+A tensor of an ordinary file is one piece: all of it, in one storage. One that ZeRO partitioned is made of runs in the
+flat tensors of several files, one of a sharded checkpoint of boxes. It is never put together as a whole: a target asks
+`fill` which elements of which storages go where in the memory that it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .dtypes import ITEMSIZE
+from .regions import CoverageError, Laid, Run, check_cover, extent, hull, intersect, whole_box
+from .strided import Box, Layout
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+StorageId = tuple[str, str]
+"""A storage's name on every rank: its file's name, the same on all of them, and its key there."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """Where one storage's bytes lie in a local file."""
+
+    file: str
+    """Path of the file on this node."""
+    key: str
+    """The record's name in the zip, or the storage's key in a legacy file."""
+    offset: int
+    """Of the storage's first byte, from the start of ``file``, in bytes."""
+    nbytes: int
+    crc32: int | None
+    """The CRC-32 that the bytes must have; None where the file states none."""
+    header: int = -1
+    """Where the header of its record starts in a zip, in bytes; the storage follows it. -1 in other files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """In place of a storage, one that this rank does not know: its file was not read, or does not have it."""
+
+    reason: str
+    """For the message of who needs it after all: ``lies in the files of saved rank 3, which were not read``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece(Laid):
+    """A region of a saved tensor whose elements lie in one storage; ``offset`` and ``stride`` count elements in it."""
+
+    storage: StorageRef | Unread
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedTensor:
+    """A tensor of a checkpoint that was not read.
+
+    The code that makes one checks that every piece lies inside its storage, and, where there are several, that they
+    hold each element once (`check_cover`); they are in the order of their first elements.
+    """
+
+    dtype: str
+    """The name that follows ``torch.``."""
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    requires_grad: bool = False
+
+    def __repr__(self) -> str:
+        piece = self.whole
+        where = f"in {len(self.pieces)} pieces"
+        if piece is not None and isinstance(piece.storage, StorageRef):
+            where = f"all in {piece.storage.key}"
+        return f"<{self.dtype} {self.shape}, {where}>"
+
+    @classmethod
+    def in_storage(
+        cls,
+        storage: StorageRef,
+        dtype: str,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        offset: int = 0,
+        *,
+        requires_grad: bool = False,
+    ) -> Self:
+        """A tensor whose elements all lie in one storage, as ``torch.save`` writes it."""
+        piece = Piece(whole_box(shape), offset, stride, storage)
+        return cls(dtype, shape, (piece,), requires_grad)
+
+    @classmethod
+    def in_pieces(cls, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Self:
+        """A tensor made of `pieces`, in any order. Raises `CoverageError` unless they hold each element once."""
+        check_cover(shape, [piece.region for piece in pieces])
+        filled = [piece for piece in pieces if piece.region.numel]
+        in_order = sorted(filled, key=lambda piece: extent(shape, piece.region))
+        return cls(dtype, shape, tuple(in_order))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements, each counted once."""
+        return self.numel * self.itemsize
+
+    @property
+    def whole(self) -> Piece | None:
+        """The one piece that is all of it, in one storage and a box; None for a tensor in runs, shards or unread."""
+        pieces = self.pieces
+        if len(pieces) != 1:
+            return None
+        piece = pieces[0]
+        known = isinstance(piece.region, Box) and isinstance(piece.storage, StorageRef)
+        return piece if known else None
+
+    @property
+    def storages(self) -> tuple[StorageRef, ...]:
+        """The storages of its pieces that are known, each once."""
+        known = (piece.storage for piece in self.pieces)
+        return tuple(dict.fromkeys(one for one in known if isinstance(one, StorageRef)))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it lies in one storage, row-major without gaps, so that its elements are one range of bytes."""
+        if self.numel == 0:
+            return True
+        piece = self.whole
+        return piece is not None and Layout(self.shape, piece.stride, 0).is_contiguous
+
+
+def fill(tensor: SavedTensor, into: Laid) -> Iterator[tuple[Piece, Layout, Layout]]:
+    """What fills the region `into` of `tensor`: a piece, where the elements lie in its storage, and where in `into`.
+
+    Each element of the region is in exactly one of the results. Few pieces of many are looked at where they lie in the
+    tensor's order. Raises `CoverageError` where the pieces do not have all elements.
+    """
+    wanted = into.region.numel
+    if not wanted:
+        return
+    found = 0
+    for piece in _near(tensor, into):
+        for source, target in intersect(tensor.shape, piece, into):
+            found += math.prod(source.shape)
+            yield piece, source, target
+    if found != wanted:
+        raise CoverageError(f"{found} of {wanted} wanted elements are in the saved pieces")
+
+
+def _near(tensor: SavedTensor, into: Laid) -> Sequence[Piece]:
+    """The pieces that may have elements of `into`."""
+    shape, pieces = tensor.shape, tensor.pieces
+    if len(pieces) < 8:
+        return pieces
+    first, stop = extent(shape, into.region)
+    low = 0
+    high = bisect_left(pieces, stop, key=lambda piece: extent(shape, piece.region)[0])
+    if all(isinstance(piece.region, Run) for piece in pieces):
+        low = bisect_right(pieces, first, hi=high, key=lambda piece: extent(shape, piece.region)[1])
+        if isinstance(into.region, Run):
+            return pieces[low:high]
+    bounds = hull(shape, into.region)
+    return [piece for piece in pieces[low:high] if _meet(hull(shape, piece.region), bounds)]
+
+
+def _meet(one: Box, other: Box) -> bool:
+    """Whether there are elements that are in both; of boxes that have any."""
+    for first, size, other_first, other_size in zip(
+        one.starts, one.sizes, other.starts, other.sizes, strict=True
+    ):
+        if first >= other_first + other_size or other_first >= first + size:
+            return False
+    return True
