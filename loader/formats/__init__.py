@@ -1,4 +1,4 @@
-"""Reads a torch file's index: its tree with lazy tensors, and where the bytes of every storage lie.
+"""Reads a torch file's index: its tree, and where the bytes of every storage lie.
 
 `torch_file.read_index` does it in this order:
 
@@ -6,7 +6,7 @@
 2. `torch_zip` reads and checks the zip's directory; `torch_legacy` reads files of the format before torch 1.6.
 3. `pickle` turns the file's pickle into a tree, without importing or calling anything that it names.
 4. `storage_ids` parses the id by which a tensor names its storage. Each storage becomes one `StorageRef`, each
-   tensor a `LazyTensor` that lies inside it.
+   tensor a `SavedTensor` that lies inside it.
 5. `saved.tree.check_tree` refuses a tree that contains itself, or is too large to walk.
 
 Not guaranteed: storages are neither read nor compared with their checksums (`materialize.storages` does so when it

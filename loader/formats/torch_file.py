@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
+from ..saved.tensor import StorageRef
 from ..saved.tree import check_tree
-from ..saved.values import LazyTensor, StorageRef
 from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
@@ -35,7 +35,7 @@ class FileIndex:
     name: str
     """What messages call the file: the URL or name it was asked for by."""
     tree: Any
-    """Plain values and those of `saved.values`; its dicts, lists and tuples contain no cycle."""
+    """Plain values, `SavedTensor` and those of `saved.values`; its dicts, lists and tuples contain no cycle."""
     size_bytes: int
     verifiable: bool
     """Whether the file keeps checksums that its storages can be compared with."""
@@ -129,7 +129,7 @@ class _ZipStorages:
         self.archive = archive
         self.found: dict[str, StorageRef] = {}
 
-    def find(self, pid: tuple[Any, ...]) -> LazyTensor:
+    def find(self, pid: tuple[Any, ...]) -> PickledTensor:
         named = read_storage_id(pid)
         storage = self.found.get(named.key)
         if storage is None:

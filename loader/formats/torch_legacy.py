@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ..errors import CorruptError, FormatError, UnsafeError
-from ..saved.values import LazyTensor, StorageRef
+from ..saved.tensor import StorageRef
 from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import PickleScan, scan_beginning, scan_pickle
@@ -63,7 +63,7 @@ def read_legacy(path: str, *, name: str, memory_limit: int) -> tuple[Any, tuple[
         # A storage's count gives its bytes only with its element type, which only the object's pickle names.
         types = _ElementTypes(path, size)
         load(3, find_storage=types.note)
-        places = _place_storages(file, keys, types, pickles[4].scan.end, size, path, name)
+        places = _place_storages(file, keys, types, pickles[4].scan.end, name)
     tree = load(3, find_storage=_Places(places).find)
     return tree, tuple(places.values())
 
@@ -103,7 +103,7 @@ class _ElementTypes:
         self.size = size
         self.itemsize: dict[str, int] = {}
 
-    def note(self, pid: tuple[Any, ...]) -> LazyTensor:
+    def note(self, pid: tuple[Any, ...]) -> PickledTensor:
         named = read_storage_id(pid)
         self.itemsize.setdefault(named.key, named.itemsize)
         whole = StorageRef(self.path, named.key, 0, self.size, None)
@@ -115,9 +115,10 @@ class _ElementTypes:
 
 
 def _place_storages(
-    file: BinaryIO, keys: list[str], types: _ElementTypes, start: int, size: int, path: str, name: str
+    file: BinaryIO, keys: list[str], types: _ElementTypes, start: int, name: str
 ) -> dict[str, StorageRef]:
     """Where each storage of `keys` lies, which follow one another from byte `start` to the end of the file."""
+    path, size = types.path, types.size
     places: dict[str, StorageRef] = {}
     position = start
     for key in keys:
@@ -150,7 +151,7 @@ class _Places:
     def __init__(self, places: dict[str, StorageRef]) -> None:
         self.places = places
 
-    def find(self, pid: tuple[Any, ...]) -> LazyTensor:
+    def find(self, pid: tuple[Any, ...]) -> PickledTensor:
         named = read_storage_id(pid)
         place = self.places.get(named.key)
         if place is None:

@@ -20,15 +20,15 @@ from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..formats.pickle.arrays import PickledDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
 from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
-from ..saved.tree import join_path, tensors
-from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, LazyTensor, StorageRef
+from ..saved.copies import apart, copies_of_tree, shared
+from ..saved.tensor import SavedTensor, StorageRef
+from ..saved.tree import join_path
+from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject
 from .safe_types import SafeTypes, require_safe, unsafe
-from .tensors import CopyRequest, TensorReader, torch_dtype
+from .tensors import TensorReader, torch_dtype
 
 MAX_DEPTH = 300
 """More than `saved.tree.MAX_DEPTH`, which does not count the levels of objects' fields."""
-_ALIGNMENT = 16
-"""What is read of a storage begins at a multiple of this, so that a tensor of any dtype begins at a whole element."""
 _PLAIN_TYPES: dict[str, type] = {
     f"builtins.{kind.__name__}": kind
     for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
@@ -46,52 +46,47 @@ def materialize(
 ) -> Any:
     """`tree` as real objects, with its tensors read by `reader` onto `device`.
 
-    Tensors that share a storage share memory, and a value that the file holds once is made once. Arrays become NumPy's,
-    ``torch.Size``, dtypes and devices torch's; enumerations of known classes become their values; other known objects
-    stay `InertObject`, with real fields. A type in `safe_types` is constructed as its pickle asks. `file` and `path`
-    (the tree's own place in the file) are for messages.
+    Tensors that share a storage share memory, one in several pieces has its own, and a value that the file holds once
+    is made once. Arrays become NumPy's, ``torch.Size``, dtypes and devices torch's; enumerations of known classes
+    become their values; other known objects stay `InertObject`, with real fields. A type in `safe_types` is constructed
+    as its pickle asks. `file` and `path` (the tree's own place in the file) are for messages.
 
     Raises `UnsafeError`, before anything is read, where the tree holds a type that is neither known nor allowed;
     `CorruptError` where bytes are missing or differ from their checksum, or a known object's fields do not fit it;
-    `FormatError` where constructing an allowed type fails.
+    `FormatError` where constructing an allowed type fails; `LayoutError` where elements were saved in files not read.
     """
     allowed = SafeTypes(safe_types)
     require_safe(tree, safe_types=allowed, file=file, path=path)
-    return _Materializer(_read_storages(tree, path, reader, device), allowed, file).real(tree, path, 0)
+    return _Materializer(_read(tree, path, reader, device), allowed, file, device).real(tree, path, 0)
 
 
-def _read_storages(
+def _read(
     tree: Any, path: str, reader: TensorReader, device: str | torch.device
-) -> dict[StorageRef, tuple[int, torch.Tensor]]:
-    """Reads the part of each storage that its tensors reach; by storage, (the part's first byte, its bytes)."""
-    extents: dict[StorageRef, tuple[int, int, str]] = {}
-    for where, tensor in tensors(tree, path=path):
-        if tensor.numel == 0:
-            continue
-        first = tensor.storage_offset * tensor.itemsize
-        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
-        stop = first + (reach + 1) * tensor.itemsize
-        low, high, name = extents.get(tensor.storage, (first, stop, where))
-        extents[tensor.storage] = (min(low, first), max(high, stop), name)
-    parts = {}
-    requests = []
-    for storage, (low, high, name) in extents.items():
-        low -= low % _ALIGNMENT
-        memory = torch.empty(high - low, dtype=torch.uint8, device=device)
-        source = LazyTensor(storage, "uint8", (high - low,), (1,), low)
-        requests.append(CopyRequest(source, memory, name))
-        parts[storage] = (low, memory)
-    reader.copy(requests)
-    return parts
+) -> dict[str, tuple[int, torch.Tensor]]:
+    """Reads what `copies_of_tree` plans for `tree`: by the memory's key, (first byte of its storage, the memory)."""
+    copies = copies_of_tree(tree, path=path)
+    found: dict[str, tuple[int, torch.Tensor]] = {}
+    for copy in copies:
+        memory = copy.memory
+        if memory.key not in found:
+            tensor = torch.empty(memory.shape, dtype=torch_dtype(memory.dtype), device=device)
+            found[memory.key] = (copy.source.offset, tensor)
+    reader.copy(copies, {key: tensor for key, (_, tensor) in found.items()})
+    return found
 
 
 class _Materializer:
-    """One call of `materialize`: the storages that were read, and what was made so far, by id of the saved value."""
+    """One call of `materialize`: the memory that was read, and what was made so far, by id of the saved value."""
 
     def __init__(
-        self, storages: dict[StorageRef, tuple[int, torch.Tensor]], allowed: SafeTypes, file: str
+        self,
+        read: dict[str, tuple[int, torch.Tensor]],
+        allowed: SafeTypes,
+        file: str,
+        device: str | torch.device,
     ) -> None:
-        self.storages = storages
+        self.read = read
+        self.device = device
         self.allowed = allowed
         self.file = file
         self.made: dict[int, Any] = {}
@@ -125,7 +120,7 @@ class _Materializer:
         if isinstance(value, (set, frozenset)):
             members = [self.real(item, path, depth) for item in value]
             return set(members) if isinstance(value, set) else frozenset(members)
-        if isinstance(value, LazyTensor):
+        if isinstance(value, SavedTensor):
             return self._tensor(value)
         if isinstance(value, InertArray):
             return _array(value)
@@ -146,14 +141,18 @@ class _Materializer:
             result._metadata = self.real(metadata, path, depth)  # type: ignore[attr-defined]
         return result
 
-    def _tensor(self, value: LazyTensor) -> torch.Tensor:
+    def _tensor(self, value: SavedTensor) -> torch.Tensor:
         dtype = torch_dtype(value.dtype)
+        piece = value.whole
         if value.numel == 0:
-            return torch.empty(value.shape, dtype=dtype).requires_grad_(value.requires_grad)
-        low, memory = self.storages[value.storage]
-        offset = value.storage_offset - low // value.itemsize
-        result = torch.empty(0, dtype=dtype, device=memory.device)
-        result.set_(memory.untyped_storage(), offset, value.shape, value.stride)
+            result = torch.empty(value.shape, dtype=dtype, device=self.device)
+        elif piece is None or not isinstance(piece.storage, StorageRef):
+            _, result = self.read[apart(value)]
+        else:
+            low, memory = self.read[shared(piece.storage)]
+            result = torch.empty(0, dtype=dtype, device=memory.device)
+            offset = piece.offset - low // value.itemsize
+            result.set_(memory.untyped_storage(), offset, value.shape, piece.stride)
         return result.requires_grad_(value.requires_grad)
 
     def _global(self, value: GlobalName, path: str) -> Any:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
 from ..checksums import RangeSums, crc32
-from ..errors import AccessError, CorruptError, NotFoundError
+from ..errors import AccessError, CorruptError, InternalError, NotFoundError
 from ..options import Verify
 from ..ranges.direct import DirectReads, Placement
 from ..ranges.engine import OnLanded
-from ..saved.values import StorageRef
+from ..saved.tensor import StorageRef
 
 STAGING_BYTES = 8 << 20
 """The size of the buffer for bytes that cannot be read into their destination itself."""
@@ -83,7 +83,7 @@ class StorageReader:
     def wait_for(self, path: str, start: int, stop: int) -> None:
         """Returns once bytes ``[start, stop)`` of the file at `path` have landed; at once for files that are whole.
 
-        Raises `CorruptError` where they are not being fetched.
+        Raises `InternalError` where they are not being fetched.
         """
         if path not in self._landed:
             self._landed[path] = Landed(path) if self.comes_in_parts(path) else None
@@ -93,7 +93,7 @@ class StorageReader:
         unplanned = subtract([ByteRange(start, stop)], self.coming.get(path, ()))
         while not landed.has(start, stop):
             if self.on_wait is None or unplanned:
-                raise CorruptError(
+                raise InternalError(
                     f"{path}: bytes {start:,} to {stop:,} are read, and were not fetched: this is a mistake in "
                     "rankload's plan of the load; please report it",
                     path=path,

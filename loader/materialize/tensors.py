@@ -1,8 +1,8 @@
 """Copies saved tensors' bytes into the memory of live tensors: parameters, buffers, optimizer states.
 
-`TensorReader.copy` is where the bytes of a saved tensor get into a parameter. `_slices` decides how, for each request:
+`TensorReader.copy` is where the bytes of a saved tensor get into a parameter. `_slices` decides how, for each `Copy`:
 
-- a contiguous source, and a destination that `is_plain` and has its dtype: bytes are read into the destination itself
+- a contiguous source, and a contiguous destination of its dtype in plain memory: bytes are read into the destination
 - a contiguous source, and any other destination: they are read into a buffer, and from there copied (`_staged`)
 - a strided source: boxes of it, gaps included, are read into the buffer, and from there copied (`_gathered`)
 
@@ -13,52 +13,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from ..byte_ranges import ByteRange, union
-from ..errors import FormatError
+from ..errors import FormatError, InternalError
 from ..options import Verify
 from ..ranges.direct import DirectReads
-from ..saved.strided import Layout, bounded_boxes, row_major_boxes
-from ..saved.values import LazyTensor, StorageRef
+from ..saved.copies import Copy, Memory, copies_into
+from ..saved.regions import Run, row_major_stride
+from ..saved.strided import Box, Layout, bounded_boxes, row_major_boxes
+from ..saved.tensor import SavedTensor, StorageRef
 from .storages import STAGING_BYTES, StorageReader, StorageSlice
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CopyRequest:
-    """Elements of a saved tensor, and the live tensor that they are to be copied into.
-
-    ``source_start`` and ``length`` count elements of the flattened source; by default, ``length`` is the rest of it.
-    ``destination`` has as many elements, in any shape, dtype and layout, on any device but meta. Raises `ValueError`
-    where it does not.
-    """
-
-    source: LazyTensor
-    destination: torch.Tensor
-    name: str
-    """What messages call the destination."""
-    source_start: int = 0
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        count = self.stop - self.source_start
-        if not 0 <= self.source_start <= self.stop <= self.source.numel:
-            raise ValueError(
-                f"{self.name}: elements {self.source_start} to {self.stop} are wanted of a tensor that has "
-                f"{self.source.numel}"
-            )
-        if self.destination.numel() != count or self.destination.is_meta:
-            raise ValueError(
-                f"{self.name}: {count} elements are wanted in a {self.destination.device.type} tensor that "
-                f"has {self.destination.numel()}"
-            )
-
-    @property
-    def stop(self) -> int:
-        """The element of the flattened source after the last one that is copied."""
-        return self.source.numel if self.length is None else self.source_start + self.length
 
 
 class TensorReader:
@@ -79,32 +46,34 @@ class TensorReader:
     ) -> None:
         self._storages = StorageReader(verify, on_bytes, comes_in_parts)
 
-    def copy(self, requests: Sequence[CopyRequest]) -> None:
-        """Fills the destinations of `requests`, storage by storage in the order of the files.
+    def copy(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
+        """Fills `memories`, by `Memory.key`, as `copies` say, storage by storage in the order of the files.
 
-        Ranges of `reading_direct` are read first, for all requests at once. A part of a strided source that goes to a
-        destination which is not contiguous takes a temporary of that size.
+        Ranges of `reading_direct` are read first, for all copies at once.
 
-        Raises `CorruptError` where a file is too short or a checksum differs; destinations may have been written by
-        then. Raises `FormatError` where torch lacks a dtype.
+        Raises `CorruptError` where a file is too short or a checksum differs; memories may have been written by then.
+        Raises `FormatError` where torch lacks a dtype, `InternalError` where a memory is missing or is not as planned.
         """
-        by_storage: dict[StorageRef, list[CopyRequest]] = {}
-        for request in requests:
-            if request.destination.numel():
-                by_storage.setdefault(request.source.storage, []).append(request)
-        staging = self._buffer(requests)
+        by_storage: dict[StorageRef, list[Copy]] = {}
+        for copy in copies:
+            by_storage.setdefault(copy.storage, []).append(copy)
+        planned_memories = {id(copy.memory): copy.memory for copy in copies}.values()
+        places = {memory.key: _place(memory, memories) for memory in planned_memories}
+        staging = self._buffer(places.values())
         with torch.no_grad():
-            planned: list[tuple[StorageRef, list[StorageSlice]]] = []
-            finishers: dict[StorageRef, list[Callable[[], None]]] = {}
-            for storage in _in_file_order(by_storage):
-                last = finishers.setdefault(storage, [])
-                planned.append(
-                    (storage, [each for one in by_storage[storage] for each in _slices(one, staging, last)])
+            planned = [
+                (
+                    storage,
+                    [
+                        each
+                        for copy in by_storage[storage]
+                        for each in _slices(copy, _part(places[copy.memory.key], copy.target), staging)
+                    ],
                 )
+                for storage in _in_file_order(by_storage)
+            ]
             for storage, slices in self._storages.place(planned):
-                self._storages.read(storage, slices, [request.name for request in by_storage[storage]])
-                for finish in finishers[storage]:
-                    finish()
+                self._storages.read(storage, slices, [copy.name for copy in by_storage[storage]])
 
     def verify(self, storages: Iterable[StorageRef]) -> None:
         """Compares all of `storages` with their checksums now; `copy` will not do so again.
@@ -149,10 +118,10 @@ class TensorReader:
         """
         return self._storages.finish()
 
-    def _buffer(self, requests: Sequence[CopyRequest]) -> torch.Tensor:
+    def _buffer(self, memories: Iterable[torch.Tensor]) -> torch.Tensor:
         """The buffer; page-locked from the first CUDA destination on, which saves a copy by the driver."""
         locked = isinstance(self._storages.staging, memoryview)
-        if not locked and any(request.destination.is_cuda for request in requests):
+        if not locked and any(memory.is_cuda for memory in memories):
             with contextlib.suppress(RuntimeError):  # no memory may be left to lock
                 pinned = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
                 self._storages.staging = pinned.numpy().data
@@ -160,7 +129,7 @@ class TensorReader:
 
 
 def read_tensor(
-    source: LazyTensor,
+    source: SavedTensor,
     *,
     reader: TensorReader | None = None,
     device: str | torch.device = "cpu",
@@ -169,20 +138,21 @@ def read_tensor(
     """A new tensor with the elements, shape, dtype and ``requires_grad`` of `source`, on ``device``.
 
     It is contiguous; but where `source` repeats elements of its storage (expanded), it repeats them too. Without
-    ``reader``, checksums are compared as the bytes are read. Raises as `TensorReader.copy` does.
+    ``reader``, checksums are compared as the bytes are read. Raises as `TensorReader.copy` and `copies_into` do.
     """
     reader = TensorReader() if reader is None else reader
-    layout = Layout(source.shape, source.stride, source.storage_offset)
     dtype = torch_dtype(source.dtype)
-    if layout.span < source.numel:
+    piece = source.whole
+    span = source.numel if piece is None else Layout(source.shape, piece.stride, 0).span
+    if piece is not None and span < source.numel:
         # Expanded. A full copy would take as much memory as the file claims, whatever its size.
-        flat = LazyTensor(source.storage, source.dtype, (layout.span,), (1,), source.storage_offset)
-        memory = torch.empty(layout.span, dtype=dtype, device=device)
-        reader.copy([CopyRequest(flat, memory, name)])
-        result = memory.as_strided(source.shape, source.stride)
+        known = SavedTensor(source.dtype, (span,), (replace(piece, region=Run(0, span), stride=(1,)),))
+        result = read_tensor(known, reader=reader, device=device, name=name)
+        result = result.as_strided(source.shape, piece.stride)
     else:
         result = torch.empty(source.shape, dtype=dtype, device=device)
-        reader.copy([CopyRequest(source, result, name)])
+        memory = Memory(name, source.dtype, source.shape, row_major_stride(source.shape), plain=False)
+        reader.copy(list(copies_into(source, memory.whole, memory, name=name)), {name: result})
     return result.requires_grad_(source.requires_grad)
 
 
@@ -196,39 +166,55 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def is_plain(destination: torch.Tensor) -> bool:
-    """Whether bytes can be read into its memory as they are: it is on the CPU, contiguous, and no conjugate view."""
-    return (
-        destination.device.type == "cpu"
-        and destination.is_contiguous()
-        and not destination.is_conj()
-        and not destination.is_neg()
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether bytes can be read into its memory as they are: it is on the CPU, and no conjugate or negative view."""
+    return tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _place(planned: Memory, memories: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor that `planned` stands for. Raises `InternalError` where it is missing, or not as planned."""
+    found = memories.get(planned.key)
+    what = "missing"
+    if found is not None:
+        if (
+            found.dtype == torch_dtype(planned.dtype)
+            and tuple(found.shape) == planned.shape
+            and _same_steps(planned, found.stride())
+            and not found.is_meta
+        ):
+            return found.detach()
+        what = f"a {found.device.type} tensor of {found.dtype}, shape {tuple(found.shape)} and strides {found.stride()}"
+    raise InternalError(
+        f"the memory for {planned.key} is {what}; planned was {planned.dtype}, shape {planned.shape} and strides "
+        f"{planned.stride}: this is a mistake in rankload; please report it"
     )
 
 
-def _slices(
-    request: CopyRequest, staging: torch.Tensor, finishers: list[Callable[[], None]]
-) -> Iterator[StorageSlice]:
-    """The slices to read for `request`; to ``finishers`` is added what to call once all of them were read."""
-    source, destination = request.source, request.destination.detach()
-    dtype = torch_dtype(source.dtype)
-    if source.is_contiguous:
-        start = (source.storage_offset + request.source_start) * source.itemsize
-        if is_plain(destination) and destination.dtype == dtype:
-            # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
-            flat = destination.as_strided((destination.numel(),), (1,))
-            memory = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            yield StorageSlice(start, len(memory), memory)
-        else:
-            yield from _staged(destination, start, dtype, staging)
-        return
-    whole = destination.numel() == source.numel
-    if destination.is_contiguous() or (whole and tuple(destination.shape) == source.shape):
-        yield from _gathered(request, destination, dtype, staging)
-        return
-    temporary = torch.empty(destination.shape, dtype=dtype)
-    yield from _gathered(request, temporary, dtype, staging)
-    finishers.append(lambda: _copy(destination, temporary))
+def _same_steps(planned: Memory, stride: Sequence[int]) -> bool:
+    """Whether both have their elements at the same places; dimensions of one element may have any step."""
+    return 0 in planned.shape or all(
+        one == other or size == 1
+        for one, other, size in zip(planned.stride, stride, planned.shape, strict=True)
+    )
+
+
+def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
+    """The part of `memory` that `target` describes, as a tensor of its shape."""
+    return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
+
+
+def _slices(copy: Copy, destination: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
+    """The slices to read for `copy`, whose elements go to `destination` one by one."""
+    dtype = torch_dtype(copy.dtype)
+    if not copy.source.is_contiguous:
+        yield from _gathered(copy.source, destination, dtype, staging)
+    elif destination.is_contiguous() and is_plain(destination) and destination.dtype == dtype:
+        # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
+        flat = destination.as_strided((destination.numel(),), (1,))
+        memory = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        yield StorageSlice(copy.source.offset * dtype.itemsize, len(memory), memory)
+    else:
+        yield from _staged(destination, copy.source.offset * dtype.itemsize, dtype, staging)
 
 
 def _staged(
@@ -245,43 +231,31 @@ def _staged(
             elements = staging[:nbytes].view(dtype)
             done = 0
             for box in row_major_boxes(shape, first, stop):
-                target = destination
-                for dim, (begin, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
-                    target = target.narrow(dim, begin, size)
-                target.copy_(elements[done : done + box.numel].view(box.sizes))
+                _narrowed(destination, box).copy_(elements[done : done + box.numel].view(box.sizes))
                 done += box.numel
 
         yield StorageSlice(start + first * dtype.itemsize, nbytes, use=use)
 
 
 def _gathered(
-    request: CopyRequest, destination: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
+    source: Layout, destination: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
 ) -> Iterator[StorageSlice]:
-    """Reads a strided source through the buffer into a destination that is contiguous or has the source's shape."""
-    source = request.source
-    layout = Layout(source.shape, source.stride, source.storage_offset)
-    flat = destination.view(-1) if destination.is_contiguous() else None
-    position = 0
-    for outer in row_major_boxes(source.shape, request.source_start, request.stop):
-        part = layout.part(outer)
-        stop = position + outer.numel
-        target = destination if flat is None else flat[position:stop].view(outer.sizes)
-        position = stop
-        for box in bounded_boxes(part, STAGING_BYTES // dtype.itemsize):
-            inner = part.part(box)
-            view = target
-            for dim, (begin, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
-                view = view.narrow(dim, begin, size)
+    """Reads a strided source through the buffer into a destination of its shape."""
+    for box in bounded_boxes(source, STAGING_BYTES // dtype.itemsize):
+        part = source.part(box)
+        target = _narrowed(destination, box)
 
-            def use(view: torch.Tensor = view, inner: Layout = inner) -> None:
-                elements = staging[: inner.span * dtype.itemsize].view(dtype)
-                view.copy_(elements.as_strided(inner.shape, inner.stride))
+        def use(target: torch.Tensor = target, part: Layout = part) -> None:
+            elements = staging[: part.span * dtype.itemsize].view(dtype)
+            target.copy_(elements.as_strided(part.shape, part.stride))
 
-            yield StorageSlice(inner.offset * dtype.itemsize, inner.span * dtype.itemsize, use=use)
+        yield StorageSlice(part.offset * dtype.itemsize, part.span * dtype.itemsize, use=use)
 
 
-def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
-    destination.copy_(source)
+def _narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
 
 
 def _in_file_order(storages: Iterable[StorageRef]) -> list[StorageRef]:

@@ -1,4 +1,4 @@
-"""Turns a pickle into plain values, lazy tensors and inert objects; imports and calls nothing that the pickle names.
+"""Turns a pickle into plain values, saved tensors and inert objects; imports and calls nothing that the pickle names.
 
 1. `scan.scan_pickle` follows the opcodes (tables: `opcodes`) before any object exists. It refuses a pickle that would
    take undue memory, nesting or hashing, or that uses opcodes which reach outside the file.

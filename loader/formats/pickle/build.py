@@ -1,4 +1,4 @@
-"""Makes what a call in a pickle stands for: a lazy tensor, an array, a plain value, or an inert record of the call.
+"""Makes what a call in a pickle stands for: a saved tensor, an array, a plain value, or an inert record of the call.
 Free of torch.
 
 `BUILDERS` has the stand-ins by name: this module's own for Python's types (dicts, sets, bytes, dates), and those of

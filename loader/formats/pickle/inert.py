@@ -2,7 +2,7 @@
 
 A pickle may ask to set the state, the attributes or the items of anything that it has on its stack, also of the classes
 and functions that it names. A `PickledObject` records the request; a global, a tensor, a filled array or a size refuses
-it with `UnsafeError`. Readers of the finished tree use these values as their base classes in `saved.values`; copying or
+it with `UnsafeError`. Readers of the finished tree use these values as their base classes in `saved`; copying or
 pickling one gives an instance of the base class.
 """
 
@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ...errors import UnsafeError
-from ...saved.values import GlobalName, InertArray, InertObject, LazyTensor
+from ...saved.regions import whole_box
+from ...saved.tensor import Piece, SavedTensor, StorageRef
+from ...saved.values import GlobalName, InertArray, InertObject
 
 
 class PickledGlobal(GlobalName):
@@ -85,23 +87,50 @@ class PickledObject(InertObject):
         )
 
 
-class PickledTensor(LazyTensor):
-    """A tensor that has been found to lie inside its storage, and can no longer be changed."""
+class PickledTensor(SavedTensor):
+    """A tensor in one storage, inside which it has been found to lie; it can no longer be changed.
 
-    __slots__ = ()
+    Its one piece is made when it is asked for, so that a file of a hundred thousand tensors takes an object for each.
+    """
+
+    __slots__ = ("_offset", "_stride", "storage")
+    storage: StorageRef
+    _stride: tuple[int, ...]
+    _offset: int
+
+    def __init__(
+        self,
+        storage: StorageRef,
+        dtype: str,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        offset: int = 0,
+        *,
+        requires_grad: bool = False,
+    ) -> None:
+        keep = object.__setattr__
+        keep(self, "storage", storage)
+        keep(self, "dtype", dtype)
+        keep(self, "shape", shape)
+        keep(self, "_stride", stride)
+        keep(self, "_offset", offset)
+        keep(self, "requires_grad", requires_grad)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (Piece(whole_box(self.shape), self._offset, self._stride, self.storage),)
+
+    def requiring_grad(self, requires_grad: bool) -> PickledTensor:
+        """The same with that ``requires_grad``."""
+        return PickledTensor(
+            self.storage, self.dtype, self.shape, self._stride, self._offset, requires_grad=requires_grad
+        )
 
     def __setstate__(self, state: Any) -> None:
         _refuse("a tensor")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LazyTensor, (
-            self.storage,
-            self.dtype,
-            self.shape,
-            self.stride,
-            self.storage_offset,
-            self.requires_grad,
-        )
+        return SavedTensor, (self.dtype, self.shape, self.pieces, self.requires_grad)
 
 
 class PickledArray(InertArray):

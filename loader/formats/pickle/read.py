@@ -18,15 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import CorruptError, RankloadError, UnsafeError
-from ...saved.values import LazyTensor
 from .budget import Budget
 from .build import make, new_object
-from .inert import PickledGlobal, PickledObject
+from .inert import PickledGlobal, PickledObject, PickledTensor
 from .known import KNOWN_VALUES, canonical
 from .opcodes import MAX_NAME
 from .scan import PickleScan
 
-StorageFinder = Callable[[tuple[Any, ...]], LazyTensor]
+StorageFinder = Callable[[tuple[Any, ...]], PickledTensor]
 """Returns the one-dimensional tensor over the storage that a persistent id ``("storage", ...)`` names."""
 
 _NEW_AS_PERSISTENT = {
@@ -44,7 +43,7 @@ def read_pickle(
     find_storage: StorageFinder | None = None,
     start: int = 0,
 ) -> Any:
-    """The tree that the pickle at ``data[start:scan.end]`` describes, in the types of `saved.values`.
+    """The tree that the pickle at ``data[start:scan.end]`` describes: plain values, tensors and `saved.values`.
 
     ``scan`` is what `scan_pickle` returned for the same bytes, ``name`` what messages call the file. Without
     ``find_storage``, a pickle that holds tensors is refused. Nothing that the file names is imported, looked up or

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import CorruptError
 from ...saved.dtypes import ITEMSIZE
-from ...saved.values import GlobalName, LazyTensor
+from ...saved.values import GlobalName
 from .budget import Budget
 from .inert import PickledGlobal, PickledObject, PickledTensor, TorchSize
 from .known import DTYPES, TENSOR_CLASSES
@@ -25,11 +25,11 @@ _LARGEST = 1 << 62
 def _tensor(
     budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any
 ) -> PickledTensor | PickledObject:
-    if not isinstance(storage, LazyTensor) or len(rest) > 3:
+    if not isinstance(storage, PickledTensor) or len(rest) > 3:
         raise CorruptError("a tensor without a storage")
     if len(rest) == 3 and rest[2]:
         return _special(rest[2])
-    return lay_out(storage, storage.dtype, offset, size, stride, rest[0] if rest else False)
+    return lay_out(budget, storage, storage.dtype, offset, size, stride, rest[0] if rest else False)
 
 
 def _tensor_v3(
@@ -47,7 +47,7 @@ def _tensor_v3(
         return PickledObject(global_name=f"{getattr(dtype, 'name', 'an unknown dtype')}", args=(storage,))
     if metadata:
         return _special(metadata)
-    return lay_out(storage, DTYPES[dtype.name], offset, size, stride, requires_grad)
+    return lay_out(budget, storage, DTYPES[dtype.name], offset, size, stride, requires_grad)
 
 
 def _special(metadata: Any) -> PickledObject:
@@ -58,11 +58,9 @@ def _special(metadata: Any) -> PickledObject:
 def _parameter(
     budget: Budget, data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
 ) -> Any:
-    if not isinstance(data, LazyTensor):
+    if not isinstance(data, PickledTensor):
         return PickledObject(global_name="torch._utils._rebuild_parameter", args=(data, requires_grad))
-    return PickledTensor(
-        data.storage, data.dtype, data.shape, data.stride, data.storage_offset, bool(requires_grad)
-    )
+    return data.requiring_grad(bool(requires_grad))
 
 
 def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -82,39 +80,52 @@ def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> A
 
 def _size(budget: Budget, items: Any = ()) -> TorchSize:
     budget.charge(8 * len(items))
-    return TorchSize(_integers(items, "size"))
+    return TorchSize(_integers(budget, items, "size"))
 
 
 def lay_out(
-    base: LazyTensor, dtype: str, offset: Any, shape: Any, stride: Any, requires_grad: Any
+    budget: Budget,
+    base: Any,
+    dtype: str,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any,
 ) -> PickledTensor:
     """A tensor over ``base``'s storage; ``offset`` and ``stride`` count elements of ``dtype``.
 
     Raises `CorruptError` unless every element lies inside the storage.
     """
-    if not isinstance(base, LazyTensor):
+    if not isinstance(base, PickledTensor):
         raise CorruptError("a tensor without a storage")
-    sizes, steps = _integers(shape, "shape"), _integers(stride, "stride")
+    storage = base.storage
+    sizes, steps = _integers(budget, shape, "shape"), _integers(budget, stride, "stride")
     start = _integer(offset, "storage offset")
     if len(sizes) != len(steps):
         raise CorruptError(f"a tensor of {len(sizes)} dimensions with {len(steps)} strides")
     itemsize = ITEMSIZE[dtype]
     if 0 not in sizes:
         last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-        if (last + 1) * itemsize > base.storage.nbytes:
+        if (last + 1) * itemsize > storage.nbytes:
             raise CorruptError(
                 f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
-                f"{base.storage.key!r}, which has {base.storage.nbytes:,}"
+                f"{storage.key!r}, which has {storage.nbytes:,}"
             )
         if math.prod(sizes) > _LARGEST:
             raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
-    return PickledTensor(base.storage, dtype, sizes, steps, start, bool(requires_grad))
+    return PickledTensor(storage, dtype, sizes, steps, start, requires_grad=bool(requires_grad))
 
 
-def _integers(value: Any, what: str) -> tuple[int, ...]:
+def _integers(budget: Budget, value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
         raise CorruptError(f"a tensor whose {what} is no tuple of at most {MAX_DIMENSIONS} integers")
-    return tuple(_integer(item, what) for item in value)
+    for item in value:
+        _integer(item, what)
+    if type(value) is tuple:
+        # The pickle's own, which it may use for many tensors: a copy for each would take memory that nothing counts.
+        return value
+    budget.charge(56 + 8 * len(value))
+    return tuple(value)
 
 
 def _integer(value: Any, what: str) -> int:
