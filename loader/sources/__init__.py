@@ -1,15 +1,20 @@
-"""Turns the trees of a checkpoint's files into `Contents`: its parts, under the names that Composer gives them.
+"""Turns a checkpoint's files into one `Saved`: its parts, under the names that Composer gives them.
 
+`base` defines both sides: `Files` is what a source is handed, `Source` what it must do. `kinds.source_of` finds the
+source that a checkpoint is for, and `Source.open` fetches the files that a `Demand` asks for and reads their indexes.
 Whatever wrote the checkpoint, its parts come out as ``state/model``, ``state/optimizers/CLASS``,
 ``state/schedulers/CLASS`` and so on, so that ``ignore_keys`` and the targets know one vocabulary.
 
-- `single_file.read_layout`: a file that holds everything, as Composer, Lightning or a training script saved it, or a
-  bare state dict.
 - `zero`: a DeepSpeed checkpoint, whose parameters lie in partitions on the ranks that saved it.
+- `single_file`: a file that holds everything, as Composer, Lightning or a training script saved it, or a bare state
+  dict. It takes what no other source recognises.
+
+A further kind of checkpoint is a class with `recognises` and `open` in a module of its own, and an entry in
+`kinds.SOURCES`.
 
 Not guaranteed: no tensor is read and no checksum compared; whether the parts fit the job's model is for the targets to
-find; classes that are not known stay in the parts until `materialize.safe_types` refuses them.
+find; elements that lie in files which were not fetched are in the tensors all the same, as `Unread`; classes that are
+not known stay in the parts until `materialize.safe_types` refuses them.
 
-Imports `formats`, `stores`, `saved`, `template` and `errors`; `zero.files` and `zero.open` also `checkpoint`, `fetch`
-and `targets`, as exceptions that `tests/test_house.py` lists.
+Imports `formats`, `saved` and `errors`; neither torch nor how files are fetched.
 """

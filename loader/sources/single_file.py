@@ -1,4 +1,4 @@
-"""Recognises the layout of a single checkpoint file, and finds the checkpoint's parts in it. Pure.
+"""Opens a checkpoint that is one file for all ranks: recognises its layout, and finds the checkpoint's parts in it.
 
 Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimizers": {CLASS: ...}, ...},
 "rng": [...]}``. `read_layout` tries, in this order: the caller's ``LoadOptions.layout``, Composer's
@@ -9,14 +9,23 @@ Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimiz
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CorruptError, FormatError
-from ..saved.contents import Contents
-from ..saved.values import GlobalName, InertObject, LazyTensor, kind_of
+from ..saved.contents import Saved
+from ..saved.demand import Demand
+from ..saved.node_file import NodeFile
+from ..saved.tensor import SavedTensor
+from ..saved.values import GlobalName, InertObject, kind_of
+from .base import Files
 
-__all__ = ["read_layout", "rng_list"]
+__all__ = ["COMPOSER_STATES", "SingleFile", "read_layout", "rng_list"]
 
+COMPOSER_STATES = "composer_states.pt"
+"""The member of Composer's archives that holds the checkpoint, or of a ZeRO job everything but ZeRO's files."""
+
+_KIND = "monolithic"
 _COMPOSER_KEYS = frozenset(
     {
         "model", "optimizers", "schedulers", "algorithms", "callbacks", "scaler", "timestamp", "rank_zero_seed",
@@ -64,6 +73,39 @@ _Names = tuple[Sequence[str], Sequence[str], str]
 """Class names of this job's optimizers, schedulers and scaler."""
 
 
+class SingleFile:
+    """One torch file for all ranks, as it is or in an archive."""
+
+    def recognises(self, files: Files) -> bool:
+        return not files.in_folder
+
+    def open(self, files: Files, demand: Demand) -> Saved:
+        file = files.first
+        with files.stage("read"):
+            index = files.index(file, _single_member(file) if file.kind == "archive" else "")
+            found = read_layout(
+                index.tree,
+                file=file.source,
+                layout=demand.layout,
+                optimizer_classes=demand.optimizers,
+                scheduler_classes=demand.schedulers,
+                scaler_class=demand.scaler,
+            )
+            return replace(found, name=files.name)
+
+
+def _single_member(file: NodeFile) -> str:
+    if COMPOSER_STATES in file.members:
+        return COMPOSER_STATES
+    if len(file.members) == 1:
+        return file.members[0]
+    shown = ", ".join(file.members[:12]) or "nothing"
+    raise FormatError(
+        f"{file.source}: expected {COMPOSER_STATES}, or one torch file, in the archive; it holds {shown}",
+        path=file.source,
+    )
+
+
 def read_layout(
     tree: Any,
     *,
@@ -72,7 +114,7 @@ def read_layout(
     optimizer_classes: Sequence[str] = (),
     scheduler_classes: Sequence[str] = (),
     scaler_class: str = "GradScaler",
-) -> Contents:
+) -> Saved:
     """The parts of a checkpoint file, given the `tree` of its pickle; `file` is what messages call it.
 
     `layout` is `LoadOptions.layout`. The class names are those of this job's objects: optimizers, schedulers and a
@@ -91,8 +133,8 @@ def read_layout(
     if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
         return _lightning(tree, file, names)
     if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
-        return Contents("state dict", {"model": tree})
-    found = _hand_written(tree, names)
+        return Saved(file, _KIND, "state dict", {"model": tree})
+    found = _hand_written(tree, file, names)
     if found is not None:
         return found
     keys = ", ".join(repr(key) for key in list(tree)[:20]) or "none"
@@ -114,7 +156,7 @@ def _is_composer(tree: Mapping[Any, Any]) -> bool:
     )
 
 
-def _composer(tree: Mapping[str, Any], file: str) -> Contents:
+def _composer(tree: Mapping[str, Any], file: str) -> Saved:
     # Before v0.4.1 the attributes were saved with a leading underscore.
     state = {key[1:] if key.startswith("_") else key: value for key, value in tree["state"].items()}
     for part in ("schedulers", "callbacks", "optimizers", "scaler"):
@@ -126,10 +168,10 @@ def _composer(tree: Mapping[str, Any], file: str) -> Contents:
                     f"{file}: state/{part} is a list, expected pairs of a name and a state", path=file
                 ) from error
     extra = {key: value for key, value in tree.items() if key not in ("state", "rng")}
-    return Contents("composer", state, rng_list(tree.get("rng")), extra)
+    return Saved(file, _KIND, "composer", state, rng_list(tree.get("rng")), extra)
 
 
-def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
+def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Saved:
     optimizers, schedulers, scaler = names
     state: dict[str, Any] = {"model": _tensors(tree["state_dict"], "state_dict", file)}
     taken = {"state_dict"}
@@ -147,7 +189,8 @@ def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Contents:
         if tree.get(key):
             state["scaler"] = {scaler: tree[key]}
             taken.add(key)
-    return Contents("lightning", state, None, {k: v for k, v in tree.items() if k not in taken})
+    extra = {key: value for key, value in tree.items() if key not in taken}
+    return Saved(file, _KIND, "lightning", state, None, extra)
 
 
 def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
@@ -156,7 +199,7 @@ def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
     return value  # not copied: a copy would lose the ``_metadata`` attribute of torch's state dicts
 
 
-def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
+def _hand_written(tree: Mapping[str, Any], file: str, names: _Names) -> Saved | None:
     roles: dict[str, str] = {}
     for role, keys in _ROLE_KEYS.items():
         fitting = [key for key in keys if key in tree and _fits(role, tree[key])]
@@ -167,10 +210,13 @@ def _hand_written(tree: Mapping[str, Any], names: _Names) -> Contents | None:
             roles[role] = fitting[0]
     if "model" not in roles:
         return None
-    return _contents_of({role: tree[key] for role, key in roles.items()}, tree, set(roles.values()), names)
+    state, rng, extra = _parts(
+        {role: tree[key] for role, key in roles.items()}, tree, set(roles.values()), names
+    )
+    return Saved(file, _KIND, "hand-written", state, rng, extra)
 
 
-def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names: _Names) -> Contents:
+def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names: _Names) -> Saved:
     parts: dict[str, Any] = {}
     taken = {key_path for key_path in layout.values() if "/" not in key_path}
     for role, key_path in layout.items():
@@ -196,12 +242,14 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
                 path=file,
             )
         parts[role] = node
-    return _contents_of(parts, tree, taken, names)
+    state, rng, extra = _parts(parts, tree, taken, names)
+    return Saved(file, _KIND, "hand-written", state, rng, extra)
 
 
-def _contents_of(
+def _parts(
     parts: Mapping[str, Any], tree: Mapping[str, Any], taken: set[str], names: _Names
-) -> Contents:
+) -> tuple[dict[str, Any], list[Any] | None, dict[str, Any]]:
+    """State, random states and the rest of a file, given its `parts` by role and the keys `taken` for them."""
     optimizers, schedulers, scaler = names
     state: dict[str, Any] = {}
     if "model" in parts:
@@ -218,7 +266,7 @@ def _contents_of(
     extra = {key: value for key, value in tree.items() if key not in taken}
     if "rng" in parts and rng is None:
         extra["rng"] = parts["rng"]  # in a form that is not known: returned to the caller as it is
-    return Contents("hand-written", state, rng, extra)
+    return state, rng, extra
 
 
 def _fits(role: str, value: Any) -> bool:
@@ -240,13 +288,13 @@ def _is_state_dict(value: Any) -> bool:
         isinstance(value, Mapping)
         and bool(value)
         and all(isinstance(key, str) for key in value)
-        and any(isinstance(item, LazyTensor) for item in value.values())
+        and any(isinstance(item, SavedTensor) for item in value.values())
     )
 
 
 def _is_weight(key: Any, value: Any) -> bool:
     """Whether a state dict can hold `value` under `key`: a tensor, or a module's extra state."""
-    return isinstance(key, str) and (isinstance(value, LazyTensor) or key.endswith("_extra_state"))
+    return isinstance(key, str) and (isinstance(value, SavedTensor) or key.endswith("_extra_state"))
 
 
 def _is_optimizer_state(value: Any) -> bool:

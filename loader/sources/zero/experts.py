@@ -20,14 +20,20 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import CorruptError, LayoutError
-from ...saved.values import LazyTensor
+from ...saved.model_parallel import EXPERTS, ExpertLayer, describe_layers
+from ...saved.tensor import SavedTensor
 from .fields import Field, a_mapping, a_name
 from .file_names import expert_file, expert_optim_file
-from .model_states import EXPERTS, ExpertLayer, ModelStates
+from .model_states import ModelStates
 from .optim_states import OptimStates
 
 ExpertFiles = Mapping[str, tuple[Any, str]]
 """Names of files to (tree, what messages call the file)."""
+
+
+def expert_files(layer: ExpertLayer) -> tuple[str, ...]:
+    """Names, relative to the tag folder, of the files with this rank's experts of `layer`."""
+    return tuple(expert_file(layer.index, expert) for expert in layer.experts)
 
 
 def optimizer_file(layers: Sequence[ExpertLayer]) -> str:
@@ -70,12 +76,6 @@ def _expert_groups(optimizer: Any) -> set[str]:
     }
 
 
-def describe_layers(layers: Iterable[ExpertLayer]) -> str:
-    """The MoE layers as messages list them: four at most, and how many more there are."""
-    each = [f"{layer.name}: {layer.num_experts} experts, ep_size {layer.ep_size}" for layer in layers]
-    return "; ".join(each[:4]) + (f"; and {len(each) - 4} more layers" if len(each) > 4 else "")
-
-
 def _described_counts(counts: Sequence[int]) -> str:
     if not counts:
         return "a module without MoE layers"
@@ -86,7 +86,7 @@ def _described_counts(counts: Sequence[int]) -> str:
 def with_experts(model: ModelStates, layers: Sequence[ExpertLayer], files: ExpertFiles) -> ModelStates:
     """Rank 0's model file with this rank's experts added to its module, under the names that they have on this rank.
 
-    `files` are `ExpertLayer.files` of all `layers`, and, where stage 0's optimizer is wanted, `optimizer_file`.
+    `files` are the `expert_files` of all `layers`, and, where stage 0's optimizer is wanted, `optimizer_file`.
     Raises `CorruptError` where a file holds another expert's parameters, or tensors of other shapes.
     """
     module = dict(model.module)
@@ -100,7 +100,7 @@ def with_experts(model: ModelStates, layers: Sequence[ExpertLayer], files: Exper
                 prefix, name = _localised(a_name(key, place), expert, local, place)
                 if experts.setdefault(prefix, layer) is not layer or name in module:
                     raise place.wrong(f"what no other file holds, beside {name}", key)
-                if name in shapes and not (isinstance(value, LazyTensor) and value.shape == shapes[name]):
+                if name in shapes and not (isinstance(value, SavedTensor) and value.shape == shapes[name]):
                     raise place.at(key).wrong(
                         f"a tensor of shape {shapes[name]}, as param_shapes tells", value
                     )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CorruptError
-from ...saved.values import InertObject, LazyTensor, kind_of
+from ...saved.tensor import SavedTensor
+from ...saved.values import InertObject, kind_of
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def a_name(value: Any, place: Field) -> str:
     return str(value)
 
 
-def a_tensor(value: Any, place: Field) -> LazyTensor:
-    if not isinstance(value, LazyTensor):
+def a_tensor(value: Any, place: Field) -> SavedTensor:
+    if not isinstance(value, SavedTensor):
         raise place.wrong("a tensor", value)
     return value
 
@@ -79,7 +80,7 @@ def enum_value(value: Any, place: Field) -> int:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, LazyTensor):
+    if isinstance(value, SavedTensor):
         return f"a {value.dtype} tensor of shape {value.shape}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__.lower()} of {len(value)}"

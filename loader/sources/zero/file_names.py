@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+ZERO_FOLDER = "deepspeed"
+"""The folder inside Composer's archives that holds these files."""
+
 WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"
 """The model file of stages 0 to 2: one for all ranks (of a model that is not split)."""
 
@@ -66,7 +69,7 @@ def optim_namings(*, bf16: bool | None = None) -> Iterator[OptimNaming]:
 
 @dataclass(frozen=True)
 class Needed:
-    """The files that one rank of a job reads, as saved ranks and names of experts' files."""
+    """The files that one rank of a job reads, as saved ranks and as names of those that are not numbered by rank."""
 
     models: frozenset[int] = frozenset({0})
     """Saved ranks of model files; below stage 3 there is one file, which is rank 0's."""
@@ -74,19 +77,32 @@ class Needed:
     """Saved ranks of optimizer files."""
     experts: frozenset[str] = frozenset()
     """Names of experts' files, which are numbered by layer and expert instead of by rank."""
+    layers: frozenset[str] = frozenset()
+    """Names of the files of a pipeline stage's layers."""
 
     def __or__(self, other: Needed) -> Needed:
-        return Needed(self.models | other.models, self.optims | other.optims, self.experts | other.experts)
+        return Needed(
+            self.models | other.models,
+            self.optims | other.optims,
+            self.experts | other.experts,
+            self.layers | other.layers,
+        )
 
     def __sub__(self, other: Needed) -> Needed:
-        return Needed(self.models - other.models, self.optims - other.optims, self.experts - other.experts)
+        return Needed(
+            self.models - other.models,
+            self.optims - other.optims,
+            self.experts - other.experts,
+            self.layers - other.layers,
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.models or self.optims or self.experts)
+        return bool(self.models or self.optims or self.experts or self.layers)
 
     def files(self, *, partitioned: bool, naming: OptimNaming | None, part: int = 0) -> tuple[str, ...]:
-        """The files' names, relative to the tag folder: model files, optimizer files, experts', each in order."""
+        """The files' names, relative to the tag folder: model files, optimizer files, experts', layers', each in
+        order."""
         names = [model_file(rank, partitioned=partitioned, part=part) for rank in sorted(self.models)]
         if naming is not None:
             names += [naming.name(rank, part) for rank in sorted(self.optims)]
-        return tuple(dict.fromkeys([*names, *sorted(self.experts)]))
+        return tuple(dict.fromkeys([*names, *sorted(self.experts), *sorted(self.layers)]))

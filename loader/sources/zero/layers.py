@@ -9,26 +9,17 @@ DeepSpeed's ``PipelineModule.ckpt_layer_path`` (``runtime/pipe/module.py``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ...errors import LayoutError
+from ...saved.model_parallel import LayerFile
 from .fields import Field, a_mapping, a_name, a_tensor
 from .model_states import ModelStates
 
 
-@dataclass(frozen=True)
-class LayerFile:
-    """A layer file that a stage reads, and the layer's place in the stage's module."""
-
-    name: str
-    """Relative to the tag folder."""
-    prefix: str
-    """What its names begin with in the stage's module, such as ``3.`` or ``tied_modules.embed.``."""
-
-
 def read_layer(tree: Any, *, file: str) -> dict[str, Any]:
-    """A layer's state dict, lazy. Raises `CorruptError` where it is none."""
+    """A layer's state dict, of which no tensor was read. Raises `CorruptError` where it is none."""
     top = Field(file)
     return {a_name(name, top): value for name, value in a_mapping(tree, top).items()}
 

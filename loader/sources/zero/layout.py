@@ -5,10 +5,10 @@ One rank's files are enough: ``param_shapes`` gives the order of the parameters,
 the rest (``param_slice_mappings`` is not used: it is wrong with ``round_robin_gradients``). N ranks saved:
 
 * Stages 1, 2: a group is its parameters one after the other, each followed by its alignment padding (which only an
-  optimizer file holds). The group is padded to a multiple of 2 * N and cut into N equal partitions
-  (`padded_partition`). A group of experts is cut over fewer ranks: those that had the same experts (`experts`).
-* Stage 3: each parameter is cut by itself into N shares of ceil(numel / N), the last ones padded (`padded_share`). A
-  rank's flat tensor is its shares of a subgroup's parameters, one after the other.
+  optimizer file holds). The group is padded to a multiple of 2 * N and cut into N equal partitions (`partitions.cut`).
+  A group of experts is cut over fewer ranks: those that had the same experts (`experts`).
+* Stage 3: each parameter is cut by itself into N shares of ceil(numel / N), the last ones padded (`partitions.shares`).
+  A rank's flat tensor is its shares of a subgroup's parameters, one after the other.
 * Stage 0: each parameter has a tensor of its own, in the optimizer's order; only the job's optimizer has their names.
 
 The rules are those of ``flatten_dense_tensors_aligned`` with ``nccl_start_alignment_factor`` = 2
@@ -19,13 +19,15 @@ The rules are those of ``flatten_dense_tensors_aligned`` with ``nccl_start_align
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import CorruptError, LayoutError
-from ...saved.intervals import CoverageError, Piece, Place, cut
+from ...saved.demand import Shape
+from ...saved.partitions import Slot, cut, padded_partition, padded_share, shares
+from ...saved.regions import CoverageError, Run
 from .experts import group_ranks
-from .model_states import ModelStates, Shape
+from .model_states import ModelStates
 from .optim_states import MASTER, OptimStates
 
 FROZEN_GROUP = -1
@@ -82,23 +84,59 @@ class ZeroCheckpoint:
         """The parameter called `name`, or that `name` is an alias of."""
         return self.parameters.get(self.aliases.get(name, name))
 
-    def pieces(self, name: str) -> list[Piece]:
-        """Where the parameter's elements lie: on which saved rank, in which flat tensor, from which element on.
+    def pieces(self, name: str, ranks: Collection[int] | None = None) -> list[Slot]:
+        """Where the parameter's elements lie, in their order: on which saved rank, and from which element on there.
 
-        The same for every kind. A frozen parameter of stage 3 lies in each rank's fragment: its pieces have
-        `FROZEN_GROUP` as ``place.group``. Raises `KeyError` for a name that is not known, or that the model file has
-        whole, and `CoverageError` where the parameter reaches beyond its group.
+        The same for every kind; the flat tensor is the one that `SavedParameter.group` says. With `ranks`, only what
+        these have. A frozen parameter of stage 3 lies in each rank's fragment of it. Raises `KeyError` for a name that
+        is not known, or that the model file has whole, and `CoverageError` where the parameter reaches beyond its
+        group.
         """
+        found = self._in_partitions(name)
+        if self.stage == 0:
+            slots = [Slot(0, 0, Run(0, found.numel))] if found.numel else []
+        elif self.partitioned:
+            return shares(
+                found.numel, self.world_size, found.offset, None if ranks is None else sorted(ranks)
+            )
+        else:
+            over = self._ranks_of(found)
+            slots = cut(found.offset, found.numel, self.partition_numel[found.group], len(over), over)
+        return slots if ranks is None else [slot for slot in slots if slot.rank in ranks]
+
+    def holders(self, name: str, run: Run) -> Sequence[int]:
+        """The saved ranks that have elements of the `run` of a parameter, in the elements' order; none is looked up.
+
+        Raises as `pieces`, and `CoverageError` where the run is not inside the parameter.
+        """
+        found = self._in_partitions(name)
+        if run.stop > found.numel:
+            raise CoverageError(
+                f"element {found.numel} of the parameter is wanted and lies in no saved piece"
+            )
+        if not run.length:
+            return ()
+        if self.stage == 0:
+            return (0,)
+        if self.partitioned:
+            over: Sequence[int] = range(self.world_size)
+            first, size = run.start, padded_share(found.numel, self.world_size)
+        else:
+            over = self._ranks_of(found)
+            first, size = found.offset + run.start, self.partition_numel[found.group]
+        last = first + run.length - 1
+        if last >= size * len(over):
+            raise CoverageError(f"element {run.stop - 1} of the parameter lies beyond its group's partitions")
+        return over[first // size : last // size + 1]
+
+    def _in_partitions(self, name: str) -> SavedParameter:
         found = self.find(name)
         if found is None or (found.frozen and not self.partitioned):
             raise KeyError(name)
-        if self.stage == 0:
-            return [Piece(Place(0, found.group), 0, 0, found.numel)] if found.numel else []
-        if self.partitioned:
-            return share_pieces(found.numel, self.world_size, found.group, found.offset)
-        ranks = self.group_ranks[found.group] if self.group_ranks else range(self.world_size)
-        numel = self.partition_numel[found.group]
-        return cut(found.offset, found.numel, numel, len(ranks), found.group, ranks)
+        return found
+
+    def _ranks_of(self, parameter: SavedParameter) -> Sequence[int]:
+        return self.group_ranks[parameter.group] if self.group_ranks else range(self.world_size)
 
 
 def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckpoint:
@@ -213,19 +251,6 @@ def _offsets_in_shares(
     return parameters, numels
 
 
-def padded_partition(numel: int, ranks: int) -> int:
-    """Stages 1, 2: elements of each partition, padding included, of a group that is cut over `ranks` ranks.
-
-    The group's `numel` elements, alignment paddings included, are padded to the next multiple of 2 * `ranks`.
-    """
-    return 2 * -(-numel // (2 * ranks))
-
-
-def padded_share(numel: int, world_size: int) -> int:
-    """Stage 3: elements of each rank's share, padding included, of a parameter of `numel` elements."""
-    return -(-numel // world_size)
-
-
 def _check_tensors(optim: OptimStates, numels: Sequence[int]) -> None:
     """Raises `CorruptError` unless every flat tensor has the size that the rules give, or that less its padding."""
     for index, expected in enumerate(numels):
@@ -241,18 +266,6 @@ def _check_tensors(optim: OptimStates, numels: Sequence[int]) -> None:
                     f"({expected},)" + (f" or ({expected - padding},)" if padding else ""),
                     path=optim.file,
                 )
-
-
-def share_pieces(numel: int, world_size: int, group: int, offset: int) -> list[Piece]:
-    """Stage 3: where a parameter's elements lie, given its `offset` in every rank's flat tensor.
-
-    Rank r has elements [r * p, (r + 1) * p), where p is `padded_share`; its padding is in no piece.
-    """
-    share = padded_share(numel, world_size)
-    return [
-        Piece(Place(rank, group), offset, rank * share, min(share, numel - rank * share))
-        for rank in range(-(-numel // share) if share else 0)
-    ]
 
 
 def named_by_optimizer(
@@ -290,28 +303,3 @@ def named_by_optimizer(
                 )
         parameters[name] = SavedParameter(name, shape, index, 0)
     return replace(checkpoint, parameters=parameters)
-
-
-def check_pieces(checkpoint: ZeroCheckpoint, optim: OptimStates, rank: int) -> None:
-    """Checks that the tensors of saved rank `rank`, in `optim`, hold every element that the layout places in them.
-
-    Raises `CorruptError`, naming file, kind and parameter.
-    """
-    for name, parameter in checkpoint.parameters.items():
-        if parameter.frozen:
-            continue
-        try:
-            pieces = checkpoint.pieces(name)
-        except CoverageError as error:
-            raise CorruptError(f"{optim.file}: {name}: {error}", path=optim.file) from error
-        for piece in pieces:
-            if piece.place.rank != rank:
-                continue
-            for kind, tensors in optim.tensors.items():
-                tensor = tensors.get(piece.place.group)
-                if tensor is not None and tensor.numel < piece.start + piece.length:
-                    raise CorruptError(
-                        f"{optim.file}: {kind} of flat tensor {piece.place.group} has {tensor.numel} elements, but "
-                        f"{name} reaches to {piece.start + piece.length}",
-                        path=optim.file,
-                    )

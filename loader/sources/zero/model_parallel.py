@@ -8,69 +8,11 @@ partitioned over the data-parallel ranks that have it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import LayoutError
+from ...saved.model_parallel import ParallelLayout
 from .fields import Field, a_count, a_mapping
-
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """How a model is split into parts."""
-
-    parts: int = 1
-    """DeepSpeed's ``mp_world_size``."""
-    stages: int | None = 1
-    """Of the pipeline; None where the file does not record it."""
-    tensor: int | None = 1
-    """Ranks that share each tensor; None where the file does not record it."""
-    pipeline: bool = False
-    """Whether weights are in a file for each layer of the pipeline, whatever the number of stages."""
-
-    @property
-    def split(self) -> bool:
-        """Whether there are several parts, or a pipeline."""
-        return self.parts > 1 or self.pipeline
-
-    def __str__(self) -> str:
-        if not self.split:
-            return "neither pipeline stages nor tensor parallelism"
-        if self.stages is None or self.tensor is None:
-            return f"{self.parts} model-parallel ranks{' of a pipeline' * self.pipeline}"
-        return (
-            f"{self.stages} pipeline stage{'s' * (self.stages != 1)} and tensor-parallel size {self.tensor}"
-        )
-
-    def fits(self, other: ParallelLayout) -> bool:
-        """Whether both are split alike; what either does not record counts as equal."""
-        return (
-            self.parts == other.parts
-            and self.pipeline == other.pipeline
-            and (self.stages == other.stages or None in (self.stages, other.stages))
-            and (self.tensor == other.tensor or None in (self.tensor, other.tensor))
-        )
-
-    def has_layers_of(self, other: ParallelLayout) -> bool:
-        """Whether the layer files of `other` serve this layout too: both pipelines without tensor parallelism."""
-        return self.pipeline and other.pipeline and self.tensor == other.tensor == 1
-
-
-UNSPLIT = ParallelLayout()
-"""The layout of a model that every data-parallel rank has as a whole."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """A rank's part of the model, and its place in the data-parallel group that partitions this part."""
-
-    rank: int
-    """Within the data-parallel group."""
-    world_size: int
-    """Of the data-parallel group."""
-    part: int = 0
-    """DeepSpeed's ``mp_rank``."""
-    layout: ParallelLayout = UNSPLIT
 
 
 def saved_layout(tree: Mapping[Any, Any], top: Field) -> ParallelLayout:

@@ -12,15 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import FormatError, LayoutError
-from ...saved.values import LazyTensor
+from ...saved.demand import Shape
+from ...saved.model_parallel import EXPERTS, UNSPLIT, ExpertLayer, ParallelLayout
+from ...saved.tensor import SavedTensor
 from .fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
-from .file_names import expert_file
-from .model_parallel import UNSPLIT, ParallelLayout, saved_layout
-
-Shape = tuple[int, ...]
-
-EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
-"""In parameters' names, what stands between the MoE layer's name and the expert's number."""
+from .model_parallel import saved_layout
 
 _OWN_KEYS = frozenset(
     {
@@ -35,40 +31,14 @@ _OWN_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
-class ExpertLayer:
-    """An MoE layer of this job's module, and which of its experts this rank has."""
-
-    name: str
-    index: int
-    """Its number among the module's MoE layers, as in the files' names."""
-    num_experts: int
-    """Over all ranks."""
-    ep_size: int
-    """Ranks that the experts are spread over."""
-    ep_rank: int
-    """This rank's place among them."""
-
-    @property
-    def experts(self) -> range:
-        """Numbers, over all ranks, of this rank's experts; its module numbers the same experts from 0 on."""
-        count = self.num_experts // self.ep_size
-        return range(self.ep_rank * count, (self.ep_rank + 1) * count)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names, relative to the tag folder, of the files with this rank's experts."""
-        return tuple(expert_file(self.index, expert) for expert in self.experts)
-
-
-@dataclass(frozen=True)
 class ModelStates:
-    """The entries of one ``model_states`` file; tensors are lazy."""
+    """The entries of one ``model_states`` file; none of its tensors was read."""
 
     file: str
     world_size: int
     """Data-parallel ranks that saved."""
     module: dict[str, Any]
-    """Names to lazy tensors, or to modules' extra state. Where `partitioned`, parameters are empty tensors. Of a
+    """Names to tensors, or to modules' extra state. Where `partitioned`, parameters are empty tensors. Of a
     pipeline's stage nothing, until `layers.with_layers` has filled it."""
     buffer_names: frozenset[str]
     param_shapes: tuple[dict[str, Shape], ...] | None
@@ -76,7 +46,7 @@ class ModelStates:
     shared: dict[str, str]
     """Alias to owner, for tied parameters; in rank 0's file only."""
     frozen_shapes: dict[str, Shape]
-    frozen_fragments: dict[str, LazyTensor]
+    frozen_fragments: dict[str, SavedTensor]
     """The frozen parameters themselves; where `partitioned`, the padded share of the rank that saved the file."""
     optimizer: Any
     """Stage 0: the whole optimizer's state, not checked yet. None otherwise."""
@@ -197,7 +167,7 @@ def _names(value: Any, place: Field) -> dict[str, str]:
     return {a_name(alias, place): a_name(owner, place.at(alias)) for alias, owner in found.items()}
 
 
-def _tensors(value: Any, place: Field) -> dict[str, LazyTensor]:
+def _tensors(value: Any, place: Field) -> dict[str, SavedTensor]:
     found = a_mapping({} if value is None else value, place)
     return {a_name(name, place): a_tensor(tensor, place.at(name)) for name, tensor in found.items()}
 

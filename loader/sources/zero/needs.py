@@ -1,8 +1,8 @@
-"""Works out which saved ranks' files a rank reads, from the layout alone and before they are fetched. Pure.
+"""Works out which saved ranks' files a rank reads, from layout and demand alone and before they are fetched. Pure.
 
 At stage 3 rank 0's model file is enough to know where every element lies. At stages 1 and 2 it lacks the alignment
 paddings, which every optimizer file holds. So a rank first reads one optimizer file, the one that it most likely needs
-anyway (`likeliest`, in `own_files`), and then works out the others (`files_of_slots`).
+anyway (`likeliest`, in `own_files`), and then works out the others (`wanted_runs`, `files_of_runs`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ...errors import LayoutError
-from ...saved.intervals import CoverageError, Piece, intersect
+from ...saved.demand import Demand
+from ...saved.names import match_names
+from ...saved.regions import CoverageError, Run
+from ...saved.tensor import SavedTensor
 from .file_names import Needed
-from .layout import FROZEN_GROUP, ZeroCheckpoint
+from .layout import ZeroCheckpoint
+from .model_states import ModelStates
 
 
 def likeliest(rank: int, world_size: int, saved_world_size: int) -> int:
@@ -40,24 +44,49 @@ def all_files(saved_world_size: int, *, partitioned: bool, with_optimizer: bool)
     return Needed(ranks if partitioned else frozenset({0}), ranks if with_optimizer else frozenset())
 
 
-def files_of_slots(checkpoint: ZeroCheckpoint, wanted: Mapping[str, Iterable[Piece]]) -> Needed:
+def wanted_runs(demand: Demand, checkpoint: ZeroCheckpoint, model: ModelStates) -> dict[str, list[Run]]:
+    """The elements of each saved parameter that this rank restores from the saved ranks' partitions.
+
+    Those are what the optimizer updates here; where the module's weights do not come whole from the model file as they
+    are, also what the module computes with. `model` is rank 0's model file; parameters that only the optimizer's files
+    have count as well. Parameters that do not fit are left out here, and reported by the target's plan.
+    """
+    in_no_layer = (
+        name for name, one in checkpoint.parameters.items() if name not in model.module and not one.frozen
+    )
+    match = match_names([*model.module, *in_no_layer], demand.names, demand.rename)
+    wanted: dict[str, list[Run]] = {}
+    for saved_name, name in match.target_of.items():
+        asked = (demand.parameters or {}).get(demand.aliases.get(name, name))
+        parameter = checkpoint.find(saved_name)
+        if parameter is None or asked is None or parameter.shape != asked.shape:
+            continue
+        runs = wanted.setdefault(parameter.name, [])
+        runs += asked.updated
+        saved = model.module.get(saved_name)
+        # A module of another dtype than saved gets its weights cast from the fp32 masters.
+        whole = isinstance(saved, SavedTensor) and saved.dtype == asked.dtype
+        if checkpoint.partitioned or not whole:
+            runs += asked.computed
+    return wanted
+
+
+def files_of_runs(checkpoint: ZeroCheckpoint, wanted: Mapping[str, Iterable[Run]]) -> Needed:
     """The files of the saved ranks that hold any element of `wanted`.
 
-    `wanted` maps parameters of the checkpoint to the slots that this rank keeps of them. Slots may overlap, since the
-    same elements may go to more than one place. Parameters that are whole in the model file need no further file.
-    Raises `LayoutError` for elements that no saved rank has.
+    `wanted` maps parameters of the checkpoint to what this rank keeps of them. Runs may overlap, since the same
+    elements may go to more than one place. Parameters that are whole in the model file need no further file. Raises
+    `LayoutError` for elements that no saved rank has.
     """
     models: set[int] = set()
     optims: set[int] = set()
-    for name, slots in wanted.items():
+    for name, runs in wanted.items():
         parameter = checkpoint.find(name)
         if parameter is None or checkpoint.stage == 0 or (parameter.frozen and not checkpoint.partitioned):
             continue
         try:
-            pieces = checkpoint.pieces(name)
-            copies = [copy for slot in slots for copy in intersect(pieces, [slot])]
+            for run in runs:
+                (models if parameter.frozen else optims).update(checkpoint.holders(name, run))
         except CoverageError as error:
             raise LayoutError(f"{name}: {error}") from error
-        for copy in copies:
-            (models if copy.source.group == FROZEN_GROUP else optims).add(copy.source.rank)
     return Needed(frozenset(models), frozenset(optims))

@@ -1,6 +1,7 @@
-"""Opens the files of a ZeRO checkpoint that this rank needs, from a folder or from archives, and joins their contents.
+"""Opens a ZeRO checkpoint: fetches the files that this rank needs, from a folder or from archives, and joins them.
 
-In order: `ZeroFiles.open` (the first model file), `gather_files` (all the others), `zero_parts` (contents and layout).
+`Zero.open` does, in order: `ZeroFiles.begin` (the first model file), `gather_files` (all the others),
+`contents.zero_contents` (their layout) and `tree.zero_saved` (its parts).
 """
 
 from __future__ import annotations
@@ -9,26 +10,61 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...checkpoint import Opening
 from ...errors import NotFoundError
-from ...formats.torch_file import FileIndex
-from ...saved.contents import Contents
-from ...stores.locate import MODEL_STATES
-from ...targets.deepspeed.engine import engine_classes, engine_target, is_deepspeed_engine, name_parameters
-from ...targets.deepspeed.parallel import engine_position, expert_layers, layer_files
-from ...targets.deepspeed.target import wanted_slots
-from ...targets.state import optimizer_classes, scheduler_classes
-from ..single_file import rng_list
-from .contents import ZeroContents, zero_contents, zero_tree
-from .experts import check_experts, optimizer_file, with_experts
-from .file_names import Needed, model_file, optim_namings
-from .files import ZeroSource
-from .layers import LayerFile, check_layers, read_layer, with_layers
+from ...saved.contents import Saved
+from ...saved.demand import Demand
+from ...saved.model_parallel import Position
+from ..base import Files
+from ..single_file import COMPOSER_STATES, read_layout
+from .contents import zero_contents
+from .experts import check_experts, expert_files, optimizer_file, with_experts
+from .file_names import ZERO_FOLDER, Needed, model_file, optim_namings
+from .files import ArchiveSource, FolderSource, ZeroSource
+from .layers import check_layers, read_layer, with_layers
 from .layout import zero_checkpoint
-from .model_parallel import Position, check_layout, check_model_part
-from .model_states import ExpertLayer, ModelStates, read_model_states
-from .needs import all_files, files_of_slots, own_files
+from .model_parallel import check_layout, check_model_part
+from .model_states import ModelStates, read_model_states
+from .needs import all_files, files_of_runs, own_files, wanted_runs
 from .optim_states import OptimStates, read_optim_states
+from .tree import zero_saved
+
+
+class Zero:
+    """A DeepSpeed checkpoint: its folder, or Composer's archives, each with the files of one saved rank."""
+
+    def recognises(self, files: Files) -> bool:
+        first = files.first
+        return files.in_folder or (
+            first.kind == "archive" and any(member.startswith(f"{ZERO_FOLDER}/") for member in first.members)
+        )
+
+    def open(self, files: Files, demand: Demand) -> Saved:
+        source: ZeroSource = FolderSource(files) if files.in_folder else ArchiveSource(files)
+        with files.stage("read first"):
+            zero = ZeroFiles.begin(source, demand, name=files.name)
+        gather_files(files, zero)
+        with files.stage("read states"):
+            contents = zero_contents(zero.models, zero.optims, weights_only=demand.weights_only)
+            saved = zero_saved(contents, zero.demand, name=files.name)
+            return saved if files.in_folder else _of_archives(files, saved, demand)
+
+
+def _of_archives(files: Files, saved: Saved, demand: Demand) -> Saved:
+    """DeepSpeed's parts and Composer's own; of a part that both have, DeepSpeed's, and Composer's random states."""
+    # Composer gathers all ranks' random states into the first archive.
+    saved = replace(saved, kind="composer-zero", rng_per_rank=False)
+    if COMPOSER_STATES not in files.first.members or demand.weights_only:
+        return saved
+    index = files.index(files.first, COMPOSER_STATES)
+    composer = read_layout(index.tree, file=index.name)
+    schedulers = {**composer.state.get("schedulers", {}), **saved.state.get("schedulers", {})}
+    return replace(
+        saved,
+        layout="composer",
+        state={**composer.state, **saved.state, "schedulers": schedulers},
+        rng=composer.rng if composer.rng is not None else saved.rng,
+        extra={**saved.extra, **composer.extra},
+    )
 
 
 @dataclass
@@ -38,55 +74,39 @@ class ZeroFiles:
     Of a model that is split, they are those of this rank's part; `head` may be of another part.
     """
 
-    name: str
-    """What messages call the checkpoint."""
     source: ZeroSource
-    position: Position
-    """This rank's in the job."""
+    demand: Demand
+    """Its position has the part of the model whose files this rank reads."""
     head: ModelStates
     """The model file that was read first, with how the model was split."""
     models: dict[int, ModelStates] = field(default_factory=dict)
+    """Once experts' files are read, entry 0 has this rank's experts; so with a pipeline's layer files."""
     optims: dict[int, OptimStates] = field(default_factory=dict)
-    indexes: list[FileIndex] = field(default_factory=list)
-    expert_layers: tuple[ExpertLayer, ...] = ()
-    """This job's MoE layers; once their files are read, model file 0 has this rank's experts."""
     experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Experts' files that were read: name to (tree, what messages call it)."""
-    layers: tuple[LayerFile, ...] = ()
-    """The layer files of this rank's pipeline stage."""
+    layers: frozenset[str] = frozenset()
+    """Names of the layer files that were read."""
 
     @classmethod
-    def open(cls, source: ZeroSource, *, name: str, opening: Opening) -> ZeroFiles:
-        """Reads the first model file, which `source` has fetched.
+    def begin(cls, source: ZeroSource, demand: Demand, *, name: str) -> ZeroFiles:
+        """Reads the first model file, which `source` has; messages call the checkpoint `name`.
 
         Raises `NotFoundError` where there is none, `LayoutError` where the model was split in another way than this
         job's.
         """
-        for candidate in MODEL_STATES:
-            found = source.find(candidate)
-            if found is not None:
-                index = source.index(*found)
-                first = read_model_states(index.tree, file=found[1])
-                position = _position(opening, first)
-                if position.part:
-                    return cls(name, source, position, first, {}, {}, [replace(index, storages=())])
-                return cls(name, source, position, first, {0: first}, {}, [index])
-        raise NotFoundError(f"{name} has no {' or '.join(MODEL_STATES)}", path=name)
+        names = [model_file(0, partitioned=partitioned) for partitioned in (False, True)]
+        for candidate in names:
+            index = source.index(candidate)
+            if index is not None:
+                head = read_model_states(index.tree, file=index.name)
+                demand = replace(demand, position=_position(demand, head))
+                return cls(source, demand, head, {} if demand.position.part else {0: head})
+        raise NotFoundError(f"{name} has no {' or '.join(names)}", path=name)
 
     @property
     def first(self) -> ModelStates:
         """The model file of saved rank 0 of this rank's part; `head` until it is read."""
         return self.models.get(0, self.head)
-
-    @property
-    def world_size(self) -> int:
-        """Data-parallel ranks that saved."""
-        return self.first.world_size
-
-    @property
-    def ranks(self) -> int:
-        """All ranks that saved."""
-        return self.world_size * self.first.layout.parts
 
     @property
     def stage(self) -> int:
@@ -95,63 +115,56 @@ class ZeroFiles:
             return 3
         return 0 if self.first.param_shapes is None else 1
 
-    def has_optimizer_files(self, *, weights_only: bool) -> bool:
+    @property
+    def with_optimizer(self) -> bool:
         """Whether this load needs files of the optimizer."""
-        return self.stage == 3 or (self.stage > 0 and not weights_only)
+        return self.stage == 3 or (self.stage > 0 and not self.demand.weights_only)
 
     def fetch(self, needed: Needed, stage: str) -> None:
-        """Fetches what is `needed` and was not read, and this pipeline stage's layer files. Every rank must call."""
-        self.source.fetch(
-            needed - self.held,
-            stage,
-            saved_world_size=self.world_size,
-            partitioned=self.first.partitioned,
-            part=self.position.part,
-            layers=[layer.name for layer in self.layers],
-        )
+        """Fetches what is `needed` and was not read. Every rank must call."""
+        self.source.fetch(needed - self.held, stage, first=self.first, part=self.demand.position.part)
 
     def read(self, needed: Needed) -> None:
-        """Reads the indexes of the fetched files that are `needed` and were not read, and of the layer files.
+        """Reads the indexes of the fetched files that are `needed` and were not read.
 
         Raises `NotFoundError` where a file is not among the fetched ones, naming those that are, and what the readers
         of the files raise.
         """
-        missing = needed - self.held
+        missing, part = needed - self.held, self.demand.position.part
         for rank in sorted(missing.models):
-            names = [model_file(rank, partitioned=self.head.partitioned, part=self.position.part)]
+            names = [model_file(rank, partitioned=self.head.partitioned, part=part)]
             self.models[rank] = self._read(names, read_model_states)
         for rank in sorted(missing.optims):
-            names = [naming.name(rank, self.position.part) for naming in optim_namings(bf16=self.first.bf16)]
+            names = [naming.name(rank, part) for naming in optim_namings(bf16=self.first.bf16)]
             self.optims[rank] = self._read(names, read_optim_states)
         if missing.models:
             check_model_part(self.head, self.first)
         for name in sorted(missing.experts):
             self.experts[name] = self._read([name], lambda tree, file: (tree, file))
         if missing.experts:
-            self.models[0] = with_experts(self.first, self.expert_layers, self.experts)
-        if self.layers and not self.first.module:
-            layers = [(layer, *self._read([layer.name], _layer)) for layer in self.layers]
+            self.models[0] = with_experts(self.first, self.demand.experts, self.experts)
+        if missing.layers:
+            layers = [(layer, *self._read([layer.name], _layer)) for layer in self.demand.layers]
             self.models[0] = with_layers(self.first, layers)
+            self.layers = missing.layers
 
     @property
     def held(self) -> Needed:
         """The files that were read so far."""
-        return Needed(frozenset(self.models), frozenset(self.optims), frozenset(self.experts))
+        return Needed(frozenset(self.models), frozenset(self.optims), frozenset(self.experts), self.layers)
 
     def _read(self, names: list[str], reader: Callable[..., Any]) -> Any:
         """What `reader` makes of the first of `names` that was fetched."""
         for name in names:
-            found = self.source.find(name)
-            if found is not None:
-                index = self.source.index(*found)
-                self.indexes.append(index)
-                return reader(index.tree, file=found[1])
-        files = self.source.files
+            index = self.source.index(name)
+            if index is not None:
+                return reader(index.tree, file=index.name)
+        held = self.source.held
         among = "; ".join(
-            f"{file.source}" + (f" ({', '.join(file.members[:8])})" if file.members else "") for file in files
+            f"{file.source}" + (f" ({', '.join(file.members[:8])})" if file.members else "") for file in held
         )
         raise NotFoundError(
-            f"this rank needs {' or '.join(names)}, which is not in {among}", path=files[0].source
+            f"this rank needs {' or '.join(names)}, which is not in {among}", path=held[0].source
         )
 
 
@@ -159,102 +172,65 @@ def _layer(tree: Any, *, file: str) -> tuple[dict[str, Any], str]:
     return read_layer(tree, file=file), file
 
 
-def _position(opening: Opening, first: ModelStates) -> Position:
+def _position(demand: Demand, first: ModelStates) -> Position:
     """This rank's part of the model and place in its data-parallel group; checks that they fit the saved layout."""
-    model, topology = getattr(opening.request.state, "model", None), opening.session.topology
-    live = is_deepspeed_engine(model)
-    position = engine_position(model) if live else Position(topology.rank, topology.world_size)
-    if opening.request.weights_only and position.layout.has_layers_of(first.layout):
+    position = demand.position
+    if demand.weights_only and position.layout.has_layers_of(first.layout):
         # The layer files hold all weights, and do not depend on how many stages there were.
         return replace(position, part=0)
-    check_layout(first.layout, first.file, position.layout, engine=live)
+    check_layout(first.layout, first.file, position.layout, engine=demand.in_parts)
     return position
 
 
-def gather_files(opening: Opening, zero: ZeroFiles) -> None:
+def gather_files(files: Files, zero: ZeroFiles) -> None:
     """Fetches and reads all files that this rank restores from. Every rank must call.
 
-    Which elements a DeepSpeed engine holds on this rank is known, so that only the files of the saved ranks that have
-    them are fetched: in two steps, see `needs`. For any other target the files of all saved ranks are.
+    Where it is known which elements this rank keeps (``demand.in_parts``), only the files of the saved ranks that have
+    them are fetched: in two steps, see `needs`. Else the files of all saved ranks are.
     """
-    request, position, stages = opening.request, zero.position, opening.stages
-    with_optimizer = zero.has_optimizer_files(weights_only=request.weights_only)
-    partitioned, saved = zero.first.partitioned, zero.world_size
-    if with_optimizer:
-        zero.source.locate_optimizer(bf16=zero.first.bf16)
-    engine = getattr(request.state, "model", None)
-    experts = _expert_files(opening, zero)
-    if position.layout.pipeline:
-        zero.layers = layer_files(request.state.model.module)
-    if is_deepspeed_engine(engine):
-        needed = own_files(
+    demand, first, position = zero.demand, zero.first, zero.demand.position
+    if zero.with_optimizer:
+        zero.source.locate_optimizer(bf16=first.bf16)
+    needed = _expert_files(files, zero) | Needed(
+        frozenset(), layers=frozenset(layer.name for layer in demand.layers)
+    )
+    partitioned, with_optimizer = first.partitioned, zero.with_optimizer
+    if demand.in_parts:
+        needed |= own_files(
             position.rank,
             position.world_size,
-            saved,
+            first.world_size,
             partitioned=partitioned,
             with_optimizer=with_optimizer,
         )
     else:
-        needed = all_files(saved, partitioned=partitioned, with_optimizer=with_optimizer)
-    needed |= experts
+        needed |= all_files(first.world_size, partitioned=partitioned, with_optimizer=with_optimizer)
     zero.fetch(needed, "fetch")
-    rest = Needed(frozenset(), frozenset())
-    with stages.stage("read"):
+    rest = Needed(frozenset())
+    with files.stage("read"):
         zero.read(needed)
-        if with_optimizer and is_deepspeed_engine(engine):
+        if with_optimizer and demand.in_parts:
             layout = zero_checkpoint(zero.first, zero.optims[min(zero.optims)])
-            target = engine_target(engine)
-            if position.layout.pipeline and not request.options.rename:
-                check_layers(zero.first, target.owned)
-            slots = wanted_slots(target, layout, zero.first, request.options.rename)
-            rest = files_of_slots(layout, slots) - zero.held
-    if opening.session.channel.decide("further files", bool(rest), any):
+            if demand.layers and not demand.rename:
+                check_layers(zero.first, demand.trained)
+            rest = files_of_runs(layout, wanted_runs(demand, layout, zero.first)) - zero.held
+    if files.any("further files", bool(rest)):
         zero.fetch(rest, "fetch others")
-        with stages.stage("read others"):
+        with files.stage("read others"):
             zero.read(rest)
 
 
-def _expert_files(opening: Opening, zero: ZeroFiles) -> Needed:
+def _expert_files(files: Files, zero: ZeroFiles) -> Needed:
     """The files of this rank's experts. Every rank must call.
 
     Raises `LayoutError`, on every rank, where the checkpoint's experts are others than this job's.
     """
-    engine = getattr(opening.request.state, "model", None)
-    live = is_deepspeed_engine(engine)
-    if not zero.first.num_experts and not (live and getattr(engine, "has_moe_layers", False)):
+    demand = zero.demand
+    if not zero.first.num_experts and not demand.experts:
         return Needed(frozenset())
-    with opening.stages.stage("experts"):
-        zero.expert_layers = expert_layers(engine) if live else ()
-        check_experts(zero.first, zero.expert_layers, weights_only=opening.request.weights_only)
-    names = {name for layer in zero.expert_layers for name in layer.files}
-    if not zero.stage and not opening.request.weights_only:
-        names.add(optimizer_file(zero.expert_layers))
-    return Needed(frozenset(), frozenset(), frozenset(names))
-
-
-def zero_parts(opening: Opening, zero: ZeroFiles) -> tuple[Contents, ZeroContents]:
-    """The parts under Composer's names, and the joined files with their layout, for the target.
-
-    Raises `LayoutError` or `CorruptError` where the files that were read were not saved together.
-    """
-    request, rank = opening.request, zero.position.rank
-    whole = zero_contents(zero.models, zero.optims, weights_only=request.weights_only)
-    model = getattr(request.state, "model", None)
-    if is_deepspeed_engine(model):
-        whole = name_parameters(model, whole)
-        optimizer_class, scheduler_class = engine_classes(model)
-    else:
-        optimizer_class = next(iter(optimizer_classes(request.state)), "Optimizer")
-        scheduler_class = next(iter(scheduler_classes(request.state)), "Scheduler")
-    tree = zero_tree(
-        whole,
-        rank=rank,
-        optimizer_class=optimizer_class,
-        scheduler_class=scheduler_class,
-        weights_only=request.weights_only,
-    )
-    own = tree.pop("state")
-    rng = rng_list(tree.get("rng"))
-    if rng is not None:
-        tree.pop("rng")
-    return Contents("deepspeed", own, rng, tree), whole
+    with files.stage("experts"):
+        check_experts(zero.first, demand.experts, weights_only=demand.weights_only)
+    names = {name for layer in demand.experts for name in expert_files(layer)}
+    if not zero.stage and not demand.weights_only:
+        names.add(optimizer_file(demand.experts))
+    return Needed(frozenset(), experts=frozenset(names))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import FormatError, LayoutError
-from ...saved.values import InertObject, LazyTensor, kind_of
+from ...saved.tensor import SavedTensor
+from ...saved.values import InertObject, kind_of
 from .fields import Field, a_count, a_mapping, a_sequence, a_tensor, enum_value
 
 Writer = Literal["zero", "zero3", "bf16", "whole"]
@@ -30,7 +31,7 @@ _GLOBALS = (
 
 @dataclass(frozen=True)
 class OptimStates:
-    """The entries of one rank's optimizer file; tensors are lazy.
+    """The entries of one rank's optimizer file; none of its tensors was read.
 
     A flat tensor is a partition of a parameter group, or of a subgroup at stage 3; at stage 0 a parameter's own tensor.
     """
@@ -39,7 +40,7 @@ class OptimStates:
     writer: Writer
     stage: int
     """1 for BF16_Optimizer, which saves none."""
-    tensors: dict[str, dict[int, LazyTensor]]
+    tensors: dict[str, dict[int, SavedTensor]]
     """Kind to flat tensor's index to tensor: the masters, and element-wise state."""
     scalars: dict[int, dict[str, Any]]
     """Flat tensor's index to its other state, such as ``step``: numbers, None, or tensors of one element."""
@@ -163,7 +164,7 @@ def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
             "supported: load the weights only, and save at stage 1 from then on",
             path=file,
         )
-    masters: list[LazyTensor] | None = None
+    masters: list[SavedTensor] | None = None
     inner, place = outer, top
     if "optimizer_state_dict" in outer:
         if "fp32_groups" not in outer:
@@ -183,13 +184,13 @@ def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
     if masters is not None and sorted(group_of) != list(range(len(masters))):
         raise place.at("param_groups").wrong(f"params 0 to {len(masters) - 1}, each once", sorted(group_of))
     states = a_mapping(inner.get("state"), place.at("state"))
-    tensors: dict[str, dict[int, LazyTensor]] = {}
+    tensors: dict[str, dict[int, SavedTensor]] = {}
     scalars: dict[int, dict[str, Any]] = {}
     for index in sorted(states, key=repr):
         if index not in group_of:
             raise place.at("state").at(index).wrong("the index of a parameter", index)
         for key, value in a_mapping(states[index], place.at("state").at(index)).items():
-            if isinstance(value, LazyTensor) and key != "step":
+            if isinstance(value, SavedTensor) and key != "step":
                 tensors.setdefault(str(key), {})[index] = value
             else:
                 scalars.setdefault(index, {})[str(key)] = _scalar(value, place.at("state").at(index).at(key))
@@ -211,7 +212,7 @@ def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
     )
 
 
-def _flat_tensors(value: Any, place: Field) -> list[LazyTensor]:
+def _flat_tensors(value: Any, place: Field) -> list[SavedTensor]:
     return [a_tensor(item, place.at(index)) for index, item in enumerate(a_sequence(value, place))]
 
 
@@ -230,20 +231,20 @@ def _groups(value: Any, place: Field) -> tuple[tuple[dict[str, Any], ...], dict[
 
 
 def _states(
-    states: Mapping[Any, Any], masters: list[LazyTensor], place: Field, *, exact: bool = False
-) -> tuple[dict[str, dict[int, LazyTensor]], dict[int, dict[str, Any]]]:
+    states: Mapping[Any, Any], masters: list[SavedTensor], place: Field, *, exact: bool = False
+) -> tuple[dict[str, dict[int, SavedTensor]], dict[int, dict[str, Any]]]:
     """The element-wise tensors by kind and flat tensor, and the other state by flat tensor.
 
     `exact`: tensors are as long as the masters; else they may be longer, by padding.
     """
-    tensors: dict[str, dict[int, LazyTensor]] = {}
+    tensors: dict[str, dict[int, SavedTensor]] = {}
     scalars: dict[int, dict[str, Any]] = {}
     for index, entries in states.items():
         at = place.at(index)
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(masters):
             raise at.wrong(f"an index below {len(masters)}", index)
         for key, value in a_mapping(entries, at).items():
-            if isinstance(value, LazyTensor) and len(value.shape) > 0:
+            if isinstance(value, SavedTensor) and len(value.shape) > 0:
                 # Trimmed or padded, but never shorter than the fp32 partition, which most optimizers trim.
                 if (
                     len(value.shape) != 1
@@ -263,7 +264,7 @@ def _states(
 
 
 def _scalar(value: Any, place: Field) -> Any:
-    if isinstance(value, LazyTensor):
+    if isinstance(value, SavedTensor):
         if value.numel != 1:
             raise place.wrong("a number", value)
     elif isinstance(value, InertObject) or not (value is None or isinstance(value, bool | int | float | str)):

@@ -1,0 +1,70 @@
+"""Defines what a source is, and what it is handed: `Source` turns a checkpoint's `Files` into a `Saved`.
+
+A source knows how one kind of checkpoint lies in files, and nothing of what will be restored but the `Demand`. The
+files of a load are fetched once per node, by all ranks together; so a source asks for them by `Files` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from ..formats.torch_file import FileIndex
+from ..saved.contents import Saved
+from ..saved.demand import Demand
+from ..saved.node_file import NodeFile
+
+
+class Files(Protocol):
+    """A checkpoint's files, as one rank sees them. Where it says so, every rank must call, in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What messages and the receipt call the checkpoint; without secrets."""
+
+    @property
+    def in_folder(self) -> bool:
+        """Whether the path names a folder; names of files are relative to it then, else names of objects."""
+
+    @property
+    def first(self) -> NodeFile:
+        """The file that the path names; of a folder, the first one that shows what it is."""
+
+    def fetch(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+        """Brings the files `names` to this node, and gives them by these names. Every rank must call.
+
+        Raises `NotFoundError` on all ranks where one is missing. `stage` is the fetch's name in messages and timings.
+        """
+
+    def find(self, names: Sequence[str], what: str) -> str:
+        """The first of `names` that exists; rank 0 asks the store. Every rank must call, with the same names.
+
+        Raises `NotFoundError` on all ranks where there is none; `what` is what messages call it.
+        """
+
+    def of_rank(self, rank: int, saved_world_size: int) -> str:
+        """The name of saved rank `rank`'s file, by the path's template. Raises `LayoutError` where it has none."""
+
+    def index(self, file: NodeFile, member: str = "") -> FileIndex:
+        """The index of a torch file that was fetched; of an archive, of its `member`."""
+
+    def stage(self, name: str) -> AbstractContextManager[Any]:
+        """A timed block that all ranks leave together, or all with the same error. Every rank must enter."""
+
+    def any(self, what: str, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Every rank must call; `what` names the question."""
+
+
+class Source(Protocol):
+    """One kind of checkpoint."""
+
+    def recognises(self, files: Files) -> bool:
+        """Whether the checkpoint is of this kind, by what was fetched so far. The same on every rank."""
+
+    def open(self, files: Files, demand: Demand) -> Saved:
+        """What the checkpoint holds of what `demand` asks for on this rank. Every rank must call.
+
+        Fetches the files that are needed and reads their indexes. Raises, on all ranks alike, `NotFoundError`,
+        `FormatError`, `CorruptError`, `UnsafeError` or `LayoutError`, as the files give cause.
+        """

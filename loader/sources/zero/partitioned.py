@@ -1,0 +1,116 @@
+"""Gives a parameter's tensors, which lie in the partitions of several saved ranks, as `SavedTensor`. Pure.
+
+Nothing is put together: a tensor lists which elements of which files' flat tensors make it up. Those that lie in files
+that this rank has not read are in it too, as `Unread`: they are an error only where they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ...errors import CorruptError, LayoutError
+from ...saved.partitions import Slot
+from ...saved.regions import CoverageError, Run
+from ...saved.tensor import Piece, SavedTensor, Unread
+from .contents import ZeroContents
+from .layout import SavedParameter
+
+FROZEN = "frozen"
+"""The kind of a frozen parameter at stage 3, whose shares are in the model files: it has no other."""
+
+_SHOWN = 8
+"""How many ranks that do not follow each other a message lists."""
+
+
+def partitioned(
+    zero: ZeroContents, parameter: SavedParameter, kinds: Iterable[str]
+) -> dict[str, SavedTensor]:
+    """The tensors of `parameter` of these `kinds`: the fp32 masters, or a key of the optimizer's state.
+
+    A kind of which the files that were read have nothing for the parameter's group is left out. Raises `CorruptError`
+    where the layout does not place all elements, or a file's tensor is shorter than what lies in it, and `LayoutError`
+    where the tensors of several saved ranks differ in their dtype.
+    """
+    kinds = list(kinds)
+    if zero.checkpoint.stage == 0:
+        found = {kind: zero.flat(parameter, kind, 0) for kind in kinds}
+        return {kind: tensor for kind, tensor in found.items() if tensor is not None}
+    try:
+        parts = list(_parts(zero, parameter))
+    except CoverageError as error:
+        raise CorruptError(
+            f"{zero.models[0].file}: {', '.join(kinds)} of {parameter.name}: {error}",
+            path=zero.models[0].file,
+        ) from error
+    tensors = {}
+    for kind in kinds:
+        flats = (zero.flat(parameter, kind, rank) for rank in sorted(zero.holders(parameter)))
+        dtype = next(
+            (flat.dtype for flat in flats if flat is not None), "float32" if kind == FROZEN else None
+        )
+        if dtype is None:
+            continue
+        pieces = [
+            part if isinstance(part, Piece) else _piece(zero, parameter, kind, part, dtype) for part in parts
+        ]
+        tensors[kind] = SavedTensor(dtype, parameter.shape, tuple(pieces))
+    return tensors
+
+
+def _parts(zero: ZeroContents, parameter: SavedParameter) -> Iterator[Slot | Piece]:
+    """Where the elements lie, in their order; what is in files that were not read is one piece, however many they are.
+
+    The same for every kind. A rank of a large job reads the files of few, so there are few parts.
+    """
+    position = 0
+    for slot in zero.checkpoint.pieces(parameter.name, zero.holders(parameter)):
+        if slot.run.start > position:
+            yield _unread(zero, parameter, Run(position, slot.run.start - position))
+        yield slot
+        position = slot.run.stop
+    if position < parameter.numel:
+        yield _unread(zero, parameter, Run(position, parameter.numel - position))
+
+
+def _unread(zero: ZeroContents, parameter: SavedParameter, run: Run) -> Piece:
+    ranks = _listed(zero.checkpoint.holders(parameter.name, run))
+    return Piece(run, 0, (1,), Unread(f"lies partly in the files of saved {ranks}, which were not read"))
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks[:_SHOWN]))}{', ...' * (len(ranks) > _SHOWN)}"
+
+
+def _piece(zero: ZeroContents, parameter: SavedParameter, kind: str, slot: Slot, dtype: str) -> Piece:
+    """The elements of `slot` where they lie in the file of its rank, which was read."""
+    flat = zero.flat(parameter, kind, slot.rank)
+    what = "share" if kind == FROZEN else kind
+    if flat is None:
+        reason = f"cannot be restored: saved rank {slot.rank} has no {what} of it"
+        return Piece(slot.run, 0, (1,), Unread(reason))
+    whole = flat.whole
+    stop = slot.start + slot.run.length
+    if whole is None or len(flat.shape) != 1 or flat.numel < stop or flat.dtype != dtype:
+        raise _wrong(zero, parameter, what, slot, flat, dtype)
+    (step,) = whole.stride
+    return Piece(slot.run, whole.offset + slot.start * step, whole.stride, whole.storage)
+
+
+def _wrong(
+    zero: ZeroContents, parameter: SavedParameter, what: str, slot: Slot, flat: SavedTensor, dtype: str
+) -> CorruptError | LayoutError:
+    file = zero.holders(parameter)[slot.rank].file
+    told = f"{file}: the tensor with the {what} of {parameter.name}, of saved rank {slot.rank},"
+    stop = slot.start + slot.run.length
+    if len(flat.shape) != 1:
+        return CorruptError(f"{told} has shape {flat.shape}, expected one dimension", path=file)
+    if flat.numel < stop:
+        return CorruptError(f"{told} has {flat.numel} elements, expected at least {stop}", path=file)
+    return LayoutError(
+        f"{told} has dtype {flat.dtype}, and that of another rank {dtype}: they were not saved together",
+        path=file,
+    )

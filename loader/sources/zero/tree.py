@@ -1,0 +1,216 @@
+"""Gives the joined files of a ZeRO checkpoint as `Saved`: its parts under the names that Composer gives them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...saved.contents import ENGINE, Saved
+from ...saved.demand import Demand, Shape
+from ...saved.model_parallel import Position
+from ...saved.names import match_names
+from ...saved.tensor import SavedTensor
+from ..single_file import rng_list
+from .contents import ZeroContents
+from .layout import named_by_optimizer
+from .model_states import ModelStates
+from .optim_states import MASTER, OptimStates
+from .partitioned import FROZEN, partitioned
+
+Groups = Sequence[Sequence[tuple[str, Shape]]]
+"""For each of an optimizer's groups, the name and shape of each parameter."""
+Kinds = Mapping[str, SavedTensor]
+"""The tensors of one parameter: the fp32 masters and the optimizer's element-wise state."""
+
+
+def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
+    """The checkpoint `name` in Composer's layout, with the caller's client_state as ``extra``.
+
+    The class names are those of the job, since DeepSpeed saves none. Counters, loss scale and the like are in
+    ``state/engine``. With ``demand.weights_only`` there is ``state/model`` alone.
+
+    Stage 0 keeps the optimizer's parameters by position. Where ``demand.in_parts``, they get the names of
+    ``demand.groups``; else they keep their numbers, as torch saves them, and only masters are matched with those.
+
+    Raises `CorruptError` where the layout or a file's tensor does not hold all of a parameter's elements, and
+    `LayoutError` where stage 0's groups are others than the job's.
+    """
+    if demand.in_parts:
+        zero = _named(zero, demand.groups)
+    position, checkpoint = demand.position, zero.checkpoint
+    model = zero.model_of(position.rank)
+    made = _partitioned(zero, weights_only=demand.weights_only)
+    state: dict[str, Any] = {"model": _model(zero, model, made)}
+    rng: list[Any] | None = None
+    extra: dict[str, Any] = {}
+    if not demand.weights_only:
+        state.update(_training_state(zero, model, made, demand))
+        extra = {key: value for key, value in model.client_state.items() if key != "state"}
+        rng = rng_list(extra.get("rng"))
+        if rng is not None:
+            del extra["rng"]
+    return Saved(
+        name,
+        "deepspeed",
+        "deepspeed",
+        state,
+        rng,
+        extra,
+        world_size=model.world_size * model.layout.parts,
+        data_parallel_size=checkpoint.world_size,
+        masters=_masters(zero, state["model"], made, demand.groups),
+        aliases=checkpoint.aliases,
+        engine_schedulers=frozenset(state.get("schedulers", ())),
+        rng_per_rank=checkpoint.partitioned or position.layout.split,
+        # Below stage 3, DeepSpeed kept only the first data-parallel rank's, for each part of the model.
+        own_rng=position.rank < (checkpoint.world_size if checkpoint.partitioned else 1),
+        notes=_notes(zero, position),
+    )
+
+
+def _named(zero: ZeroContents, groups: Groups) -> ZeroContents:
+    """`zero` with the names in `groups` where stage 0's files do not name the optimizer's parameters."""
+    optim = zero.any_optim
+    if zero.checkpoint.stage or optim is None:
+        return zero
+    return replace(zero, checkpoint=named_by_optimizer(zero.checkpoint, optim, groups))
+
+
+def _partitioned(zero: ZeroContents, *, weights_only: bool) -> dict[str, Kinds]:
+    """The tensors of each parameter that the optimizer updates, by its name; none where its files were not read."""
+    checkpoint = zero.checkpoint
+    kinds = [MASTER] if weights_only else checkpoint.kinds
+    return {
+        name: partitioned(zero, parameter, kinds)
+        for name, parameter in checkpoint.parameters.items()
+        if zero.optims and not parameter.frozen
+    }
+
+
+def _model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) -> dict[str, Any]:
+    checkpoint = zero.checkpoint
+    if not checkpoint.partitioned:
+        # Parameters of a pipeline that no layer file has come first; their fp32 masters stand in for them.
+        others = {
+            name: kinds for name, kinds in made.items() if checkpoint.stage and name not in model.module
+        }
+        return {**{name: kinds[MASTER] for name, kinds in others.items()}, **model.module}
+    found: dict[str, Any] = {}
+    for name, value in model.module.items():
+        parameter = checkpoint.find(name)
+        if parameter is not None:
+            kinds = partitioned(zero, parameter, [FROZEN]) if parameter.frozen else made[parameter.name]
+            found[name] = kinds[FROZEN if parameter.frozen else MASTER]
+        elif name in model.buffer_names or not isinstance(value, SavedTensor) or value.numel:
+            found[name] = value
+        # Left out: the empty tensors of frozen parameters, which DeepSpeed was asked not to save.
+    return found
+
+
+def _masters(
+    zero: ZeroContents, model: Mapping[str, Any], made: Mapping[str, Kinds], groups: Groups
+) -> dict[str, SavedTensor]:
+    """The fp32 master of each saved weight that has one, by its names in the saved `model`."""
+    known = {name: zero.checkpoint.find(name) for name in model}
+    of = {name: made.get(parameter.name, {}).get(MASTER) for name, parameter in known.items() if parameter}
+    if not zero.checkpoint.stage and not made:
+        of = _masters_by_position(zero, model, groups)
+    return {
+        name: master
+        for name, master in of.items()
+        if master is not None and isinstance(model[name], SavedTensor) and model[name].shape == master.shape
+    }
+
+
+def _masters_by_position(
+    zero: ZeroContents, model: Mapping[str, Any], groups: Groups
+) -> dict[str, SavedTensor | None]:
+    """Stage 0: the masters, matched by position in the job's optimizer, where its `groups` are known."""
+    optim = zero.any_optim
+    if optim is None or MASTER not in optim.tensors or not groups:
+        return {}
+    named = named_by_optimizer(zero.checkpoint, optim, groups).parameters
+    target_of = match_names(model, named).target_of
+    return {
+        name: optim.tensors[MASTER].get(named[target].group)
+        for name, target in target_of.items()
+        if not named[target].frozen
+    }
+
+
+def _training_state(
+    zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds], demand: Demand
+) -> dict[str, Any]:
+    optim = zero.any_optim
+    state: dict[str, Any] = {}
+    if optim is not None:
+        state["optimizers"] = {next(iter(demand.optimizers), "Optimizer"): _optimizer(zero, optim, made)}
+    if model.lr_scheduler is not None:
+        state["schedulers"] = {_scheduler_class(demand): model.lr_scheduler}
+    state[ENGINE] = _engine(model, optim)
+    return state
+
+
+def _optimizer(zero: ZeroContents, optim: OptimStates, made: Mapping[str, Kinds]) -> dict[str, Any]:
+    checkpoint = zero.checkpoint
+    if not checkpoint.stage and not made:
+        return _unnamed(optim)
+    states: dict[str, dict[str, Any]] = {}
+    members: dict[int, list[str]] = {}
+    for name, kinds in made.items():
+        group = checkpoint.parameters[name].group
+        members.setdefault(optim.group_of[group], []).append(name)
+        states[name] = {
+            **optim.scalars.get(group, {}),
+            **{kind: tensor for kind, tensor in kinds.items() if kind != MASTER},
+        }
+    count = len(optim.groups) if optim.groups is not None else max(members, default=-1) + 1
+    groups = [
+        {**(optim.groups[index] if optim.groups is not None else {}), "params": members.get(index, [])}
+        for index in range(count)
+    ]
+    return {"state": states, "param_groups": groups}
+
+
+def _unnamed(optim: OptimStates) -> dict[str, Any]:
+    """Stage 0's state as torch saves it, by the parameters' numbers: only the job's optimizer has their names."""
+    states: dict[int, dict[str, Any]] = {
+        index: dict(optim.scalars.get(index, {})) for index in optim.group_of
+    }
+    for kind, tensors in optim.tensors.items():
+        if kind != MASTER:
+            for index, tensor in tensors.items():
+                states[index][kind] = tensor
+    groups = [
+        {**group, "params": [index for index, own in optim.group_of.items() if own == position]}
+        for position, group in enumerate(optim.groups or ())
+    ]
+    return {"state": {index: entries for index, entries in states.items() if entries}, "param_groups": groups}
+
+
+def _engine(model: ModelStates, optim: OptimStates | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "global_steps": model.global_steps,
+        "global_samples": model.global_samples,
+        "skipped_steps": model.skipped_steps,
+        "data_sampler": model.data_sampler,
+        "random_ltd": model.random_ltd,
+        **(optim.globals if optim is not None else {}),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _notes(zero: ZeroContents, position: Position) -> tuple[str, ...]:
+    """Sentences for the receipt."""
+    notes = []
+    if position.layout.split:
+        notes.append(f"each rank restores its own part of the model: {position.layout}")
+    saved, here = zero.checkpoint.world_size, position.world_size
+    if zero.optims and zero.checkpoint.stage and saved != here:
+        notes.append(f"resharded from {saved} ranks to {here} ranks")
+    return tuple(notes)
+
+
+def _scheduler_class(demand: Demand) -> str:
+    return demand.engine_scheduler or next(iter(demand.schedulers), "Scheduler")
