@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import LayoutError
 
 PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
 """Parts of a `State` that are saved as they are, or as their ``state_dict``."""
+
+AlgorithmPass = Callable[[Sequence[Any], Any], Sequence[Any]]
+"""Takes the algorithms and the event, returns the algorithms in the order in which they should run."""
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..errors import AlgorithmError, FormatError, OptionError
 from ..saved.values import kind_of
+from ..state import AlgorithmPass
 
 __all__ = [
     "Algorithm",
@@ -54,9 +55,6 @@ class Algorithm(Protocol):
     @staticmethod
     def required_on_load() -> bool: ...
 
-
-AlgorithmPass = Callable[[Sequence[Any], Any], Sequence[Any]]
-"""Takes the algorithms and the event, returns the algorithms in the order in which they should run."""
 
 _REGISTRY: dict[str, Callable[..., Any]] = {}
 """Constructors by the name under which checkpoints call them."""

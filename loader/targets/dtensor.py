@@ -1,23 +1,21 @@
-"""Fills the part of a tensor that this rank keeps: all of an ordinary one, one box of a DTensor. Imports torch.
+"""Finds the part of a tensor that this rank keeps: all of an ordinary one, one box of a DTensor. Imports torch.
 
-`fill_requests` turns a saved tensor and a live one into the copies that this rank needs; `local_part` finds the box by
-the DTensor's placements. For modules sharded with ``fully_shard`` (FSDP2): `show_shards` before planning,
+`local_part` finds the box by the DTensor's placements, and its memory; `kept_part` tells both before the memory is
+there, as a plan needs them. For modules sharded with ``fully_shard`` (FSDP2): `show_shards` before planning,
 `give_shards_memory` where shards are on the meta device. No function waits for another rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import LayoutError
-from ..materialize.tensors import CopyRequest, TensorReader, read_tensor, torch_dtype
-from ..saved.assembled import SavedTensor, parts_of, whole_box
+from ..saved.copies import Memory
+from ..saved.regions import Laid, whole_box
 from ..saved.strided import Box
-from ..saved.values import LazyTensor
 
 TORCH_OWN = ("torch.distributed.",)
 """Modules of the hooks that sharding puts on a module: these run none of the user's own code."""
@@ -84,42 +82,30 @@ def dtensor_box(tensor: Any, name: str) -> Box:
     return Box(tuple(starts), tuple(sizes))
 
 
-def fill_requests(source: SavedTensor, target: torch.Tensor, name: str) -> Iterator[CopyRequest]:
-    """The copies that fill this rank's part of `target` in place from `source`, which has the whole's shape.
+def kept_part(tensor: Any, key: str, *, new: torch.dtype | None = None) -> tuple[Laid, Memory]:
+    """The part of the whole `tensor` that this rank keeps, and the memory that it lies in.
 
-    `target` may have another dtype. `name` is for messages. Raises as `local_part`.
+    A tensor on the meta device has none yet: the memory is that which `give_shards_memory` or ``torch.empty_like`` will
+    give it. With `new`, it is the memory of what ``torch.empty_like(tensor, dtype=new)`` will make. `key` is the
+    memory's, and for messages. Raises as `local_part`.
     """
-    if isinstance(source, LazyTensor) and not is_dtensor(target):
-        # All of it, in one request; shapes were compared when it was planned.
-        yield CopyRequest(source, target.detach(), name)
-        return
-    box, local = local_part(target, name)
-    for part, place in parts_of(source, box):
-        view = local
-        for dim, (start, size) in enumerate(zip(place.starts, place.sizes, strict=True)):
-            view = view.narrow(dim, start, size)
-        yield CopyRequest(part, view, name)
+    box, local = local_part(tensor, key)
+    made = new is not None or local.is_meta
+    layout = torch.empty_like(local, dtype=new, device="meta") if made else local
+    if not local.is_meta:
+        device = local.device.type
+    elif is_dtensor(tensor):
+        device = tensor.device_mesh.device_type
+    else:
+        device = torch.get_default_device().type
+    plain = device == "cpu" and (made or not (local.is_conj() or local.is_neg()))
+    memory = Memory(key, dtype_name(layout.dtype), tuple(layout.shape), layout.stride(), plain)
+    return Laid(box, 0, memory.stride), memory
 
 
-def read_like(
-    source: SavedTensor, target: torch.Tensor | None, *, reader: TensorReader, name: str
-) -> torch.Tensor:
-    """A new tensor with the elements of `source`: sharded as `target` where that is a DTensor of the same shape, else
-    whole and on the CPU."""
-    if target is None or not is_dtensor(target) or tuple(target.shape) != source.shape:
-        return read_whole(source, reader=reader, name=name)
-    result = torch.empty_like(target.detach(), dtype=torch_dtype(source.dtype))
-    reader.copy(list(fill_requests(source, result, name)))
-    return result
-
-
-def read_whole(source: SavedTensor, *, reader: TensorReader, name: str) -> torch.Tensor:
-    """A new CPU tensor with all elements of `source`."""
-    if isinstance(source, LazyTensor):
-        return read_tensor(source, reader=reader, name=name)
-    whole = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
-    reader.copy(list(fill_requests(source, whole, name)))
-    return whole
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def show_shards(module: nn.Module) -> None:

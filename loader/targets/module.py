@@ -1,6 +1,6 @@
 """Restores a torch module: plans which saved tensor goes where, then reads each straight into its parameter.
 
-`plan_module` matches names and checks shapes and dtypes; `apply_module` gives meta tensors memory and fills them. A
+`plan_module` matches names and checks shapes and dtypes; its `ModuleStep` gives meta tensors memory and fills them. A
 module whose loading runs the user's own code (`loading_overrides`: hooks, or an overridden ``load_state_dict``) gets
 real tensors through its own ``load_state_dict`` instead, and names that only its hooks know are checked there.
 """
@@ -8,7 +8,7 @@ real tensors through its own ``load_state_dict`` instead, and names that only it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,26 +16,43 @@ import torch
 from torch import nn
 
 from ..errors import PartialRestoreError
-from ..materialize.objects import materialize
-from ..materialize.tensors import CopyRequest, TensorReader
-from ..saved.assembled import AssembledTensor, SavedTensor
-from ..saved.mismatch import Mismatch, dtype_problem
-from ..saved.names import match_names
+from ..materialize.tensors import torch_dtype
+from ..saved.contents import Saved
+from ..saved.copies import Copy, Memory, copies_into
+from ..saved.mismatch import Mismatch, fits
+from ..saved.names import NameMatch, match_names
+from ..saved.regions import row_major_stride
+from ..saved.strided import Layout
+from ..saved.tensor import SavedTensor
 from ..saved.values import kind_of
 from ..state import unwrap
+from .base import Plan, RestoreOptions, Work
 from .dtensor import (
     TORCH_OWN,
-    fill_requests,
+    dtype_name,
     give_shards_memory,
     has_dtensors,
     is_dtensor,
+    kept_part,
     local_part,
-    read_like,
     show_shards,
 )
 
-NoteChange = Callable[[str], None]
-"""Called with a part's name before that part is first changed."""
+__all__ = [
+    "NOT_INITIALISED",
+    "ModulePlan",
+    "ModuleStep",
+    "allocate_meta",
+    "dtype_name",
+    "load_through_hooks",
+    "loading_overrides",
+    "module_tensors",
+    "parameter_names",
+    "plan_module",
+]
+
+NOT_INITIALISED = "is not initialised; run the module once before the load"
+"""What is wrong with a target that has no shape yet."""
 
 
 @dataclass
@@ -43,76 +60,160 @@ class ModulePlan:
     """Which saved tensor goes to which of a module's; checked, nothing changed yet."""
 
     module: nn.Module
-    sources: dict[str, Any]
+    sources: dict[str, Any] = field(default_factory=dict)
     """The module's names to what the checkpoint has for them: saved tensors, or values of extra state."""
-    mismatch: Mismatch
+    mismatch: Mismatch = field(default_factory=Mismatch)
     renamed: dict[str, str] = field(default_factory=dict)
     cast: dict[str, str] = field(default_factory=dict)
     through_hooks: bool = False
     """A submodule overrides how it is loaded, so the module's own ``load_state_dict`` must run."""
     from_masters: list[str] = field(default_factory=list)
     """The module's names of weights that come from saved fp32 masters, not from the saved low-precision weights."""
-
     excused: frozenset[str] = frozenset()
     """The module's names that the checkpoint may lack: ignored, tied to a name that it has, or a newer batch count."""
     metadata: Any = None
     """Versions of the saved submodules (``state_dict()._metadata``), which a submodule's own loading may read."""
 
     @property
-    def tensors(self) -> dict[str, SavedTensor]:
-        return {name: value for name, value in self.sources.items() if isinstance(value, SavedTensor)}
-
-    @property
     def spread(self) -> bool:
-        """Whether tensors are saved in runs or go to shards, so that only `apply_module` can place them."""
-        in_runs = any(isinstance(value, AssembledTensor) for value in self.sources.values())
-        return in_runs or has_dtensors(self.module)
+        """Whether tensors are saved in pieces or go to shards, so that only a `ModuleStep` can place them."""
+        in_pieces = any(
+            isinstance(value, SavedTensor) and value.whole is None for value in self.sources.values()
+        )
+        return in_pieces or has_dtensors(self.module)
 
     @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    def complete(self) -> bool:
+        """Whether the checkpoint has something for each of the module's names, and nothing else."""
+        return self.sources.keys() == module_tensors(self.module).keys()
+
+    def as_plan(self, *, filled: bool = True) -> Plan:
+        """The plan, with the step that fills the module unless `filled` is False or something does not fit.
+
+        Raises `LayoutError` where elements lie in files that were not read, or for a placement of a shard that is not
+        of ``Shard`` and ``Replicate``.
+        """
+        steps = (_step(self),) if filled and self.sources and not self.mismatch.wrong else ()
+        count = len(self.from_masters)
+        notes = (f"{count} weights come from the saved fp32 masters, not from the module's file",)
+        return Plan(steps, self.mismatch, self.renamed, self.cast, notes=notes if count else ())
 
 
-def plan_module(
-    model: Any,
-    saved: Mapping[str, Any],
-    *,
-    all_names: Mapping[str, Any] | None = None,
-    rename: Mapping[str, str] | None = None,
-    masters: Mapping[int, SavedTensor] | None = None,
-) -> ModulePlan:
-    """Matches `saved` with the module inside `model`; changes no value, and no rank waits.
+@dataclass(frozen=True)
+class ModuleStep:
+    """Fills a module's tensors, or hands real ones to its own ``load_state_dict``."""
 
-    Parameters may be DTensors, of which each rank gets its own shard. What does not fit is in the plan's ``mismatch``,
-    for the caller to raise.
+    plan: ModulePlan
+    copies: tuple[Copy, ...]
+    trees: Mapping[str, Any]
+    """Extra state; with hooks also tensors that repeat elements, which need no memory for each."""
 
-    Args:
-        model: the module, or a wrapper that `unwrap` takes off.
-        saved: name to saved tensor, or to a value of extra state, as ``ignore_keys`` left it.
-        all_names: `saved` before ``ignore_keys``: names that were ignored do not count as missing.
-        rename: saved name to this job's, before names are matched.
-        masters: ``id`` of a value in `saved` to the fp32 weights that it was cast from; those go into a module whose
-            dtype is another than the saved one.
+    def apply(self, work: Work) -> list[str]:
+        """Gives meta tensors memory first, as the same objects. Extra state is read before `Work.note_change`.
 
-    Raises `LayoutError` for modules that FSDP flattened, and for placements that are not of ``Shard`` and
-    ``Replicate``.
+        With ``strict``, names that the module's own ``load_state_dict`` left out are an error. Raises `CorruptError`
+        where bytes are missing or do not match their checksum, `PartialRestoreError` where the module's own
+        ``load_state_dict`` fails.
+        """
+        plan = self.plan
+        made = work.real(self.trees)
+        real = {name: made[_place(name)] for name in plan.sources if _place(name) in made}
+        work.note_change("model")
+        allocate_meta(plan.module)
+        targets = module_tensors(plan.module)
+        if plan.through_hooks:
+            self._load_through_hooks(real, targets, work)
+        else:
+            filled = {copy.memory.key for copy in self.copies}
+            memories = {
+                _key(name): local_part(target, _key(name))[1]
+                for name, target in targets.items()
+                if target is not None and _key(name) in filled
+            }
+            work.fill(self.copies, memories)
+            for name, value in real.items():
+                owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
+                owner.set_extra_state(value)
+        nbytes = sum(value.nbytes for value in plan.sources.values() if isinstance(value, SavedTensor))
+        return [f"model ({len(plan.sources)} entries, {nbytes:,} bytes)"]
+
+    def _load_through_hooks(
+        self, real: Mapping[str, Any], targets: Mapping[str, torch.Tensor | None], work: Work
+    ) -> None:
+        plan = self.plan
+        given = dict(real)
+        memories: dict[str, torch.Tensor] = {}
+        for name, value in plan.sources.items():
+            if name in real:
+                continue
+            target, dtype = targets.get(name), torch_dtype(value.dtype)
+            if target is not None and _gets_shards(value, target):
+                given[name] = torch.empty_like(target.detach(), dtype=dtype)
+            else:
+                given[name] = torch.empty(value.shape, dtype=dtype, device="cpu")
+            memories[_key(name)] = local_part(given[name], _key(name))[1]
+        work.fill(self.copies, memories)
+        for name, value in plan.sources.items():
+            if isinstance(value, SavedTensor) and not is_dtensor(given[name]):
+                given[name].requires_grad_(value.requires_grad)
+        in_order = {name: given[name] for name in plan.sources}
+        load_through_hooks(plan.module, in_order, plan.metadata, plan.excused, strict=work.options.strict)
+
+
+def _key(name: str) -> str:
+    """The key of a tensor's memory, which is also its name in messages."""
+    return f"model/{name}"
+
+
+def _place(name: str) -> str:
+    """Where a value of extra state is in the checkpoint."""
+    return f"state/model/{name}"
+
+
+def plan_module(model: Any, saved: Saved, options: RestoreOptions) -> ModulePlan:
+    """Matches the saved weights with the module inside `model`; changes no value, and no rank waits.
+
+    Parameters may be DTensors, of which each rank gets its own shard. Names that ``ignore_keys`` left out do not count
+    as missing, and a part that it left out as a whole gives an empty plan. What does not fit is in the plan's
+    ``mismatch``, for the caller to raise. Raises `LayoutError` for modules that FSDP flattened.
     """
     module = unwrap(model)
-    show_shards(module)
+    plan = ModulePlan(module)
+    whole, left = saved.whole.state.get("model"), saved.state.get("model")
+    if whole is None:
+        plan.mismatch.missing.append("model: the checkpoint has no weights")
+    elif "model" in saved.state:
+        if not (isinstance(left, Mapping) and isinstance(whole, Mapping)):
+            plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {kind_of(left)}")
+            return plan
+        show_shards(module)
+        plan.metadata = getattr(whole, "_metadata", None)
+        _match(plan, left, match_names(whole, module_tensors(module), options.rename), saved.masters)
+    return plan
+
+
+def _match(
+    plan: ModulePlan, saved: Mapping[str, Any], match: NameMatch, masters: Mapping[str, SavedTensor]
+) -> None:
+    """Fills `plan` with what of `saved` goes where, by `match`."""
+    module = plan.module
     targets = module_tensors(module)
-    match = match_names(all_names if all_names is not None else saved, targets, rename)
     hooks = tuple(loading_overrides(module))
-    plan = ModulePlan(module, {}, Mismatch(), renamed={}, through_hooks=bool(hooks))
-    plan.metadata = getattr(all_names if all_names is not None else saved, "_metadata", None)
+    plan.through_hooks = bool(hooks)
     for source_name, target_name in match.target_of.items():
         if source_name not in saved:
             continue
-        value = _best_source(plan, target_name, saved[source_name], targets[target_name], masters or {})
+        target = targets[target_name]
+        value = saved[source_name]
+        master = masters.get(source_name)
+        if master is not None and _is_better(master, value, target):
+            value = master
+            plan.from_masters.append(target_name)
         plan.sources[target_name] = value
         if source_name != target_name:
             plan.renamed[source_name] = target_name
         if not (hooks and target_name.startswith(hooks)):
-            _check_tensor(plan, target_name, value, targets[target_name])
+            _check_tensor(plan, target_name, value, target)
     _share_masters(plan, targets)
     satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
     plan.excused = frozenset(
@@ -133,22 +234,61 @@ def plan_module(
         plan.mismatch.unexpected = [name for name in plan.mismatch.unexpected if not name.startswith(hooked)]
     if not hooks:
         _refuse_unfillable(plan, module)
-    return plan
 
 
-def _best_source(
-    plan: ModulePlan,
-    name: str,
-    value: Any,
-    target: torch.Tensor | None,
-    masters: Mapping[int, SavedTensor],
-) -> Any:
-    """The fp32 master of `value` where the module has another dtype than `value`: it is at least as precise."""
-    master = masters.get(id(value))
-    if master is None or target is None or dtype_name(target.dtype) == value.dtype:
-        return value
-    plan.from_masters.append(name)
-    return master
+def _step(plan: ModulePlan) -> ModuleStep:
+    targets = module_tensors(plan.module)
+    trees = {
+        _place(name): value
+        for name, value in plan.sources.items()
+        if not isinstance(value, SavedTensor)
+        or (_repeats(value) if plan.through_hooks else targets[name] is None)
+    }
+    copies: dict[Any, list[Copy]] = {}
+    for name, value in plan.sources.items():
+        if _place(name) in trees:
+            continue
+        target = targets.get(name)
+        # Tied names are one tensor: the last one counts, as in torch's own loading. Hooks are given each.
+        one = name if plan.through_hooks else id(target)
+        copies[one] = list(_copies(plan, name, value, target))
+    return ModuleStep(plan, tuple(copy for each in copies.values() for copy in each), trees)
+
+
+def _copies(plan: ModulePlan, name: str, value: SavedTensor, target: torch.Tensor | None) -> Iterator[Copy]:
+    """What fills this rank's part of the tensor `name`; with hooks, of the new tensor that they are given."""
+    key = _key(name)
+    if target is None or (plan.through_hooks and not _gets_shards(value, target)):
+        memory = Memory(key, value.dtype, value.shape, row_major_stride(value.shape), plain=True)
+        yield from copies_into(value, memory.whole, memory, name=key)
+        return
+    new = torch_dtype(value.dtype) if plan.through_hooks else None
+    region, memory = kept_part(target, key, new=new)
+    yield from copies_into(value, region, memory, name=key)
+
+
+def _gets_shards(value: SavedTensor, target: torch.Tensor) -> bool:
+    """Whether hooks are given a DTensor like `target`; they get any other tensor whole, in the CPU's memory."""
+    return is_dtensor(target) and tuple(target.shape) == value.shape
+
+
+def _repeats(value: SavedTensor) -> bool:
+    """Whether it has elements of its storage several times (``expand``).
+
+    A full copy would take as much memory as the file claims, whatever its size.
+    """
+    piece = value.whole
+    return piece is not None and Layout(value.shape, piece.stride, 0).span < value.numel
+
+
+def _is_better(master: SavedTensor, value: Any, target: torch.Tensor | None) -> bool:
+    """Whether `master` goes into `target` in place of `value`, a cast of it: the module has another dtype than that."""
+    return (
+        target is not None
+        and isinstance(value, SavedTensor)
+        and value.dtype not in ("float32", dtype_name(target.dtype))
+        and value.shape == master.shape
+    )
 
 
 def _share_masters(plan: ModulePlan, targets: Mapping[str, torch.Tensor | None]) -> None:
@@ -164,26 +304,10 @@ def _share_masters(plan: ModulePlan, targets: Mapping[str, torch.Tensor | None])
 def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
     if target is None:
         return  # extra state, which only the submodule itself can check
-    if not isinstance(value, SavedTensor):
-        plan.mismatch.wrong.append(f"model/{name}: expected a tensor, got a {kind_of(value)}")
-        return
     if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
-        if isinstance(value, AssembledTensor):
-            plan.mismatch.wrong.append(
-                f"model/{name}: is not initialised; run the module once before the load"
-            )
+        plan.mismatch.wrong.append(f"model/{name}: {NOT_INITIALISED}")
         return
-    if tuple(target.shape) != value.shape:
-        plan.mismatch.wrong.append(f"model/{name}: expected shape {tuple(target.shape)}, got {value.shape}")
-        return
-    dtype = dtype_name(target.dtype)
-    problem = dtype_problem(value.dtype, dtype)
-    if problem:
-        plan.mismatch.wrong.append(f"model/{name}: {problem}")
-    elif value.dtype != dtype:
-        plan.cast[f"model/{name}"] = f"{value.dtype} -> {dtype}"
-    if is_dtensor(target):
-        local_part(target, f"model/{name}")
+    fits(value, _key(name), tuple(target.shape), dtype_name(target.dtype), plan.mismatch, plan.cast)
 
 
 def _counts_batches(plan: ModulePlan, name: str) -> bool:
@@ -249,51 +373,6 @@ def _plain(hook: Any) -> Any:
     return getattr(hook, "hook", hook)
 
 
-def apply_module(
-    plan: ModulePlan,
-    reader: TensorReader,
-    note_change: NoteChange,
-    *,
-    strict: bool,
-    materialize_options: Mapping[str, Any],
-) -> None:
-    """Carries out `plan` on this rank; no rank waits for another.
-
-    Meta tensors are given memory first, as the same objects. Extra state is read before `note_change` is called,
-    everything else after it. With `strict`, names that the module's own ``load_state_dict`` left out are an error.
-    `materialize_options` are `materialize`'s ``safe_types`` and ``file``.
-
-    Raises `CorruptError` where bytes are missing or do not match their checksum, `PartialRestoreError` where the
-    module's own ``load_state_dict`` fails.
-    """
-    if not plan.sources:
-        return
-    extra = {name: value for name, value in plan.sources.items() if not isinstance(value, SavedTensor)}
-    extra = materialize(extra, reader=reader, path="state/model", **materialize_options)
-    note_change("model")
-    allocate_meta(plan.module)
-    targets = module_tensors(plan.module)
-    if plan.through_hooks:
-        real = {
-            name: extra[name]
-            if name in extra
-            else read_like(value, targets.get(name), reader=reader, name=f"model/{name}")
-            for name, value in plan.sources.items()
-        }
-        load_through_hooks(plan.module, real, plan.metadata, plan.excused, strict=strict)
-        return
-    requests: dict[int, list[CopyRequest]] = {}
-    for name, value in plan.sources.items():
-        target = targets[name]
-        if target is not None:
-            # Tied names are one tensor: the last one counts, as in torch's own loading.
-            requests[id(target)] = list(fill_requests(value, target, f"model/{name}"))
-    reader.copy([request for each in requests.values() for request in each])
-    for name, value in extra.items():
-        owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
-        owner.set_extra_state(value)
-
-
 def allocate_meta(module: nn.Module) -> None:
     """Gives every meta parameter and buffer memory on the default device (shards: on their mesh's). They stay the same
     objects, so that an optimizer made before keeps its parameters."""
@@ -352,8 +431,3 @@ def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def parameter_names(model: Any) -> dict[int, str]:
     """Each parameter's name by its ``id``; the first name of tied ones."""
     return {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Restores a torch optimizer: matches the saved state to this job's parameters, then hands it to ``load_state_dict``.
 
-`plan_optimizer` checks and changes nothing; `apply_optimizer` reads the tensors and changes the optimizer. State that
+`plan_optimizer` checks and changes nothing; its `OptimizerStep` reads the tensors and changes the optimizer. State that
 lies element by element along a parameter is read into memory like the parameter's, so a DTensor's state has its
 placements; everything else, such as ``step``, is made as it was saved.
 """
@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 
-from ..materialize.objects import materialize
-from ..materialize.tensors import CopyRequest, TensorReader, torch_dtype
-from ..saved.assembled import AssembledTensor, SavedTensor
+from ..materialize.tensors import torch_dtype
+from ..saved.contents import ENGINE, Saved
+from ..saved.copies import Copy, copies_into
 from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
-from ..saved.values import LazyTensor, kind_of
-from .dtensor import fill_requests, is_dtensor
-from .module import NoteChange, dtype_name, parameter_names
+from ..saved.tensor import SavedTensor
+from ..saved.tree import join_path
+from ..saved.values import kind_of
+from ..state import as_list, by_class_name
+from .base import Plan, RestoreOptions, Work
+from .dtensor import dtype_name, is_dtensor, kept_part, local_part
+from .module import NOT_INITIALISED, parameter_names
 
 TELLING = ("betas", "momentum", "eps", "rho")
 """Hyperparameters by which kinds of optimizers differ: torch's and DeepSpeed's optimizers name them alike."""
@@ -54,16 +58,45 @@ class Zeros:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Own:
+    """This optimizer's own value in place of one that was ignored."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """An optimizer's saved state, which has ``param_groups``."""
+
+    state: Mapping[Any, Any]
+    """Key of a parameter to its entries, before ``ignore_keys``."""
+    groups: Sequence[Mapping[str, Any]]
+    """Before ``ignore_keys``."""
+    left: Mapping[str, Any]
+    """``state`` and ``param_groups`` as ``ignore_keys`` left them, if it did."""
+
+    def left_of(self, key: Any) -> Any:
+        """What ``ignore_keys`` left of a parameter's entries; None where that is nothing."""
+        state = self.left.get("state")
+        return state.get(key) if isinstance(state, Mapping) else None
+
+
 @dataclass
 class OptimizerPlan:
     """Which saved state goes to which of this optimizer's parameters; checked, nothing changed yet."""
 
     optimizer: Any
     name: str
-    state: dict[int, dict[str, Any]]
-    """Position of the parameter in the optimizer to its lazy entries."""
-    param_groups: list[dict[str, Any]]
-    mismatch: Mismatch
+    saved_groups: Sequence[Mapping[str, Any]] = ()
+    keys: dict[int, Any] = field(default_factory=dict)
+    """Position of the parameter in the optimizer to the key of its saved state."""
+    state: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Position to its entries: saved values, or `Own` and `Zeros` where those were ignored."""
+    group_from: list[int | None] = field(default_factory=list)
+    """For each of the optimizer's groups, the saved one that it takes its hyperparameters from."""
+    param_groups: list[dict[str, Any]] = field(default_factory=list)
+    mismatch: Mismatch = field(default_factory=Mismatch)
     reset: list[str] = field(default_factory=list)
     """Ignored entries that the optimizer needs with the others: set to zero."""
     cast: dict[str, str] = field(default_factory=dict)
@@ -72,37 +105,132 @@ class OptimizerPlan:
     """Positions whose own state stays: the checkpoint does not have the parameter, or its state was ignored."""
 
     @property
-    def parameters(self) -> list[torch.Tensor]:
-        """The optimizer's, by position."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    def at(self) -> str:
+        """Its place in messages."""
+        return f"optimizers/{self.name}"
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensors as they were saved."""
-        return sum(
-            value.nbytes
+    def own_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, as it is."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The optimizer's, by position."""
+        return [parameter for group in self.own_groups for parameter in group["params"]]
+
+    @property
+    def tensors(self) -> list[SavedTensor]:
+        """The saved ones among the entries."""
+        return [
+            value
             for entries in self.state.values()
             for value in entries.values()
             if isinstance(value, SavedTensor)
-        )
+        ]
 
     @property
     def spread(self) -> bool:
-        """Whether state is saved in runs or goes to shards, so that only `apply_optimizer` can place it."""
-        values = (value for entries in self.state.values() for value in entries.values())
-        return any(isinstance(value, AssembledTensor) for value in values) or any(
-            map(is_dtensor, self.parameters)
-        )
+        """Whether state is saved in pieces or goes to shards, so that only an `OptimizerStep` can place it."""
+        return any(value.whole is None for value in self.tensors) or any(map(is_dtensor, self.parameters))
+
+    def as_plan(self) -> Plan:
+        """The plan, with its step unless something does not fit.
+
+        Raises `LayoutError` where elements lie in files that were not read.
+        """
+        steps = () if self.mismatch.wrong else (_step(self),)
+        return Plan(steps, self.mismatch, cast=self.cast, reset=tuple(self.reset))
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """Fills an optimizer's state through its own ``load_state_dict``, which keeps the new tensors as they are."""
+
+    plan: OptimizerPlan
+    copies: tuple[Copy, ...]
+    trees: Mapping[str, Any]
+    """What is made as it was saved: the groups, and one for each parameter, so that no two share a step, which is
+    counted up in place."""
+    tree_of: Mapping[int, str]
+    """Position to its place in `trees`."""
+
+    def apply(self, work: Work) -> list[str]:
+        """A parameter that the checkpoint does not have, or whose state was ignored, keeps its state.
+
+        One that was saved without state has none afterwards. Raises `CorruptError` where bytes are missing or do not
+        match their checksum; the optimizer is unchanged then.
+        """
+        plan = self.plan
+        current = plan.optimizer.state_dict()["state"]
+        kept = {position: entries for position, entries in current.items() if position in plan.keep}
+        real = work.real(self.trees)
+        fresh: dict[int, dict[str, Any]] = {}
+        memories: dict[str, torch.Tensor] = {}
+        for position, parameter in enumerate(plan.parameters):
+            if position not in plan.state:
+                continue
+            made = real.get(self.tree_of.get(position, ""), {})
+            fresh[position] = {}
+            for key, value in plan.state[position].items():
+                if key in made:
+                    fresh[position][key] = made[key]
+                elif isinstance(value, Own):
+                    fresh[position][key] = value.value
+                elif lies_along(value, key, parameter):
+                    make = torch.zeros_like if isinstance(value, Zeros) else torch.empty_like
+                    tensor = make(parameter.detach(), dtype=_dtype_along(value, parameter))
+                    fresh[position][key] = tensor
+                    memories[_key(plan, position, key)] = local_part(tensor, _key(plan, position, key))[1]
+                else:
+                    fresh[position][key] = torch.zeros(value.shape, dtype=torch_dtype(value.dtype))
+        work.fill(self.copies, memories)
+        work.note_change(f"optimizer {plan.name}")
+        groups = real[_groups_place(plan)]
+        plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
+        return [f"optimizer {plan.name} ({sum(tensor.nbytes for tensor in plan.tensors):,} bytes)"]
+
+
+def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[list[OptimizerPlan], Plan]:
+    """The plans of those of `state`'s optimizers that are torch's and saved, each to be turned into a `Plan`.
+
+    The second result tells of what the checkpoint lacks, and what of it this job has no place for. Changes nothing, and
+    no rank waits.
+    """
+    left, whole = saved.state.get("optimizers") or {}, saved.whole.state.get("optimizers") or {}
+    names = parameter_names(state.model)
+    own = by_class_name(as_list(state.optimizers))
+    plans = [
+        plan_optimizer(optimizer, name, left[name], whole[name], names=names, rename=options.rename)
+        for name, optimizer in own.items()
+        if name in left and hasattr(optimizer, "param_groups")
+    ]
+    has = ", ".join(map(str, whole)) or "none"
+    missing = [f"optimizers/{name}: the checkpoint has {has}" for name in own if name not in whole]
+    rest = tuple(f"state/optimizers/{name}" for name in left if name not in own)
+    return plans, Plan(mismatch=Mismatch(missing), not_restored=rest)
+
+
+def without_hyperparameters(plans: Sequence[OptimizerPlan], saved: Saved) -> tuple[str, ...]:
+    """The note for the receipt where DeepSpeed's files have state for the optimizers of `plans`, and no more."""
+    if (
+        not plans
+        or ENGINE not in saved.whole.state
+        or any("lr" in group for plan in plans for group in plan.saved_groups)
+    ):
+        return ()
+    return ("the files hold no hyperparameters (elastic_checkpoint): the optimizer keeps its own",)
 
 
 def plan_optimizer(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     name: str,
     saved: Mapping[str, Any],
+    whole: Mapping[str, Any],
     *,
-    parameter_names: Mapping[int, str],
-    unfiltered: Mapping[str, Any] | None = None,
-    rename: Mapping[str, str] | None = None,
+    names: Mapping[int, str],
+    rename: Mapping[str, str],
 ) -> OptimizerPlan:
     """Matches the optimizer state `saved` with `optimizer`'s parameters; changes nothing, and no rank waits.
 
@@ -111,40 +239,38 @@ def plan_optimizer(
 
     Args:
         name: what messages and the receipt call the optimizer.
-        saved: ``{"state": ..., "param_groups": ...}``, lazy, as ``ignore_keys`` left it.
-        parameter_names: ``id`` of a parameter to its name.
-        unfiltered: `saved` before ``ignore_keys``.
+        saved: ``{"state": ..., "param_groups": ...}``, as ``ignore_keys`` left it.
+        whole: the same before ``ignore_keys``.
+        names: ``id`` of a parameter to its name.
         rename: saved name to this job's, before names are matched.
     """
-    whole = unfiltered if unfiltered is not None else saved
-    plan = OptimizerPlan(optimizer, name, {}, [], Mismatch())
-    at = f"optimizers/{name}"
-    own_groups = optimizer.param_groups
+    plan = OptimizerPlan(optimizer, name)
     own = plan.parameters
-    saved_state = saved.get("state", {})
-    whole_state = whole.get("state", {})
-    if not isinstance(saved_state, Mapping) or not isinstance(whole_state, Mapping):
-        plan.mismatch.wrong.append(f"{at}/state: expected a dict, got a {kind_of(saved_state)}")
-        return plan
-    groups = _groups(whole, at, plan.mismatch)
+    for state in (saved.get("state", {}), whole.get("state", {})):
+        if not isinstance(state, Mapping):
+            plan.mismatch.wrong.append(f"{plan.at}/state: expected a dict, got a {kind_of(state)}")
+            return plan
+    groups = _groups(whole, plan)
     if groups is None:
         return plan
-    _check_kind(groups, own_groups, at, plan)
-    names = _saved_names(groups, whole_state)
-    if names is not None:
-        keys = _match_by_name(own, own_groups, names, groups, parameter_names, rename, at, plan)
+    plan.saved_groups = groups
+    found = SavedState(whole.get("state", {}), groups, saved)
+    _check_kind(plan, groups)
+    saved_names = _saved_names(found)
+    if saved_names is not None:
+        _match_by_name(plan, saved_names, groups, names, rename)
     else:
-        keys = _match_by_position(own_groups, groups, at, plan)
+        _match_by_position(plan, groups)
     if "param_groups" not in saved:
         plan.param_groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     elif not plan.mismatch.wrong:
-        _fill_groups(plan, saved["param_groups"], groups)
+        plan.param_groups = _filled_groups(plan, found)
     ignored = "state" in whole and "state" not in saved
-    plan.keep.update(position for position in range(len(own)) if ignored or position not in keys)
-    for position, key in keys.items():
-        if key not in whole_state:
+    plan.keep.update(position for position in range(len(own)) if ignored or position not in plan.keys)
+    for position, key in plan.keys.items():
+        if key not in found.state:
             continue
-        entries = _entries(plan, saved_state.get(key), whole_state[key], own[position], f"{at}/state/{key}")
+        entries = _entries(plan, found, key, own[position])
         if entries is not None:
             _take_step(entries, groups, key)
             plan.state[position] = entries
@@ -153,36 +279,63 @@ def plan_optimizer(
     return plan
 
 
-def _groups(saved: Mapping[str, Any], at: str, mismatch: Mismatch) -> list[dict[str, Any]] | None:
+def _step(plan: OptimizerPlan) -> OptimizerStep:
+    copies: list[Copy] = []
+    trees: dict[str, Any] = {_groups_place(plan): plan.param_groups}
+    tree_of: dict[int, str] = {}
+    for position, parameter in enumerate(plan.parameters):
+        as_saved: dict[str, Any] = {}
+        for key, value in plan.state.get(position, {}).items():
+            if lies_along(value, key, parameter):
+                if isinstance(value, SavedTensor):
+                    name = _key(plan, position, key)
+                    region, memory = kept_part(parameter, name, new=_dtype_along(value, parameter))
+                    copies.extend(copies_into(value, region, memory, name=name))
+            elif not isinstance(value, Own | Zeros):
+                as_saved[key] = value
+        if as_saved:
+            place = join_path(f"state/{plan.at}/state", plan.keys[position])
+            # A file may use one key twice.
+            tree_of[position] = place if place not in trees else f"{place} ({position})"
+            trees[tree_of[position]] = as_saved
+    return OptimizerStep(plan, tuple(copies), trees, tree_of)
+
+
+def _groups_place(plan: OptimizerPlan) -> str:
+    return f"state/{plan.at}/param_groups"
+
+
+def _key(plan: OptimizerPlan, position: int, key: str) -> str:
+    """The key of an entry's memory, which is also its name in messages."""
+    return f"{plan.at}/state/{position}/{key}"
+
+
+def _groups(saved: Mapping[str, Any], plan: OptimizerPlan) -> list[dict[str, Any]] | None:
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or not all(
         isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups
     ):
-        mismatch.wrong.append(f"{at}/param_groups: expected a list of dicts with params")
+        plan.mismatch.wrong.append(f"{plan.at}/param_groups: expected a list of dicts with params")
         return None
     return [dict(group) for group in groups]
 
 
-def _check_kind(
-    groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], at: str, plan: OptimizerPlan
-) -> None:
+def _check_kind(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> None:
     """Notes an optimizer of another kind, by its hyperparameters: DeepSpeed's and hand-written files have no class
     name."""
     theirs = [key for key in TELLING if any(key in group for group in groups)]
-    mine = [key for key in TELLING if any(key in group for group in own_groups)]
+    mine = [key for key in TELLING if any(key in group for group in plan.own_groups)]
     if theirs and mine and theirs != mine:
         plan.mismatch.wrong.append(
-            f"{at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind than "
-            f"{type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{at}"
+            f"{plan.at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind "
+            f"than {type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{plan.at}"
         )
 
 
-def _saved_names(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
-) -> dict[str, tuple[int, Any]] | None:
+def _saved_names(saved: SavedState) -> dict[str, tuple[int, Any]] | None:
     """Parameter name to (group, key of its state); None where the checkpoint has no names."""
     found: dict[str, tuple[int, Any]] = {}
-    for index, group in enumerate(groups):
+    for index, group in enumerate(saved.groups):
         names = group.get("param_names")
         if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
             names = group["params"]
@@ -191,141 +344,136 @@ def _saved_names(
         for name, key in zip(names, group["params"], strict=True):
             found[name] = (index, key)
     # Composer 0.32 writes names in ``state``; where a parameter has none there, its group still lists it.
-    return found if found or not state else None
+    return found if found or not saved.state else None
 
 
 def _match_by_name(
-    own: Sequence[torch.Tensor],
-    own_groups: Sequence[Mapping[str, Any]],
-    names: Mapping[str, tuple[int, Any]],
-    groups: Sequence[Mapping[str, Any]],
-    parameter_names: Mapping[int, str],
-    rename: Mapping[str, str] | None,
-    at: str,
     plan: OptimizerPlan,
-) -> dict[int, Any]:
-    own_names = [
-        parameter_names.get(id(parameter), f"(unnamed parameter {i})") for i, parameter in enumerate(own)
-    ]
-    match = match_names(names, own_names, rename)
+    saved_names: Mapping[str, tuple[int, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    rename: Mapping[str, str],
+) -> None:
+    own = plan.parameters
+    own_names = [names.get(id(parameter), f"(unnamed parameter {i})") for i, parameter in enumerate(own)]
+    match = match_names(saved_names, own_names, rename)
     source_of = {target: source for source, target in match.target_of.items()}
     # A parameter that is not trained has no saved state; some jobs give it to the optimizer all the same.
     untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
-    plan.mismatch.missing.extend(f"{at}/{name}" for name in match.missing if name not in untrained)
-    plan.mismatch.unexpected.extend(f"{at}/{name}" for name in match.unexpected)
-    keys: dict[int, Any] = {}
+    plan.mismatch.missing.extend(f"{plan.at}/{name}" for name in match.missing if name not in untrained)
+    plan.mismatch.unexpected.extend(f"{plan.at}/{name}" for name in match.unexpected)
     position = 0
-    for group in own_groups:
+    for group in plan.own_groups:
         saved_groups: list[int] = []
         for _ in group["params"]:
             source = source_of.get(own_names[position])
             if source is not None:
-                saved_group, keys[position] = names[source]
+                saved_group, plan.keys[position] = saved_names[source]
                 if saved_group not in saved_groups:
                     saved_groups.append(saved_group)
             position += 1
         hyper = [_hyperparameters(groups[index]) for index in saved_groups]
         if any(other != hyper[0] for other in hyper[1:]):
             plan.mismatch.wrong.append(
-                f"{at}: one parameter group of this job takes parameters from the checkpoint's groups "
+                f"{plan.at}: one parameter group of this job takes parameters from the checkpoint's groups "
                 f"{', '.join(map(str, sorted(saved_groups)))}, whose hyperparameters differ; group the parameters as "
                 "they were grouped when the checkpoint was saved"
             )
-        plan.param_groups.append({"from": saved_groups[0]} if saved_groups else {})
-    return keys
+        plan.group_from.append(saved_groups[0] if saved_groups else None)
 
 
-def _match_by_position(
-    own_groups: Sequence[Mapping[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
-    at: str,
-    plan: OptimizerPlan,
-) -> dict[int, Any]:
-    expected = [len(group["params"]) for group in own_groups]
+def _match_by_position(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> None:
+    expected = [len(group["params"]) for group in plan.own_groups]
     got = [len(group["params"]) for group in groups]
     if expected != got:
         plan.mismatch.wrong.append(
-            f"{at}: expected parameter groups of {expected} parameters, got {got}; the checkpoint does not name "
+            f"{plan.at}: expected parameter groups of {expected} parameters, got {got}; the checkpoint does not name "
             "its optimizer's parameters, so they can only be matched by position"
         )
-        return {}
-    plan.param_groups = [{"from": index} for index in range(len(groups))]
-    keys = [key for group in groups for key in group["params"]]
-    return dict(enumerate(keys))
+        return
+    plan.group_from = list(range(len(groups)))
+    plan.keys = dict(enumerate(key for group in groups for key in group["params"]))
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def _fill_groups(plan: OptimizerPlan, left: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Puts the saved hyperparameters over this optimizer's own, and its own positions as ``params``.
+def _filled_groups(plan: OptimizerPlan, saved: SavedState) -> list[dict[str, Any]]:
+    """This optimizer's groups with its own positions as ``params``, and the saved hyperparameters over its own.
 
-    `left` are the saved `groups` that ``ignore_keys`` left. Their positions have shifted, so their parameters identify
-    them.
+    The positions of the groups that ``ignore_keys`` left have shifted, so their parameters identify them.
     """
+    left = saved.left.get("param_groups")
     kept = {
         str(group["params"]): group
         for group in (left if isinstance(left, list) else ())
         if isinstance(group, Mapping) and "params" in group
     }
-    filled = []
-    for match, current in zip(plan.param_groups, plan.optimizer.state_dict()["param_groups"], strict=True):
-        group = dict(current)
-        if "from" in match:
-            group.update(_hyperparameters(kept.get(str(groups[match["from"]]["params"]), {})))
-        filled.append(group)
-    plan.param_groups = filled
+    filled = [dict(group) for group in plan.optimizer.state_dict()["param_groups"]]
+    for group, index in zip(filled, plan.group_from, strict=True):
+        if index is not None:
+            group.update(_hyperparameters(kept.get(str(saved.groups[index]["params"]), {})))
+    return filled
 
 
 def _entries(
-    plan: OptimizerPlan, saved: Any, whole: Any, parameter: torch.Tensor, at: str
+    plan: OptimizerPlan, saved: SavedState, key: Any, parameter: torch.Tensor
 ) -> dict[str, Any] | None:
     """One parameter's entries: the checkpoint's; where some were ignored, this optimizer's own, or zeros. None where
     all were, or none were saved."""
+    whole, left = saved.state[key], saved.left_of(key)
+    at = f"{plan.at}/state/{key}"
     if not isinstance(whole, Mapping):
         plan.mismatch.wrong.append(f"{at}: expected a dict, got a {kind_of(whole)}")
         return None
-    if not saved:
+    if not left:
         return None
     entries: dict[str, Any] = {}
     current = plan.optimizer.state.get(parameter, {})
-    for key, value in whole.items():
-        if key in saved:
-            entries[key] = saved[key]
-        elif key in current:
-            entries[key] = current[key]
+    for name, value in whole.items():
+        if name in left:
+            entries[name] = left[name]
+        elif name in current:
+            entries[name] = Own(current[name])
         elif isinstance(value, SavedTensor):
-            entries[key] = Zeros(value.shape, value.dtype)
-            plan.reset.append(f"{at}/{key}")
+            entries[name] = Zeros(value.shape, value.dtype)
+            plan.reset.append(f"{at}/{name}")
         elif isinstance(value, int | float):
-            entries[key] = type(value)(0)
-            plan.reset.append(f"{at}/{key}")
-        _check_entry(value, key, parameter, f"{at}/{key}", plan.mismatch)
-        cast = _cast_of(entries.get(key), key, parameter)
+            entries[name] = type(value)(0)
+            plan.reset.append(f"{at}/{name}")
+        problem = _shape_problem(value, name, parameter)
+        if problem:
+            plan.mismatch.wrong.append(f"{at}/{name}: {problem}")
+            continue
+        cast = _cast_of(entries.get(name), name, parameter)
         if cast is not None:
-            plan.cast[f"{at}/{key}"] = cast
+            plan.cast[f"{at}/{name}"] = cast
     return entries
 
 
-def _check_entry(value: Any, key: str, parameter: torch.Tensor, at: str, mismatch: Mismatch) -> None:
-    """Notes in `mismatch` a saved `value` that should have the shape of `parameter` and has another one."""
-    if not isinstance(value, SavedTensor) or isinstance(parameter, torch.nn.UninitializedParameter):
-        return
-    along = value.shape == tuple(parameter.shape)
-    if isinstance(value, AssembledTensor):
-        wrong = not along
-    elif is_dtensor(parameter) and key != STEP and value.numel != 1:
-        if not along:
-            mismatch.wrong.append(
-                f"{at}: has shape {value.shape} for a parameter of shape {tuple(parameter.shape)} that is sharded; "
-                "only state that lies element by element along the parameters can be spread over the ranks"
-            )
-        return
-    else:
-        wrong = key in ELEMENTWISE and not along and not parameter.is_meta
-    if wrong:
-        mismatch.wrong.append(f"{at}: expected shape {tuple(parameter.shape)}, got {value.shape}")
+def _shape_problem(value: Any, key: str, parameter: torch.Tensor) -> str | None:
+    """Why a saved `value`, which should have the shape of `parameter`, cannot be its entry `key`; else None."""
+    if not isinstance(value, SavedTensor):
+        return None
+    in_pieces, shape = value.whole is None, _shape(parameter)
+    if shape is None:
+        return NOT_INITIALISED if in_pieces else None
+    if value.shape == shape:
+        return None
+    if not in_pieces and is_dtensor(parameter) and key != STEP and value.numel != 1:
+        return (
+            f"has shape {value.shape} for a parameter of shape {shape} that is sharded; only state that lies element "
+            "by element along the parameters can be spread over the ranks"
+        )
+    if in_pieces or (key in ELEMENTWISE and not parameter.is_meta):
+        return f"expected shape {shape}, got {value.shape}"
+    return None
+
+
+def _shape(parameter: torch.Tensor) -> tuple[int, ...] | None:
+    """Of the whole parameter; None where it has none yet."""
+    return None if isinstance(parameter, torch.nn.UninitializedParameter) else tuple(parameter.shape)
 
 
 def _cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
@@ -344,71 +492,18 @@ def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key
                 entries[STEP] = group[STEP]
 
 
-def apply_optimizer(
-    plan: OptimizerPlan, reader: TensorReader, note_change: NoteChange, **materialize_options: Any
-) -> None:
-    """Carries out `plan` through the optimizer's own ``load_state_dict``, which keeps the new tensors as they are.
-
-    A parameter that the checkpoint does not have, or whose state was ignored, keeps its state; one that was saved
-    without state has none afterwards. `note_change` is called with the part's name before the change;
-    `materialize_options` are `materialize`'s ``safe_types`` and ``file``. No rank waits for another.
-
-    Raises `CorruptError` where bytes are missing or do not match their checksum; the optimizer is unchanged then.
-    """
-    current = plan.optimizer.state_dict()["state"]
-    kept = {position: entries for position, entries in current.items() if position in plan.keep}
-    fresh = _real_entries(plan.state, plan.parameters, name=plan.name, reader=reader, **materialize_options)
-    groups = materialize(plan.param_groups, reader=reader, **materialize_options)
-    note_change(f"optimizer {plan.name}")
-    plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
-
-
-def _real_entries(
-    state: Mapping[int, Mapping[str, Any]],
-    parameters: Sequence[torch.Tensor],
-    *,
-    name: str,
-    reader: TensorReader,
-    **materialize_options: Any,
-) -> dict[int, dict[str, Any]]:
-    """`state` (by position in `parameters`) as real values; `name` is the optimizer's in messages.
-
-    An entry that `lies_along` its parameter is read into new memory such as the optimizer would have made: of the
-    parameter's device, dtype and placements. Everything else is as it was saved.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    requests: list[CopyRequest] = []
-    for position, entries in state.items():
-        parameter = parameters[position]
-        along = {key for key, value in entries.items() if lies_along(value, key, parameter)}
-        # One call for each parameter, so that no two share a step, which is counted up in place.
-        real = materialize(
-            {key: entries[key] for key in entries if key not in along}, reader=reader, **materialize_options
-        )
-        for key in along:
-            value = entries[key]
-            dtype = _dtype_along(value, parameter)
-            if isinstance(value, Zeros):
-                real[key] = torch.zeros_like(parameter.detach(), dtype=dtype)
-                continue
-            real[key] = torch.empty_like(parameter.detach(), dtype=dtype)
-            requests.extend(fill_requests(value, real[key], f"optimizers/{name}/state/{position}/{key}"))
-        found[position] = {key: _zeros(real[key]) for key in entries}
-    reader.copy(requests)
-    return found
-
-
 def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
     """Whether the entry is read into memory like the parameter's, rather than made as it was saved.
 
-    So are tensors saved in runs, and what has the shape of a DTensor parameter. A tensor that is saved whole and goes
+    So are tensors saved in pieces, and what has the shape of a DTensor parameter. A tensor that is saved whole and goes
     to an ordinary parameter is made as it was saved.
     """
-    if isinstance(value, AssembledTensor):
-        return True
-    if isinstance(value, LazyTensor) and not is_dtensor(parameter):
-        return False
-    return key != STEP and isinstance(value, LazyTensor | Zeros) and value.shape == tuple(parameter.shape)
+    if isinstance(value, SavedTensor):
+        if value.whole is None:
+            return True
+        if not is_dtensor(parameter):
+            return False
+    return key != STEP and isinstance(value, SavedTensor | Zeros) and value.shape == _shape(parameter)
 
 
 def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.dtype:
@@ -416,23 +511,3 @@ def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.d
     saved = torch_dtype(value.dtype)
     floats = saved.is_floating_point and parameter.is_floating_point()
     return parameter.dtype if floats else saved
-
-
-def _zeros(value: Any) -> Any:
-    if not isinstance(value, Zeros):
-        return value
-    return torch.zeros(value.shape, dtype=torch_dtype(value.dtype))
-
-
-def optimizer_groups(state: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Name and shape of each parameter of each group of the first optimizer in `state`; [] where it has none.
-
-    With ZeRO stage 0, whose files do not name the optimizer's parameters, these names are assigned by position.
-    """
-    optimizers = getattr(state, "optimizers", None)
-    first = next(iter(optimizers), None) if isinstance(optimizers, list | tuple) else optimizers
-    names = parameter_names(state.model)
-    return [
-        [(names.get(id(parameter), "(unnamed)"), tuple(parameter.shape)) for parameter in group["params"]]
-        for group in getattr(first, "param_groups", ())
-    ]

@@ -1,4 +1,4 @@
-"""Restores a `State`: `plan_state` checks every part, then `apply_state` fills each, in one fixed order.
+"""Restores a `State`: `StateTarget` checks every part, and plans a step for each, in one fixed order.
 
 The order: model, optimizers, then schedulers, scaler, callbacks, timestamp and the other objects through their own
 ``load_state_dict``, at last plain values.
@@ -7,19 +7,19 @@ The order: model, optimizers, then schedulers, scaler, callbacks, timestamp and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..materialize.objects import materialize
-from ..materialize.tensors import TensorReader
-from ..saved.assembled import SavedTensor
-from ..saved.contents import Contents
-from ..saved.mismatch import Mismatch
-from ..saved.values import kind_of
+from ..saved.contents import Saved
+from ..saved.copies import Copy
+from ..saved.demand import Demand
+from ..saved.tree import join_path
 from ..state import PLAIN_PARTS, State, by_class_name
-from .module import ModulePlan, NoteChange, apply_module, parameter_names, plan_module
-from .optimizer import OptimizerPlan, apply_optimizer, plan_optimizer
+from .base import Plan, RestoreOptions, Work, join
+from .demand import demand_of
+from .module import ModuleStep, plan_module
+from .optimizer import OptimizerStep, plan_optimizers, without_hyperparameters
 
 _OWN_PARTS = frozenset(
     {"model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", *PLAIN_PARTS}
@@ -28,130 +28,159 @@ _RECORDS = frozenset({"integrations", "metadata", "is_model_ddp", "is_model_deep
 """Parts of Composer's layout that describe the checkpoint and restore nothing."""
 
 
-@dataclass
-class StatePlan:
-    """Which part of a checkpoint goes to which of a `State`'s; checked, nothing changed yet."""
+@dataclass(frozen=True)
+class ObjectStep:
+    """Hands an object its saved state, through its own ``load_state_dict``."""
+
+    label: str
+    target: Any
+    trees: Mapping[str, Any]
+    """The one saved state, by its place in the checkpoint."""
+    copies: tuple[Copy, ...] = ()
+
+    def apply(self, work: Work) -> list[str]:
+        (real,) = work.real(self.trees).values()
+        work.note_change(self.label)
+        self.target.load_state_dict(real)
+        return [self.label]
+
+
+@dataclass(frozen=True)
+class ValueStep:
+    """Sets an attribute of the state to a saved plain value."""
 
     state: State
-    contents: Contents
-    module: ModulePlan | None
-    optimizers: list[OptimizerPlan]
-    objects: list[tuple[str, Any, Any]]
-    """(label, object with ``load_state_dict``, lazy state)."""
-    values: dict[str, Any]
-    """Attribute of the state to its lazy plain value."""
-    mismatch: Mismatch
-    not_restored: list[str] = field(default_factory=list)
+    part: str
+    trees: Mapping[str, Any]
+    """The one value, by its place in the checkpoint."""
+    copies: tuple[Copy, ...] = ()
+
+    def apply(self, work: Work) -> list[str]:
+        (real,) = work.real(self.trees).values()
+        work.note_change(self.part)
+        setattr(self.state, self.part, real)
+        return [self.part]
 
 
-def plan_state(
-    state: State,
-    contents: Contents,
-    unfiltered: Contents,
-    *,
-    weights_only: bool,
-    rename: Mapping[str, str] | None = None,
-    with_model: bool = True,
-    masters: Mapping[int, SavedTensor] | None = None,
-) -> StatePlan:
-    """Matches a checkpoint's contents with `state`; changes nothing, and no rank waits.
-
-    Warns of parts that the checkpoint lacks. What does not fit is in the plan's ``mismatch``, for the caller to raise.
-
-    Args:
-        contents: the checkpoint's, as ``ignore_keys`` left them.
-        unfiltered: the same before ``ignore_keys``.
-        weights_only: plan the model alone.
-        with_model: False where a DeepSpeed engine restores the model and the optimizers.
-        rename, masters: as `plan_module` takes them.
-    """
-    plan = StatePlan(state, contents, None, [], [], {}, Mismatch())
-    saved = contents.state
-    if with_model:
-        _plan_model(plan, unfiltered, rename, masters)
-    if weights_only:
-        return plan
-    if with_model:
-        _plan_optimizers(plan, unfiltered, rename)
-    _plan_objects(plan, "schedulers", "scheduler")
-    _plan_objects(plan, "scaler", "scaler")
-    _plan_objects(plan, "callbacks", "callback")
-    _plan_timestamp(plan)
-    for part in PLAIN_PARTS:
-        if part in saved:
-            _plan_plain(plan, part, saved[part])
-    plan.not_restored.extend(
-        f"state/{part}" for part in saved if part not in _OWN_PARTS and part not in _RECORDS
-    )
-    return plan
+_ORDER: tuple[type, ...] = (ModuleStep, OptimizerStep, ObjectStep, ValueStep)
+"""In which steps are carried out."""
 
 
-def _plan_model(
-    plan: StatePlan,
-    unfiltered: Contents,
-    rename: Mapping[str, str] | None,
-    masters: Mapping[int, SavedTensor] | None,
-) -> None:
-    whole = unfiltered.state.get("model")
-    if whole is None:
-        plan.mismatch.missing.append("model: the checkpoint has no weights")
-        return
-    if "model" not in plan.contents.state:
-        return  # ignored as a whole
-    saved = plan.contents.state.get("model", {})
-    if not isinstance(saved, Mapping) or not isinstance(whole, Mapping):
-        plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {kind_of(saved)}")
-        return
-    plan.module = plan_module(plan.state.model, saved, all_names=whole, rename=rename, masters=masters)
-    plan.mismatch.extend(plan.module.mismatch)
+@dataclass(frozen=True)
+class StateTarget:
+    """A `State`, of whose model each rank keeps all, or its shards of DTensors."""
+
+    state: State
+    options: RestoreOptions
+    with_model: bool = True
+    """False where a DeepSpeed engine restores the model and the optimizers."""
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        """What this rank keeps; see `Target`."""
+        return demand_of(self.state, self.options, rank, world_size, with_groups=self.with_model)
+
+    def plan(self, saved: Saved) -> Plan:
+        """Matches `saved` with the state's parts; warns of those that the checkpoint lacks. See `Target`."""
+        plan = join(self._parts(saved))
+        return replace(plan, steps=tuple(sorted(plan.steps, key=lambda step: _ORDER.index(type(step)))))
+
+    def _parts(self, saved: Saved) -> Iterator[Plan]:
+        options = self.options
+        if self.with_model:
+            yield plan_module(self.state.model, saved, options).as_plan()
+        if options.weights_only:
+            return
+        if self.with_model:
+            yield from self._optimizers(saved)
+        yield self._objects(saved, "schedulers", "scheduler")
+        yield self._objects(saved, "scaler", "scaler")
+        yield self._objects(saved, "callbacks", "callback")
+        yield self._timestamp(saved.state.get("timestamp"))
+        for part in PLAIN_PARTS:
+            if part in saved.state:
+                yield self._plain(part, saved.state[part])
+        rest = (part for part in saved.state if part not in _OWN_PARTS and part not in _RECORDS)
+        yield Plan(not_restored=tuple(f"state/{part}" for part in rest))
+
+    def _optimizers(self, saved: Saved) -> Iterator[Plan]:
+        plans, rest = plan_optimizers(self.state, saved, self.options)
+        yield from (plan.as_plan() for plan in plans)
+        yield rest
+        yield Plan(notes=without_hyperparameters(plans, saved))
+        states = saved.state.get("optimizers") or {}
+        for name, optimizer in by_class_name(self.state.optimizers).items():
+            if name in states and not hasattr(optimizer, "param_groups"):
+                yield _of_object(f"optimizer {name}", optimizer, states[name], f"state/optimizers/{name}")
+
+    def _objects(self, saved: Saved, part: str, kind: str) -> Plan:
+        states = saved.state.get(part)
+        if not isinstance(states, Mapping):
+            return Plan()
+        found: list[Plan] = []
+        claimed = set()
+        own = getattr(self.state, part)
+        for name, target in by_class_name(own).items():
+            key = _key_for(name, target, states)
+            if key is None:
+                warnings.warn(
+                    f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2
+                )
+                continue
+            if part == "schedulers" and not _same_schedule(target, states[key]):
+                warnings.warn(
+                    f"The checkpoint's {kind} {key} is of another kind than {name}, which stays as it is",
+                    stacklevel=2,
+                )
+                continue
+            claimed.add(key)
+            if not callable(getattr(target, "load_state_dict", None)):
+                target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
+            elif not states[key] and kind == "scaler":
+                # A disabled GradScaler saves nothing, and an enabled one refuses to load that.
+                warnings.warn(
+                    f"The checkpoint's {name} was disabled; this job's stays as it is", stacklevel=2
+                )
+                continue
+            found.append(_of_object(f"{kind} {name}", target, states[key], join_path(f"state/{part}", key)))
+        rest = (key for key in states if key not in claimed and states[key])
+        return join([*found, Plan(not_restored=tuple(f"state/{part}/{key}" for key in rest))])
+
+    def _timestamp(self, saved: Any) -> Plan:
+        if saved is None:
+            return Plan()
+        if isinstance(saved, Mapping) and len(saved) == 1:
+            inner = next(iter(saved.values()))
+            saved = inner if isinstance(inner, Mapping) else saved
+        return self._plain("timestamp", saved)
+
+    def _plain(self, part: str, saved: Any) -> Plan:
+        own, place = getattr(self.state, part), f"state/{part}"
+        if callable(getattr(own, "load_state_dict", None)):
+            return _of_object(part, own, saved, place)
+        if isinstance(own, Mapping) and isinstance(saved, Mapping) and _has_objects(own):
+            return join(_metrics(own, saved, part))
+        if part == "run_name" and own is not None:
+            return Plan()  # this run's own name stands
+        return Plan((ValueStep(self.state, part, {place: saved}),))
 
 
-def _plan_optimizers(plan: StatePlan, unfiltered: Contents, rename: Mapping[str, str] | None) -> None:
-    saved = plan.contents.state.get("optimizers") or {}
-    whole = unfiltered.state.get("optimizers") or {}
-    names = parameter_names(plan.state.model)
-    own = by_class_name(plan.state.optimizers)
-    for name, optimizer in own.items():
-        if name in saved and not hasattr(optimizer, "param_groups"):
-            plan.objects.append((f"optimizer {name}", optimizer, saved[name]))
-        elif name in saved:
-            found = plan_optimizer(
-                optimizer, name, saved[name], parameter_names=names, unfiltered=whole[name], rename=rename
-            )
-            plan.optimizers.append(found)
-            plan.mismatch.extend(found.mismatch)
-        elif name not in whole:
-            has = f"the checkpoint has {', '.join(map(str, whole))}" if whole else "the checkpoint has none"
-            plan.mismatch.missing.append(f"optimizers/{name}: {has}")
-    plan.not_restored.extend(f"state/optimizers/{name}" for name in saved if name not in own)
+def _of_object(label: str, target: Any, saved: Any, place: str) -> Plan:
+    return Plan((ObjectStep(label, target, {place: saved}),))
 
 
-def _plan_objects(plan: StatePlan, part: str, kind: str) -> None:
-    saved = plan.contents.state.get(part)
-    if not isinstance(saved, Mapping):
-        return
-    claimed = set()
-    own = getattr(plan.state, part)
-    for name, target in by_class_name(own).items():
-        key = _key_for(name, target, saved)
-        if key is None:
-            warnings.warn(f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2)
+def _metrics(own: Mapping[Any, Any], saved: Mapping[Any, Any], part: str) -> Iterator[Plan]:
+    """The objects in a mapping, and in mappings inside it."""
+    for key, target in own.items():
+        if key not in saved:
             continue
-        if part == "schedulers" and not _same_schedule(target, saved[key]):
-            warnings.warn(
-                f"The checkpoint's {kind} {key} is of another kind than {name}, which stays as it is",
-                stacklevel=2,
-            )
-            continue
-        claimed.add(key)
-        if not callable(getattr(target, "load_state_dict", None)):
-            target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
-        elif not saved[key] and kind == "scaler":
-            # A disabled GradScaler saves nothing, and an enabled one refuses to load that.
-            warnings.warn(f"The checkpoint's {name} was disabled; this job's stays as it is", stacklevel=2)
-            continue
-        plan.objects.append((f"{kind} {name}", target, saved[key]))
-    plan.not_restored.extend(f"state/{part}/{key}" for key in saved if key not in claimed and saved[key])
+        label = f"{part}/{key}"
+        if callable(getattr(target, "load_state_dict", None)):
+            yield _of_object(label, target, _metric_state(saved[key]), f"state/{label}")
+        elif isinstance(target, Mapping) and isinstance(saved[key], Mapping):
+            for name, metric in target.items():
+                if name in saved[key] and callable(getattr(metric, "load_state_dict", None)):
+                    inner = f"{label}/{name}"
+                    yield _of_object(inner, metric, _metric_state(saved[key][name]), f"state/{inner}")
 
 
 @dataclass(frozen=True)
@@ -186,38 +215,6 @@ def _same_schedule(target: Any, saved: Any) -> bool:
     return "last_epoch" in saved or not saved
 
 
-def _plan_timestamp(plan: StatePlan) -> None:
-    saved = plan.contents.state.get("timestamp")
-    if saved is None:
-        return
-    if isinstance(saved, Mapping) and len(saved) == 1:
-        inner = next(iter(saved.values()))
-        saved = inner if isinstance(inner, Mapping) else saved
-    _plan_plain(plan, "timestamp", saved)
-
-
-def _plan_plain(plan: StatePlan, part: str, saved: Any) -> None:
-    own = getattr(plan.state, part)
-    if callable(getattr(own, "load_state_dict", None)):
-        plan.objects.append((part, own, saved))
-    elif isinstance(own, Mapping) and isinstance(saved, Mapping) and _has_objects(own):
-        for key, target in own.items():
-            if key not in saved:
-                continue
-            if callable(getattr(target, "load_state_dict", None)):
-                plan.objects.append((f"{part}/{key}", target, _metric_state(saved[key])))
-            elif isinstance(target, Mapping) and isinstance(saved[key], Mapping):
-                plan.objects.extend(
-                    (f"{part}/{key}/{name}", metric, _metric_state(saved[key][name]))
-                    for name, metric in target.items()
-                    if name in saved[key] and callable(getattr(metric, "load_state_dict", None))
-                )
-    elif part == "run_name" and own is not None:
-        return  # this run's own name stands
-    else:
-        plan.values[part] = saved
-
-
 def _has_objects(own: Mapping[Any, Any]) -> bool:
     return any(
         callable(getattr(value, "load_state_dict", None))
@@ -229,59 +226,3 @@ def _has_objects(own: Mapping[Any, Any]) -> bool:
 def _metric_state(saved: Any) -> Any:
     """The metric's state, which Composer saves as ``{"state_dict": ..., "_computed": ...}``."""
     return saved["state_dict"] if isinstance(saved, Mapping) and "state_dict" in saved else saved
-
-
-def apply_state(
-    plan: StatePlan,
-    reader: TensorReader,
-    note_change: NoteChange,
-    *,
-    strict: bool,
-    materialize_options: Mapping[str, Any],
-) -> list[str]:
-    """Carries out `plan` on this rank; returns the parts that were restored, for the receipt. No rank waits.
-
-    `note_change` is called with a part's name before that part is first changed. With `strict`, names that a module's
-    own ``load_state_dict`` left out are an error. `materialize_options` are `materialize`'s ``safe_types`` and
-    ``file``. Raises as `apply_module` and `apply_optimizer`, and whatever a part's ``load_state_dict`` raises.
-    """
-    restored = []
-    if plan.module is not None and plan.module.sources:
-        apply_module(plan.module, reader, note_change, strict=strict, materialize_options=materialize_options)
-        restored.append(f"model ({len(plan.module.sources)} entries, {plan.module.nbytes:,} bytes)")
-    for optimizer in plan.optimizers:
-        apply_optimizer(optimizer, reader, note_change, **materialize_options)
-        restored.append(f"optimizer {optimizer.name} ({optimizer.nbytes:,} bytes)")
-    for label, target, saved in plan.objects:
-        real = materialize(saved, reader=reader, **materialize_options)
-        note_change(label)
-        target.load_state_dict(real)
-        restored.append(label)
-    for part, saved in plan.values.items():
-        real = materialize(saved, reader=reader, **materialize_options)
-        note_change(part)
-        setattr(plan.state, part, real)
-        restored.append(part)
-    return restored
-
-
-def optimizer_classes(state: Any) -> Sequence[str]:
-    """Class names of the optimizers of a `State` or foreign state, in order: files without class names take them."""
-    return list(by_class_name(_objects(state, "optimizers")))
-
-
-def scheduler_classes(state: Any) -> Sequence[str]:
-    """Class names of its schedulers, in order."""
-    return list(by_class_name(_objects(state, "schedulers")))
-
-
-def scaler_class(state: Any) -> str:
-    """Class name of its loss scaler; torch's own where there is none."""
-    return next(iter(by_class_name(_objects(state, "scaler"))), "GradScaler")
-
-
-def _objects(state: Any, part: str) -> list[Any]:
-    value = getattr(state, part, None)
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]

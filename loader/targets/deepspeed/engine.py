@@ -1,40 +1,31 @@
-"""Restores into a live DeepSpeed engine: `plan_engine`, then `apply_engine`, then `finish_engine`.
+"""Restores into a live DeepSpeed engine: `EngineTarget` is the target for it.
 
 The engine's own tensors are filled in place, straight from the files, so a restore needs no second copy of a
-partition. Below stage 3 the ranks of a node read the module's weights once for all (``verify.weights``); at stage 3
-each rank casts its shares from its own masters. Only `finish_engine` runs collectives: at stage 3, for persistent
+partition. Below stage 3 the ranks of a node read the module's weights once for all (`shared_weights`); at stage 3 each
+rank casts its shares from its own masters. Only the plan's ``finish`` runs collectives: at stage 3, for persistent
 parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 from ...errors import CorruptError, LayoutError
-from ...materialize.tensors import TensorReader
-from ...saved.contents import Contents
+from ...saved.contents import ENGINE, Saved
+from ...saved.demand import Demand, ParameterDemand
+from ...saved.mismatch import Mismatch
+from ...saved.model_parallel import describe_layers
 from ...saved.values import kind_of
-from ...sources.zero.contents import ZeroContents, kept_parts
-from ...sources.zero.experts import describe_layers
-from ...sources.zero.layout import named_by_optimizer
-from ..module import NoteChange
-from .apply import fill_tensors, relink, set_engine, set_numbers
-from .plan import EnginePlan, plan_model, plan_states
-from .target import EngineTarget, engine_target, is_deepspeed_engine
+from ..base import Plan, RestoreOptions
+from .live import LiveEngine, is_deepspeed_engine, live_engine
+from .parallel import is_pipeline, layer_files
+from .plan import plan_model
+from .states import lacks_learning_rates, plan_states
+from .step import EnginePart, EngineStep, objects_of
 
-__all__ = [
-    "EnginePlan",
-    "apply_engine",
-    "engine_classes",
-    "engine_target",
-    "finish_engine",
-    "is_deepspeed_engine",
-    "name_parameters",
-    "plan_engine",
-]
-
+__all__ = ["EngineTarget", "engine_classes", "is_deepspeed_engine"]
 
 _COUNTER_TYPES: dict[str, tuple[type, ...]] = {
     "dynamic_loss_scale": (bool,),
@@ -49,8 +40,82 @@ _COUNTER_TYPES: dict[str, tuple[type, ...]] = {
 """Types of the counters and the like that are set in the engine's optimizer; other types are an error."""
 
 
+class EngineTarget:
+    """A DeepSpeed engine, with its optimizer and its lr scheduler."""
+
+    def __init__(self, engine: Any, options: RestoreOptions) -> None:
+        self._engine = engine
+        self._options = options
+
+    @cached_property
+    def _live(self) -> LiveEngine:
+        return live_engine(self._engine)
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        """What this rank keeps of each parameter, from the engine's attributes; no rank waits for another.
+
+        The engine itself knows its place among the ranks. Raises as `live_engine`.
+        """
+        live, options = self._live, self._options
+        optimizer, scheduler = engine_classes(self._engine)
+        return Demand(
+            live.position,
+            weights_only=options.weights_only,
+            optimizers=(optimizer,),
+            schedulers=(scheduler,),
+            engine_scheduler=scheduler,
+            layout=options.layout,
+            rename=options.rename,
+            parameters={
+                name: ParameterDemand(
+                    shape,
+                    live.dtypes[name],
+                    updated=tuple(slot.run for _, slot in live.slots_of.get(name, ())),
+                    computed=tuple(low.slot.run for low in live.low[name]),
+                )
+                for name, shape in live.shapes.items()
+            },
+            aliases=live.aliases,
+            others=(*live.buffers, *live.extra_state),
+            groups=tuple(tuple((name, live.shapes[name]) for name in group) for group in live.groups),
+            experts=live.experts,
+            layers=layer_files(self._engine.module) if is_pipeline(self._engine.module) else (),
+        )
+
+    def plan(self, saved: Saved) -> Plan:
+        """Matches the engine's parts of `saved` with it and plans which elements go where; changes nothing.
+
+        Of a single file, an engine takes the weights alone. What does not fit is in the plan's ``mismatch``. Raises
+        `LayoutError` where files are missing, or a whole model does not tell which part of it is this rank's;
+        `CorruptError` where a counter is of another type than DeepSpeed's.
+        """
+        live, options = self._live, self._options
+        by_deepspeed = saved.data_parallel_size is not None
+        if not by_deepspeed:
+            _refuse_parts(live)
+        model = plan_model(live, saved, options.rename)
+        step = EngineStep(live, saved, model)
+        mismatch = Mismatch()
+        mismatch.extend(model.mismatch)
+        not_restored: tuple[str, ...] = ()
+        if by_deepspeed and not options.weights_only and model.found:
+            optimizer = plan_states(live, saved, model, engine_classes(self._engine)[0])
+            mismatch.extend(optimizer.mismatch)
+            step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch))
+        elif not by_deepspeed and not options.weights_only:
+            not_restored = tuple(f"state/optimizers/{name}" for name in saved.state.get("optimizers") or {})
+        return Plan(
+            (step,),
+            mismatch,
+            model.renamed,
+            model.cast,
+            not_restored=not_restored,
+            finish=partial(finish_engine, live),
+        )
+
+
 def engine_classes(engine: Any) -> tuple[str, str]:
-    """Class names of the engine's optimizer, inside DeepSpeed's, and its learning-rate scheduler, for `zero_tree`."""
+    """Class names of the engine's optimizer, inside DeepSpeed's, and of its learning-rate scheduler."""
     optimizer = getattr(engine, "basic_optimizer", None) or engine.optimizer
     scheduler = getattr(engine, "lr_scheduler", None)
     return (
@@ -59,141 +124,62 @@ def engine_classes(engine: Any) -> tuple[str, str]:
     )
 
 
-def name_parameters(engine: Any, zero: ZeroContents) -> ZeroContents:
-    """`zero` with the names of `engine`'s parameters, by position, where stage 0's files do not name the optimizer's.
-
-    Contents of other stages are returned as they are. Call it before `zero_tree`, so that ``ignore_keys`` sees names.
-    Raises `LayoutError` where groups or shapes differ.
-    """
-    return _named(zero, engine_target(engine))
-
-
-def _named(zero: ZeroContents, target: EngineTarget) -> ZeroContents:
-    optim = zero.any_optim
-    if (
-        zero.checkpoint.stage
-        or optim is None
-        or any(not p.frozen for p in zero.checkpoint.parameters.values())
-    ):
-        return zero
-    groups = [[(name, target.shapes[name]) for name in group] for group in target.groups]
-    return replace(zero, checkpoint=named_by_optimizer(zero.checkpoint, optim, groups))
-
-
-def plan_engine(
-    engine: Any,
-    zero: ZeroContents | None,
-    contents: Contents,
-    unfiltered: Contents,
-    *,
-    weights_only: bool,
-    rename: Mapping[str, str] | None = None,
-) -> EnginePlan:
-    """Matches a checkpoint with `engine` and plans which elements go where; changes nothing, and no rank waits.
-
-    What does not fit is in the plan's ``mismatch``, for the caller to raise.
-
-    Args:
-        zero: the ZeRO files that this rank has read; None where the checkpoint is a single file, of which an engine
-            takes the weights alone.
-        contents: the engine's parts of the checkpoint, as ``ignore_keys`` left them.
-        unfiltered: the checkpoint's contents before ``ignore_keys``; for ZeRO, what `zero_tree` returned.
-        weights_only: plan the module's weights and buffers alone.
-        rename: saved name to this job's, before names are matched.
-
-    Raises `LayoutError` where the engine is of a kind that is not supported, or files of a saved rank are missing.
-    """
-    target = engine_target(engine)
-    if zero is not None:
-        zero = _named(zero, target)
-    elif any(layer.ep_size > 1 for layer in target.experts):
+def _refuse_parts(live: LiveEngine) -> None:
+    """Raises `LayoutError` for an engine that has a part of the model, which a single file of a whole one does not
+    tell."""
+    if any(layer.ep_size > 1 for layer in live.experts):
         raise LayoutError(
-            f"the engine's experts are spread over ranks ({describe_layers(target.experts)}), and a single file does "
+            f"the engine's experts are spread over ranks ({describe_layers(live.experts)}), and a single file does "
             "not tell which rank's they are: restore it from the folder that DeepSpeed saved"
         )
-    elif target.layout.split:
+    if live.position.layout.split:
         raise LayoutError(
-            f"the engine has {target.layout}, and the checkpoint is a single file of a whole model: it takes none"
+            f"the engine has {live.position.layout}, and the checkpoint is a single file of a whole model: it takes "
+            "none"
         )
-    plan = EnginePlan(target, zero, weights_only)
-    whole = unfiltered.state.get("model")
-    if not isinstance(whole, Mapping):
-        plan.mismatch.missing.append("model: the checkpoint has no weights")
-        return plan
-    kept = contents.state.get("model")
-    found = plan_model(plan, whole, kept if isinstance(kept, Mapping) else (), rename)
-    if weights_only:
-        return plan
-    if zero is None:
-        plan.not_restored.extend(
-            f"state/optimizers/{name}" for name in contents.state.get("optimizers") or {}
-        )
-        return plan
-    wanted = kept_parts({"state": contents.state}, zero)
-    optimizer_class, _ = engine_classes(engine)
-    plan_states(plan, found, wanted, optimizer_class)
-    plan.scheduler = wanted.scheduler
-    plan.counters = _checked_counters(wanted.engine, zero, plan)
-    return plan
 
 
-def _checked_counters(saved: Mapping[str, Any], zero: ZeroContents, plan: EnginePlan) -> dict[str, Any]:
-    file = zero.model_of(plan.target.rank).file
+def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> EnginePart:
+    """Plans counters, loss scaler and schedulers. Raises `CorruptError` where a counter has another type."""
+    counters = saved.state.get(ENGINE)
+    counters = dict(counters) if isinstance(counters, Mapping) else {}
     for key, kinds in _COUNTER_TYPES.items():
-        if key in saved and not isinstance(saved[key], kinds):
+        if key in counters and not isinstance(counters[key], kinds):
             raise CorruptError(
-                f"{file}: {key} is a {kind_of(saved[key])}, expected {' or '.join(k.__name__ for k in kinds)}",
-                path=file,
+                f"{saved.name}: {key} is a {kind_of(counters[key])}, expected "
+                f"{' or '.join(kind.__name__ for kind in kinds)}",
+                path=saved.name,
             )
-    optimizer = plan.target.engine.optimizer
-    if saved.get("clip_grad", 0) > 0 and getattr(optimizer, "compute_grad_norm", True) is False:
-        plan.mismatch.wrong.append(
-            f"engine/clip_grad: the checkpoint clips gradients at {saved['clip_grad']}, which this engine cannot "
+    if (
+        counters.get("clip_grad", 0) > 0
+        and getattr(live.engine.optimizer, "compute_grad_norm", True) is False
+    ):
+        mismatch.wrong.append(
+            f"engine/clip_grad: the checkpoint clips gradients at {counters['clip_grad']}, which this engine cannot "
             "(zero_optimization.compute_grad_norm is false); leave it out with ignore_keys=['state/engine/clip_grad']"
         )
-    return dict(saved)
+    schedulers = saved.state.get("schedulers")
+    own = (
+        []
+        if not isinstance(schedulers, Mapping)
+        else [schedulers[key] for key in schedulers if key in saved.engine_schedulers]
+    )
+    takes_state = callable(getattr(getattr(live.engine, "lr_scheduler", None), "load_state_dict", None))
+    return EnginePart(
+        counters,
+        {key: counters[key] for key in objects_of(live.engine) if key in counters},
+        next(iter(own), None) if takes_state else None,
+        lacks_learning_rates(saved),
+    )
 
 
-def apply_engine(plan: EnginePlan, reader: TensorReader, note_change: NoteChange) -> list[str]:
-    """Carries out `plan` on this rank; returns what was restored, for the receipt. No rank waits for another.
-
-    The weights in ``plan.shared`` are left out: ``verify.weights`` brings them afterwards. `note_change` is called
-    with a part's name before that part is first changed. Raises `CorruptError` where bytes are missing or do not match
-    their checksum; by then parts may have been changed.
-    """
-    target = plan.target
-    optimizer = target.engine.optimizer
-    if plan.low or plan.shared or plan.masters or plan.buffers or plan.low_from_master or plan.extra_state:
-        note_change("model")
-    if plan.states or plan.scalars or plan.groups:
-        note_change("optimizer")
-    # Frees gathered copies of parameters, which would otherwise keep the old values of their shares.
-    if target.kind == "zero3":
-        optimizer.checkpoint_event_prologue()
-    elif hasattr(optimizer, "partition_all_parameters"):
-        optimizer.partition_all_parameters()
-    fill_tensors(plan, reader)
-    set_numbers(plan, reader)
-    relink(plan)
-    model = {fill.name for _, fill in plan.low}
-    model |= {f"model/{name}" for name in (*plan.shared, *(name for name, _ in plan.low_from_master))}
-    restored = [f"model ({len(model)} parameters, {len(plan.buffers)} buffers on this rank)"] if model else []
-    if plan.masters or plan.master_from_low:
-        restored.append("fp32 masters")
-    if plan.states:
-        restored.append(f"optimizer state ({', '.join(sorted({key for _, key, _ in plan.states}))})")
-    if plan.groups:
-        restored.append("hyperparameters")
-    return restored + set_engine(plan, reader, note_change)
-
-
-def finish_engine(plan: EnginePlan) -> None:
+def finish_engine(live: LiveEngine) -> None:
     """Gathers the parameters that stage 3 keeps whole on every rank.
 
     Every rank must call it, and only once all have agreed that they applied their plans: these are collectives, the
     only ones of a restore, in which a rank waits for ever for one that failed.
     """
-    optimizer = plan.target.engine.optimizer
+    optimizer = live.engine.optimizer
     _gather_whole(
         [
             one
@@ -201,7 +187,7 @@ def finish_engine(plan: EnginePlan) -> None:
             if one.ds_status.name == "NOT_AVAILABLE"
         ]
     )
-    if plan.target.kind == "zero3":
+    if live.kind == "zero3":
         optimizer.checkpoint_event_epilogue()
 
 

@@ -1,6 +1,6 @@
 """Reads from DeepSpeed's optimizers which parameter lies where in each tensor that they update on this rank.
 
-One function for each kind of optimizer (`Kind` in ``target``), all with the same arguments and result. The attributes
+One function for each kind of optimizer (`Kind` in ``live``), all with the same arguments and result. The attributes
 and the order of a partition's parameters are those of DeepSpeed's sources: ``runtime/zero/stage_1_and_2.py``,
 ``runtime/zero/stage3.py``, ``runtime/bf16_optimizer.py`` and ``runtime/fp16/unfused_optimizer.py``.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.distributed
 
 from ...errors import LayoutError
-from ...saved.intervals import Piece, Place, cut
-from ...sources.zero.layout import share_pieces
+from ...saved.partitions import Slot, cut, padded_share, shares
+from ...saved.regions import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class MasterFlat:
     master: torch.Tensor
     """Contiguous, where it is a partition. The key of the optimizer's state."""
     param_group: int
-    slots: tuple[tuple[str, Piece], ...]
+    slots: tuple[tuple[str, Slot], ...]
     """(parameter's name, its slot in ``master``)."""
 
 
@@ -78,10 +78,10 @@ def zero3_flats(optimizer: Any, name_of: dict[int, str], rank: int, world_size: 
         for parameter in members:
             name = _parameter_name(name_of, parameter)
             share = parameter.partition_numel()
-            for piece in share_pieces(parameter.ds_numel, world_size, index, offset):
-                if piece.place.rank == rank:
-                    slots.append((name, piece))
-            if share != -(-parameter.ds_numel // world_size):
+            slots += [
+                (name, slot) for slot in shares(parameter.ds_numel, world_size, offset) if slot.rank == rank
+            ]
+            if share != padded_share(parameter.ds_numel, world_size):
                 raise LayoutError(
                     f"{name} is partitioned into shares of {share} elements, expected {parameter.ds_numel} over "
                     f"{world_size} ranks (MiCS and other hierarchical partitions are not supported)"
@@ -119,9 +119,9 @@ def _row_flat(
     slots = []
     offset = 0
     for position, parameter in enumerate(members):
-        for piece in cut(offset, parameter.numel(), master.numel(), world_size, group):
-            if piece.place.rank == rank:
-                slots.append((_parameter_name(name_of, parameter), piece))
+        for slot in cut(offset, parameter.numel(), master.numel(), world_size):
+            if slot.rank == rank:
+                slots.append((_parameter_name(name_of, parameter), slot))
         offset += parameter.numel() + (paddings[position] if paddings is not None else 0)
     return MasterFlat(master, group, tuple(slots))
 
@@ -141,8 +141,7 @@ def _whole_flats(
     flats: list[MasterFlat] = []
     for index, (tensors, names) in enumerate(zip(masters, groups, strict=True)):
         for tensor, name in zip(tensors, names, strict=True):
-            slot = Piece(Place(0, len(flats)), 0, 0, tensor.numel())
-            flats.append(MasterFlat(tensor, index, ((name, slot),)))
+            flats.append(MasterFlat(tensor, index, ((name, Slot(0, 0, Run(0, tensor.numel()))),)))
     return flats
 
 

@@ -13,9 +13,7 @@ import torch
 import torch.distributed
 
 from ...errors import LayoutError
-from ...sources.zero.layers import LayerFile
-from ...sources.zero.model_parallel import UNSPLIT, ParallelLayout, Position
-from ...sources.zero.model_states import ExpertLayer
+from ...saved.model_parallel import UNSPLIT, ExpertLayer, LayerFile, ParallelLayout, Position
 
 _STAGES = ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size")
 _TENSOR = (

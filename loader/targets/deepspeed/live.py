@@ -1,27 +1,27 @@
 """Lists a live DeepSpeed engine's tensors on this rank: which elements of which parameters each of them holds.
 
-`engine_target` makes the list, `wanted_slots` says which of its elements must be read from ZeRO's files. Nothing is
-changed and no collective is used here. DeepSpeed is not imported; its classes are found in ``sys.modules`` or by name.
+`live_engine` makes the list, a `LiveEngine`. Nothing is changed and no collective is used here. DeepSpeed is not
+imported; its classes are found in ``sys.modules`` or by name.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from ...errors import LayoutError
-from ...saved.intervals import Piece, Place
-from ...saved.names import match_names
-from ...saved.values import LazyTensor
-from ...sources.zero.layout import ZeroCheckpoint, share_pieces
-from ...sources.zero.model_parallel import UNSPLIT, ParallelLayout
-from ...sources.zero.model_states import ExpertLayer, ModelStates, Shape
-from ..module import dtype_name
+from ...saved.copies import Memory
+from ...saved.demand import Shape
+from ...saved.model_parallel import ExpertLayer, Position
+from ...saved.partitions import Slot, shares
+from ...saved.regions import Laid, Run
+from ...saved.strided import Layout
+from ..dtensor import dtype_name, kept_part
 from .flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
 from .parallel import engine_position, expert_layers, unsaved_prefixes
 
@@ -36,18 +36,19 @@ class LowSlot:
 
     flat: torch.Tensor
     """One-dimensional, or the whole parameter where its memory is not contiguous."""
-    slot: Piece
+    slot: Slot
+    key: str
+    """Names ``flat`` among the engine's tensors (`Memory.key`)."""
 
 
 @dataclass(frozen=True, eq=False)
-class EngineTarget:
+class LiveEngine:
     """An engine's tensors on this rank, by parameter name."""
 
     engine: Any
     kind: Kind
-    rank: int
-    """Within the data-parallel group."""
-    world_size: int
+    position: Position
+    """This rank's part of the model, whose names and shapes these are, and its place in the data-parallel group."""
     shapes: dict[str, Shape]
     """Every parameter's whole shape, by its first name."""
     dtypes: dict[str, str]
@@ -65,17 +66,20 @@ class EngineTarget:
     """Names in the optimizer's parameter groups, in the order that the optimizer was given them."""
     shared_memory: frozenset[str] = field(default_factory=frozenset)
     """Parameters whose master is the module's own tensor."""
-    slots_of: dict[str, tuple[tuple[int, Piece], ...]] = field(default_factory=dict)
+    slots_of: dict[str, tuple[tuple[int, Slot], ...]] = field(default_factory=dict)
     """Parameter to (index of the flat, slot in it); no entry where this rank updates none of its elements."""
     experts: tuple[ExpertLayer, ...] = ()
     """The module's MoE layers. Their experts have the same names on every rank, and are other experts there."""
-    layout: ParallelLayout = UNSPLIT
-    """Into what the model is split; the names and shapes here are those of this rank's part."""
 
     @cached_property
     def owned(self) -> frozenset[str]:
         """Parameters that the optimizer updates, on this rank or another."""
         return frozenset(name for group in self.groups for name in group)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of everything in the module's state."""
+        return (*self.shapes, *self.aliases, *self.buffers, *self.extra_state)
 
     @property
     def optimizer(self) -> Any:
@@ -91,7 +95,7 @@ def is_deepspeed_engine(model: Any) -> bool:
     return kind is not None and isinstance(model, kind)
 
 
-def engine_target(engine: Any) -> EngineTarget:
+def live_engine(engine: Any) -> LiveEngine:
     """What `engine` holds on this rank. Reads its attributes only; no rank waits for another.
 
     Raises `LayoutError` for engines with AutoEP, with experts together with pipeline or tensor parallelism, with state
@@ -105,7 +109,7 @@ def engine_target(engine: Any) -> EngineTarget:
     parameters = {name: parameter for parameter, name in first}
     name_of = {id(parameter): name for parameter, name in first}
     position = engine_position(engine)
-    rank, world_size = position.rank, position.world_size
+    place = position.rank, position.world_size
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     build = {
         "zero": zero_flats,
@@ -117,7 +121,7 @@ def engine_target(engine: Any) -> EngineTarget:
     flats: list[MasterFlat] = []
     groups: list[list[str]] = []
     if build is not None:
-        flats, groups = build(optimizer, name_of, rank, world_size)
+        flats, groups = build(optimizer, name_of, *place)
     shared: frozenset[str] = frozenset()
     if kind == "plain" or (
         kind == "zero3"
@@ -128,28 +132,26 @@ def engine_target(engine: Any) -> EngineTarget:
         )
     ):
         shared = frozenset(name for flat in flats for name, _ in flat.slots)
-    slots_of: dict[str, list[tuple[int, Piece]]] = {}
+    slots_of: dict[str, list[tuple[int, Slot]]] = {}
     for index, flat in enumerate(flats):
         for name, slot in flat.slots:
             slots_of.setdefault(name, []).append((index, slot))
     buffers, extra = _module_rest(engine.module, parameters, aliases)
-    return EngineTarget(
+    return LiveEngine(
         engine=engine,
         kind=kind,
-        rank=rank,
-        world_size=world_size,
+        position=position,
         shapes=shapes,
         dtypes={name: dtype_name(parameter.dtype) for name, parameter in parameters.items()},
         aliases=aliases,
         buffers=buffers,
         extra_state=extra,
         flats=tuple(flats),
-        low=_low(kind, optimizer, parameters, flats, rank, world_size),
+        low=_low(kind, optimizer, parameters, flats, *place),
         groups=tuple(tuple(group) for group in groups),
         shared_memory=shared,
         slots_of={name: tuple(slots) for name, slots in slots_of.items()},
         experts=experts,
-        layout=position.layout,
     )
 
 
@@ -200,16 +202,14 @@ def _low(
     world_size: int,
 ) -> dict[str, tuple[LowSlot, ...]]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
-        return {
-            name: (LowSlot(flat_view(p), Piece(Place(0, 0), 0, 0, p.numel())),)
-            for name, p in parameters.items()
-        }
+        return {name: (_whole_slot(name, parameter),) for name, parameter in parameters.items()}
     found: dict[str, tuple[LowSlot, ...]] = {}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     if kind == "zero3":
         for index, flat in enumerate(flats):
             low = optimizer.fp16_partitioned_groups_flat[index]
-            found.update({name: (LowSlot(low, piece),) for name, piece in flat.slots})
+            key = f"weights of flat {index}"
+            found.update({name: (LowSlot(low, slot, key),) for name, slot in flat.slots})
             for parameter in optimizer.fp16_groups[index]:
                 # This rank may have no element of a small parameter.
                 found.setdefault(name_of[id(parameter)], ())
@@ -222,14 +222,18 @@ def _low(
 def _share(name: str, parameter: Any, rank: int, world_size: int) -> Iterator[LowSlot]:
     """This rank's share of a parameter that no optimizer updates at stage 3; all of one that is not partitioned."""
     if not hasattr(parameter, "ds_id"):
-        yield LowSlot(flat_view(parameter), Piece(Place(0, 0), 0, 0, parameter.numel()))
+        yield _whole_slot(name, parameter)
         return
     share = parameter.ds_tensor
     if not share.is_floating_point() and parameter.dtype.is_floating_point:
         raise LayoutError(f"{name} is quantised on this rank, which is not supported")
-    for piece in share_pieces(parameter.ds_numel, world_size, 0, 0):
-        if piece.place.rank == rank:
-            yield LowSlot(share.data.view(-1), piece)
+    for slot in shares(parameter.ds_numel, world_size, 0):
+        if slot.rank == rank:
+            yield LowSlot(share.data.view(-1), slot, f"model/{name}")
+
+
+def _whole_slot(name: str, parameter: torch.Tensor) -> LowSlot:
+    return LowSlot(flat_view(parameter), Slot(0, 0, Run(0, parameter.numel())), f"model/{name}")
 
 
 def _module_rest(
@@ -250,37 +254,27 @@ def _module_rest(
     return buffers, tuple(extra)
 
 
-def wanted_slots(
-    target: EngineTarget, checkpoint: ZeroCheckpoint, model: ModelStates, rename: Mapping[str, str] | None
-) -> dict[str, list[Piece]]:
-    """Saved parameter's name to the slots of this rank that are filled from the saved ranks' partitions.
-
-    Those are slots of masters and of the optimizer's state; at stage 3 of weights too. `model` is rank 0's model file;
-    parameters that only the optimizer's files have count as well. Parameters that do not fit are left out here, and
-    reported by the plan.
-    """
-    names = [*target.shapes, *target.aliases, *target.buffers, *target.extra_state]
-    in_no_layer = (
-        name for name, one in checkpoint.parameters.items() if name not in model.module and not one.frozen
-    )
-    match = match_names([*model.module, *in_no_layer], names, rename)
-    wanted: dict[str, list[Piece]] = {}
-    for saved_name, name in match.target_of.items():
-        first = target.aliases.get(name, name)
-        parameter = checkpoint.find(saved_name)
-        if parameter is None or first not in target.shapes or parameter.shape != target.shapes[first]:
-            continue
-        slots = wanted.setdefault(parameter.name, [])
-        slots += [slot for _, slot in target.slots_of.get(first, ())]
-        saved = model.module.get(saved_name)
-        # A module of another dtype than saved gets its weights cast from the fp32 masters.
-        whole = isinstance(saved, LazyTensor) and saved.dtype == target.dtypes[first]
-        if checkpoint.partitioned or not whole:
-            slots += [low.slot for low in target.low[first]]
-    return wanted
-
-
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory in one dimension; the tensor's data as it is where its memory is not contiguous."""
     plain = tensor.data
     return plain.view(-1) if plain.is_contiguous() else plain
+
+
+def memory_of(key: str, tensor: torch.Tensor) -> Memory:
+    """`tensor` as a plan knows it."""
+    _, memory = kept_part(tensor, key)
+    return memory
+
+
+def flat_memory(memory: Memory) -> Memory:
+    """What `flat_view` gives of a tensor with this `memory`."""
+    layout = Layout(memory.shape, memory.stride, 0)
+    return replace(memory, shape=(layout.numel,), stride=(1,)) if layout.is_contiguous else memory
+
+
+def laid(slot: Slot, memory: Memory) -> Laid:
+    """The elements of `slot`, where they lie in `memory`, which is a `flat_view`: in a row, or a whole parameter."""
+    if len(memory.shape) != 1:
+        return memory.whole
+    (step,) = memory.stride
+    return Laid(slot.run, slot.start * step, (step,))

@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 
-from ..errors import AccessError
+from ...errors import AccessError
 
 SPARE = 2
 """A node's ranks share memory only where this many times its size is available."""

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
-from ..byte_ranges import ByteRange, subtract, union
-from .joint import CELL_BYTES, StorageId
+from ...byte_ranges import ByteRange, subtract, union
+from ...checksums import CELL_BYTES
+from ...saved.tensor import StorageId
 
-MASTERS, FILE, APART = "masters", "file", "apart"
+Provider = Literal["masters", "file", "apart"]
 """Where a region's bytes come from; ``apart``: each rank reads the weights by itself, and the image lacks them."""
+MASTERS: Provider = "masters"
+FILE: Provider = "file"
+APART: Provider = "apart"
 
 _ALIGNMENT = 4096
 """Regions begin at multiples of this in the image, in bytes."""
@@ -43,8 +48,7 @@ class RegionShare:
 
     offset: int
     """Where the region begins in the image, in bytes."""
-    source: str
-    """``masters``, ``file`` or ``apart``."""
+    source: Provider
     provide: tuple[ByteRange, ...]
     """The bytes that this rank puts into the image."""
     sums: tuple[ByteRange, ...]
@@ -98,7 +102,7 @@ def split_evenly(nbytes: int, count: int) -> list[list[ByteRange]]:
 
 def _provided(
     holders: Mapping[int, RegionOffer], *, from_masters: bool
-) -> tuple[str, dict[int, list[ByteRange]]]:
+) -> tuple[Provider, dict[int, list[ByteRange]]]:
     """A region's source, and the bytes that each of the node's `holders` provides, by rank."""
     first = next(iter(holders.values()))
     if from_masters and first.weights and (first.crc32 is not None or not first.in_file):

@@ -1,0 +1,203 @@
+"""Defines what a target is: it says what it demands, and turns a `Saved` into a `Plan`, which `carry_out` applies.
+
+A plan is made of steps. Each step states beforehand, as copies and trees, all that it will read; so what is fetched and
+summed is what is read. `carry_out` compares: a copy or a tree that its step left out raises `InternalError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import InternalError
+from ..materialize.objects import materialize
+from ..materialize.tensors import TensorReader
+from ..saved.contents import Saved
+from ..saved.copies import Copy, copies_of_tree
+from ..saved.demand import Demand
+from ..saved.mismatch import Mismatch
+from ..state import AlgorithmPass
+
+NoteChange = Callable[[str], None]
+"""Called with a part's name before that part is first changed."""
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What the caller of a load asked for, as far as it concerns what is done to the target."""
+
+    weights_only: bool = False
+    strict: bool = True
+    rename: Mapping[str, str] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+    exclude_algorithms: Collection[str] | None = None
+    algorithm_passes: Sequence[AlgorithmPass] | None = None
+    logger: Any = None
+    safe_types: Sequence[str | type] = ()
+    file: str = ""
+    """What messages call the checkpoint."""
+
+
+class Step(Protocol):
+    """A part of a plan, carried out on this rank alone: no rank waits in it for another."""
+
+    @property
+    def copies(self) -> Sequence[Copy]:
+        """The elements of saved tensors that it puts into memory."""
+
+    @property
+    def trees(self) -> Mapping[str, Any]:
+        """The saved values that it makes real, by their places in the checkpoint."""
+
+    def apply(self, work: Work) -> list[str]:
+        """Carries it out by `work`; returns what was restored, for the receipt.
+
+        `Work.note_change` is called with a part's name before that part is first changed. Raises `CorruptError` where
+        bytes are missing or do not match their checksum, and whatever the target's own loading raises.
+        """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A target's restore, checked; nothing is changed yet."""
+
+    steps: tuple[Step, ...] = ()
+    mismatch: Mismatch = field(default_factory=Mismatch)
+    """What does not fit, for the caller to raise."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Names of the checkpoint to this job's, where they differ."""
+    cast: Mapping[str, str] = field(default_factory=dict)
+    """Places of tensors to ``source dtype -> target dtype``."""
+    reset: tuple[str, ...] = ()
+    """Ignored entries that an optimizer needs with the others: they are set to zero."""
+    not_restored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences for the receipt."""
+    rest: Callable[[], Plan] | None = None
+    """Plans what can only be planned once the steps have changed the model."""
+    finish: Callable[[], None] | None = None
+    """What all ranks do together once each has carried out its plan; every rank must call it, where any has it."""
+
+    def __str__(self) -> str:
+        lines = []
+        for step in self.steps:
+            lines.append(f"{type(step).__name__}:")
+            lines += [f"  {copy}" for copy in step.copies]
+            lines += [f"  {path}, made real" for path in step.trees]
+        return "\n".join(lines)
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """Everything that the steps read, in their order."""
+        return tuple(
+            copy
+            for step in self.steps
+            for copy in (
+                *step.copies,
+                *(each for path, tree in step.trees.items() for each in copies_of_tree(tree, path=path)),
+            )
+        )
+
+    def joined(self, other: Plan) -> Plan:
+        """Both plans as one: the steps of `other` come after."""
+        mismatch = Mismatch()
+        mismatch.extend(self.mismatch)
+        mismatch.extend(other.mismatch)
+        return Plan(
+            (*self.steps, *other.steps),
+            mismatch,
+            {**self.renamed, **other.renamed},
+            {**self.cast, **other.cast},
+            (*self.reset, *other.reset),
+            (*self.not_restored, *other.not_restored),
+            (*self.notes, *other.notes),
+            other.rest or self.rest,
+            other.finish or self.finish,
+        )
+
+
+def join(plans: Iterable[Plan]) -> Plan:
+    """All of `plans` as one, in their order."""
+    return reduce(Plan.joined, plans, Plan())
+
+
+class Target(Protocol):
+    """What a checkpoint is restored into."""
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        """What this rank keeps, where it has the place `rank` among the job's `world_size` ranks.
+
+        Reads the target's attributes only. Raises `LayoutError` for a target that cannot be restored.
+        """
+
+    def plan(self, saved: Saved) -> Plan:
+        """Matches `saved` with the target and plans what goes where; changes nothing, and no rank waits.
+
+        What does not fit is in the plan's ``mismatch``. Raises `LayoutError` where elements are needed that lie in
+        files that were not read, or the target has a layout that cannot be restored.
+        """
+
+
+class Work:
+    """What a step does its work with. It keeps account of what the step has used of its copies and trees."""
+
+    def __init__(self, reader: TensorReader, options: RestoreOptions, note_change: NoteChange) -> None:
+        self.reader = reader
+        self.options = options
+        self.note_change = note_change
+        self.carried_out = Plan()
+        """All plans that were carried out, as one, for the receipt: `Plan.rest` adds what the first could not tell."""
+        self._copied: set[int] = set()
+        self._made: set[str] = set()
+
+    def fill(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
+        """Fills `memories`, by `Memory.key`. Raises as `TensorReader.copy`."""
+        self.reader.copy(copies, memories)
+        self._copied.update(map(id, copies))
+
+    def real(self, trees: Mapping[str, Any]) -> dict[str, Any]:
+        """`trees` as real values, by the same places; each is made by itself. Raises as `materialize`."""
+        found = {
+            path: materialize(
+                tree,
+                reader=self.reader,
+                safe_types=self.options.safe_types,
+                path=path,
+                file=self.options.file,
+            )
+            for path, tree in trees.items()
+        }
+        self._made.update(trees)
+        return found
+
+    def account(self, step: Step) -> None:
+        """Raises `InternalError` unless `step` has used all that it planned."""
+        left = [copy.name for copy in step.copies if id(copy) not in self._copied]
+        left += [path for path in step.trees if path not in self._made]
+        if left:
+            raise InternalError(
+                f"{self.options.file}: {', '.join(left[:8])} were planned and not restored: this is a mistake in "
+                "rankload; please report it"
+            )
+
+
+def carry_out(plan: Plan, work: Work) -> list[str]:
+    """Carries out `plan` on this rank; returns the parts that were restored, for the receipt. No rank waits.
+
+    Raises `MismatchError` where what could only be planned after a change does not fit, `InternalError` where a step
+    left something out, and as `Step.apply`.
+    """
+    restored: list[str] = []
+    work.carried_out = work.carried_out.joined(plan)
+    for step in plan.steps:
+        restored += step.apply(work)
+        work.account(step)
+    if plan.rest is not None:
+        rest = plan.rest()
+        rest.mismatch.raise_if_any(work.options.file, strict=work.options.strict)
+        restored += carry_out(rest, work)
+    return restored

@@ -1,0 +1,127 @@
+"""Chooses the target by what the caller passed as ``state``, and puts the targets of several parts together.
+
+That is a `State`, an object that loads itself, or either with a DeepSpeed engine as its model, which takes its own
+parts first. Algorithms that the checkpoint needs come before all others: they change the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import OptionError
+from ..saved.contents import ENGINE, Saved
+from ..saved.copies import Copy
+from ..saved.demand import Demand
+from ..state import ForeignState, State
+from .algorithms import apply_required, ordered_algorithms, required_algorithms
+from .base import Plan, RestoreOptions, Target, Work
+from .deepspeed.engine import EngineTarget, is_deepspeed_engine
+from .foreign import ForeignTarget
+from .state import StateTarget
+
+
+def target_of(state: Any, options: RestoreOptions) -> Target:
+    """The target that restores into `state`. Raises `OptionError` for an object of no known kind."""
+    if not isinstance(state, State | ForeignState):
+        raise OptionError(
+            f"state={type(state).__name__}: expected a rankload.State, or an object with load_state_dict "
+            "and load_model_state such as Composer's State"
+        )
+    model = getattr(state, "model", None)
+    live = is_deepspeed_engine(model)
+    target: Target
+    if isinstance(state, State):
+        target = StateTarget(state, options, with_model=not live)
+    else:
+        target = ForeignTarget(state, options, with_model=not live)
+    if live:
+        target = _WithEngine(EngineTarget(model, options), target, options)
+    return _WithAlgorithms(state, target, options, changeable=not live)
+
+
+@dataclass(frozen=True)
+class _WithEngine:
+    """A DeepSpeed engine, and the rest of the state that it is in."""
+
+    engine: Target
+    rest: Target
+    options: RestoreOptions
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        """The engine's, with the names of the other parts' classes."""
+        engine, rest = self.engine.demand(rank, world_size), self.rest.demand(rank, world_size)
+        return replace(engine, schedulers=rest.schedulers or engine.schedulers, scaler=rest.scaler)
+
+    def plan(self, saved: Saved) -> Plan:
+        """Both plans as one: the engine takes its own parts of `saved`, and the rest all others.
+
+        The schedulers are among the engine's only where DeepSpeed saved one: Composer keeps its own outside the
+        engine's files.
+        """
+        if saved.data_parallel_size is None and not self.options.weights_only:
+            warnings.warn(
+                f"{saved.name} is a single file, of which a DeepSpeed engine takes the weights alone: its "
+                "optimizer state and counters stay as they are. Say so with load_weights_only=True",
+                stacklevel=2,
+            )
+        parts = frozenset({"model", "optimizers", ENGINE})
+        if saved.engine_schedulers:
+            parts |= {"schedulers"}
+        engine = self.engine.plan(saved.only(parts))
+        return engine.joined(self.rest.plan(saved.only(parts, without=True)))
+
+
+@dataclass(frozen=True)
+class _WithAlgorithms:
+    """A state whose model may lack algorithms that the checkpoint was trained with."""
+
+    state: Any
+    target: Target
+    options: RestoreOptions
+    changeable: bool
+    """Whether algorithms can change the model: the parameters of a DeepSpeed engine are laid out already."""
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        """The state's, as it is without those algorithms."""
+        return self.target.demand(rank, world_size)
+
+    def plan(self, saved: Saved) -> Plan:
+        """The algorithms' plan where there are some to add, whose ``rest`` plans all else against the changed model.
+
+        Raises `OptionError` where they cannot be added.
+        """
+        present = getattr(self.state, "algorithms", None)
+        if not isinstance(present, list):
+            return self.target.plan(saved)
+        options = self.options
+        missing = required_algorithms(saved.state.get("algorithms"), present, options.exclude_algorithms)
+        if missing and not self.changeable:
+            names = [type(algorithm).__qualname__ for algorithm in missing]
+            raise OptionError(
+                f"The checkpoint needs {[repr(a) for a in missing]}, which change the model, but the model is a "
+                "DeepSpeed engine, whose parameters are laid out already. Apply them before "
+                f"deepspeed.initialize and pass them in State(algorithms=...), or use exclude_algorithms={names!r}"
+            )
+        ordered = ordered_algorithms(missing, present, options.algorithm_passes)
+        if not ordered:
+            return self.target.plan(saved)
+        return Plan((AlgorithmsStep(self.state, ordered),), rest=lambda: self.target.plan(saved))
+
+
+@dataclass(frozen=True)
+class AlgorithmsStep:
+    """Adds algorithms to a state, and lets them change its model."""
+
+    state: Any
+    algorithms: Sequence[Any]
+    """New objects, in the order in which they are applied."""
+    copies: tuple[Copy, ...] = ()
+    trees: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, work: Work) -> list[str]:
+        """Raises `AlgorithmError` where applying one fails."""
+        apply_required(self.algorithms, self.state, work.options.logger, work.note_change)
+        return [f"algorithm {algorithm!r}" for algorithm in self.algorithms]

@@ -1,0 +1,301 @@
+"""Plans what the optimizer inside a DeepSpeed engine gets: state tensors, numbers such as ``step``, hyperparameters.
+
+The optimizer keeps state for each tensor that it updates (a "flat"), a checkpoint for each parameter. So a flat's state
+tensors are filled slot by slot, and its numbers are those of its parameters, which must agree. Nothing is changed here;
+numbers that are saved as tensors are read, to compare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...errors import LayoutError
+from ...materialize.tensors import read_tensor, torch_dtype
+from ...saved.contents import Saved
+from ...saved.copies import Copy, Memory, copies_into
+from ...saved.demand import Shape
+from ...saved.mismatch import Mismatch
+from ...saved.partitions import Slot
+from ...saved.regions import Run
+from ...saved.tensor import SavedTensor
+from ..dtensor import kept_part
+from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
+from .plan import ModelPart
+
+
+@dataclass(frozen=True)
+class OptimizerPart:
+    """What an engine's optimizer gets. Flats and parameter groups are named by their index."""
+
+    copies: tuple[Copy, ...] = ()
+    filled: tuple[tuple[int, str], ...] = ()
+    """(flat, state key) of the tensors that ``copies`` fill."""
+    made: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Flat to the state keys that the optimizer needs there, with the dtype saved."""
+    numbers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Flat to ``step`` and the like, as saved."""
+    ignored_numbers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Those of the same flats that are not restored: a new state needs all of its keys."""
+    groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """This job's parameter group to the hyperparameters that it gets, as saved."""
+    mismatch: Mismatch = field(default_factory=Mismatch)
+
+    @property
+    def restores(self) -> bool:
+        """Whether anything of the optimizer changes."""
+        return bool(self.copies or self.numbers or self.groups)
+
+
+def state_memory_key(index: int, key: str) -> str:
+    """What `Memory.key` calls the state tensor `key` of a flat."""
+    return f"{key} of flat {index}, the optimizer's"
+
+
+def new_state(master: torch.Tensor, saved_dtype: str) -> torch.Tensor:
+    """A state tensor as the optimizer makes it for `master` at its first step."""
+    dtype = _state_dtype(master, saved_dtype)
+    return torch.zeros_like(master.detach(), dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:
+    saved = torch_dtype(saved_dtype)
+    return master.dtype if saved.is_floating_point else saved
+
+
+def plan_states(live: LiveEngine, saved: Saved, model: ModelPart, optimizer_class: str) -> OptimizerPart:
+    """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`.
+
+    `optimizer_class` is for messages. Raises `LayoutError` for state that is neither a number nor lies element by
+    element along its parameter, or lies in files that were not read.
+    """
+    whole = _first(saved.whole.state.get("optimizers"))
+    if not whole:
+        return OptimizerPart()
+    kept = _first(saved.state.get("optimizers"))
+    at = f"optimizers/{optimizer_class}"
+    mismatch = Mismatch()
+    states = _match(live, saved, model, f"{at}/state", mismatch)
+    planned = _Planned(live, f"{at}/state", mismatch)
+    for index, flat in enumerate(live.flats):
+        for name, slot in flat.slots or _padding(live, index, states):
+            if name in states:
+                planned.add(index, name, slot, states[name])
+    return OptimizerPart(
+        tuple(planned.copies),
+        tuple(planned.filled),
+        planned.made,
+        planned.numbers,
+        planned.ignored_numbers,
+        _plan_groups(live, _Groups(saved, whole, kept), states, f"{at}/param_groups", mismatch),
+        mismatch,
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the checkpoint's optimizer has for one parameter."""
+
+    owner: str
+    """The parameter's name there; of tied ones, the one that has the state."""
+    tensors: Mapping[str, SavedTensor]
+    """Those that lie element by element along the parameter."""
+    numbers: Mapping[str, Any]
+    kept: frozenset[str]
+    """The keys that ``ignore_keys`` left."""
+
+
+def _match(
+    live: LiveEngine, saved: Saved, model: ModelPart, at: str, mismatch: Mismatch
+) -> dict[str, _State]:
+    """The saved state of this rank's parameters that both jobs trained; others are added to `mismatch`."""
+    whole = _mapping(_first(saved.whole.state.get("optimizers")).get("state"))
+    kept = _mapping(_first(saved.state.get("optimizers")).get("state"))
+    weights = _mapping(saved.whole.state.get("model"))
+    found: dict[str, _State] = {}
+    for name, shape in live.shapes.items():
+        saved_name = model.saved_names.get(name, "")
+        owner = saved.aliases.get(saved_name, saved_name)
+        if owner not in whole:
+            if name in live.owned:
+                mismatch.missing.append(f"{at}/{name}")
+            continue
+        saved_shape = getattr(weights.get(saved_name), "shape", None)
+        state = _state(owner, _mapping(whole[owner]), _mapping(kept.get(owner)), saved_shape)
+        if name not in live.owned:
+            if not state.kept.isdisjoint(state.tensors):
+                mismatch.unexpected.append(f"{at}/{owner}")
+        elif saved_shape == shape:
+            for key, value in state.numbers.items():
+                if isinstance(value, SavedTensor) and value.numel != 1:
+                    raise LayoutError(
+                        f"{at}/{owner}/{key} has shape {value.shape}, and its parameter {shape}: only numbers and "
+                        "state that lies element by element along the parameters can be restored"
+                    )
+            found[name] = state
+    return found
+
+
+def _state(owner: str, entries: Mapping[str, Any], kept: Mapping[str, Any], shape: Shape | None) -> _State:
+    tensors = {
+        key: value
+        for key, value in entries.items()
+        # What ZeRO partitioned lies along the parameter; an ordinary tensor does where it has the same shape.
+        if isinstance(value, SavedTensor) and key != "step" and (value.whole is None or value.shape == shape)
+    }
+    numbers = {key: value for key, value in entries.items() if key not in tensors}
+    return _State(owner, tensors, numbers, frozenset(kept).intersection(entries))
+
+
+def _padding(live: LiveEngine, index: int, states: Mapping[str, _State]) -> Iterator[tuple[str, Slot]]:
+    """For a partition that is padding alone, an empty slot of one of its group's parameters.
+
+    DeepSpeed's optimizer keeps state for such a partition too, and counts its steps.
+    """
+    for name in live.groups[live.flats[index].param_group]:
+        if name in states:
+            yield name, Slot(live.position.rank, 0, Run(0, 0))
+            return
+
+
+class _Planned:
+    """Collects what the flats get, slot by slot."""
+
+    def __init__(self, live: LiveEngine, at: str, mismatch: Mismatch) -> None:
+        self._live = live
+        self._at = at
+        self._mismatch = mismatch
+        self._known: dict[int, dict[str, Any]] = {}
+        """Flat to all of its numbers, ignored ones too."""
+        self.copies: list[Copy] = []
+        self.filled: dict[tuple[int, str], Memory] = {}
+        self.made: dict[int, dict[str, str]] = {}
+        self.numbers: dict[int, dict[str, Any]] = {}
+
+    @property
+    def ignored_numbers(self) -> dict[int, dict[str, Any]]:
+        return {
+            index: {key: value for key, value in known.items() if key not in self.numbers.get(index, {})}
+            for index, known in self._known.items()
+        }
+
+    def add(self, index: int, name: str, slot: Slot, state: _State) -> None:
+        """Plans what the slot of parameter `name` in a flat gets."""
+        if state.kept:
+            made = self.made.setdefault(index, {})
+            for key, tensor in state.tensors.items():
+                made.setdefault(key, tensor.dtype)
+        for key, tensor in state.tensors.items():
+            if key in state.kept and slot.run.length:
+                memory = self._memory(index, key)
+                self.copies += copies_into(tensor, laid(slot, memory), memory, name=f"{key}/{name}")
+        for key, value in state.numbers.items():
+            known = self._known.setdefault(index, {})
+            before = known.get(key, value)
+            if before is not value and _number(before) != _number(value):
+                self._mismatch.wrong.append(
+                    f"{self._at}/{name}/{key}: the engine updates it together with parameters for which the "
+                    f"checkpoint has {_number(before)}, but here it has {_number(value)}"
+                )
+            known[key] = value
+            if key in state.kept:
+                self.numbers.setdefault(index, {})[key] = value
+
+    def _memory(self, index: int, key: str) -> Memory:
+        """The state tensor that the optimizer has, or will have once it is made."""
+        if (index, key) not in self.filled:
+            master = self._live.flats[index].master
+            place = state_memory_key(index, key)
+            own = self._live.optimizer.state.get(master, {}).get(key)
+            if not isinstance(own, torch.Tensor):
+                dtype = _state_dtype(master, self.made[index][key])
+                memory = flat_memory(kept_part(master, place, new=dtype)[1])
+            elif own.numel() == master.numel():
+                memory = memory_of(place, flat_view(own))
+            else:
+                raise LayoutError(
+                    f"the engine's optimizer keeps {key} in {own.numel()} elements for {master.numel()} of a "
+                    "parameter or partition: only state that lies element by element along it can be restored"
+                )
+            self.filled[index, key] = memory
+        return self.filled[index, key]
+
+
+def _number(value: Any) -> Any:
+    return read_tensor(value).item() if isinstance(value, SavedTensor) else value
+
+
+class _Groups:
+    """A checkpoint's parameter groups, whole and as ``ignore_keys`` left them."""
+
+    def __init__(self, saved: Saved, whole: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+        groups = [_mapping(group) for group in _list(whole.get("param_groups"))]
+        self.whole = [_without_params(group) for group in groups]
+        self.of = {name: index for index, group in enumerate(groups) for name in _list(group.get("params"))}
+        """A parameter's name to its group's index."""
+        self.kept: dict[int, dict[str, Any]] = {}
+        """A group's index to what is left of its hyperparameters. A group is known by its first parameter, because
+        ignored ones shift the indices."""
+        for group in map(_mapping, _list(kept.get("param_groups"))):
+            for name in _list(group.get("params"))[:1]:
+                owner = saved.aliases.get(name, name)
+                if owner in self.of:
+                    self.kept[self.of[owner]] = _without_params(group)
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _plan_groups(
+    live: LiveEngine, groups: _Groups, states: Mapping[str, _State], at: str, mismatch: Mismatch
+) -> dict[int, dict[str, Any]]:
+    """The hyperparameters that each of this job's groups gets: those of the saved group with its parameters."""
+    found: dict[int, dict[str, Any]] = {}
+    if not any(groups.whole):
+        return found
+    for index, names in enumerate(live.groups):
+        owners = (states[name].owner for name in names if name in states)
+        saved_groups = sorted({groups.of[owner] for owner in owners if owner in groups.of})
+        if not saved_groups:
+            continue
+        first = groups.whole[saved_groups[0]]
+        if any(groups.whole[other] != first for other in saved_groups[1:]):
+            mismatch.wrong.append(
+                f"{at}: this job's group {index} takes parameters from the checkpoint's groups {saved_groups}, whose "
+                "hyperparameters differ; group the parameters as they were grouped when the checkpoint was saved"
+            )
+            continue
+        own = live.optimizer.param_groups[index]
+        for key in ("betas", "momentum", "alpha"):
+            if len(first) > 1 and (key in first) != (key in own):
+                mismatch.wrong.append(
+                    f"{at}/{index}: the checkpoint's optimizer is of another kind: it has "
+                    f"{', '.join(sorted(first))}; this job's has {', '.join(sorted(set(own) - {'params'}))}"
+                )
+                break
+        if saved_groups[0] in groups.kept:
+            found[index] = groups.kept[saved_groups[0]]
+    return found
+
+
+def lacks_learning_rates(saved: Saved) -> bool:
+    """Whether the checkpoint has an optimizer whose groups hold no ``lr`` (``elastic_checkpoint``)."""
+    groups = [_mapping(one) for one in _list(_first(saved.whole.state.get("optimizers")).get("param_groups"))]
+    return any(group.get("params") for group in groups) and not any("lr" in group for group in groups)
+
+
+def _first(parts: Any) -> Mapping[str, Any]:
+    """The one optimizer of an engine's checkpoint; {} where there is none."""
+    return _mapping(next(iter(_mapping(parts).values()), None))
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()

@@ -1,0 +1,52 @@
+"""Says what a job without a DeepSpeed engine asks of a checkpoint: all of every tensor, under its own class names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..saved.demand import Demand, Shape
+from ..saved.model_parallel import Position
+from ..state import as_list, by_class_name, unwrap
+from .base import RestoreOptions
+from .module import parameter_names
+
+
+def demand_of(
+    state: Any, options: RestoreOptions, rank: int, world_size: int, *, with_groups: bool
+) -> Demand:
+    """What a `State` or a foreign state demands on this rank; with `with_groups`, its optimizer's groups are told."""
+    return Demand(
+        Position(rank, world_size),
+        weights_only=options.weights_only,
+        optimizers=_classes(state, "optimizers"),
+        schedulers=_classes(state, "schedulers"),
+        scaler=next(iter(_classes(state, "scaler")), "GradScaler"),
+        layout=options.layout,
+        rename=options.rename,
+        groups=_groups(state) if with_groups else (),
+    )
+
+
+def _classes(state: Any, part: str) -> tuple[str, ...]:
+    """Class names of a part's objects, in order."""
+    return tuple(by_class_name(as_list(getattr(state, part, None))))
+
+
+def _groups(state: Any) -> tuple[tuple[tuple[str, Shape], ...], ...]:
+    """Name and shape of each parameter of each group of the first optimizer; () where there is none."""
+    first = next(iter(as_list(getattr(state, "optimizers", None))), None)
+    groups = getattr(first, "param_groups", ())
+    model = unwrap(getattr(state, "model", None))
+    if not groups or not isinstance(model, torch.nn.Module):
+        return ()
+    names = parameter_names(model)
+    return tuple(
+        tuple((names.get(id(one), "(unnamed)"), _shape(one)) for one in group["params"]) for group in groups
+    )
+
+
+def _shape(parameter: torch.Tensor) -> Shape:
+    """() for a parameter that has no shape yet."""
+    return () if isinstance(parameter, torch.nn.UninitializedParameter) else tuple(parameter.shape)
