@@ -1,20 +1,24 @@
-"""Runs a load from end to end: `load` calls the stages below in order, and the functions of this file follow its order.
+"""Runs a load from end to end: `load` is the way of a checkpoint, from its path to the receipt, on one page.
 
     arguments      _agree_on_arguments     each rank's arguments are checked, and compared over all ranks
-    open ... read  opening                 the path is located, its files fetched and their indexes read: `Checkpoint`
-    ignore         _leave_out              what ``ignore_keys`` names is taken out of the saved parts: `Ignored`
-    check          check                   types, names, shapes and dtypes; the restore is planned: `Checked`
-    plan           verify, fetch           which rank sums which bytes, provides which weights, fetches which ranges
-    restore        _restore                FIRST CHANGE: bytes are copied into place, while others are still fetched
-    weights        verify.weights          weights that ranks share come to each node once
-    checksums      verify.checks           what was summed is compared (with ``verify="before"``: before `restore`)
-    finish         _finish                 what DeepSpeed does on all ranks at the end
+    path           opening.open_files      the path is located and its first file fetched: `CheckpointFiles`
+    target         targets.choose          what the job's state is; it says what it needs: `Demand`
+    source         sources.kinds           the kind of checkpoint; its files are fetched and read: `Saved`
+    ignore         _leave_out              what ``ignore_keys`` names is taken out of it
+    check          _check                  types, names, shapes and dtypes; the restore is planned: `Plan`
+    agree          targets.deepspeed, verify, fetch
+                                           which rank provides which weights, sums which bytes, fetches which ranges
+    restore        targets.base.carry_out  FIRST CHANGE: bytes are copied into place, while others are still fetched
+    weights        targets.deepspeed       weights that ranks share come to each node once
+    checksums      verify.checks           what was summed is compared (with ``verify="before"``: before the restore)
+    finish         Plan.finish             what DeepSpeed does on all ranks at the end
     timestamp      _agree_on_timestamp     all ranks restored the same batch count
     rng            _complete_rng           one random state for each rank; returned, not applied
-    receipt        _make_receipt           every rank's report is joined to one `Receipt`
+    receipt        _report, join_reports   every rank's report is joined to one `Receipt`
 
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns is
-changed before ``restore``.
+changed before ``restore``. What a stage hands on is a value that can be printed; what the stages work with is in
+`context.LoadContext`.
 """
 
 from __future__ import annotations
@@ -22,29 +26,44 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
-from .check import Checked, check
-from .checkpoint import Checkpoint
 from .errors import OptionError, TimestampError, after_first_change, partial_once_begun
-from .fetch.parts import fetch_now, fetcher, fetching, restore_parts, small_parts
+from .fetch.checkpoint_files import CheckpointFiles
+from .fetch.parts import fetch_now, fetch_storages, fetching, restore_parts, small_parts
 from .fetch.whole_checks import NOTHING
-from .opening import open_checkpoint
+from .materialize.objects import materialize
+from .materialize.safe_types import require_safe
+from .materialize.tensors import TensorReader
+from .opening import open_files
 from .options import LoadOptions, resolve_options
-from .receipt import FileRecord, Receipt, StageRecord, combine, log_receipt, trace_events, write_trace
+from .receipt import (
+    FileReport,
+    RankReport,
+    Receipt,
+    join_reports,
+    log_receipt,
+    trace_events,
+    write_trace,
+)
 from .request import LoadRequest, check_arguments, check_same
-from .rng import RngState, complete_states, decode_each, encode_own
+from .rng import RngState, check_state, complete_states, decode_each, encode_own
+from .saved.contents import Saved
+from .saved.copies import reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore
+from .saved.tree import storages
+from .sources.kinds import source_of
 from .stages import Stages
-from .targets.algorithms import AlgorithmPass
-from .targets.deepspeed.engine import finish_engine
-from .targets.restore import apply_restore
-from .verify.checks import deal_checks, verify_after, verify_before
-from .verify.weights import plan_weights, share_weights
+from .state import AlgorithmPass
+from .targets.base import Plan, RestoreOptions, Target, Work, carry_out
+from .targets.choose import target_of
+from .targets.deepspeed.shared_weights import Sharing, plan_weights, share_weights
+from .verify.checks import Checking, deal_checks, verify_after, verify_before
+from .wire import decode, encode
 
 
 @dataclass(frozen=True)
@@ -184,36 +203,50 @@ def load(
         algorithm_passes,
         resolved,
     )
-    stall_timeout_s = resolved.stall_timeout_s or 120.0
+    verify = resolved.verify
     with (
         partial_once_begun() as begun,
-        open_session(stall_timeout_s=stall_timeout_s) as session,
+        open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
     ):
         stages = Stages(session.channel)
         _agree_on_arguments(request, problem, session, stages)
-        checkpoint = open_checkpoint(request, session, stages, leaving)
-        fetch_now(checkpoint.opening, small_parts(checkpoint), "fetch small parts")
-        ignored = _leave_out(request, checkpoint, stages)
-        checked = check(request, checkpoint, ignored, stages)
-        verify = request.options.verify or "during"
-        weights = plan_weights(checkpoint, checked, session, stages, verify=verify)
-        verification = deal_checks(checkpoint, checked, session, stages, verify=verify)
-        parts = restore_parts(checkpoint, checked, verification, weights)
+        files = open_files(request, session, stages, leaving)
+        with stages.stage("target"):
+            target = target_of(request.state, _restore_options(request, files.name))
+            demand = target.demand(session.topology.rank, session.topology.world_size)
+        saved = source_of(files).open(files, demand)
+        fetch_now(files, small_parts(files, saved), "fetch small parts")
+        saved, ignored = _leave_out(request, saved, stages)
+        reader = TensorReader(
+            verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
+        )
+        checked = _check(request, files, target, saved, ignored, reader)
+        sharing = Sharing(session, stages, reader, files.name, verify, files.name_at)
+        plan, weights = plan_weights(checked.plan, sharing)
+        unplanned = storages([saved.state, saved.masters]) if plan.rest is not None else []
+        reads = reads_of(plan.copies)
+        checking = Checking(session, stages, reader)
+        checks = deal_checks(
+            checking, reads, files.name_at, verify=verify, name=files.name, direct=files.context.direct
+        )
+        shared = weights.reads if weights is not None else {}
+        parts = restore_parts(files, reads, checks.shares, checks.alone, shared, unplanned)
         if verify == "before":
-            fetch_now(checkpoint.opening, parts.wanted, "fetch parts")
-        verify_before(verification, checkpoint, checked, session, stages)
-        with fetching(checkpoint, checked.reader, parts, "fetch parts"):
-            begun.append(checkpoint.name)
-            restored = _restore(request, checkpoint, checked, stages)
-            share_weights(weights, checkpoint, checked, session, stages, fetcher(checkpoint), verify=verify)
-            verify_after(verification, checkpoint, checked, session, stages)
-        _finish(checkpoint, checked, stages)
+            fetch_now(files, parts.wanted, "fetch parts")
+        verify_before(checks, checking, unplanned)
+        with fetching(files, reader, parts, "fetch parts"):
+            begun.append(files.name)
+            restored, done = _restore(plan, reader, _restore_options(request, files.name), stages)
+            notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
+            verify_after(checks, checking)
+        _finish(plan, files.name, stages)
         _agree_on_timestamp(request.state, session.channel)
-        rng_states, derived = _complete_rng(request, checkpoint, checked, session, stages)
-        notes = weights.notes if weights is not None else []
-        receipt = _make_receipt(
-            request, checkpoint, ignored, checked, restored, derived, notes, session, stages
+        rng_states, derived = _complete_rng(request, saved, checked.rng, session, stages)
+        report = _report(files, done, ignored, restored, derived, notes)
+        everybody = session.channel.gather("receipt", encode(report))
+        receipt = join_reports(
+            [decode(RankReport, one) for one in everybody], _about(request, files, saved, done)
         )
     if session.topology.rank == 0:
         try:
@@ -236,36 +269,110 @@ def _agree_on_arguments(
     session.channel.decide("same arguments", request.comparable(), check_same)
 
 
-def _leave_out(request: LoadRequest, checkpoint: Checkpoint, stages: Stages) -> Ignored:
-    """The checkpoint's nested dict without what ``ignore_keys`` names; warns of globs that match nothing."""
+def _restore_options(request: LoadRequest, name: str) -> RestoreOptions:
+    return RestoreOptions(
+        weights_only=request.weights_only,
+        strict=request.strict,
+        rename=request.options.rename,
+        layout=request.options.layout,
+        exclude_algorithms=request.exclude_algorithms,
+        algorithm_passes=request.algorithm_passes,
+        logger=request.logger,
+        safe_types=request.options.safe_types,
+        file=name,
+    )
+
+
+def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Saved, Ignored]:
+    """The checkpoint without what ``ignore_keys`` names; warns of globs that match nothing."""
     with stages.stage("ignore"):
-        ignored = ignore(checkpoint.contents.as_tree(), request.ignore_keys)
+        ignored = ignore(saved.as_tree(), request.ignore_keys)
         for glob in ignored.unmatched:
-            warnings.warn(f"ignore_keys: {glob!r} matches nothing in {checkpoint.name}", stacklevel=3)
-        return ignored
+            warnings.warn(f"ignore_keys: {glob!r} matches nothing in {saved.name}", stacklevel=3)
+        return saved.with_tree(ignored.tree), ignored
 
 
-def _restore(request: LoadRequest, checkpoint: Checkpoint, checked: Checked, stages: Stages) -> list[str]:
-    """Carries out the plan of `check`; returns what was restored, as the receipt names it. The first change is here."""
+@dataclass(frozen=True)
+class _Checked:
+    """A load in which everything fits, before its first change."""
+
+    plan: Plan
+    rng: list[RngState | None] | None
+    """By saved rank, None at those that were ignored; None as a whole where the checkpoint has none, or with
+    ``load_weights_only``."""
+    extra: dict[str, Any]
+    """Top-level entries that are no part of a `State`, as real values."""
+
+
+def _check(
+    request: LoadRequest,
+    files: CheckpointFiles,
+    target: Target,
+    saved: Saved,
+    ignored: Ignored,
+    reader: TensorReader,
+) -> _Checked:
+    """Compares what will be restored with where it goes, and plans the restore; changes nothing that the user owns.
+
+    Every rank must call. Raises, on all ranks alike, `UnsafeError` for a type that is neither known nor in
+    ``safe_types``, `MismatchError` with every name, shape and dtype that does not fit, `FormatError` for a random state
+    that no generator takes, and `LayoutError`, `CorruptError` or `OptionError` where planning or reading raises them.
+    """
+    safe_types = request.options.safe_types
+    with files.context.stages.stage("check"):
+        for part, tree in _wanted_parts(saved, weights_only=request.weights_only).items():
+            require_safe(tree, path=part, safe_types=safe_types, file=files.file_of(tree))
+        plan = target.plan(saved)
+        plan.mismatch.raise_if_any(saved.name, strict=request.strict)
+        rng: list[RngState | None] | None = None
+        extra: dict[str, Any] = {}
+        if not request.weights_only:
+            if saved.rng is not None:
+                real = materialize(
+                    saved.rng, reader=reader, path="rng", safe_types=safe_types, file=saved.name
+                )
+                for rank in _ignored_ranks(ignored):
+                    real.insert(rank, None)
+                rng = [
+                    None if state is None else check_state(state, f"{saved.name}: rng/{rank}")
+                    for rank, state in enumerate(real)
+                ]
+            extra = materialize(saved.extra, reader=reader, safe_types=safe_types, file=saved.name)
+    return _Checked(plan, rng, extra)
+
+
+def _ignored_ranks(ignored: Ignored) -> list[int]:
+    """The ranks whose random states were taken out of the list, which shifted those that follow."""
+    found = (path.removeprefix("rng/") for path in ignored.paths if path.startswith("rng/"))
+    return sorted(int(position) for position in found if position.isdigit())
+
+
+def _wanted_parts(saved: Saved, *, weights_only: bool) -> dict[str, Any]:
+    """The parts of the checkpoint whose types must be safe, since they will be made real, by key."""
+    if weights_only:
+        return {"state/model": saved.state.get("model")}
+    return {"state": saved.state, "rng": saved.rng, **saved.extra}
+
+
+def _restore(
+    plan: Plan, reader: TensorReader, options: RestoreOptions, stages: Stages
+) -> tuple[list[str], Plan]:
+    """Carries out `plan`; the first change is here.
+
+    Returns what was restored, as the receipt names it, and all that was planned: algorithms bring more.
+    """
     changed: list[str] = []
-    with stages.stage("restore"), after_first_change(checkpoint.name, changed):
-        return apply_restore(
-            request,
-            checked.prepared,
-            checked.contents,
-            checkpoint.contents,
-            checked.reader,
-            changed.append,
-            checked.materialize_options,
-        )
+    with stages.stage("restore"), after_first_change(options.file, changed):
+        work = Work(reader, options, changed.append)
+        return carry_out(plan, work), work.carried_out
 
 
-def _finish(checkpoint: Checkpoint, checked: Checked, stages: Stages) -> None:
-    """Runs what DeepSpeed does on all ranks together, once the restore has succeeded on every rank."""
-    if checked.prepared.engine is None:
+def _finish(plan: Plan, name: str, stages: Stages) -> None:
+    """Runs what all ranks do together at the end, once the restore has succeeded on every rank."""
+    if plan.finish is None:
         return
-    with stages.stage("finish"), after_first_change(checkpoint.name, ["all parts"]):
-        finish_engine(checked.prepared.engine)
+    with stages.stage("finish"), after_first_change(name, ["all parts"]):
+        plan.finish()
 
 
 def _agree_on_timestamp(state: Any, channel: Channel) -> None:
@@ -292,128 +399,100 @@ def _batch_of(state: Any) -> int | None:
 
 
 def _complete_rng(
-    request: LoadRequest, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
+    request: LoadRequest,
+    saved: Saved,
+    states: list[RngState | None] | None,
+    session: Session,
+    stages: Stages,
 ) -> tuple[list[RngState] | None, tuple[str, ...]]:
     """One random state for each rank of this world, and which of them were derived; None where there are none saved."""
-    saved = checked.rng
     with stages.timed("rng"):
-        if checkpoint.rng_per_rank and not request.weights_only:
+        if saved.rng_per_rank and not request.weights_only:
             # The file that this rank read has one saved rank's state, or all ranks' where the saving job gathered them.
-            own = encode_own(saved, session.topology.rank, single=checkpoint.own_rng)
-            saved = decode_each(session.channel.gather_bytes("rng", own))
-    if not saved:
-        return None, ()
-    states, derived = complete_states(saved, session.topology.world_size, checked.contents.rank_zero_seed)
+            own = encode_own(states, session.topology.rank, single=saved.own_rng)
+            states = decode_each(session.channel.gather_bytes("rng", own))
     if not states:
+        return None, ()
+    complete, derived = complete_states(states, session.topology.world_size, saved.rank_zero_seed)
+    if not complete:
         return None, ()
     if derived and session.topology.rank == 0:
         warnings.warn(
-            f"{checkpoint.name} has RNG states of {len(saved) - saved.count(None)} ranks, this world has "
+            f"{saved.name} has RNG states of {len(states) - states.count(None)} ranks, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
             stacklevel=3,
         )
-    return states, derived
+    return complete, derived
 
 
-def _make_receipt(
-    request: LoadRequest,
-    checkpoint: Checkpoint,
+def _report(
+    files: CheckpointFiles,
+    plan: Plan,
     ignored: Ignored,
-    checked: Checked,
     restored: list[str],
     derived: tuple[str, ...],
-    notes: list[str],
-    session: Session,
-    stages: Stages,
-) -> Receipt:
-    """The receipt, from every rank's report: the same on all ranks, but for `Receipt.cache_dir`."""
-    prepared, remote = checked.prepared, checkpoint.opening.remote
-    own = {
-        "ignored": list(ignored.paths),
-        "missing": prepared.mismatch.missing,
-        "unexpected": prepared.mismatch.unexpected,
-        "renamed": prepared.renamed,
-        "cast": prepared.cast,
-        "derived": [*derived, *(f"{name} (zeros)" for name in prepared.reset)],
-        "not_restored": [] if request.weights_only else list(prepared.not_restored),
-        "restored": restored,
-        "notes": notes,
-        "parts": remote.fetched_by_path(),
-        "streamed": remote.streamed,
-        "node": session.topology.node_rank,
-        "host": session.channel.host,
-        "timings": [[one.stage, one.seconds, one.bytes, one.begin_s] for one in stages.timings],
-        "files": [
-            [
-                file.name,
-                file.size_bytes,
-                file.fetched_bytes,
-                remote.known.own_bytes(checkpoint.paths.get(file.name, "")),
-                file.verified,
-                checkpoint.paths.get(file.name, ""),
-                *_compared(checkpoint, file),
-            ]
-            for file in checkpoint.files
-        ],
-    }
-    verify = request.options.verify or "during"
-    everybody = session.channel.gather("receipt", own)
-    # All ranks of a node report the same bytes of a file fetched whole; of one that came in parts, the counts of the
-    # rank that fetched it are the right ones.
-    parts = {(one["node"], path): count for one in everybody for path, count in one["parts"].items()}
-    cost: dict[str, dict[int, int]] = {}
-    direct: dict[str, int] = {}
-    files: dict[str, FileRecord] = {}
-    for one in everybody:
-        for name, size, whole_bytes, own_bytes, verified, path, by, left_out in one["files"]:
-            direct[name] = direct.get(name, 0) + own_bytes
-            by_node = cost.setdefault(name, {})
-            fetched = parts.get((one["node"], path), whole_bytes)
-            by_node[one["node"]] = max(fetched, by_node.get(one["node"], 0))
-            known = files.get(name)
-            files[name] = FileRecord(
-                name,
-                size,
-                sum(by_node.values()) + direct[name],
-                verified and (not known or known.verified),
-                tuple(dict.fromkeys((*(known.verified_by if known else ()), *by))) if verify != "off" else (),
-                tuple(dict.fromkeys((*(known.not_compared if known else ()), *left_out))),
-            )
-    streamed = dict.fromkeys(name for one in everybody for name in one["streamed"])
-    return Receipt(
-        path=checkpoint.name,
-        kind=checkpoint.kind,
-        layout=checkpoint.contents.layout,
-        saved_world_size=checkpoint.saved_world_size,
-        world_size=session.topology.world_size,
-        n_nodes=session.topology.n_nodes,
-        weights_only=request.weights_only,
-        verify=verify,
-        cache_dir=checkpoint.cache_dir,
-        restored=tuple(everybody[0]["restored"]),
-        **combine(everybody),
-        unverified=tuple(file.name for file in files.values() if verify == "off" or not file.verified),
-        notes=(
-            *checkpoint.notes,
-            *prepared.notes,
-            *everybody[0]["notes"],
-            *(f"server without ranges: {name} was read as one stream" for name in streamed),
-        ),
-        files=tuple(files.values()),
-        hosts=tuple(one["host"] for one in everybody),
-        nodes=tuple(one["node"] for one in everybody),
-        stages=tuple(
-            StageRecord(rank, stage, seconds, count, begin_s)
-            for rank, one in enumerate(everybody)
-            for stage, seconds, count, begin_s in one["timings"]
-        ),
+    notes: Sequence[str],
+) -> RankReport:
+    """What this rank did; `notes` are those of weights that came to its node once."""
+    context, remote = files.context, files.remote
+    return RankReport(
+        node=context.session.topology.node_rank,
+        host=context.session.channel.host,
+        restored=tuple(restored),
+        ignored=ignored.paths,
+        missing=tuple(plan.mismatch.missing),
+        unexpected=tuple(plan.mismatch.unexpected),
+        derived=(*derived, *(f"{name} (zeros)" for name in plan.reset)),
+        not_restored=plan.not_restored,
+        renamed=plan.renamed,
+        cast=plan.cast,
+        notes=tuple(notes),
+        streamed=tuple(remote.streamed),
+        fetched_in_parts=remote.fetched_by_path(),
+        timings=tuple(context.stages.timings),
+        files=tuple(_file_reports(files)),
     )
 
 
-def _compared(checkpoint: Checkpoint, file: FileRecord) -> tuple[list[str], list[str]]:
-    """The checksums that `file` was compared with on this rank until now, and those that it was not."""
-    whole = checkpoint.opening.remote.compared(checkpoint.paths.get(file.name, "")) or NOTHING
-    return [*file.verified_by, *whole.by], [*file.not_compared, *whole.left_out]
+def _file_reports(files: CheckpointFiles) -> Iterator[FileReport]:
+    """What this rank knows of each file that it used, and which checksums it compared with."""
+    remote = files.remote
+    for file in files.fetched:
+        inside = f"{file.source}:"
+        read = [
+            index.verifiable
+            for index in files.indexes
+            if index.name == file.source or index.name.startswith(inside)
+        ]
+        by_records = bool(read) and all(read)
+        whole = remote.compared(file.path) or NOTHING
+        yield FileReport(
+            file.source,
+            file.path,
+            max(0, file.size_bytes),
+            file.fetched_bytes,
+            remote.known.own_bytes(file.path),
+            by_records or bool(file.compared_by),
+            (*(("zip CRC-32",) * by_records), *file.compared_by, *whole.by),
+            (*file.left_out, *whole.left_out),
+        )
+
+
+def _about(request: LoadRequest, files: CheckpointFiles, saved: Saved, plan: Plan) -> Receipt:
+    """The receipt's fields that every rank knows."""
+    topology = files.context.session.topology
+    return Receipt(
+        path=saved.name,
+        kind=saved.kind,
+        layout=saved.layout,
+        saved_world_size=saved.world_size,
+        world_size=topology.world_size,
+        n_nodes=topology.n_nodes,
+        weights_only=request.weights_only,
+        verify=request.options.verify,
+        cache_dir=files.cache_dir,
+        notes=(*files.remote.checks.notes, *saved.notes, *plan.notes),
+    )
 
 
 def _write_trace(request: LoadRequest, receipt: Receipt) -> None:

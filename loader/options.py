@@ -1,12 +1,15 @@
-"""Settles the options of a load: each is the value given, else the environment's, else the default."""
+"""Settles the options of a load: each is the value given, else the environment's, else the default.
+
+`LoadOptions` are those that the user gives, `Options` those that a load goes by.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from .errors import OptionError
@@ -74,7 +77,7 @@ class LoadOptions:
     cache_home: CacheHomeChoice | None = None
     cache_size: int | None = None
     stall_timeout_s: float | None = None
-    safe_types: Sequence[str | type] = ()
+    safe_types: Collection[str | type] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rename: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
@@ -110,53 +113,98 @@ class LoadOptions:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`LoadOptions` as a load goes by them: each field has a value, and none is an "unset" that means its default."""
+
+    cache_dir: str | None
+    """None: no folder was given, and `cache_home` says where files lie."""
+    cache_home: CacheHomeChoice
+    cache_size: int
+    stall_timeout_s: float
+    safe_types: tuple[str | type, ...]
+    storage_options: Mapping[str, Any] = field(repr=False)
+    rename: Mapping[str, str]
+    layout: Mapping[str, str]
+    verify: Verify
+    mode: Mode
+    trace: str | None
+    """None: no trace is written."""
+
+
 def resolve_options(
     options: LoadOptions | Mapping[str, Any] | None, environ: Mapping[str, str] | None = None
-) -> LoadOptions:
+) -> Options:
     """`options` with every field at None filled from the environment, else with its default.
 
-    A mapping has the fields of `LoadOptions`; `environ` is ``os.environ`` where it is None. ``cache_dir`` and ``trace``
-    may stay None. Raises `OptionError` for an unknown field, an unknown ``RANKLOAD_*`` variable, a value that does not
-    fit, or ``mode="direct"`` together with ``verify="before"``.
+    A mapping has the fields of `LoadOptions`; `environ` is ``os.environ`` where it is None. Raises `OptionError` for an
+    unknown field, an unknown ``RANKLOAD_*`` variable, a value that does not fit, or ``mode="direct"`` together with
+    ``verify="before"``.
     """
-    environ = os.environ if environ is None else environ
-    known = {f.name: f for f in fields(LoadOptions)}
+    given = _filled(_given(options), os.environ if environ is None else environ)
+    resolved = Options(
+        cache_dir=given.cache_dir,
+        cache_home=given.cache_home or "auto",
+        cache_size=given.cache_size or 0,
+        stall_timeout_s=120.0 if given.stall_timeout_s is None else float(given.stall_timeout_s),
+        safe_types=_in_order(given.safe_types),
+        storage_options=given.storage_options,
+        rename=given.rename,
+        layout=given.layout,
+        verify=given.verify or "during",
+        mode=given.mode or "node",
+        trace=given.trace,
+    )
+    if resolved.mode == "direct" and resolved.verify == "before":
+        raise OptionError(
+            'mode="direct" puts bytes into tensors as they come, and cannot compare them before: use mode="auto", '
+            'or verify="during"'
+        )
+    return resolved
+
+
+def _given(options: LoadOptions | Mapping[str, Any] | None) -> LoadOptions:
     if options is None:
-        options = LoadOptions()
-    elif isinstance(options, Mapping):
-        unknown = {str(name) for name in options} - set(known)
-        if unknown:
-            raise OptionError(f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}")
-        options = LoadOptions(**options)
-    elif not isinstance(options, LoadOptions):
+        return LoadOptions()
+    if isinstance(options, LoadOptions):
+        return options
+    if not isinstance(options, Mapping):
         raise OptionError(
             f"options is of type {type(options).__name__}: expected LoadOptions or a mapping of its fields"
         )
+    known = [one.name for one in fields(LoadOptions)]
+    unknown = {str(name) for name in options} - set(known)
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}")
+    return LoadOptions(**options)
 
+
+def _filled(options: LoadOptions, environ: Mapping[str, str]) -> LoadOptions:
+    """`options`, whose fields at None are filled from the environment where it has them."""
     variables = {f"RANKLOAD_{name.upper()}": name for name in _FROM_ENVIRONMENT}
     for variable in sorted(environ):
         if variable.startswith("RANKLOAD_") and variable not in variables:
             raise OptionError(
                 f"unknown environment variable {variable}; known ones: {', '.join(sorted(variables))}"
             )
-    values = {name: getattr(options, name) for name in known}
-    for variable, name in variables.items():
-        if values[name] is None and environ.get(variable):
-            values[name] = _parse(variable, environ[variable])
-    if values["stall_timeout_s"] is None:
-        values["stall_timeout_s"] = 120.0
-    if values["verify"] is None:
-        values["verify"] = "during"
-    if values["mode"] is None:
-        values["mode"] = "node"
-    if values["mode"] == "direct" and values["verify"] == "before":
-        raise OptionError(
-            'mode="direct" puts bytes into tensors as they come, and cannot compare them before: use mode="auto", '
-            'or verify="during"'
+    found: dict[str, Any] = {
+        name: _parse(variable, environ[variable])
+        for variable, name in variables.items()
+        if getattr(options, name) is None and environ.get(variable)
+    }
+    return replace(options, **found)
+
+
+def _in_order(safe_types: Collection[str | type]) -> tuple[str | type, ...]:
+    """`safe_types` in the order that was given; those of a set, which is another in every process, by name."""
+    if not isinstance(safe_types, set | frozenset):
+        return tuple(safe_types)
+    return tuple(
+        sorted(
+            safe_types,
+            key=lambda one: one if isinstance(one, str) else f"{one.__module__}.{one.__qualname__}",
         )
-    values["cache_home"] = values["cache_home"] or "auto"
-    values["cache_size"] = values["cache_size"] or 0
-    return LoadOptions(**values)
+    )
 
 
 def _parse(variable: str, text: str) -> str | float:

@@ -1,6 +1,6 @@
 """Says what a load did: the receipt, its lines and figures for loggers, and the trace of its stages.
 
-`combine` joins what the ranks report, `Receipt` holds it, `log_receipt` hands it to a logger, and `write_trace`
+`join_reports` makes one `Receipt` of every rank's `RankReport`, `log_receipt` hands it to a logger, and `write_trace`
 writes its stages as a file for Perfetto or ``chrome://tracing``: a row for each rank, a bar for each stage.
 """
 
@@ -11,15 +11,55 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from .stages import Timing
 
 SCHEMA_VERSION = 1
 """Of `Receipt.as_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
-_LISTS = ("ignored", "missing", "unexpected", "derived", "not_restored")
-_MAPPINGS = ("renamed", "cast")
-"""Fields of a receipt in which ranks may differ."""
+
+@dataclass(frozen=True)
+class FileReport:
+    """One file that the load used, as one rank knows it."""
+
+    name: str
+    """Path or URI, without secrets."""
+    path: str
+    """On this rank's node."""
+    size_bytes: int
+    fetched_bytes: int
+    """Bytes that this rank's node fetched of it, where it came whole."""
+    own_bytes: int
+    """Bytes that this rank fetched of it directly."""
+    verified: bool
+    """Whether every byte that this rank restored was compared with a checksum."""
+    verified_by: tuple[str, ...]
+    not_compared: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a load did on one rank; the fields that a `Receipt` has too mean the same."""
+
+    node: int
+    host: str
+    restored: tuple[str, ...]
+    ignored: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    derived: tuple[str, ...]
+    not_restored: tuple[str, ...]
+    renamed: Mapping[str, str]
+    cast: Mapping[str, str]
+    notes: tuple[str, ...]
+    streamed: tuple[str, ...]
+    """Objects that came as one stream, because their server does no ranges."""
+    fetched_in_parts: Mapping[str, int]
+    """Bytes that this rank fetched for its node of each file that came in parts, by its path there."""
+    timings: tuple[Timing, ...]
+    files: tuple[FileReport, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,7 @@ class Receipt:
 
     `restored` lists rank 0's parts. The parts are the same on all ranks; of sharded state, the bytes that it states are
     rank 0's alone. What was ignored, missing, unexpected, renamed, cast, derived or not restored is what any rank
-    reported (see `combine`).
+    reported (see `join_reports`).
     """
 
     path: str
@@ -177,23 +217,78 @@ def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:
     return slowest
 
 
-def combine(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a `Receipt` in which ranks may differ, joined from every rank's report; `reports` is by rank.
+def join_reports(reports: Sequence[RankReport], about: Receipt) -> Receipt:
+    """The receipt of all ranks, from their `reports` by rank.
 
-    A report has lists under ``ignored``, ``missing``, ``unexpected``, ``derived`` and ``not_restored``, and
-    mappings under ``renamed`` and ``cast``; other keys are not used. Each field becomes the union in the
-    order of ranks, every entry once; where ranks map a name differently, the lowest rank's entry is kept.
+    `about` has what every rank knows of the load; what the reports tell is filled in. What was ignored, missing and the
+    like becomes the union in the order of ranks, every entry once; where ranks map a name differently, the lowest
+    rank's entry is kept. ``restored`` is rank 0's.
     """
-    fields: dict[str, Any] = {}
-    for key in _LISTS:
-        fields[key] = tuple(dict.fromkeys(entry for report in reports for entry in report.get(key, ())))
-    for key in _MAPPINGS:
-        union: dict[str, str] = {}
-        for report in reports:
-            for name, value in report.get(key, {}).items():
-                union.setdefault(name, value)
-        fields[key] = union
-    return fields
+    files = _join_files(reports, verify=about.verify)
+    streamed = _union([one.streamed for one in reports])
+    return replace(
+        about,
+        restored=reports[0].restored,
+        ignored=_union([one.ignored for one in reports]),
+        missing=_union([one.missing for one in reports]),
+        unexpected=_union([one.unexpected for one in reports]),
+        derived=_union([one.derived for one in reports]),
+        not_restored=_union([one.not_restored for one in reports]),
+        renamed=_first_of_each([one.renamed for one in reports]),
+        cast=_first_of_each([one.cast for one in reports]),
+        unverified=tuple(file.name for file in files if about.verify == "off" or not file.verified),
+        notes=(
+            *about.notes,
+            *reports[0].notes,
+            *(f"server without ranges: {name} was read as one stream" for name in streamed),
+        ),
+        files=files,
+        hosts=tuple(one.host for one in reports),
+        nodes=tuple(one.node for one in reports),
+        stages=tuple(
+            StageRecord(rank, each.stage, each.seconds, each.bytes, each.begin_s)
+            for rank, one in enumerate(reports)
+            for each in one.timings
+        ),
+    )
+
+
+def _join_files(reports: Sequence[RankReport], *, verify: str) -> tuple[FileRecord, ...]:
+    """Each file once, with the bytes that all nodes and ranks fetched of it.
+
+    All ranks of a node report the same bytes of a file fetched whole; of one that came in parts, the counts of the rank
+    that fetched it are the right ones.
+    """
+    in_parts = {
+        (one.node, path): count for one in reports for path, count in one.fetched_in_parts.items()
+    }
+    by_node: dict[str, dict[int, int]] = {}
+    direct: dict[str, int] = {}
+    files: dict[str, FileRecord] = {}
+    for one in reports:
+        for file in one.files:
+            direct[file.name] = direct.get(file.name, 0) + file.own_bytes
+            cost = by_node.setdefault(file.name, {})
+            fetched = in_parts.get((one.node, file.path), file.fetched_bytes)
+            cost[one.node] = max(fetched, cost.get(one.node, 0))
+            known = files.get(file.name)
+            files[file.name] = FileRecord(
+                file.name,
+                file.size_bytes,
+                sum(cost.values()) + direct[file.name],
+                file.verified and (not known or known.verified),
+                _union([known.verified_by if known else (), file.verified_by]) if verify != "off" else (),
+                _union([known.not_compared if known else (), file.not_compared]),
+            )
+    return tuple(files.values())
+
+
+def _union(many: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry for one in many for entry in one))
+
+
+def _first_of_each(many: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {name: value for one in reversed(many) for name, value in one.items()}
 
 
 def log_receipt(receipt: Receipt, logger: Any) -> None:

@@ -11,15 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import OptionError
-from .options import LoadOptions
+from .options import Options
 from .redaction import redact_path
 from .saved.ignore import IgnoreKeys
-from .state import ForeignState, State, as_list
-from .targets.algorithms import AlgorithmPass
+from .state import AlgorithmPass, ForeignState, State, as_list
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LoadRequest:
     ignore_keys: IgnoreKeys | str | None
     exclude_algorithms: Collection[str] | None
     algorithm_passes: Sequence[AlgorithmPass] | None
-    options: LoadOptions
+    options: Options
 
     def __post_init__(self) -> None:
         # What is no path stays as it is: `check_arguments` refuses it, in a stage that raises it on all ranks.
@@ -53,7 +52,7 @@ class LoadRequest:
         ignore_keys: object = self.ignore_keys
         if callable(ignore_keys):
             ignore_keys = "a callable"
-        found = {
+        return {
             "path": redact_path(self.path),
             "path's user info or query": f"not shown, digest {_digest(self.path)}",
             "object_store": "None" if self.object_store is None else type(self.object_store).__qualname__,
@@ -66,17 +65,8 @@ class LoadRequest:
             "algorithm_passes": str(len(self.algorithm_passes or ())),
             "state.run_name": repr(self.run_name),
             **_parts(self.state),
+            **{f"options.{name}": text for name, text in _comparable_options(self.options).items()},
         }
-        for option in fields(LoadOptions):
-            value = getattr(self.options, option.name)
-            if option.name in ("cache_dir", "cache_home", "cache_size"):
-                continue  # each node may have its own
-            if option.name == "storage_options":
-                digest = _digest(repr(_plain(value)))
-                found["options.storage_options"] = f"a mapping with digest {digest}" if value else "{}"
-            else:
-                found[f"options.{option.name}"] = repr(_plain(value))
-        return found
 
 
 def as_path(path: Any) -> str:
@@ -211,6 +201,21 @@ def _attribute(state: Any, name: str) -> Any:
         return getattr(state, name, None)
     except Exception:
         return None  # a property of the user's may raise whatever it likes
+
+
+def _comparable_options(options: Options) -> dict[str, str]:
+    """All but the three ``cache_`` fields, as text: each node may have its own of those."""
+    secrets = _digest(repr(_plain(options.storage_options)))
+    return {
+        "stall_timeout_s": repr(options.stall_timeout_s),
+        "safe_types": repr(_plain(options.safe_types)),
+        "storage_options": f"a mapping with digest {secrets}" if options.storage_options else "{}",
+        "rename": repr(_plain(options.rename)),
+        "layout": repr(_plain(options.layout)),
+        "verify": repr(options.verify),
+        "mode": repr(options.mode),
+        "trace": repr(options.trace),
+    }
 
 
 _WRAPPERS = (

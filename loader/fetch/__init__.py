@@ -1,8 +1,9 @@
 """Fetch: brings a checkpoint's files to every node, and each byte that the ranks of a node need once.
 
-1. `files.fetch_files`: all ranks state the files that they need (`needs`). The lowest rank of each node, its leader,
-   finds them, checks that there is room (`space_check`), and obtains each into the node's cache (`whole.obtain`). Tars
-   are unpacked (`archive`) and compressed files expanded (`decompress`); local files are used where they are.
+1. A source asks for files by `checkpoint_files.CheckpointFiles`. `files.fetch_files`: all ranks state the files that
+   they need (`needs`). The lowest rank of each node, its leader, finds them, checks that there is room (`space_check`),
+   and obtains each into the node's cache (`whole.obtain`). Tars are unpacked (`archive`) and compressed files expanded
+   (`decompress`); local files are used where they are.
 2. A torch file in a store that does ranges "comes in parts" (`remote_files`): at first only its index is fetched,
    into a file with holes (`remote_file`). Large torch files inside a tar come so, too (`tars`).
 3. Once the index is read, `parts.small_parts` and `parts.restore_parts` collect the ranges that this rank will read.
@@ -17,6 +18,6 @@ Not guaranteed: the bytes of a file that comes in parts are not compared with a 
 its storages), and the room that was checked is not reserved. A function whose docstring says so must be called by
 every rank; it raises the same error on all of them.
 
-May import `materialize`, `formats`, `cache`, `ranges`, `stores`, `http`, `saved` and what all rooms may;
-``distributed``. `parts` and `rounds` also import `check`, `checkpoint` and `verify`, as exceptions in the import table.
+May import `context`, `materialize`, `formats`, `cache`, `ranges`, `stores`, `http`, `saved` and what all rooms may;
+``distributed``.
 """

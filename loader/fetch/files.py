@@ -8,49 +8,39 @@ into the node's cache, once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from ..cache.node import NodeCache
+from ..context import LoadContext
 from ..errors import FormatError, NotFoundError
-from ..stores.base import Store
+from ..saved.node_file import NodeFile
+from ..stores.base import ObjectInfo, Store
 from ..stores.symlinks import resolve
+from ..wire import decode, encode
 from ..workers import Stop, run_jobs
 from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, ranks_text
+from .object_cache import ObjectCache
 from .remote_files import ObjectPart
 from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
 from .whole import obtain, whole_bytes
 
 if TYPE_CHECKING:
-    from ...distributed.channel import Channel
-    from ...distributed.topology import Topology
     from .remote_files import RemoteFiles
 
 PARALLEL_FILES = 4
-_TUPLES = ("members", "compared_by", "left_out")
-"""Fields of `FetchedFile` that arrive from another rank as lists."""
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedFile:
-    """One file on this node."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedFile(NodeFile):
+    """One file on this node, and how it came there."""
 
-    name: str
-    """As it was asked for."""
-    source: str
-    """The object it came from, after links were followed, without secrets."""
-    path: str
-    """What to read: the file, expanded where it was compressed; of an archive, its folder."""
-    kind: Literal["file", "archive"]
     size_bytes: int
     """As stored; -1 where the store did not state it and the file was there already."""
     fetched_bytes: int
     """Fetched by this node for it: 0 for local files, and where the cache had it."""
-    members: tuple[str, ...] = ()
-    """An archive's regular files, relative to `path`."""
     parts: Mapping[str, ObjectPart] = field(default_factory=dict)
     """The object that the rest is fetched from, where only the index is there: under ``""``, or of an archive under
     the names of those members. `fetch.parts` fetches the rest."""
@@ -79,11 +69,8 @@ class Fetched:
 
 
 def fetch_files(
-    channel: Channel,
-    topology: Topology,
-    store: Store,
+    context: LoadContext,
     needs: Sequence[str | FileNeed],
-    cache: NodeCache,
     remote: RemoteFiles | None = None,
     *,
     stage: str = "fetch",
@@ -91,17 +78,20 @@ def fetch_files(
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
     With `remote`, only the index is fetched of torch files in stores that do ranges, and of large ones in tars there;
-    `remote` knows them afterwards. Without it they come whole. Files in `cache` last until its context ends: end it
-    only when all ranks have read them. What an earlier call with the same `cache` fetched is not fetched again.
+    `remote` knows them afterwards. Without it they come whole. Files in the node's cache last until its context ends:
+    end it only when all ranks have read them. What an earlier call with the same cache fetched is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` that names each file that is missing on any node, the ranks that need
     it, and for local paths the nodes that have it; `AccessError` also where a node lacks room; `CorruptError`,
     `UnsafeError` and `FormatError` as the store, the cache and the archives do; `StalledError` where nothing arrives
     for the channel's ``stall_timeout_s``.
     """
-    table = gather_needs(channel, topology, needs, cache.load_id, stage)
+    topology, channel = context.session.topology, context.session.channel
+    table = gather_needs(channel, topology, needs, context.cache.load_id, stage)
+    objects = ObjectCache(context.store, context.cache, table.load_id)
+    store = objects.store
     tally = Tally(channel.counters().get(channel.rank, {}))
-    found: dict[str, Any] = {}
+    found: dict[str, ObjectInfo | None] = {}
     if table.leads:
         _find(store, table.node_needs, found, FetchWatch(channel, tally))
     report = {name: info is not None for name, info in found.items()}
@@ -115,14 +105,14 @@ def fetch_files(
     if not store.is_local:
         needed: dict[str, int] = {}
         if table.leads:
-            needed = whole_bytes(store, found.values(), cache, remote, table.load_id)
-        agree_on_room(channel, topology.node_rank, cache, needed, stage)
-    done: dict[str, Any] = {}
+            needed = whole_bytes(objects, found.values(), remote)
+        agree_on_room(channel, topology.node_rank, context.cache, needed, stage)
+    done: dict[str, FetchedFile] = {}
     with channel.stage(stage):
         if table.leads:
-            done = _fetch(store, found, cache, remote, table, tally, FetchWatch(channel, tally))
-    node = channel.gather(f"{stage}: paths", done if table.leads else None)[table.leader]
-    everything = {name: _from_record(record) for name, record in node.items()}
+            done = _fetch(objects, found, remote, table, FetchWatch(channel, tally))
+    by_rank = channel.gather(f"{stage}: paths", encode(done if table.leads else None))
+    everything = decode(dict[str, FetchedFile], by_rank[table.leader])
     for file in everything.values():
         # Also files that this rank did not ask for: the leader fetches parts of all the files of its node.
         for member, part in file.parts.items():
@@ -133,12 +123,7 @@ def fetch_files(
     return Fetched({name: everything[name] for name in mine if name in everything})
 
 
-def _from_record(record: Mapping[str, Any]) -> FetchedFile:
-    parts = {member: ObjectPart(**part) for member, part in record["parts"].items()}
-    return FetchedFile(**{**record, **{each: tuple(record[each]) for each in _TUPLES}, "parts": parts})
-
-
-def _find(store: Store, names: Sequence[str], found: dict[str, Any], watch: FetchWatch) -> None:
+def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None], watch: FetchWatch) -> None:
     def job(name: str) -> None:
         resolved = resolve(store, name)
         if resolved is not None and resolved.info.is_folder:
@@ -160,14 +145,13 @@ def _job(work: Any, name: str) -> Any:
 
 
 def _fetch(
-    store: Store,
-    found: Mapping[str, Any],
-    cache: NodeCache,
+    objects: ObjectCache,
+    found: Mapping[str, ObjectInfo | None],
     remote: RemoteFiles | None,
     table: NeedTable,
-    tally: Tally,
     watch: FetchWatch,
-) -> dict[str, Any]:
+) -> dict[str, FetchedFile]:
+    store, tally = objects.store, watch.tally
     files: dict[str, FetchedFile] = {}
     wanted = {name: info for name, info in found.items() if info is not None}
     for name, info in wanted.items():
@@ -179,7 +163,7 @@ def _fetch(
     def job(name: str, stop: Stop) -> None:
         info = wanted[name]
         try:
-            one = obtain(store, info, cache, remote, table.load_id, tally.of(name, stop))
+            one = obtain(objects, info, remote, tally.of(name, stop))
         except NotFoundError as error:
             raise NotFoundError(
                 f"{error.message}; needed by {ranks_text(table.ranks_needing[name])}", path=error.path
@@ -202,4 +186,4 @@ def _fetch(
     order = sorted(wanted, key=lambda name: -(wanted[name].size_bytes or 0))
     run_jobs([lambda stop, name=name: job(name, stop) for name in order], watch.tick)  # type: ignore[misc]
     watch.tick()
-    return {name: asdict(file) for name, file in files.items()}
+    return files

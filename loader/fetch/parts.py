@@ -1,102 +1,133 @@
 """Collects the parts of remote files that this rank will read, and has them fetched: before or while it restores.
 
 First come the `small_parts`, which are read before anything is checked. Then the `restore_parts`: what the restore
-reads (`verify.wanted_reads`) and what this rank has to sum (`verify.checks`). `fetching` runs the restore while those
-are fetched; a rank reads a range as soon as it has landed (`materialize.storages`). `rounds` plans and runs each fetch.
+reads, and what this rank has to sum. `fetching` runs the restore while those are fetched; a rank reads a range as soon
+as it has landed (`materialize.storages`). `rounds` plans and runs each fetch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
-from ..check import Checked
-from ..checkpoint import Checkpoint, Opening
 from ..formats.torch_file import FileIndex
 from ..materialize.tensors import TensorReader
 from ..ranges.direct import DirectReads
-from ..saved.tree import tensors
-from ..saved.values import StorageRef
-from ..verify.checks import Verification
-from ..verify.weights import SharedWeights
+from ..saved.contents import Saved
+from ..saved.copies import StorageReads
+from ..saved.tensor import StorageRef
+from ..saved.tree import storages
+from .checkpoint_files import CheckpointFiles
 from .rounds import Parts, WantedRanges, plan_round
 
 SMALL_STORAGE_BYTES = 64 << 10
 """Storages up to this size are fetched right after the index: counters, random states, biases."""
 
 
-def small_parts(checkpoint: Checkpoint) -> WantedRanges:
-    """The ranges that are read before anything is checked: small storages, random states, and `Contents.extra`."""
+def small_parts(files: CheckpointFiles, saved: Saved) -> WantedRanges:
+    """The ranges that are read before anything is checked: small storages, random states, and `Saved.extra`."""
     wanted: WantedRanges = {}
-    for index in checkpoint.indexes:
+    for index in files.indexes:
         _add_whole(wanted, (storage for storage in index.storages if storage.nbytes <= SMALL_STORAGE_BYTES))
-    contents = checkpoint.contents
-    _add_whole(wanted, {tensor.storage for _, tensor in tensors([contents.rng, contents.extra])})
+    _add_whole(wanted, storages([saved.rng, saved.extra]))
     return wanted
 
 
 def restore_parts(
-    checkpoint: Checkpoint, checked: Checked, verification: Verification, weights: SharedWeights | None
+    files: CheckpointFiles,
+    reads: Mapping[StorageRef, StorageReads],
+    summed: Mapping[StorageRef, Sequence[ByteRange]],
+    alone: Collection[StorageRef],
+    shared: Mapping[StorageRef, Sequence[ByteRange]],
+    unplanned: Iterable[StorageRef] = (),
 ) -> Parts:
-    """The ranges of remote files that the restore and its checksums read on this rank; perhaps more, never fewer."""
+    """The ranges of remote files that the restore and its checksums read on this rank.
+
+    Args:
+        reads: what the plan reads.
+        summed: what this rank sums of storages that several ranks sum together.
+        alone: storages that it sums whole, in one pass over each.
+        shared: what it reads of weights that its node's ranks share.
+        unplanned: storages of which it is not known yet what will be read: all of them is fetched.
+    """
     parts = Parts()
-    if checkpoint.opening.store.is_local:
+    if files.context.store.is_local:
         return parts
-    wanted = parts.wanted
-    for storage, reads in verification.wanted.items():
-        _add_storage(wanted, storage, reads.ranges)
-    for storage, cells in verification.shares.items():
-        _add_storage(wanted, storage, cells)
-    _add_whole(wanted, verification.alone)
-    if weights is not None:
-        for storage, provided in weights.reads.items():
-            _add_storage(wanted, storage, provided)
-    if checked.prepared.algorithms:
-        # Algorithms may change the model, and with it what is read of it.
-        _add_whole(wanted, checkpoint.storages({"state": checked.contents.state}))
-    elif checkpoint.opening.direct:
-        _add_direct(parts.direct, verification, weights)
+    for wanted in ({storage: one.ranges for storage, one in reads.items()}, summed, shared):
+        for storage, ranges in wanted.items():
+            _add_storage(parts.wanted, storage, ranges)
+    _add_whole(parts.wanted, alone)
+    whole = list(unplanned)
+    _add_whole(parts.wanted, whole)
+    if files.context.direct and not whole:
+        _add_direct(parts.direct, {one: reads[one] for one in reads.keys() - set(alone)}, summed, shared)
         for path, ranges in parts.direct.items():
-            if path in checkpoint.opening.remote.known:
+            if path in files.remote.known:
                 # Bytes that are on this node already, with the index or from an earlier load, are read from there.
                 parts.direct[path] = list(Landed(path).missing(ranges))
     return parts
 
 
-def fetch_now(opening: Opening, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> None:
+def _add_direct(
+    direct: WantedRanges,
+    reads: Mapping[StorageRef, StorageReads],
+    summed: Mapping[StorageRef, Sequence[ByteRange]],
+    shared: Mapping[StorageRef, Sequence[ByteRange]],
+) -> None:
+    """Adds the ranges that can be fetched directly into this rank's tensors."""
+    for storage, one in reads.items():
+        if storage.nbytes <= SMALL_STORAGE_BYTES:
+            continue
+        # Bytes that are only summed have no memory to be fetched into.
+        spans = subtract(one.direct, subtract(summed.get(storage, ()), one.ranges))
+        if spans:
+            _add_storage(direct, storage, spans)
+    for storage, provided in shared.items():
+        _add_storage(direct, storage, provided)
+
+
+def fetch_now(files: CheckpointFiles, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> None:
     """Fetches the ranges that all ranks want, by path, and waits for them. Every rank must call, whatever it wants.
 
     Raises, on all ranks alike, as `plan_round` and `FetchRound.run` do. Does nothing for a local store.
     """
-    if opening.store.is_local:
+    if files.context.store.is_local:
         return
-    fetch_round = plan_round(opening, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
-    with opening.stages.stage(stage) as timing:
+    fetch_round = plan_round(files, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
+    with files.context.stages.stage(stage) as timing:
         if fetch_round:
             timing.bytes += fetch_round.run()
 
 
+def fetch_storages(files: CheckpointFiles, wanted: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
+    """As `fetch_now`, for ranges of storages that a node's ranks share. Every rank must call."""
+    by_path: WantedRanges = {}
+    for storage, ranges in wanted.items():
+        _add_storage(by_path, storage, ranges)
+    fetch_now(files, by_path, "fetch weights")
+
+
 @contextlib.contextmanager
-def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: str) -> Iterator[None]:
+def fetching(files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: str) -> Iterator[None]:
     """Fetches `parts` while the block inside reads them; in it `reader` waits for bytes that have not landed.
 
     Every rank must enter, whatever it wants. Where fetching fails, the error is raised in the block of the rank that
     fetches, and so on all ranks. At the end, once all has landed, the headers of the storages are checked.
     """
-    opening = checkpoint.opening
-    if opening.store.is_local:
+    stages, remote = files.context.stages, files.remote
+    if files.context.store.is_local:
         yield
         return
-    fetch_round = plan_round(opening, parts, stage)
+    fetch_round = plan_round(files, parts, stage)
     failure: list[BaseException] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
-            with opening.stages.timed_in_thread(stage) as timing:
+            with stages.timed_in_thread(stage) as timing:
                 timing.bytes += fetch_round.run()
         except BaseException as error:
             failure.append(error)
@@ -106,7 +137,7 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
     def wait() -> None:
         if failure:
             raise failure[0]
-        opening.stages.count(0)
+        stages.count(0)
 
     thread = threading.Thread(target=work, name="rankload-fetch", daemon=True)
     reader.waiting(wait, parts.wanted)
@@ -117,47 +148,19 @@ def fetching(checkpoint: Checkpoint, reader: TensorReader, parts: Parts, stage: 
         ended.set()
     try:
         yield
-        with opening.stages.stage(f"{stage}: end"):
+        with stages.stage(f"{stage}: end"):
             while not ended.wait(0.05):
                 wait()
             wait()
-            for index in checkpoint.indexes:
+            for index in files.indexes:
                 _check_headers(index, parts.wanted, fetch_round.direct, reader)
     finally:
         reader.waiting(None, {})
         reader.reading_direct(None)
-        opening.remote.known.add_fetched(fetch_round.direct.fetched_bytes)
+        remote.known.add_fetched(fetch_round.direct.fetched_bytes)
         if not ended.is_set():
-            opening.remote.stop()
+            remote.stop()
             thread.join(10)
-
-
-def fetcher(checkpoint: Checkpoint) -> Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None]:
-    """What `verify.weights.share_weights` is to call, on all ranks, for ranges of storages that it reads."""
-
-    def fetch(reads: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
-        wanted: WantedRanges = {}
-        for storage, ranges in reads.items():
-            _add_storage(wanted, storage, ranges)
-        fetch_now(checkpoint.opening, wanted, "fetch weights")
-
-    return fetch
-
-
-def _add_direct(direct: WantedRanges, verification: Verification, weights: SharedWeights | None) -> None:
-    """Adds the ranges that can be fetched directly into this rank's tensors."""
-    alone = set(verification.alone)
-    for storage, reads in verification.wanted.items():
-        if storage in alone or storage.nbytes <= SMALL_STORAGE_BYTES:
-            continue
-        # Bytes that are only summed have no memory to be fetched into.
-        summed = subtract(verification.shares.get(storage, ()), reads.ranges)
-        spans = subtract(reads.direct, summed)
-        if spans:
-            _add_storage(direct, storage, spans)
-    if weights is not None:
-        for storage, provided in weights.reads.items():
-            _add_storage(direct, storage, provided)
 
 
 def _add_storage(wanted: WantedRanges, storage: StorageRef, ranges: Iterable[ByteRange]) -> None:

@@ -16,7 +16,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from ..byte_ranges import ByteRange, subtract, union
 from ..options import Mode
@@ -117,34 +116,3 @@ def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
         for own in (plans[rank].bring, *plans[rank].take.values()):
             for file, ranges in own.items():
                 own[file] = list(union(ranges))
-
-
-def encode_request(request: FetchRequest) -> Any:
-    """As JSON types, to be sent to rank 0."""
-    return [request.node, _encode(request.wanted), _encode(request.direct)]
-
-
-def decode_request(record: Any) -> FetchRequest:
-    """What `encode_request` made."""
-    node, wanted, direct = record
-    return FetchRequest(node, _decode(wanted), _decode(direct))
-
-
-def encode_plan(plan: FetchPlan) -> Any:
-    """As JSON types, to be sent to its rank."""
-    take = [[rank, _encode(ranges)] for rank, ranges in plan.take.items()]
-    return [_encode(plan.bring), take, _encode(plan.direct)]
-
-
-def decode_plan(record: Any) -> FetchPlan:
-    """What `encode_plan` made."""
-    bring, take, direct = record
-    return FetchPlan(_decode(bring), {rank: _decode(ranges) for rank, ranges in take}, _decode(direct))
-
-
-def _encode(ranges: Ranges) -> dict[str, list[int]]:
-    return {file: [edge for one in union(spans) for edge in one] for file, spans in ranges.items()}
-
-
-def _decode(record: Mapping[str, Sequence[int]]) -> dict[str, list[ByteRange]]:
-    return {file: list(map(ByteRange, edges[::2], edges[1::2])) for file, edges in record.items()}

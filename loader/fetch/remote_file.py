@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from ..byte_ranges import ByteRange
 from ..cache.holes import PartialFile
@@ -22,10 +22,8 @@ from ..errors import RankloadError
 from ..ranges.base import RangeSource
 from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, read_ranges
-from ..stores.base import ObjectInfo, OnBytes, Store
-
-if TYPE_CHECKING:
-    from ..cache.node import NodeCache
+from ..stores.base import ObjectInfo, OnBytes
+from .object_cache import ObjectCache
 
 BLOCK_BYTES = 64 << 10
 """An index is fetched in multiples of this."""
@@ -112,15 +110,9 @@ class RemoteFile:
 
 
 def open_remote_file(
-    store: Store,
-    info: ObjectInfo,
-    source: RangeSource,
-    cache: NodeCache,
-    load_id: str,
-    described: str,
-    on_bytes: OnBytes,
+    objects: ObjectCache, info: ObjectInfo, source: RangeSource, on_bytes: OnBytes
 ) -> RemoteFile:
-    """The object's file in `cache`, with what an earlier load landed in it.
+    """The object's file in the cache, with what an earlier load landed in it.
 
     Where another process holds that file, this one gets a file of its own. Raises OSError where the disk refuses.
     """
@@ -130,18 +122,8 @@ def open_remote_file(
         on_bytes(count)
         on_bytes(-count)
 
-    # Without a version, nothing shows that the object is still the same in another load.
-    version = source.version or f"load {load_id}"
-    size = source.size_bytes
-    entry = cache.entry(
-        described,
-        store.identity,
-        info.name,
-        str(size),
-        version,
-        nbytes=size,
-        lasting=source.version is not None,
-    )
+    described = objects.store.describe(info.name)
+    entry = objects.entry(info.name, source.size_bytes, source.version, nbytes=source.size_bytes)
     for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
@@ -30,12 +30,10 @@ from ..ranges.window import WindowSource
 from ..retries import TryAgainError
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..workers import Stop
+from .object_cache import ObjectCache
 from .remote_file import RemoteFile, open_remote_file
 from .tars import RemoteArchive, open_archive
 from .whole_checks import Compared, WholeChecks
-
-if TYPE_CHECKING:
-    from ..cache.node import NodeCache
 
 HEAD_AND_TAIL_BYTES = 256 << 10
 """The first request for a file, from each end: mostly enough for its pickle and its directory."""
@@ -120,38 +118,30 @@ class RemoteFiles:
         """False where the object's name or size shows that it comes whole."""
         return not (info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info))
 
-    def begin(
-        self,
-        store: Store,
-        info: ObjectInfo,
-        cache: NodeCache,
-        load_id: str,
-        on_bytes: OnBytes,
-    ) -> InParts | None:
+    def begin(self, objects: ObjectCache, info: ObjectInfo, on_bytes: OnBytes) -> InParts | None:
         """Opens a torch zip, or a tar that may hold some, and fetches its index.
 
         None for any other object, and where the store does no ranges: it has to come whole then. An object that was
         begun before is returned with 0 `fetched_bytes`. May be called from several threads. Raises as the store,
         `read_index` and `archive.unpack` do.
         """
+        key = objects.store.identity, info.name
         with self._lock:
-            in_parts = self._in_parts.get((store.identity, info.name))
+            in_parts = self._in_parts.get(key)
         if in_parts is not None:
             return replace(in_parts, fetched_bytes=0)
-        in_parts = self._begin(store, info, cache, load_id, on_bytes)
+        in_parts = self._begin(objects, info, on_bytes)
         if in_parts is not None:
             with self._lock:
-                self._in_parts[store.identity, info.name] = in_parts
-                self._objects[in_parts.path] = store, info
+                self._in_parts[key] = in_parts
+                self._objects[in_parts.path] = objects.store, info
         return in_parts
 
-    def _begin(
-        self, store: Store, info: ObjectInfo, cache: NodeCache, load_id: str, on_bytes: OnBytes
-    ) -> InParts | None:
-        described = store.describe(info.name)
+    def _begin(self, objects: ObjectCache, info: ObjectInfo, on_bytes: OnBytes) -> InParts | None:
+        described = objects.store.describe(info.name)
         if not self.may_come_in_parts(info):
             return None
-        source = self._source(store, info)
+        source = self._source(objects.store, info)
         if source is None:
             return None
         with contextlib.ExitStack() as undoing:
@@ -159,7 +149,7 @@ class RemoteFiles:
             size = source.size_bytes
             if size <= _smallest(info):
                 return None
-            file = open_remote_file(store, info, source, cache, load_id, described, on_bytes)
+            file = open_remote_file(objects, info, source, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
             file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)

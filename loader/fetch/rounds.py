@@ -11,21 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...distributed.range_server import PeerAddress
-from ..byte_ranges import ByteRange
-from ..checkpoint import Opening
+from ..byte_ranges import ByteRange, union
 from ..ranges.base import RangeSource
 from ..ranges.direct import DirectReads
 from ..ranges.peer import PeerSource
+from ..wire import decode, encode
 from ..workers import Stop, run_jobs
-from .plan import (
-    FetchPlan,
-    FetchRequest,
-    decode_plan,
-    decode_request,
-    encode_plan,
-    encode_request,
-    plan_fetch,
-)
+from .checkpoint_files import CheckpointFiles
+from .plan import FetchPlan, FetchRequest, plan_fetch
+from .remote_files import RemoteFiles
 from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
 
@@ -46,7 +40,7 @@ class Parts:
 class FetchRound:
     """What this rank is to fetch in one round. False where `run` has nothing to do: on all ranks that do not lead."""
 
-    opening: Opening
+    files: CheckpointFiles
     bring: WantedRanges
     """From the store into the node's files."""
     take: list[tuple[int, PeerAddress, WantedRanges]]
@@ -61,7 +55,7 @@ class FetchRound:
         """How many bytes `run` brings into each cache folder."""
         needed: dict[str, int] = {}
         for wanted in (self.bring, *(wanted for _, _, wanted in self.take)):
-            for folder, n_bytes in self.opening.remote.missing_by_folder(wanted).items():
+            for folder, n_bytes in self.files.remote.missing_by_folder(wanted).items():
                 needed[folder] = needed.get(folder, 0) + n_bytes
         return needed
 
@@ -70,10 +64,10 @@ class FetchRound:
 
         Raises as `read_ranges` does, and `StalledError` where nothing arrives.
         """
-        remote = self.opening.remote
+        remote = self.files.remote
         from_store = remote.missing_bytes(self.bring)
         from_peers = [remote.missing_bytes(wanted) for _, _, wanted in self.take]
-        channel = self.opening.session.channel
+        channel = self.files.context.session.channel
         tally = Tally(channel.counters().get(channel.rank, {}))
         watch = FetchWatch(channel, tally)
         tally.expect("parts", from_store)
@@ -97,7 +91,7 @@ class FetchRound:
         self, rank: int, address: PeerAddress, wanted: WantedRanges, tally: Tally
     ) -> Callable[[Stop], None]:
         """A job that fetches `wanted` from the node of `rank`."""
-        remote, host = self.opening.remote, self.opening.session.channel.host
+        remote, host = self.files.remote, self.files.context.session.channel.host
         sources: list[PeerSource] = []
 
         def moved() -> None:
@@ -121,41 +115,41 @@ class FetchRound:
         return take
 
 
-def plan_round(opening: Opening, parts: Parts, stage: str) -> FetchRound:
+def plan_round(files: CheckpointFiles, parts: Parts, stage: str) -> FetchRound:
     """This rank's share of fetching what all ranks want. Every rank must call, whatever it wants.
 
     Raises, on all ranks alike, `AccessError` where a node has no room for its files.
     """
-    session, remote = opening.session, opening.remote
-    mode = opening.request.options.mode or "node"
+    context, remote = files.context, files.remote
+    session, mode = context.session, context.options.mode
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
     request = FetchRequest(
-        session.topology.node_rank, _by_name(opening, parts.wanted), _by_name(opening, parts.direct)
+        session.topology.node_rank, _by_name(remote, parts.wanted), _by_name(remote, parts.direct)
     )
     address = remote.serve(session.channel.host).as_record() if serves else None
 
     def deal(records: Sequence[Any]) -> list[Any]:
-        plans = plan_fetch([decode_request(request) for request, _ in records], mode)
-        return [[encode_plan(one), [[rank, records[rank][1]] for rank in one.take]] for one in plans]
+        plans = plan_fetch([decode(FetchRequest, asked) for asked, _ in records], mode)
+        return [[encode(one), [[rank, records[rank][1]] for rank in one.take]] for one in plans]
 
-    record, addresses = session.channel.deal(f"{stage}: ranges", [encode_request(request), address], deal)
-    plan: FetchPlan = decode_plan(record)
+    record, addresses = session.channel.deal(f"{stage}: ranges", [encode(request), address], deal)
+    plan = decode(FetchPlan, record)
     peers = {rank: PeerAddress.from_record(peer) for rank, peer in addresses}
     fetch_round = FetchRound(
-        opening,
-        _by_path(opening, plan.bring),
-        [(rank, peers[rank], _by_path(opening, wanted)) for rank, wanted in plan.take.items()],
+        files,
+        _by_path(remote, plan.bring),
+        [(rank, peers[rank], _by_path(remote, wanted)) for rank, wanted in plan.take.items()],
         DirectReads(
-            _by_path(opening, plan.direct),
-            lambda path: remote.known.open_source(opening.store, path),
-            _count_direct(opening),
+            _by_path(remote, plan.direct),
+            lambda path: remote.known.open_source(context.store, path),
+            _count_direct(files),
             n_neighbours=session.topology.local_world_size,
         ),
     )
     planned = agree_on_room(
         session.channel,
         session.topology.node_rank,
-        opening.cache,
+        context.cache,
         fetch_round.room(),
         stage,
         direct_bytes=fetch_round.direct.nbytes,
@@ -166,31 +160,31 @@ def plan_round(opening: Opening, parts: Parts, stage: str) -> FetchRound:
     return fetch_round
 
 
-def _by_name(opening: Opening, wanted: WantedRanges) -> WantedRanges:
-    """The ranges of files that come in parts, by names that are the same on all ranks."""
+def _by_name(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
+    """The ranges of files that come in parts, each byte once, by names that are the same on all ranks."""
     return {
-        opening.remote.known.name_of(path): ranges
+        remote.known.name_of(path): list(union(ranges))
         for path, ranges in wanted.items()
-        if path in opening.remote.known
+        if path in remote.known
     }
 
 
-def _by_path(opening: Opening, wanted: WantedRanges) -> WantedRanges:
+def _by_path(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
     """The reverse of `_by_name`."""
-    return {opening.remote.known.path_of(name): ranges for name, ranges in wanted.items()}
+    return {remote.known.path_of(name): ranges for name, ranges in wanted.items()}
 
 
-def _count_direct(opening: Opening) -> Callable[[int], None]:
+def _count_direct(files: CheckpointFiles) -> Callable[[int], None]:
     """What `DirectReads` is to call as bytes arrive: counts them, and reports them to the channel."""
     watches: list[FetchWatch] = []
 
     def on_bytes(count: int) -> None:
         if not watches:
-            channel = opening.session.channel
+            channel = files.context.session.channel
             watches.append(FetchWatch(channel, Tally(channel.counters().get(channel.rank, {}))))
             watches[0].tally.expect("own parts", 0)
         tally = watches[0].tally
-        tally.of("own parts", opening.remote.stopping).arrived(count)
+        tally.of("own parts", files.remote.stopping).arrived(count)
         watches[0].tick()
 
     return on_bytes

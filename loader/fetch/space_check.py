@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..cache.homes import Room
 from ..errors import AccessError
+from ..wire import Json, decode, encode
 
 if TYPE_CHECKING:
     from ...distributed.channel import Channel
     from ..cache.node import NodeCache
 
 _logger = logging.getLogger("rankload")
+
+
+@dataclass(frozen=True, slots=True)
+class RoomReport:
+    """What one rank has fetched, and what its node is to take."""
+
+    node: int
+    host: str
+    done_bytes: int
+    """That this rank has fetched, or will fetch into its own memory."""
+    rooms: tuple[Room, ...]
 
 
 def agree_on_room(
@@ -34,19 +46,18 @@ def agree_on_room(
     names each node and folder whose room does not suffice even after eviction. Nothing has been evicted then.
     """
     done = int(channel.counters().get(channel.rank, {}).get("bytes_done", 0))
-    report = {
-        "node": node,
-        "host": channel.host,
-        "done": done + direct_bytes,
-        "rooms": [asdict(room) for room in cache.room(needed)],
-    }
-    planned = channel.decide(f"{stage}: room", report, lambda reports: _judge(stage, reports))
+    report = RoomReport(node, channel.host, done + direct_bytes, tuple(cache.room(needed)))
+
+    def judge(records: Sequence[Json]) -> int:
+        return _judge(stage, [decode(RoomReport, record) for record in records])
+
+    planned = channel.decide(f"{stage}: room", encode(report), judge)
     cache.make_room(needed)
     return int(planned)
 
 
-def _judge(stage: str, reports: Sequence[Mapping[str, Any]]) -> int:
-    rooms = [(one["node"], one["host"], Room(**room)) for one in reports for room in one["rooms"]]
+def _judge(stage: str, reports: Sequence[RoomReport]) -> int:
+    rooms = [(one.node, one.host, room) for one in reports for room in one.rooms]
     short = [one for one in rooms if not one[2].fits]
     if short:
         raise AccessError(
@@ -57,7 +68,7 @@ def _judge(stage: str, reports: Sequence[Mapping[str, Any]]) -> int:
     for node, host, room in rooms:
         if room.needed_bytes:
             _logger.info("%s: %s", stage, _room_text(node, host, room))
-    return sum(int(one["done"]) for one in reports) + sum(room.needed_bytes for _, _, room in rooms)
+    return sum(one.done_bytes for one in reports) + sum(room.needed_bytes for _, _, room in rooms)
 
 
 def _room_text(node: int, host: str, room: Room) -> str:

@@ -18,10 +18,11 @@ from ..cache.node import CacheEntry, NodeCache
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..formats.sniff import sniff
 from ..store_errors import disk_full, is_disk_full
-from ..stores.base import ObjectInfo, OnBytes, Store
+from ..stores.base import ObjectInfo, OnBytes
 from ..stores.symlinks import resolve_link
 from .archive import is_tar, unpack
 from .decompress import COMPRESSED, Expanded
+from .object_cache import ObjectCache
 from .remote_files import ObjectPart
 from .tally import OnProgress
 from .whole_checks import NOTHING, Compared, WholeChecks, from_details
@@ -51,34 +52,27 @@ class Obtained:
     compared: Compared = NOTHING
 
 
-def obtain(
-    store: Store,
-    info: ObjectInfo,
-    cache: NodeCache,
-    remote: RemoteFiles | None,
-    load_id: str,
-    on: OnProgress,
-) -> Obtained:
+def obtain(objects: ObjectCache, info: ObjectInfo, remote: RemoteFiles | None, on: OnProgress) -> Obtained:
     """The object `info` on this node, or its index where it comes in parts.
 
     Without `remote` every object comes whole and is compared with nothing. Raises the errors that `files.fetch_files`
     names for the store, the cache and the archives.
     """
     checks = WholeChecks("off") if remote is None else remote.checks
+    store = objects.store
     if store.is_local:
-        return _obtain_local(store, info, cache, checks, on)
+        return _obtain_local(objects, info, checks, on)
     try:
-        return _obtain_remote(store, info, cache, remote, load_id, on)
+        return _obtain_remote(objects, info, remote, on)
     except NotFoundError:
         link = None if info.certain else resolve_link(store, info.name)
         if link is None:
             raise
-        return _obtain_remote(store, link.info, cache, remote, load_id, on)
+        return _obtain_remote(objects, link.info, remote, on)
 
 
-def _obtain_local(
-    store: Store, info: ObjectInfo, cache: NodeCache, checks: WholeChecks, on: OnProgress
-) -> Obtained:
+def _obtain_local(objects: ObjectCache, info: ObjectInfo, checks: WholeChecks, on: OnProgress) -> Obtained:
+    store, cache = objects.store, objects.cache
     path = store.local_path(info.name)
     size = info.size_bytes or 0
     identity = ("local", os.path.realpath(path), str(size), str(info.version))
@@ -100,18 +94,14 @@ def _obtain_local(
 
 
 def _obtain_remote(
-    store: Store,
-    info: ObjectInfo,
-    cache: NodeCache,
-    remote: RemoteFiles | None,
-    load_id: str,
-    on: OnProgress,
+    objects: ObjectCache, info: ObjectInfo, remote: RemoteFiles | None, on: OnProgress
 ) -> Obtained:
+    store, cache = objects.store, objects.cache
     described = store.describe(info.name)
     in_parts = None
     if remote is not None:
         with _disk_errors(cache.folder):
-            in_parts = remote.begin(store, info, cache, load_id, on.arrived)
+            in_parts = remote.begin(objects, info, on.arrived)
     if in_parts is not None:
         return Obtained(
             info.name,
@@ -124,7 +114,7 @@ def _obtain_remote(
             parts=in_parts.parts,
         )
     on.comes_whole(info.size_bytes or 0)
-    entry = whole_entry(store, info, cache, load_id)
+    entry = _whole_entry(objects, info)
     fetched = 0
 
     def produce(target: str) -> dict[str, Any]:
@@ -159,27 +149,14 @@ def _obtain_remote(
     return obtained
 
 
-def whole_entry(store: Store, info: ObjectInfo, cache: NodeCache, load_id: str) -> CacheEntry:
+def _whole_entry(objects: ObjectCache, info: ObjectInfo) -> CacheEntry:
     """The cache entry of a remote object that comes whole."""
-    # Without a version and a size, nothing shows that the object is still the same in another load.
-    lasting = info.version is not None and info.size_bytes is not None
-    return cache.entry(
-        store.describe(info.name),
-        store.identity,
-        info.name,
-        str(info.size_bytes),
-        info.version if lasting else f"load {load_id}",
-        nbytes=None if info.size_bytes is None else info.size_bytes * _expands(info.name),
-        lasting=lasting,
-    )
+    nbytes = None if info.size_bytes is None else info.size_bytes * _expands(info.name)
+    return objects.entry(info.name, info.size_bytes, info.version, nbytes=nbytes)
 
 
 def whole_bytes(
-    store: Store,
-    infos: Iterable[ObjectInfo | None],
-    cache: NodeCache,
-    remote: RemoteFiles | None,
-    load_id: str,
+    objects: ObjectCache, infos: Iterable[ObjectInfo | None], remote: RemoteFiles | None
 ) -> dict[str, int]:
     """The bytes that each cache folder needs for those of `infos` that surely come whole and are not in it."""
     needed: dict[str, int] = {}
@@ -187,8 +164,8 @@ def whole_bytes(
         if info is None or not info.certain or info.size_bytes is None:
             continue
         if remote is None or not remote.may_come_in_parts(info):
-            entry = whole_entry(store, info, cache, load_id)
-            if not entry.has("object", store.describe(info.name)):
+            entry = _whole_entry(objects, info)
+            if not entry.has("object", objects.store.describe(info.name)):
                 room = info.size_bytes * min(2, _expands(info.name))
                 needed[entry.home] = needed.get(entry.home, 0) + room
     return needed

@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AccessError, RankloadError
@@ -48,29 +48,33 @@ _Receive = Callable[[memoryview], int]
 """Receives bytes into the beginning of some memory, and returns how many: 0 where there are no more."""
 
 
-def exchange(
-    connections: Connections,
-    method: Method,
-    url: str,
-    headers: Mapping[str, str],
-    arrived: Arrived,
-    described: str,
-) -> Answer:
-    """Sends a request for `url` with `headers`, and returns the head of the answer, whatever its status.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a server is asked for."""
+
+    method: Method
+    url: str
+    described: str
+    """What messages call the object."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def exchange(connections: Connections, request: Request, arrived: Arrived) -> Answer:
+    """Sends `request`, and returns the head of the answer, whatever its status.
 
     The answer is the caller's to `Answer.give_back` or to `Answer.drop`. A kept connection that the server has closed
     is replaced once. Raises `TryAgainError` or `AccessError` as `network_error` does, and whatever `arrived` raises.
     """
-    origin = origin_of(url)
-    sent = {"Accept-Encoding": "identity", "Accept": "*/*", "User-Agent": "rankload", **headers}
+    origin, described = origin_of(request.url), request.described
+    sent = {"Accept-Encoding": "identity", "Accept": "*/*", "User-Agent": "rankload", **request.headers}
     connection = connections.take(origin)
     while True:
         silence_s = connection.silence_timeout_s or SILENCE_TIMEOUT_S
         try:
             sock = _connected(connection, arrived)
             sock.settimeout(connection.connect_timeout_s)
-            target = connection.target_prefix + request_target(url)
-            connection.http.request(method, target, headers={**sent, **connection.headers})
+            target = connection.target_prefix + request_target(request.url)
+            connection.http.request(request.method, target, headers={**sent, **connection.headers})
             waiting = _Waiting(_receive_once, sock, arrived, silence_s)
             response = _head(connection, waiting)
             _check_transfer_encoding(response, described)

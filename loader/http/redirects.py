@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.message import Message
 
 from ..errors import AccessError
 from .addresses import Address, origin_of, redirected
 from .answers import Arrived
 from .connections import Connections
-from .exchange import Answer, Method, exchange
+from .exchange import Answer, Request, exchange
 
 MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -27,26 +26,18 @@ class Followed:
     """The headers of the redirects that led there, in order."""
 
 
-def follow(
-    connections: Connections,
-    method: Method,
-    address: Address,
-    headers: Mapping[str, str],
-    arrived: Arrived,
-    described: str,
-    *,
-    begin_at: str | None = None,
-) -> Followed:
-    """Asks for `address`, or for the URL that it is known to lead to (`begin_at`), and follows redirects.
+def follow(connections: Connections, request: Request, address: Address, arrived: Arrived) -> Followed:
+    """Sends `request`, for `address` or for a URL that it is known to lead to, and follows redirects.
 
-    `headers` go to every server, those of `address` to its own. The answer may have any status but a redirect's with a
-    Location. Raises as `exchange` does, and `AccessError` for more than 10 redirects, or one to what is no http(s) URL.
+    The request's headers go to every server, those of `address` to its own. The answer may have any status but a
+    redirect's with a Location. Raises as `exchange` does, and `AccessError` for more than 10 redirects, or one to what
+    is no http(s) URL.
     """
-    url = begin_at or address.url
+    url, described = request.url, request.described
     passed: list[Message] = []
     while True:
-        sent = {**address.headers, **headers} if origin_of(url) == address.origin else headers
-        answer = exchange(connections, method, url, sent, arrived, described)
+        own = address.headers if origin_of(url) == address.origin else {}
+        answer = exchange(connections, replace(request, url=url, headers={**own, **request.headers}), arrived)
         location = answer.response.headers.get("Location")
         if answer.response.status not in _REDIRECTS or location is None:
             return Followed(answer, url, tuple(passed))

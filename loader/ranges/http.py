@@ -27,7 +27,7 @@ from ..http.answers import (
     status_error,
 )
 from ..http.connections import Connections
-from ..http.exchange import Answer, network_error
+from ..http.exchange import Answer, Request, network_error
 from ..http.redirects import follow
 from ..redaction import redact_path
 from ..stores.base import ObjectInfo
@@ -172,15 +172,8 @@ class HttpSource:
             sent = dict(headers)
             if self._pin.strong is not None and self._sends_if_match:
                 sent["If-Match"] = self._pin.strong
-            followed = follow(
-                self._connections,
-                "GET",
-                place.address,
-                sent,
-                arrived,
-                self._described,
-                begin_at=place.url,
-            )
+            request = Request("GET", place.url, self._described, sent)
+            followed = follow(self._connections, request, place.address, arrived)
             answer = followed.answer
             if followed.passed:
                 is_moved, place = True, replace(place, url=followed.url)

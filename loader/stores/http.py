@@ -16,7 +16,7 @@ from ..errors import UnsafeError
 from ..http.addresses import Address, address_of
 from ..http.answers import Arrived, check_expected, content_length, cut_short, pin_of, status_error
 from ..http.connections import Connections
-from ..http.exchange import Method
+from ..http.exchange import Method, Request
 from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
@@ -182,7 +182,8 @@ class HttpStore:
                 answer.drop()
 
     def _ask(self, method: Method, name: str, address: Address, arrived: Arrived) -> Followed:
-        return follow(self._connections, method, address, {}, arrived, self.describe(name))
+        request = Request(method, address.url, self.describe(name))
+        return follow(self._connections, request, address, arrived)
 
 
 class _Reports:

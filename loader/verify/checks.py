@@ -7,19 +7,20 @@ that is small, or that a rank reads whole when sharing would gain nothing, is co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...distributed.session import Session
 from ..byte_ranges import ByteRange
-from ..check import Checked
-from ..checkpoint import Checkpoint
 from ..errors import after_first_change
-from ..saved.values import StorageRef
+from ..materialize.tensors import TensorReader
+from ..options import Verify
+from ..saved.copies import StorageReads
+from ..saved.tensor import StorageId, StorageRef
 from ..stages import Stages
-from .joint import JointCheck, StorageId, StorageRead, decode_reads, encode_reads
-from .wanted_reads import WantedReads, wanted_reads
+from ..wire import decode, encode
+from .joint import JointCheck, StorageRead
 
 ALONE_BYTES = 64 << 10
 """Each rank that needs any of a storage up to this size reads and sums all of it: to share the work would cost more."""
@@ -27,109 +28,123 @@ SHARED_FROM_BYTES = 4 << 20
 """From this size on, ranks that each read a whole storage share the summing of it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
     """How this rank's storages are compared with their checksums."""
 
-    verify: str
-    """``LoadOptions.verify``: ``before``, ``during`` or ``off``."""
-    wanted: dict[StorageRef, WantedReads]
-    """What the restore reads on this rank."""
+    verify: Verify
+    name: str
+    """What messages call the checkpoint."""
     alone: tuple[StorageRef, ...] = ()
     """Storages that this rank sums whole, by itself."""
-    shared: dict[StorageId, StorageRef] = field(default_factory=dict)
+    shared: Mapping[StorageId, StorageRef] = field(default_factory=dict)
     """Storages that it sums together with other ranks."""
-    shares: dict[StorageRef, list[ByteRange]] = field(default_factory=dict)
+    shares: Mapping[StorageRef, Sequence[ByteRange]] = field(default_factory=dict)
     """The bytes of those storages that this rank sums."""
-    judge: list[JointCheck] = field(default_factory=list)
-    """On rank 0 one `JointCheck`, on the others none."""
+    judge: JointCheck | None = None
+    """On rank 0; None on the others."""
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What the checks of one load are made with."""
+
+    session: Session
+    stages: Stages
+    reader: TensorReader
+    """The one reader of the load, which sums what it reads."""
 
 
 def deal_checks(
-    checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages, *, verify: str
+    checking: Checking,
+    reads: Mapping[StorageRef, StorageReads],
+    name_at: Callable[[str], str],
+    *,
+    verify: Verify,
+    name: str,
+    direct: bool,
 ) -> Verification:
-    """Decides what each rank has to sum while it reads, and prepares its `TensorReader` for that. Every rank must call.
+    """Decides what each rank has to sum while it reads, and prepares its reader for that. Every rank must call.
+
+    Args:
+        reads: what the restore reads on this rank.
+        name_at: gives the name, the same on all ranks, of the file at a local path.
+        name: what messages call the checkpoint.
+        direct: whether ranges may be fetched directly, and so arrive in any order.
 
     Raises `CorruptError` on all ranks where files of one name differ between them.
     """
-    with stages.stage("plan"):
-        wanted = wanted_reads(checked.prepared)
     if verify == "off":
-        return Verification(verify, wanted)
+        return Verification(verify, name)
+    session = checking.session
     # A job of one rank sums a storage in one pass; only ranges that are fetched directly arrive in any order, as cells.
-    together_pays = session.topology.world_size > 1 or checkpoint.opening.direct
-    summed = {storage: one for storage, one in wanted.items() if storage.crc32 is not None}
+    together_pays = session.topology.world_size > 1 or direct
+    summed = {storage: one for storage, one in reads.items() if storage.crc32 is not None}
     together = {
         storage: one for storage, one in summed.items() if together_pays and _worth_sharing(storage, one)
     }
-    name_of = {index.path: index.name for index in checkpoint.indexes}
-    shared = {(name_of[storage.file], storage.key): storage for storage in together}
-    reads = {name: _storage_read(storage, together[storage]) for name, storage in shared.items()}
-    alone = tuple(storage for storage in summed if storage not in together)
-    result = Verification(verify, wanted, alone, shared)
+    shared = {(name_at(storage.file), storage.key): storage for storage in together}
+    wanted = {name: _storage_read(storage, together[storage]) for name, storage in shared.items()}
+    judges: list[JointCheck] = []
 
     def deal(records: Sequence[Any]) -> list[Any]:
-        judge = JointCheck([decode_reads(one["reads"]) for one in records], [one["node"] for one in records])
-        result.judge.append(judge)
-        return [[[*name, ranges] for name, ranges in share.items()] for share in judge.shares()]
+        asked = [decode(dict[StorageId, StorageRead], one) for _, one in records]
+        judges.append(JointCheck(asked, [node for node, _ in records]))
+        return [encode(share) for share in judges[0].shares()]
 
-    record = {"node": session.topology.node_rank, "reads": encode_reads(reads)}
-    dealt = session.channel.deal("checksums", record, deal)
-    shares: dict[StorageRef, list[ByteRange]] = {
-        shared[file, key]: [ByteRange(*one) for one in ranges] for file, key, ranges in dealt
-    }
-    result.shares = {storage: shares.get(storage, []) for storage in shared.values()}
-    checked.reader.share(result.shares)
-    return result
+    dealt = session.channel.deal("checksums", [session.topology.node_rank, encode(wanted)], deal)
+    own = decode(dict[StorageId, tuple[ByteRange, ...]], dealt)
+    shares = {storage: own.get(storage_id, ()) for storage_id, storage in shared.items()}
+    checking.reader.share(shares)
+    alone = tuple(storage for storage in summed if storage not in together)
+    return Verification(verify, name, alone, shared, shares, judges[0] if judges else None)
 
 
-def _worth_sharing(storage: StorageRef, wanted: WantedReads) -> bool:
+def _worth_sharing(storage: StorageRef, reads: StorageReads) -> bool:
     if storage.nbytes <= ALONE_BYTES:
         return False
-    return wanted.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
+    return reads.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
 
 
-def _storage_read(storage: StorageRef, wanted: WantedReads) -> StorageRead:
+def _storage_read(storage: StorageRef, reads: StorageReads) -> StorageRead:
     crc = storage.crc32 if storage.crc32 is not None else 0
-    return StorageRead(storage.nbytes, crc, tuple(wanted.ranges), wanted.names)
+    return StorageRead(storage.nbytes, crc, tuple(reads.ranges), reads.names)
 
 
 def verify_before(
-    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
+    verification: Verification, checking: Checking, unplanned: Iterable[StorageRef] = ()
 ) -> None:
     """With ``verify="before"``, compares everything that will be read, before anything is changed.
 
-    Every rank must call. Raises `CorruptError` on all of them where a checksum differs. Does nothing otherwise.
+    `unplanned` are storages of which it is not known yet what will be read. Every rank must call. Raises `CorruptError`
+    on all of them where a checksum differs. Does nothing otherwise.
     """
     if verification.verify != "before":
         return
-    with stages.stage("verify"):
-        if checked.prepared.algorithms:
-            # Algorithms may change the model, and with it what is read of it.
-            checked.reader.verify(checkpoint.storages({"state": checked.contents.state}))
-        checked.reader.verify(verification.alone)
-    _judge(verification, checked, session, stages)
+    with checking.stages.stage("verify"):
+        checking.reader.verify(unplanned)
+        checking.reader.verify(verification.alone)
+    _judge(verification, checking)
 
 
-def verify_after(
-    verification: Verification, checkpoint: Checkpoint, checked: Checked, session: Session, stages: Stages
-) -> None:
+def verify_after(verification: Verification, checking: Checking) -> None:
     """With ``verify="during"``, compares what the ranks have summed while they restored.
 
     Every rank must call. Raises `PartialRestoreError` on all of them where a checksum differs. Does nothing otherwise.
     """
     if verification.verify != "during":
         return
-    with after_first_change(checkpoint.name, ["all parts"]):
-        _judge(verification, checked, session, stages)
+    with after_first_change(verification.name, ["all parts"]):
+        _judge(verification, checking)
 
 
-def _judge(verification: Verification, checked: Checked, session: Session, stages: Stages) -> None:
-    with stages.stage("checksums"):
-        sums = checked.reader.finish_shares()
-    record = [[*name, sums.get(storage, [])] for name, storage in verification.shared.items()]
+def _judge(verification: Verification, checking: Checking) -> None:
+    with checking.stages.stage("checksums"):
+        sums = checking.reader.finish_shares()
+    own = {name: tuple(sums.get(storage, ())) for name, storage in verification.shared.items()}
 
     def compare(records: Sequence[Any]) -> None:
-        verification.judge[0].compare([{(file, key): one for file, key, one in each} for each in records])
+        if verification.judge is not None:
+            verification.judge.compare([decode(dict[StorageId, tuple[int, ...]], each) for each in records])
 
-    session.channel.decide("checksums agree", record, compare)
+    checking.session.channel.decide("checksums agree", encode(own), compare)

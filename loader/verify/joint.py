@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from ..byte_ranges import ByteRange
 from ..checksums import crc32_joined
@@ -141,22 +140,6 @@ class JointCheck:
             f"different CRC-32s on different nodes: {values}; at least one node's copy is damaged, fetch it again.",
             path=storage[0],
         )
-
-
-def encode_reads(reads: Mapping[StorageId, StorageRead]) -> list[Any]:
-    """As JSON types, to be sent to rank 0."""
-    return [
-        [*storage, one.nbytes, one.crc32, [edge for span in one.ranges for edge in span], list(one.names)]
-        for storage, one in reads.items()
-    ]
-
-
-def decode_reads(record: Sequence[Any]) -> dict[StorageId, StorageRead]:
-    """What `encode_reads` made."""
-    return {
-        (file, key): StorageRead(nbytes, crc, tuple(map(ByteRange, edges[::2], edges[1::2])), tuple(names))
-        for file, key, nbytes, crc, edges, names in record
-    }
 
 
 def _used(names: Sequence[str]) -> str:

@@ -1,0 +1,171 @@
+"""Gives a source the files of the checkpoint that a load was asked for: `sources.base.Files`, for all ranks together.
+
+Each file is fetched once per node (`files.fetch_files`); of remote torch files that is their index alone, and `parts`
+brings the rest. What was fetched and read is kept here, for the stages after the source and for the receipt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..cache.folder import folder_of
+from ..context import LoadContext
+from ..errors import InternalError, LayoutError, NotFoundError
+from ..formats.torch_file import FileIndex
+from ..saved.node_file import NodeFile
+from ..saved.tree import find_unknown
+from ..stores.locate import Located
+from ..template import expand_path, template_variables
+from .files import FetchedFile, fetch_files
+from .remote_files import RemoteFiles
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """The path that a load was given, and how it becomes names of objects."""
+
+    template: str
+    run_name: str | None
+    name_of: Callable[[str], str]
+    """Gives the name in the store of the object that a path, without variables, means."""
+
+
+class CheckpointFiles:
+    """The files of one checkpoint, as this rank sees them; a `sources.base.Files`."""
+
+    def __init__(self, context: LoadContext, remote: RemoteFiles, located: Located, path: NamedPath) -> None:
+        """Fetches the first file. Every rank must call; raises as `fetch_files`."""
+        self.context = context
+        self.remote = remote
+        """The files that come in parts: at first their index alone."""
+        self.indexes: list[FileIndex] = []
+        """Of the torch files that the source read, in its order."""
+        self._located = located
+        self._path = path
+        self._fetched: dict[str, FetchedFile] = {}
+        first = self._fetch([located.first], "fetch first")[located.first]
+        name = first.name.rsplit("/", 1)[-1] if self.in_folder else first.name
+        self._fetched[name] = first
+        self._first = first
+
+    @property
+    def in_folder(self) -> bool:
+        return self._located.form == "folder"
+
+    @property
+    def name(self) -> str:
+        return self.context.store.describe(self._located.name) if self.in_folder else self._first.source
+
+    @property
+    def first(self) -> NodeFile:
+        return self._first
+
+    @property
+    def fetched(self) -> list[FetchedFile]:
+        """What was fetched for this rank, each file or archive once."""
+        return list(self._fetched.values())
+
+    def fetch(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+        store = self.context.store
+        objects = {
+            name: store.join(self._located.name, name) if self.in_folder else name
+            for name in names
+            if name not in self._fetched
+        }
+        fetched = self._fetch(list(objects.values()), stage)
+        self._fetched.update({name: fetched[path] for name, path in objects.items()})
+        return {name: self._fetched[name] for name in names}
+
+    def _fetch(self, names: list[str], stage: str) -> dict[str, FetchedFile]:
+        """Every rank must call, whatever it names. The stage's bytes are counted on the node's first rank."""
+        session = self.context.session
+        with self.context.stages.timed(stage) as timing:
+            fetched = fetch_files(self.context, names, self.remote, stage=stage)
+            if session.topology.local_rank == 0:
+                timing.bytes += fetched.fetched_bytes
+        return dict(fetched.files)
+
+    def find(self, names: Sequence[str], what: str) -> str:
+        store = self.context.store
+
+        def probe(_: Any) -> str:
+            for name in names:
+                if store.stat(store.join(self._located.name, name) if self.in_folder else name) is not None:
+                    return name
+            raise NotFoundError(f"{self.name} has no {what}; looked for {', '.join(names)}", path=self.name)
+
+        with self.context.stages.timed("locate"):
+            return str(self.context.session.channel.decide(f"find {what}", None, probe))
+
+    def of_rank(self, rank: int, saved_world_size: int) -> str:
+        template, run_name = self._path.template, self._path.run_name
+        topology, first = self.context.session.topology, self._first.source
+        used = template_variables(template)
+        if not used & {"rank", "local_rank", "node_rank"}:
+            raise LayoutError(
+                f"{first} is the first of {saved_world_size} ranks' archives, but the path has no "
+                "{rank}: pass a template such as ep1-rank{rank}.tar",
+                path=first,
+            )
+        places = {
+            each: (node, local)
+            for node, ranks in enumerate(topology.ranks_by_node)
+            for local, each in enumerate(ranks)
+        }
+        if saved_world_size == topology.world_size and rank in places:
+            node, local = places[rank]
+        elif used <= {"rank", "run_name"}:
+            node, local = 0, 0
+        else:
+            raise LayoutError(
+                f"{first} was saved by {saved_world_size} ranks and this job has {topology.world_size}, so which "
+                "node each of the archives is of is not known: the path may use {rank} and {run_name} only",
+                path=first,
+            )
+        path = expand_path(template, rank=rank, local_rank=local, node_rank=node, run_name=run_name)
+        return self._path.name_of(path)
+
+    def index(self, file: NodeFile, member: str = "") -> FileIndex:
+        path, name = (
+            (f"{file.path}/{member}", f"{file.source}:{member}") if member else (file.path, file.source)
+        )
+        found = self.remote.index(path, name)
+        self.indexes.append(found)
+        return found
+
+    def stage(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        return self.context.stages.stage(name)
+
+    def any(self, what: str, flag: bool) -> bool:
+        return bool(self.context.session.channel.decide(what, flag, any))
+
+    @property
+    def cache_dir(self) -> str | None:
+        """The folder that fetched files were put into, or two with a comma between them where one had too little room;
+        None where all are used in place."""
+        if self.context.store.is_local and all(file.kind == "file" for file in self.fetched):
+            return None
+        folders = dict.fromkeys(filter(None, (folder_of(file.path) for file in self.fetched)))
+        return ", ".join(folders) or self.context.cache.folder
+
+    def name_at(self, path: str) -> str:
+        """The name, the same on all ranks, of the file at a local path: of an archive's member ``ARCHIVE:MEMBER``."""
+        for file in self._fetched.values():
+            if path == file.path:
+                return file.source
+            if file.kind == "archive" and path.startswith(f"{file.path}/"):
+                return f"{file.source}:{path[len(file.path) + 1 :]}"
+        raise InternalError(
+            f"{self.name}: {path} is read, and was not fetched; please report it", path=self.name
+        )
+
+    def file_of(self, tree: Any) -> str:
+        """The name of the file that an unknown type in `tree` came from, for messages; `name` where there is none."""
+        unknown = {name for _, name in find_unknown(tree)}
+        for index in self.indexes:
+            if unknown and not unknown.isdisjoint(name for _, name in find_unknown(index.tree)):
+                return index.name
+        return self.name
