@@ -19,70 +19,21 @@ PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
     ("journey",),
-    ("opening", "check"),
-    ("checkpoint",),
+    ("opening",),
     ("request", "receipt", "rng"),
     ("targets", "sources", "verify", "fetch"),
+    ("context",),
     ("materialize",),
     ("formats",),
     ("cache", "ranges"),
     ("stores",),
     ("http",),
     ("saved",),
-    ("state", "options", "stages", "template", "checksums", "store_errors", "retries", "workers"),
+    ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries", "workers"),
     ("byte_ranges", "redaction"),
     ("errors",),
 )
 """The rooms of `loader`, from left to right: each may import any room of a later line, and none of its own line."""
-UNTIL_MIDDLE = {
-    ("fetch.parts", "check"),
-    ("fetch.parts", "checkpoint"),
-    ("fetch.parts", "verify.checks"),
-    ("fetch.parts", "verify.weights"),
-    ("fetch.rounds", "checkpoint"),
-    ("sources.zero.files", "checkpoint"),
-    ("sources.zero.files", "fetch.files"),
-    ("sources.zero.open", "checkpoint"),
-    ("sources.zero.open", "targets.deepspeed.engine"),
-    ("sources.zero.open", "targets.deepspeed.parallel"),
-    ("sources.zero.open", "targets.deepspeed.target"),
-    ("sources.zero.open", "targets.state"),
-    ("targets.deepspeed.engine", "sources.zero.contents"),
-    ("targets.deepspeed.engine", "sources.zero.experts"),
-    ("targets.deepspeed.engine", "sources.zero.layout"),
-    ("targets.deepspeed.flats", "sources.zero.layout"),
-    ("targets.deepspeed.parallel", "sources.zero.layers"),
-    ("targets.deepspeed.parallel", "sources.zero.model_parallel"),
-    ("targets.deepspeed.parallel", "sources.zero.model_states"),
-    ("targets.deepspeed.plan", "sources.zero.contents"),
-    ("targets.deepspeed.plan", "sources.zero.optim_states"),
-    ("targets.deepspeed.target", "sources.zero.layout"),
-    ("targets.deepspeed.target", "sources.zero.model_parallel"),
-    ("targets.deepspeed.target", "sources.zero.model_states"),
-    ("targets.deepspeed.weights", "sources.zero.model_states"),
-    ("targets.deepspeed.weights", "sources.zero.optim_states"),
-    ("targets.deepspeed.weights", "verify.joint"),
-    ("targets.deepspeed.weights", "verify.weight_regions"),
-    ("targets.foreign", "sources.zero.whole"),
-    ("targets.restore", "checkpoint"),
-    ("targets.restore", "request"),
-    ("targets.restore", "sources.zero.contents"),
-    ("targets.restore", "sources.zero.whole"),
-    ("verify.checks", "check"),
-    ("verify.checks", "checkpoint"),
-    ("verify.wanted_reads", "targets.deepspeed.plan"),
-    ("verify.wanted_reads", "targets.deepspeed.target"),
-    ("verify.wanted_reads", "targets.dtensor"),
-    ("verify.wanted_reads", "targets.foreign"),
-    ("verify.wanted_reads", "targets.module"),
-    ("verify.wanted_reads", "targets.optimizer"),
-    ("verify.wanted_reads", "targets.restore"),
-    ("verify.weights", "check"),
-    ("verify.weights", "checkpoint"),
-    ("verify.weights", "targets.deepspeed.apply"),
-    ("verify.weights", "targets.deepspeed.weights"),
-}
-"""Imports that the table forbids, and that one value between sources and targets will end. The list may only shrink."""
 HEAVY = ("torch", "deepspeed", "fsspec", "aiohttp", "s3fs", "numpy")
 CLIENTS = {
     "deepspeed", "fsspec", "aiohttp", "s3fs", "botocore", "boto3", "gcsfs", "google", "adlfs", "azure", "paramiko",
@@ -107,12 +58,11 @@ MAY_IMPORT_HEAVY_LATE = {
 }
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""
 WITH_TORCH = {
-    *MAY_IMPORT_HEAVY, "loader.journey", "loader.opening", "loader.check", "loader.checkpoint",
-    "loader.fetch.parts", "loader.sources.zero.open",
+    *MAY_IMPORT_HEAVY, "loader.journey", "loader.fetch.parts",
 }  # fmt: skip
 """What may have torch once it is imported. Everything else loads without: it reads, plans, lists and speaks."""
 LIGHT_IN_THERE = {
-    "loader.verify.joint", "loader.verify.shared_memory", "loader.verify.weight_regions",
+    "loader.verify.joint", "loader.targets.deepspeed.shared_memory", "loader.targets.deepspeed.weight_regions",
     "loader.materialize.safe_types", "loader.materialize.storages", "loader.targets.algorithms",
 }  # fmt: skip
 """Modules of those rooms that load without it all the same."""
@@ -124,6 +74,7 @@ PUBLIC = {
     "CorruptError",
     "Event",
     "FormatError",
+    "InternalError",
     "LayoutError",
     "LoadOptions",
     "LoadResult",
@@ -241,8 +192,7 @@ def test_rooms_import_only_rooms_to_their_right():
                 here, there = name.split(".")[1], other.split(".")[1]
                 if here != there and line_of[here] >= line_of[there]:
                     forbidden.add((name.removeprefix("loader."), other.removeprefix("loader.")))
-    assert sorted(forbidden - UNTIL_MIDDLE) == []
-    assert sorted(UNTIL_MIDDLE - forbidden) == [], "no longer needed: take them off the list"
+    assert sorted(forbidden) == []
 
 
 def inside(name: str, places: Collection[str]) -> bool:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import CorruptError
+from rankload.loader.byte_ranges import ByteRange
 from rankload.loader.checksums import RangeSums, crc32, crc32_combine, crc32_joined
 from rankload.loader.verify import joint as joint_checks
-from rankload.loader.verify.joint import JointCheck, StorageRead, decode_reads, encode_reads
+from rankload.loader.verify.joint import JointCheck, StorageRead
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
@@ -67,11 +68,12 @@ STORAGE = ("f.pt", "data/0")
 
 
 def told(data: bytes, reads: list[list[tuple[int, int]] | None], crc: int) -> list[Any]:
-    readings = [
-        {} if one is None else {STORAGE: StorageRead(len(data), crc, tuple(one), ("model/a",))}
+    return [
+        {}
+        if one is None
+        else {STORAGE: StorageRead(len(data), crc, tuple(ByteRange(*span) for span in one), ("model/a",))}
         for one in reads
     ]
-    return [decode_reads(encode_reads(one)) for one in readings]
 
 
 def summed(shares: list[Any], data: list[bytes]) -> list[Any]:
@@ -143,6 +145,6 @@ def test_ranks_that_read_the_same_share_the_work() -> None:
 
 
 def test_different_files_of_one_name() -> None:
-    readings = [{STORAGE: StorageRead(10, 1, ((0, 10),))}, {STORAGE: StorageRead(10, 2, ((0, 10),))}]
+    readings = [{STORAGE: StorageRead(10, crc, (ByteRange(0, 10),))} for crc in (1, 2)]
     with pytest.raises(CorruptError, match="different files of this name"):
         JointCheck(readings, [0, 1])

@@ -1,20 +1,54 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.options import LoadOptions, resolve_options
+from rankload.loader.options import LoadOptions, Options, resolve_options
 
 
 def test_argument_comes_before_environment_before_default() -> None:
     environ = {"RANKLOAD_STALL_TIMEOUT_S": "7.5", "RANKLOAD_CACHE_DIR": "/fast", "RANKLOAD_VERIFY": "before"}
-    assert resolve_options(None, {}) == LoadOptions(
-        stall_timeout_s=120.0, verify="during", cache_home="auto", cache_size=0, mode="node"
+    assert resolve_options(None, {}) == Options(
+        cache_dir=None,
+        cache_home="auto",
+        cache_size=0,
+        stall_timeout_s=120.0,
+        safe_types=(),
+        storage_options={},
+        rename={},
+        layout={},
+        verify="during",
+        mode="node",
+        trace=None,
     )
     found = resolve_options(LoadOptions(stall_timeout_s=3), environ)
     assert (found.stall_timeout_s, found.cache_dir, found.verify) == (3, "/fast", "before")
+
+
+def test_every_option_that_is_given_is_taken() -> None:
+    given: dict[str, Any] = {
+        "cache_dir": "/fast",
+        "cache_home": "disk",
+        "cache_size": 5,
+        "stall_timeout_s": 7.5,
+        "safe_types": (int, "a.b"),
+        "storage_options": {"key": "k"},
+        "rename": {"a": "b"},
+        "layout": {"model": "x"},
+        "verify": "before",
+        "mode": "auto",
+        "trace": "trace.json",
+    }
+    assert set(given) == {one.name for one in fields(LoadOptions)}
+    assert resolve_options(given, {}) == resolve_options(LoadOptions(**given), {}) == Options(**given)
+
+
+def test_safe_types_have_one_order_in_every_process() -> None:
+    assert resolve_options({"safe_types": ["b.B", "a.A"]}, {}).safe_types == ("b.B", "a.A")
+    assert resolve_options({"safe_types": {"c.C", Path, "a.A"}}, {}).safe_types == ("a.A", "c.C", Path)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +104,7 @@ def test_sizes_of_the_cache() -> None:
 
 def test_storage_options_are_never_shown() -> None:
     assert "secret" not in repr(LoadOptions(storage_options={"key": "secret"}))
+    assert "secret" not in repr(resolve_options({"storage_options": {"key": "secret"}}, {}))
     for wrong in ("secret", ["secret"], {3: "secret"}):
         given: Any = {"storage_options": wrong}
         with pytest.raises(OptionError) as caught:

@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.receipt import FileRecord, Receipt, StageRecord, combine, log_receipt
+from rankload.loader.receipt import (
+    FileRecord,
+    FileReport,
+    RankReport,
+    Receipt,
+    StageRecord,
+    join_reports,
+    log_receipt,
+)
 from rankload.loader.request import check_logger
+from rankload.loader.stages import Timing
+from rankload.loader.wire import decode, encode
 
 
 def receipt(**changes: Any) -> Receipt:
@@ -84,30 +94,59 @@ def test_loggers(caplog: pytest.LogCaptureFixture) -> None:
         check_logger(object())
 
 
-def test_what_ranks_differ_in_is_united_in_the_order_of_ranks() -> None:
-    found = combine(
-        [
-            {
-                "missing": ["a", "b"],
-                "renamed": {"module.w": "w"},
-                "cast": {"w": "float32 -> bfloat16"},
-                "node": 0,
-            },
-            {
-                "missing": ["b", "c"],
-                "unexpected": ["x"],
-                "derived": ["rng of rank 1"],
-                "cast": {"v": "i", "w": "j"},
-            },
-        ]
+def report(**fields: Any) -> RankReport:
+    nothing: tuple[str, ...] = ()
+    blank: dict[str, Any] = dict.fromkeys(
+        ("restored", "ignored", "missing", "unexpected", "derived", "not_restored", "notes", "streamed"), nothing
     )
-    assert found == {
-        "ignored": (),
-        "missing": ("a", "b", "c"),
-        "unexpected": ("x",),
-        "derived": ("rng of rank 1",),
-        "not_restored": (),
-        "renamed": {"module.w": "w"},
-        "cast": {"w": "float32 -> bfloat16", "v": "i"},
-    }
-    assert receipt(**found).missing == ("a", "b", "c")
+    empty: dict[str, Any] = {"renamed": {}, "cast": {}, "fetched_in_parts": {}, "timings": (), "files": ()}
+    return RankReport(**{"node": 0, "host": "h", **blank, **empty, **fields})
+
+
+def test_what_ranks_differ_in_is_united_in_the_order_of_ranks() -> None:
+    reports = [
+        report(
+            restored=("model",),
+            missing=("a", "b"),
+            renamed={"module.w": "w"},
+            cast={"w": "float32 -> bfloat16"},
+            notes=("n",),
+            timings=(Timing("fetch", 1.5, 10, 2.0),),
+        ),
+        report(
+            restored=("model, another part",),
+            missing=("b", "c"),
+            unexpected=("x",),
+            derived=("rng of rank 1",),
+            cast={"v": "i", "w": "j"},
+            streamed=("s",),
+            node=1,
+            host="i",
+        ),
+    ]
+    found = join_reports([decode(RankReport, json.loads(json.dumps(encode(one)))) for one in reports], receipt())
+    assert (found.missing, found.unexpected, found.ignored) == (("a", "b", "c"), ("x",), ())
+    assert (found.derived, found.not_restored) == (("rng of rank 1",), ())
+    assert found.renamed == {"module.w": "w"}
+    assert found.cast == {"w": "float32 -> bfloat16", "v": "i"}
+    assert found.restored == ("model",)
+    assert found.notes[-2:] == ("n", "server without ranges: s was read as one stream")
+    assert (found.hosts, found.nodes) == (("h", "i"), (0, 1))
+    assert found.stages == (StageRecord(0, "fetch", 1.5, 10, 2.0),)
+
+
+def test_bytes_of_a_file_are_those_of_each_node_and_each_rank_once() -> None:
+    def known(fetched: int, own: int, *, verified: bool = True) -> tuple[FileReport, ...]:
+        return (FileReport("f", "/f", 100, fetched, own, verified, ("zip CRC-32",), ()),)
+
+    reports = [
+        report(files=known(40, 0), fetched_in_parts={"/f": 60}),
+        report(files=known(40, 5)),
+        report(files=known(70, 0, verified=False), node=1),
+    ]
+    about = receipt(verify="during", notes=())
+    (file,) = join_reports(reports, about).files
+    # Node 0 fetched 60 in parts, as its leader counted them; node 1 the whole 70; and rank 1 another 5 directly.
+    assert file == FileRecord("f", 100, 60 + 70 + 5, verified=False, verified_by=("zip CRC-32",))
+    assert join_reports(reports, about).unverified == ("f",)
+    assert join_reports(reports[:2], receipt(verify="off")).files[0].verified_by == ()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.options import LoadOptions, resolve_options
+from rankload.loader.options import Options, resolve_options
 from rankload.loader.request import LoadRequest, as_path, check_arguments, check_same
 from rankload.loader.state import State
 
@@ -116,13 +116,21 @@ def test_what_can_be_meant_passes(changes: dict[str, Any]) -> None:
         ({"state": State(Model(), schedulers=[Adam(), Adam()])}, "state.schedulers"),
         ({"state": State(Model(), scaler=Adam())}, "state.scaler"),
         ({"state": State(Model(), algorithms=Adam())}, "state.algorithms"),
-        ({"options": LoadOptions(rename={"a": "b"})}, "options.stall_timeout_s"),
+        ({"options": resolve_options({"stall_timeout_s": 3}, {})}, "options.stall_timeout_s"),
         ({"options": resolve_options({"rename": {"a": "b"}}, {})}, "options.rename"),
     ],
 )
 def test_a_difference_between_ranks_is_named(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(OptionError, match=f"argument {name} differs between ranks.*rank 0: .*rank 1: "):
         check_same([request().comparable(), request(**changes).comparable()])
+
+
+def test_all_options_are_compared_but_what_each_node_may_have_its_own_of() -> None:
+    compared = {name.removeprefix("options.") for name in request().comparable() if "options." in name}
+    own = {"cache_dir", "cache_home", "cache_size"}
+    assert compared == {one.name for one in fields(Options)} - own
+    others = resolve_options({"cache_dir": "/fast", "cache_home": "disk", "cache_size": 5}, {})
+    check_same([request().comparable(), request(options=others).comparable()])
 
 
 def test_the_kind_of_state_is_compared() -> None:

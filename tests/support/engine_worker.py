@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from local_files import LocalFiles
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.tensors import TensorReader
-from rankload.loader.saved.contents import Contents
+from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.ignore import ignore
-from rankload.loader.sources.zero.contents import ZeroContents, zero_contents, zero_tree
-from rankload.loader.sources.zero.file_names import OptimNaming, model_file, optim_namings
-from rankload.loader.sources.zero.model_states import read_model_states
-from rankload.loader.sources.zero.needs import all_files, own_files
-from rankload.loader.sources.zero.optim_states import read_optim_states
-from rankload.loader.targets.deepspeed.engine import (
-    apply_engine,
-    engine_classes,
-    finish_engine,
-    name_parameters,
-    plan_engine,
-)
+from rankload.loader.sources.kinds import source_of
+from rankload.loader.sources.zero.file_names import model_file
+from rankload.loader.targets.base import RestoreOptions, Work, carry_out
+from rankload.loader.targets.deepspeed.engine import EngineTarget
 from safetensors.torch import load_file
 from zero_model import LATER_DATA_SEED, full_state, lacking, make_engine, module_state, train
 
@@ -47,35 +41,10 @@ def place() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def read_contents(folder: Path, rank: int, world_size: int, *, weights_only: bool) -> ZeroContents:
-    """The files that this rank needs, found and read as a load would."""
-    partitioned = (folder / model_file(0, partitioned=True)).exists()
-    first = read_model_states(
-        read_index(folder / model_file(0, partitioned=partitioned)).tree, file="rank 0's model file"
-    )
-    naming: OptimNaming | None = None
-    for one in optim_namings(bf16=first.bf16):
-        if (folder / one.name(0)).exists():
-            naming = one
-            break
-    stage = 3 if partitioned else 1 if naming else 0
-    with_optimizer = stage == 3 or (stage > 0 and not weights_only)
-    needed = all_files(first.world_size, partitioned=partitioned, with_optimizer=with_optimizer)
-    if world_size == first.world_size:
-        needed = own_files(
-            rank, world_size, world_size, partitioned=partitioned, with_optimizer=with_optimizer
-        )
-    names = needed.files(partitioned=partitioned, naming=naming)
-    models = {}
-    optims = {}
-    for name in names:
-        saved_rank = int(name.split("_rank_")[1].split("_")[0]) if "zero_pp_rank_" in name else 0
-        tree = read_index(folder / name).tree
-        if name.endswith("model_states.pt"):
-            models[saved_rank] = read_model_states(tree, file=name)
-        else:
-            optims[saved_rank] = read_optim_states(tree, file=name)
-    return zero_contents(models, optims, weights_only=weights_only)
+def open_for(folder: Path, target: EngineTarget, rank: int, world_size: int) -> Saved:
+    """The checkpoint, of which the files that this rank needs are found and read as a load would."""
+    files = LocalFiles(folder)
+    return source_of(files).open(files, target.demand(rank, world_size))
 
 
 def restore(
@@ -88,27 +57,20 @@ def restore(
     ignore_keys: Any = None,
     finish: bool = True,
 ) -> None:
-    zero = read_contents(folder, rank, world_size, weights_only=weights_only)
-    zero = name_parameters(engine, zero)
-    optimizer_class, scheduler_class = engine_classes(engine)
-    tree = zero_tree(
-        zero,
-        rank=rank,
-        optimizer_class=optimizer_class,
-        scheduler_class=scheduler_class,
-        weights_only=weights_only,
-    )
-    whole = Contents("deepspeed", tree["state"])
-    kept = Contents("deepspeed", ignore(tree, ignore_keys).tree["state"])
-    plan = plan_engine(engine, zero, kept, whole, weights_only=weights_only)
+    options = RestoreOptions(weights_only=weights_only, file=str(folder))
+    target = EngineTarget(engine, options)
+    saved = open_for(folder, target, rank, world_size)
+    saved = saved.with_tree(ignore(saved.as_tree(), ignore_keys).tree)
+    plan = target.plan(saved)
     plan.mismatch.raise_if_any(str(folder), strict=True)
     changed: list[str] = []
-    plan_restored = apply_engine(plan, TensorReader(verify="during"), changed.append)
+    restored = carry_out(plan, Work(TensorReader(verify="during"), options, changed.append))
     assert "model" in changed, changed
-    assert plan_restored
+    assert restored
     torch.distributed.barrier()
+    assert plan.finish is not None
     if finish:
-        finish_engine(plan)
+        plan.finish()
 
 
 def differences(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> list[str]:
@@ -438,14 +400,14 @@ def ignored_parts(
 def mismatches(folder: Path, stage: int, rank: int, world_size: int) -> None:
     engine = make_engine(stage, seed=4)
     before = own_state(engine)
-    zero = read_contents(folder, rank, world_size, weights_only=False)
-    tree = zero_tree(zero, rank=rank, optimizer_class="AdamW", scheduler_class="WarmupLR")
-    model = tree["state"]["model"]
+    target = EngineTarget(engine, RestoreOptions())
+    saved = open_for(folder, target, rank, world_size)
+    model = dict(saved.state["model"])
     model["stranger"] = model.pop("odd")
     model["gain"] = model["blocks.0.norm.bias"]
     model["seen"] = model["count"]
-    contents = Contents("deepspeed", tree["state"])
-    plan = plan_engine(engine, zero, contents, contents, weights_only=False)
+    saved = replace(saved, state={**saved.state, "model": model})
+    plan = target.plan(saved)
     assert plan.mismatch.missing == ["model/odd", "optimizers/AdamW/state/odd"], plan.mismatch
     assert plan.mismatch.unexpected == ["model/stranger"], plan.mismatch
     assert plan.mismatch.wrong == [
@@ -455,7 +417,7 @@ def mismatches(folder: Path, stage: int, rank: int, world_size: int) -> None:
     assert differences(before, own_state(engine)) == []
 
     one_short = make_engine(stage, seed=4, optimizer="SGD", config={"zero_allow_untested_optimizer": True})
-    plan = plan_engine(one_short, zero, contents, contents, weights_only=False)
+    plan = EngineTarget(one_short, RestoreOptions()).plan(saved)
     assert any("optimizer is of another kind" in line for line in plan.mismatch.wrong), plan.mismatch.wrong
 
 

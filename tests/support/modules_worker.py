@@ -10,8 +10,10 @@ import torch
 from rankload.loader import LoadOptions, LoadResult, State, load
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.tensors import TensorReader
-from rankload.loader.saved.assembled import AssembledTensor, Run
-from rankload.loader.targets.dtensor import dtensor_box, fill_requests
+from rankload.loader.saved.copies import copies_into
+from rankload.loader.saved.regions import Run
+from rankload.loader.saved.tensor import Piece, SavedTensor
+from rankload.loader.targets.dtensor import dtensor_box, kept_part, local_part
 from squeezing_model import Squeezing
 from torch import nn
 from zero_model import VOCABULARY, TinyModel
@@ -335,13 +337,16 @@ def boxes(folder: str) -> None:
         torch.save({"whole": torch.arange(numel).view(shape), "flat": torch.arange(-3, numel + 2)}, path)
         tree = read_index(str(path)).tree
         cut = numel // 3
-        runs = (Run(tree["flat"], 3, 0, cut), Run(tree["flat"], 3 + cut, cut, numel - cut))
-        assembled = AssembledTensor("x", "int64", shape, runs)
+        (flat,) = tree["flat"].storages
+        pieces = (Piece(Run(0, cut), 3, (1,), flat), Piece(Run(cut, numel - cut), 3 + cut, (1,), flat))
+        in_runs = SavedTensor.in_pieces("int64", shape, pieces)
         wanted = torch.arange(numel).view(shape)
         for placement in (Replicate(), *(Shard(dim) for dim in range(len(shape)))):
-            for source in (tree["whole"], assembled):
+            for source in (tree["whole"], in_runs):
                 target = distribute_tensor(torch.full(shape, -1), mesh, [placement])
-                reader.copy(list(fill_requests(source, target, "x")))
+                region, memory = kept_part(target, "x")
+                copies = list(copies_into(source, region, memory, name="x"))
+                reader.copy(copies, {"x": local_part(target, "x")[1]})
                 assert torch.equal(target.full_tensor(), wanted), (shape, placement)
             local = target.to_local()
             assert dtensor_box(target, "x").sizes == tuple(local.shape) or not local.numel()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rankload.loader.saved.values import InertObject, LazyTensor, StorageRef
+from rankload.loader.saved.regions import row_major_stride
+from rankload.loader.saved.tensor import SavedTensor, StorageRef
+from rankload.loader.saved.values import InertObject
 
 
-def tensor(*shape: int, dtype: str = "float32") -> LazyTensor:
-    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return LazyTensor(StorageRef("nowhere", "0", 0, 4 * math.prod(shape), None), dtype, shape, stride)
+def tensor(*shape: int, dtype: str = "float32", file: str = "nowhere") -> SavedTensor:
+    storage = StorageRef(file, "0", 0, 4 * math.prod(shape), None)
+    return SavedTensor.in_storage(storage, dtype, shape, row_major_stride(shape))
 
 
 def model_tree(

@@ -15,8 +15,9 @@ from rankload.loader.cache.bounds import Held, victims
 from rankload.loader.cache.holes import PartialFile
 from rankload.loader.cache.node import NodeCache
 from rankload.loader.errors import AccessError
-from rankload.loader.fetch.space_check import agree_on_room
+from rankload.loader.fetch.space_check import RoomReport, agree_on_room
 from rankload.loader.stores.transfer import bytes_on_disk
+from rankload.loader.wire import encode
 
 FORK = multiprocessing.get_context("fork")
 SIZE = 1 << 20
@@ -261,7 +262,7 @@ class Channel:
 
     rank, host = 0, "here"
 
-    def __init__(self, *others: dict[str, Any]) -> None:
+    def __init__(self, *others: Any) -> None:
         self.others = others
 
     def counters(self) -> dict[int, dict[str, float]]:
@@ -272,8 +273,7 @@ class Channel:
 
 
 def test_all_nodes_are_named_that_have_no_room(node: Node) -> None:
-    room = {"folder": "/c", "needed_bytes": 50, "free_bytes": 49, "in_memory": False}
-    other = {"node": 1, "host": "there", "done": 3, "rooms": [room]}
+    other = encode(RoomReport(1, "there", 3, (cache_homes.Room("/c", 50, 49, in_memory=False),)))
     with NodeCache(home="auto") as cache:
         home_of(cache, "a")
         home_of(cache, "b", None)
@@ -287,7 +287,10 @@ def test_all_nodes_are_named_that_have_no_room(node: Node) -> None:
         ):  # fmt: skip
             assert text in caught.value.message
         assert node.on_disk not in caught.value.message
-        node.free, room["free_bytes"] = SIZE, 50
+        node.free = SIZE
+        channel = Channel(
+            encode(RoomReport(1, "there", 3, (cache_homes.Room("/c", 50, 50, in_memory=False),)))
+        )
         assert agree_on_room(channel, 0, cache, {node.in_memory: SIZE}, "fetch parts") == 10 + SIZE + 50
 
 

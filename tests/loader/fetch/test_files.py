@@ -20,7 +20,9 @@ import pytest
 from http_server import Served, counting_server
 from rankload.distributed.channel import Channel
 from rankload.distributed.key_value import KeyValue
+from rankload.distributed.session import Session
 from rankload.loader.cache.node import NodeCache
+from rankload.loader.context import LoadContext
 from rankload.loader.errors import (
     CorruptError,
     FormatError,
@@ -31,6 +33,8 @@ from rankload.loader.errors import (
     UnsafeError,
 )
 from rankload.loader.fetch.files import Fetched, FileNeed, fetch_files
+from rankload.loader.options import resolve_options
+from rankload.loader.stages import Stages
 from rankload.loader.stores.open import open_store
 from torch.distributed import HashStore
 
@@ -39,6 +43,10 @@ from torch.distributed import HashStore
 class Place:
     rank: int
     node_rank: int
+
+
+def context(channel: Channel, place: Any, store: Any, cache: NodeCache) -> LoadContext:
+    return LoadContext(Session(place, channel), resolve_options(None, {}), Stages(channel), store, cache)
 
 
 class Rank:
@@ -88,7 +96,7 @@ def fetch(
 ) -> Fetched:
     store, _ = open_store(path, object_store)
     with NodeCache(str(cache_dir)) as cache:
-        got = fetch_files(rank.channel, rank.place, store, needs, cache)  # type: ignore[arg-type]
+        got = fetch_files(context(rank.channel, rank.place, store, cache), needs)
         for file in got.files.values():
             if file.kind == "file":
                 Path(file.path).read_bytes()
@@ -165,11 +173,10 @@ def test_a_second_fetch_of_the_same_load(tmp_path: Path) -> None:
         def work(rank: Rank) -> Any:
             store, name = open_store(server.url("/a"))
             with NodeCache(str(tmp_path / "c")) as cache:
-                place: Any = rank.place
-                channel = rank.channel
-                first = fetch_files(channel, place, store, [name], cache)
-                second = fetch_files(channel, place, store, [name, server.url("/b")], cache, stage="more")
-                third = fetch_files(channel, place, store, [server.url("/b")], cache, stage="again")
+                own = context(rank.channel, rank.place, store, cache)
+                first = fetch_files(own, [name])
+                second = fetch_files(own, [name, server.url("/b")], stage="more")
+                third = fetch_files(own, [server.url("/b")], stage="again")
                 assert second.paths[name] == first.paths[name]
                 return third
 
@@ -294,9 +301,9 @@ def test_each_node_with_its_own_disk(tmp_path: Path) -> None:
 
     def work(rank: Rank) -> Any:
         store: Any = Disk(rank.place.node_rank)
-        place: Any = rank.place
         with NodeCache(str(tmp_path / "c")) as cache:
-            return fetch_files(rank.channel, place, store, ["/r0.pt", f"/r{rank.rank}.pt"], cache)
+            names = ["/r0.pt", f"/r{rank.rank}.pt"]
+            return fetch_files(context(rank.channel, rank.place, store, cache), names)
 
     error = only_error(Job([0, 0, 1, 1]).run(work), NotFoundError)
     assert "/r0.pt: not there, needed by ranks 2, 3" in str(error)
@@ -455,7 +462,7 @@ def real_rank(base: str, cache_dir: str) -> None:
         store, _ = open_store(base, None, {"headers": {"X-Process": str(place.rank)}})
         with NodeCache(f"{cache_dir}/{place.node_rank}") as cache:
             names = [f"{base}/r0.pt", f"{base}/r{place.rank}.pt"]
-            got = fetch_files(channel, place, store, names, cache)
+            got = fetch_files(context(channel, place, store, cache), names)
             sizes = [os.path.getsize(path) for path in got.paths.values()]
             with channel.stage("read"):
                 print("sizes", sizes)

@@ -286,6 +286,44 @@ def tensor(numel: bytes, offset: bytes, shape: bytes, stride: bytes) -> bytes:
     )
 
 
+def many_tensors(count: int, shape: bytes) -> bytes:
+    """A list of tensors, all by the same arguments: of that shape, which is their strides too."""
+    args = b"(" + STORAGE + b"K\x04tQK\x00" + shape + shape + b"\x89}tq\x00"
+    return (
+        b"\x80\x02(ctorch._utils\n_rebuild_tensor_v2\nq\x01" + args + b"00" + b"h\x01h\x00R" * count + b"l."
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "expected"),
+    [
+        (180_000, b"(" + b"K\x00" * 64 + b"t", "read"),
+        (1_000_000, b"(" + b"K\x00" * 64 + b"t", "UnsafeError"),
+        (43_000, b"](" + b"K\x00" * 64 + b"e", "read"),
+        (60_000, b"](" + b"K\x00" * 64 + b"e", "UnsafeError"),
+        (43_000, b"ctorch\nSize\n(" + b"K\x00" * 64 + b"t\x85R", "read"),
+        (60_000, b"ctorch\nSize\n(" + b"K\x00" * 64 + b"t\x85R", "UnsafeError"),
+    ],
+)
+def test_tensors_without_end(tmp_path: Path, count: int, shape: bytes, expected: str) -> None:
+    path = zip_with(many_tensors(count, shape), tmp_path / "f.pt", storages={"0": bytes(16)})
+    said, grown, _ = measured(path)
+    assert said == expected
+    assert grown <= 2 * path.stat().st_size + SPARE, f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
+
+
+def test_storages_without_end(tmp_path: Path) -> None:
+    pid = STORAGE + b"K\x04tq\x00"
+    for count, expected in ((170_000, "read"), (1_000_000, "UnsafeError")):
+        data = b"\x80\x02(" + pid + b"0" + b"h\x00Q" * count + b"l."
+        path = zip_with(data, tmp_path / "f.pt", storages={"0": bytes(16)})
+        said, grown, _ = measured(path)
+        assert said == expected
+        assert grown <= 2 * path.stat().st_size + SPARE, (
+            f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
+        )
+
+
 @pytest.mark.parametrize(
     ("numel", "offset", "shape", "stride"),
     [

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import CorruptError, FormatError
-from rankload.loader.saved.contents import Contents
-from rankload.loader.saved.values import InertObject, LazyTensor, StorageRef
+from rankload.loader.saved.contents import Saved
+from rankload.loader.saved.tensor import SavedTensor, StorageRef
+from rankload.loader.saved.values import InertObject
 from rankload.loader.sources.single_file import read_layout
 
 
-def tensor() -> LazyTensor:
-    return LazyTensor(StorageRef("f", "0", 0, 8, None), "float32", (2,), (1,))
+def tensor() -> SavedTensor:
+    return SavedTensor.in_storage(StorageRef("f", "0", 0, 8, None), "float32", (2,), (1,))
 
 
 def test_composer() -> None:
@@ -176,7 +177,8 @@ def test_a_state_of_ones_own_is_not_composers() -> None:
     assert found.rng == [{"python": 1}]
     assert found.extra["state"] == {"epoch": 3}
     again = found.with_tree(found.as_tree())
-    assert again == found
+    assert (again.state, again.rng, again.extra) == (found.state, found.rng, found.extra)
+    assert again.whole is found
     assert again.rank_zero_seed == 17
     with pytest.raises(FormatError, match="'state', 'rng'"):
         read_layout({"state": {"epoch": 3}, "rng": []}, file="f")
@@ -207,4 +209,4 @@ def test_random_states_of_another_form_are_not_taken_for_ours() -> None:
     ],
 )
 def test_the_seed_is_looked_for_in_both_places(state: Any, extra: Any, seed: int | None) -> None:
-    assert Contents("hand-written", state, None, extra).rank_zero_seed == seed
+    assert Saved("f", "monolithic", "hand-written", state, None, extra).rank_zero_seed == seed

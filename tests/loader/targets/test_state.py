@@ -15,7 +15,8 @@ from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.ignore import ignore
 from rankload.loader.sources.single_file import read_layout
 from rankload.loader.state import State
-from rankload.loader.targets.state import apply_state, optimizer_classes, plan_state, scheduler_classes
+from rankload.loader.targets.base import Plan, RestoreOptions, Work, carry_out
+from rankload.loader.targets.state import StateTarget
 from torch import nn
 
 
@@ -65,19 +66,21 @@ def train(state: State, steps: int, seed: int = 5) -> list[float]:
 
 
 def restore(
-    path: Path, state: State, ignore_keys: Any = None, *, strict: bool = True, **options: Any
-) -> tuple[Any, list[str]]:
+    path: Path, state: State, ignore_keys: Any = None, *, strict: bool = True
+) -> tuple[Plan, list[str]]:
+    target = StateTarget(state, RestoreOptions(strict=strict, file=str(path)))
+    demand = target.demand(0, 1)
     whole = read_layout(
         read_index(str(path)).tree,
         file=str(path),
-        optimizer_classes=optimizer_classes(state),
-        scheduler_classes=scheduler_classes(state),
+        optimizer_classes=demand.optimizers,
+        scheduler_classes=demand.schedulers,
     )
-    contents = whole.with_tree(ignore(whole.as_tree(), ignore_keys).tree)
-    plan = plan_state(state, contents, whole, weights_only=False, **options)
+    plan = target.plan(whole.with_tree(ignore(whole.as_tree(), ignore_keys).tree))
     plan.mismatch.raise_if_any(str(path), strict=strict)
     changes: list[str] = []
-    apply_state(plan, TensorReader(), changes.append, strict=strict, materialize_options={"file": str(path)})
+    restored = carry_out(plan, Work(TensorReader(), target.options, changes.append))
+    assert len(restored) == len(changes)
     return plan, changes
 
 
@@ -202,7 +205,7 @@ def test_ignored_moments_are_zero_where_the_optimizer_has_none(tmp_path: Path) -
     plan, _ = restore(path, second, ["state/optimizers/AdamW/state/*/exp_avg"])
     states = list(second.optimizers[0].state.values())
     assert all(not state["exp_avg"].any() and state["exp_avg_sq"].any() for state in states)
-    assert len(plan.optimizers[0].reset) == len(states)
+    assert len(plan.reset) == len(states)
     train(second, 1)
 
 
@@ -234,7 +237,7 @@ def test_wrapped_and_other_modules(tmp_path: Path, how: str) -> None:
     assert inner.tied.weight is inner.up.weight
     assert held is next(iter(inner.parameters()))
     if how == "half":
-        assert plan.module.cast["model/up.weight"] == "float32 -> float16"
+        assert plan.cast["model/up.weight"] == "float32 -> float16"
 
 
 def test_a_meta_module_is_not_left_half_filled(tmp_path: Path) -> None:
@@ -375,6 +378,53 @@ def test_extra_state_is_real(tmp_path: Path) -> None:
         assert model.kept["array"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_extra_state_may_be_a_tensor(tmp_path: Path, hooked: bool) -> None:
+    class Scaled(nn.Linear):
+        scale = torch.zeros(3)
+
+        def get_extra_state(self) -> Any:
+            return self.scale
+
+        def set_extra_state(self, state: Any) -> None:
+            self.scale = state
+
+    model = Scaled(2, 2)
+    model.scale = torch.arange(3.0)
+    torch.save({"model": model.state_dict(), "epoch": 1}, tmp_path / "tensor.pt")
+    model = Scaled(2, 2)
+    if hooked:
+        model.register_load_state_dict_post_hook(lambda module, keys: None)
+    restore(tmp_path / "tensor.pt", State(model))
+    assert torch.equal(model.scale, torch.arange(3.0))
+
+
+def test_an_expanded_tensor_takes_no_more_memory_than_it_has_elements_saved(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[str, torch.Tensor] = {}
+            self.weight = nn.Parameter(torch.zeros(2, 3))
+            self.register_load_state_dict_pre_hook(self.take)
+
+        @staticmethod
+        def take(module: Any, state: Any, *rest: Any) -> None:
+            module.seen = {name: state.pop(name) for name in list(state) if name != "weight"}
+
+    weight = torch.arange(2.0).view(2, 1).expand(2, 3)
+    torch.save({"model": {"weight": weight, "old": torch.ones(1).expand(1 << 40)}}, tmp_path / "expanded.pt")
+    model = Counting()
+    restore(tmp_path / "expanded.pt", State(model))
+    assert torch.equal(model.weight, weight)
+    assert model.seen["old"].shape == (1 << 40,)
+
+    plain = nn.Module()
+    plain.weight = nn.Parameter(torch.zeros(2, 3))
+    torch.save({"model": {"weight": weight}}, tmp_path / "plain.pt")
+    restore(tmp_path / "plain.pt", State(plain))
+    assert torch.equal(plain.weight, weight)
+
+
 def test_an_ignored_parameter_group_does_not_shift_the_others(tmp_path: Path) -> None:
     first = job(0)
     first.optimizers[0].param_groups[1]["lr"] = 0.25
@@ -421,7 +471,7 @@ def test_an_ignored_plain_step_begins_anew(tmp_path: Path) -> None:
     second = job(1)
     plan, _ = restore(path, second, ["state/optimizers/AdamW/state/*/step"])
     assert all(int(entries["step"]) == 0 for entries in second.optimizers[0].state.values())
-    assert plan.optimizers[0].reset
+    assert plan.reset
 
 
 def test_plain_values_and_dicts_among_the_objects(tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
+from rankload.loader.formats.pickle.budget import Budget
 from rankload.loader.formats.pickle.inert import PickledGlobal, PickledTensor
 from rankload.loader.formats.pickle.read import read_pickle
 from rankload.loader.formats.pickle.scan import scan_pickle
 from rankload.loader.formats.pickle.tensors import lay_out
+from rankload.loader.saved.tensor import SavedTensor, StorageRef
 from rankload.loader.saved.tree import find_unknown
-from rankload.loader.saved.values import GlobalName, InertObject, LazyTensor, StorageRef
+from rankload.loader.saved.values import GlobalName, InertObject
 
 LIMIT = 64 << 20
 
 
-def find_storage(pid: tuple[Any, ...]) -> LazyTensor:
+def find_storage(pid: tuple[Any, ...]) -> PickledTensor:
     return PickledTensor(StorageRef("f", str(pid[2]), 0, 400, None), "float32", (pid[4],), (1,))
 
 
@@ -190,13 +192,13 @@ def test_arrays_of_objects_are_never_made() -> None:
 def test_tensors_beyond_their_storage(offset: Any, shape: Any, stride: Any) -> None:
     base = find_storage(("storage", None, "0", "cpu", 100))
     with pytest.raises(CorruptError):
-        lay_out(base, "float32", offset, shape, stride, False)
+        lay_out(Budget(LIMIT), base, "float32", offset, shape, stride, False)
 
 
 def test_tensors_at_the_edge_of_their_storage() -> None:
     base = find_storage(("storage", None, "0", "cpu", 100))
     for offset, shape, stride in ((0, (100,), (1,)), (99, (), ()), (100, (0,), (1,)), (0, (5, 7), (0, 16))):
-        assert lay_out(base, "float32", offset, shape, stride, False).shape == shape
+        assert lay_out(Budget(LIMIT), base, "float32", offset, shape, stride, False).shape == shape
 
 
 def test_calls_that_copy_are_counted() -> None:
@@ -245,5 +247,30 @@ def test_results_can_be_copied_but_not_patched() -> None:
     assert again[0].state == {"a": 1}
     assert type(again[1]) is GlobalName
     assert isinstance(got[1], PickledGlobal)
-    tensor = read(TENSOR + b".")
-    assert copy.deepcopy(tensor).shape == (10,)
+
+
+def test_copies_of_a_tensor_are_plain_ones() -> None:
+    tensor = read(b"ctorch._utils\n_rebuild_parameter\n(" + TENSOR + b"\x88}tR.")
+    assert type(tensor) is PickledTensor
+    for again in (copy.copy(tensor), copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))):
+        assert type(again) is SavedTensor
+        assert (again.dtype, again.shape, again.requires_grad) == ("float32", (10,), True)
+        (piece,) = again.pieces
+        (own,) = tensor.pieces
+        for name in ("region", "offset", "stride", "storage"):
+            assert getattr(piece, name) == getattr(own, name)
+    with pytest.raises(UnsafeError, match="sets the state of a tensor"):
+        tensor.__setstate__({"shape": (3,)})
+
+
+def test_a_tensor_shares_its_shape_with_the_pickle() -> None:
+    shape = b"(" + b"K\x01" * 64 + b"tq\x00"
+    strides = b"(" + b"K\x07" * 64 + b"tq\x01"
+    args = b"(" + STORAGE + b"K\x00" + shape + strides + b"\x89}tq\x02"
+    call = b"ctorch._utils\n_rebuild_tensor_v2\nq\x03"
+    got = read(b"(" + call + args + b"0" * 2 + b"h\x03h\x02R" * 3 + b"h\x00h\x01l.")
+    *tensors, sizes, steps = got
+    assert len(tensors) == 3
+    for tensor in tensors:
+        assert tensor.shape is sizes
+        assert tensor.pieces[0].stride is steps

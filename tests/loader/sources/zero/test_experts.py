@@ -9,12 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, LayoutError
+from rankload.loader.saved.model_parallel import EXPERTS, ExpertLayer
 from rankload.loader.saved.values import InertObject
-from rankload.loader.sources.zero.experts import check_experts, expert_ranks, optimizer_file, with_experts
+from rankload.loader.sources.zero.experts import (
+    check_experts,
+    expert_files,
+    expert_ranks,
+    optimizer_file,
+    with_experts,
+)
 from rankload.loader.sources.zero.file_names import Needed, OptimNaming
 from rankload.loader.sources.zero.layout import zero_checkpoint
-from rankload.loader.sources.zero.model_states import EXPERTS, ExpertLayer, ModelStates, read_model_states
-from rankload.loader.sources.zero.needs import files_of_slots
+from rankload.loader.sources.zero.model_states import ModelStates, read_model_states
+from rankload.loader.sources.zero.needs import files_of_runs
 from rankload.loader.sources.zero.optim_states import OptimStates, read_optim_states
 from zero_trees import model_tree, optim_tree, tensor
 
@@ -64,7 +71,7 @@ def files_of(layers: tuple[ExpertLayer, ...]) -> dict[str, tuple[Any, str]]:
             name,
         )
         for layer in layers
-        for expert, name in zip(layer.experts, layer.files, strict=True)
+        for expert, name in zip(layer.experts, expert_files(layer), strict=True)
     }
 
 
@@ -92,15 +99,15 @@ def test_each_expert_rank_finds_its_own_row(
         for name, shape in local_names(0, count).items():
             covered = []
             for piece in layout.pieces(name):
-                position = members[ep_rank].index(piece.place.rank)
-                for step in range(piece.length):
-                    assert row[position * part + piece.start + step] == (name, piece.param_start + step)
-                    covered.append(piece.param_start + step)
-                    held.add((piece.place.rank, piece.start + step))
+                position = members[ep_rank].index(piece.rank)
+                for step in range(piece.run.length):
+                    assert row[position * part + piece.start + step] == (name, piece.run.start + step)
+                    covered.append(piece.run.start + step)
+                    held.add((piece.rank, piece.start + step))
             assert covered == list(range(math.prod(shape)))
-        assert {piece.place.rank for piece in layout.pieces("dense")} <= set(range(ranks))
-        wanted = {name: layout.pieces(name) for name in local_names(0, count)}
-        assert files_of_slots(layout, wanted).optims <= set(members[ep_rank])
+        assert {piece.rank for piece in layout.pieces("dense")} <= set(range(ranks))
+        wanted = {name: [piece.run for piece in layout.pieces(name)] for name in local_names(0, count)}
+        assert files_of_runs(layout, wanted).optims <= set(members[ep_rank])
     # Every expert of the layer was found once, and none twice.
     assert len(held) == numel * ep
 

@@ -13,19 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, FormatError, LayoutError, RankloadError
 from rankload.loader.formats.torch_file import read_index
+from rankload.loader.saved.copies import Memory, copies_into
+from rankload.loader.saved.demand import Demand
 from rankload.loader.saved.ignore import ignore
-from rankload.loader.saved.values import InertObject, LazyTensor
-from rankload.loader.sources.zero.contents import (
-    ShardedTensor,
-    ZeroContents,
-    kept_parts,
-    zero_contents,
-    zero_tree,
-)
+from rankload.loader.saved.model_parallel import Position
+from rankload.loader.saved.partitions import Slot
+from rankload.loader.saved.regions import Laid, Run
+from rankload.loader.saved.tensor import SavedTensor
+from rankload.loader.saved.values import InertObject
+from rankload.loader.sources.zero.contents import ZeroContents, zero_contents
 from rankload.loader.sources.zero.file_names import Needed, OptimNaming, model_file, optim_namings
 from rankload.loader.sources.zero.layout import named_by_optimizer, zero_checkpoint
 from rankload.loader.sources.zero.model_states import read_model_states
 from rankload.loader.sources.zero.optim_states import read_optim_states, read_whole_optimizer
+from rankload.loader.sources.zero.partitioned import partitioned
+from rankload.loader.sources.zero.tree import zero_saved
 from zero_folders import unpack_zero
 from zero_trees import model_tree, optim_tree, stage_3_tree, tensor
 
@@ -81,11 +83,16 @@ def test_stage_3_against_parameters_that_are_really_cut(
 def check_pieces_against(layout: Any, named: dict[str, tuple[int, ...]], element: Callable[..., Any]) -> None:
     for name, shape in named.items():
         got = [
-            (piece.param_start + i, element(piece.place.rank, piece.start + i))
+            (piece.run.start + i, element(piece.rank, piece.start + i))
             for piece in layout.pieces(name)
-            for i in range(piece.length)
+            for i in range(piece.run.length)
         ]
-        assert sorted(got) == [(i, (name, i)) for i in range(math.prod(shape))]
+        assert got == [(i, (name, i)) for i in range(math.prod(shape))]
+        for piece in layout.pieces(name):
+            assert layout.pieces(name, {piece.rank}) == [piece]
+            assert list(layout.holders(name, piece.run)) == [piece.rank]
+        everybody = [piece.rank for piece in layout.pieces(name)]
+        assert list(layout.holders(name, Run(0, math.prod(shape)))) == everybody
 
 
 def unpacked(tmp_path: Path, stage: int) -> Path:
@@ -118,34 +125,50 @@ def test_a_real_checkpoint_is_understood_from_rank_0s_files_alone(tmp_path: Path
     assert alone.checkpoint == layout
     for name, parameter in layout.parameters.items():
         if not parameter.frozen or stage == 3:
-            assert sum(piece.length for piece in layout.pieces(name)) == parameter.numel
+            assert sum(piece.run.length for piece in layout.pieces(name)) == parameter.numel
     # A rank whose file was not read is named when it is asked for.
-    piece = layout.pieces("blocks.1.down.weight")[-1]
-    assert piece.place.rank == 3
-    assert whole.tensor("exp_avg", "blocks.1.down.weight", piece) is not None
-    with pytest.raises(LayoutError, match="saved rank 3"):
-        alone.tensor("exp_avg", "blocks.1.down.weight", piece)
+    name = "blocks.1.down.weight"
+    slot = layout.pieces(name)[-1]
+    assert slot.rank == 3
+    memory = Memory("here", "float32", (slot.run.length,), (1,), plain=True)
+    for contents, ranks in (
+        (whole, None),
+        (read_all(folder, stage, range(3)), "rank 3"),
+        (alone, "ranks? .*3"),
+    ):
+        tensor = partitioned(contents, layout.parameters[name], ["exp_avg"])["exp_avg"]
+        assert tensor.shape == layout.parameters[name].shape
+        copies = copies_into(tensor, Laid(slot.run, 0, (1,)), memory, name=f"exp_avg/{name}")
+        if ranks is None:
+            assert [copy.storage.file for copy in copies] == [str(folder / OptimNaming("bf16_").name(3))]
+        else:
+            told = f"^exp_avg/{name} lies partly in the files of saved {ranks}, which were not read"
+            with pytest.raises(LayoutError, match=told):
+                list(copies)
     if stage == 3:
         assert layout.parameters["frozen.weight"].frozen
-        assert [p.length for p in layout.pieces("frozen.weight")] == [66] * 4
+        assert [p.run.length for p in layout.pieces("frozen.weight")] == [66] * 4
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
     contents = read_all(unpacked(tmp_path, stage), stage)
-    tree = zero_tree(contents, rank=0, optimizer_class="AdamW", scheduler_class="WarmupLR")
+    demand = Demand(Position(0, 4), optimizers=("AdamW",), schedulers=("WarmupLR",))
+    saved = zero_saved(contents, demand, name="z")
+    tree = saved.as_tree()
     assert set(tree) == {"rng", "epoch", "state"}
     assert set(tree["state"]) == {"model", "optimizers", "schedulers", "engine"}
     assert set(tree["state"]["model"]) == set(contents.models[0].module)
-    kind = ShardedTensor if stage == 3 else LazyTensor
-    assert isinstance(tree["state"]["model"]["head.weight"], kind)
-    assert tree["state"]["model"]["head.weight"].shape == (97, 24)
-    assert isinstance(tree["state"]["model"]["count"], LazyTensor)
+    head = tree["state"]["model"]["head.weight"]
+    assert isinstance(head, SavedTensor)
+    assert (head.whole is None) == (stage == 3)
+    assert head.shape == (97, 24)
+    assert tree["state"]["model"]["count"].whole is not None
     adam = tree["state"]["optimizers"]["AdamW"]
     assert adam["state"]["odd"]["exp_avg"].shape == (7,)
     assert [group["params"][0] for group in adam["param_groups"]] == ["wte.weight", "odd"]
-    everything = kept_parts(tree, contents)
-    assert ("odd", "step") in everything.states
+    assert "step" in adam["state"]["odd"]
+    assert adam["state"]["odd"].keys() == {"step", "exp_avg", "exp_avg_sq"}
     kept = ignore(
         tree,
         [
@@ -157,18 +180,24 @@ def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
             "state/engine/overflow",
         ],
     ).tree
-    wanted = kept_parts(kept, contents)
-    assert everything.model - wanted.model == {"frozen.weight"}
-    assert everything.states - wanted.states == {("odd", "exp_avg")}
-    assert list(wanted.groups) == [1]
-    assert wanted.groups[1]["betas"] == (0.9, 0.999)
-    assert wanted.scheduler is None
-    assert everything.scheduler == {"last_batch_iteration": 2}
-    assert "overflow" in everything.engine
-    assert "overflow" not in wanted.engine
-    only = zero_tree(contents, rank=0, optimizer_class="x", scheduler_class="y", weights_only=True)
-    assert set(only) == {"state"}
-    assert set(only["state"]) == {"model"}
+    wanted = saved.with_tree(kept)
+    assert wanted.whole is saved
+    assert set(saved.state["model"]) - set(wanted.state["model"]) == {"frozen.weight"}
+    left = wanted.state["optimizers"]["AdamW"]
+    assert left["state"]["odd"].keys() == {"step", "exp_avg_sq"}
+    assert all(left["state"][name] == adam["state"][name] for name in adam["state"] if name != "odd")
+    # A group is identified by its first parameter: those that are left out shift the others.
+    assert [group["params"][0] for group in left["param_groups"]] == ["odd"]
+    assert left["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert "schedulers" not in wanted.state
+    assert saved.state["schedulers"] == {"WarmupLR": {"last_batch_iteration": 2}}
+    assert saved.engine_schedulers == {"WarmupLR"}
+    assert "overflow" in saved.state["engine"]
+    assert "overflow" not in wanted.state["engine"]
+    only = zero_saved(contents, Demand(Position(0, 4), weights_only=True), name="z")
+    assert set(only.as_tree()) == {"state"}
+    assert set(only.state) == {"model"}
+    assert only.engine_schedulers == frozenset()
 
 
 GROUPS = [{"a": (3, 4), "b": (5,)}, {"c": ()}]
@@ -326,11 +355,13 @@ def test_stage_0_takes_its_names_from_the_jobs_optimizer() -> None:
 
     contents = zero_contents({0: read_model(stage_0)}, {}, weights_only=False)
     assert contents.checkpoint.stage == 0
-    seen = zero_tree(contents, rank=0, optimizer_class="AdamW", scheduler_class="x")
-    assert list(seen["state"]["optimizers"]["AdamW"]["state"]) == [0, 1, 2]
+    seen = zero_saved(contents, Demand(Position(0, 1), optimizers=("AdamW",)), name="z")
+    assert list(seen.state["optimizers"]["AdamW"]["state"]) == [0, 1, 2]
+    assert seen.masters == {}
     optim = read_whole_optimizer(tree, file="model.pt")
     layout = named_by_optimizer(contents.checkpoint, optim, [[("a", (2, 3)), ("b", (5,))], [("c", ())]])
-    assert {name: layout.pieces(name)[0].place.group for name in "abc"} == {"a": 0, "b": 1, "c": 2}
+    assert {name: layout.parameters[name].group for name in "abc"} == {"a": 0, "b": 1, "c": 2}
+    assert layout.pieces("a") == [Slot(0, 0, Run(0, 6))]
     with pytest.raises(LayoutError, match=r"groups of \[2, 1\] parameters, this job's of \[3\]"):
         named_by_optimizer(contents.checkpoint, optim, [[("a", (2, 3)), ("b", (5,)), ("c", ())]])
     with pytest.raises(LayoutError, match=r"exp_avg of the optimizer's parameter 1 has shape \(5,\), but x"):

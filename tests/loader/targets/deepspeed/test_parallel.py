@@ -15,16 +15,11 @@ from http_server import Served, counting_server
 from places import DATA, SUPPORT
 from processes import run_ranks
 from rankload.loader.errors import CorruptError, LayoutError
+from rankload.loader.saved.model_parallel import UNSPLIT, LayerFile, ParallelLayout
 from rankload.loader.sources.zero.fields import Field
 from rankload.loader.sources.zero.file_names import Needed, OptimNaming, model_file
-from rankload.loader.sources.zero.layers import LayerFile, check_layers, read_layer, with_layers
-from rankload.loader.sources.zero.model_parallel import (
-    UNSPLIT,
-    ParallelLayout,
-    check_layout,
-    check_model_part,
-    saved_layout,
-)
+from rankload.loader.sources.zero.layers import check_layers, read_layer, with_layers
+from rankload.loader.sources.zero.model_parallel import check_layout, check_model_part, saved_layout
 from rankload.loader.sources.zero.model_states import ModelStates, read_model_states
 from zero_folders import unpack_zero
 from zero_trees import tensor

@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from processes import run_ranks
 from rankload.loader.byte_ranges import union
 from rankload.loader.cache.homes import available_bytes
-from rankload.loader.verify import weight_regions
-from rankload.loader.verify.shared_memory import SharedMemory
-from rankload.loader.verify.weight_regions import APART, FILE, MASTERS, RegionOffer, deal_regions
+from rankload.loader.targets.deepspeed import weight_regions
+from rankload.loader.targets.deepspeed.shared_memory import SharedMemory
+from rankload.loader.targets.deepspeed.weight_regions import (
+    APART,
+    FILE,
+    MASTERS,
+    NodeShare,
+    RegionOffer,
+    deal_regions,
+)
+from rankload.loader.wire import decode, encode
 from reshard_runs import save
 
 NAME = ("model.pt", "data/0")
@@ -69,6 +77,7 @@ def test_regions_do_not_overlap_in_the_image() -> None:
     (share,) = deal_regions(offers, [0])
     assert [share.regions[name].offset for name in names] == [0, 8192, 16384]
     assert share.image_bytes == 24576
+    assert decode(NodeShare, json.loads(json.dumps(encode(share)))) == share
 
 
 def test_an_image_is_seen_by_another_process_and_leaves_nothing(tmp_path: Path) -> None:

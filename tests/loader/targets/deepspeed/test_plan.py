@@ -1,0 +1,279 @@
+"""Plans for engines' tensors that are put together by hand: which saved elements go where, and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rankload.loader.errors import LayoutError
+from rankload.loader.saved.contents import ENGINE, Saved
+from rankload.loader.saved.copies import Copy
+from rankload.loader.saved.model_parallel import ExpertLayer, ParallelLayout, Position
+from rankload.loader.saved.partitions import shares
+from rankload.loader.saved.regions import Run
+from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread
+from rankload.loader.targets.base import RestoreOptions
+from rankload.loader.targets.deepspeed.engine import EngineTarget
+from rankload.loader.targets.deepspeed.flats import MasterFlat
+from rankload.loader.targets.deepspeed.live import LiveEngine, LowSlot
+from rankload.loader.targets.deepspeed.plan import plan_model
+from rankload.loader.targets.deepspeed.states import OptimizerPart, plan_states
+from zero_trees import tensor
+
+
+def sharded(
+    numel: int, world_size: int, *, dtype: str = "float32", unread: tuple[int, ...] = ()
+) -> SavedTensor:
+    """A parameter as stage 3 saves it: rank r's share begins at element 100 of its file."""
+    pieces = [
+        Piece(
+            slot.run,
+            100,
+            (1,),
+            Unread(f"lies partly in the files of saved rank {slot.rank}, which were not read")
+            if slot.rank in unread
+            else StorageRef(f"rank{slot.rank}", "0", 0, 4000, None),
+        )
+        for slot in shares(numel, world_size, 0)
+    ]
+    return SavedTensor.in_pieces(dtype, (numel,), pieces)
+
+
+def saved_with(model: dict[str, Any], optimizer: dict[str, Any] | None = None, **fields: Any) -> Saved:
+    state: dict[str, Any] = {"model": model, ENGINE: {}}
+    if optimizer is not None:
+        state["optimizers"] = {"AdamW": optimizer}
+    return Saved("ckpt", "deepspeed", "deepspeed", state, **{"data_parallel_size": 3, **fields})
+
+
+def stage_3(numel: int = 5, *, dtype: torch.dtype = torch.bfloat16, state: Any = None) -> LiveEngine:
+    """The second of two ranks, which has the last elements of its one parameter, ``w``, from element 4 of a flat on."""
+    master, low = torch.zeros(8), torch.zeros(8, dtype=dtype)
+    (slot,) = (slot for slot in shares(numel, 2, 4) if slot.rank == 1)
+    inner = SimpleNamespace(
+        state={} if state is None else {master: state}, param_groups=[{"lr": 0.1, "betas": (0, 0)}]
+    )
+    return LiveEngine(
+        engine=SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner)),
+        kind="zero3",
+        position=Position(1, 2),
+        shapes={"w": (numel,)},
+        dtypes={"w": str(dtype).removeprefix("torch.")},
+        aliases={},
+        buffers={},
+        extra_state=(),
+        flats=(MasterFlat(master, 0, (("w", slot),)),),
+        low={"w": (LowSlot(low, slot, "weights of flat 0"),)},
+        groups=(("w",),),
+        slots_of={"w": ((0, slot),)},
+    )
+
+
+def where(copies: tuple[Copy, ...]) -> list[tuple[str, str, int, str, int, int]]:
+    """Each copy as (name, file, its first element there, memory, the first element there, how many)."""
+    return [
+        (one.name, one.storage.file, one.source.offset, one.memory.key, one.target.offset, one.source.numel)
+        for one in copies
+    ]
+
+
+def planned(live: LiveEngine, saved: Saved) -> OptimizerPart:
+    return plan_states(live, saved, plan_model(live, saved, {}), "AdamW")
+
+
+def test_shares_are_cast_from_masters_that_three_ranks_files_fill() -> None:
+    live, weights = stage_3(), sharded(5, 3)
+    part = plan_model(live, saved_with({"w": weights}, masters={"w": weights}), {}).parameters["w"]
+    # Of five elements three ranks had two, two and one; this rank has the last two.
+    assert where(part.masters) == [
+        ("fp32/w", "rank1", 101, "fp32 of flat 0", 4, 1),
+        ("fp32/w", "rank2", 100, "fp32 of flat 0", 5, 1),
+    ]
+    assert part.low == ()
+    assert part.low_from_master == live.slots_of["w"]
+    assert part.restored
+
+
+def test_what_was_frozen_when_it_was_saved_fills_the_weights_and_they_the_masters() -> None:
+    live = stage_3()
+    part = plan_model(live, saved_with({"w": sharded(5, 3, dtype="bfloat16")}), {}).parameters["w"]
+    assert where(part.low) == [
+        ("model/w", "rank1", 101, "weights of flat 0", 4, 1),
+        ("model/w", "rank2", 100, "weights of flat 0", 5, 1),
+    ]
+    assert part.master_from_low == live.slots_of["w"]
+    assert part.low_from_master == ()
+    assert part.masters == ()
+
+
+def test_elements_in_files_that_were_not_read_are_an_error_only_where_they_are_wanted() -> None:
+    live = stage_3()
+    first = sharded(5, 3, unread=(0,))
+    assert plan_model(live, saved_with({"w": first}, masters={"w": first}), {}).parameters["w"].masters
+    last = sharded(5, 3, unread=(2,))
+    with pytest.raises(
+        LayoutError, match="fp32/w lies partly in the files of saved rank 2, which were not read"
+    ):
+        plan_model(live, saved_with({"w": last}, masters={"w": last}), {})
+
+
+def test_a_module_of_another_dtype_is_filled_from_masters_and_says_so() -> None:
+    live = replace(stage_3(dtype=torch.float16), kind="zero")
+    low = tensor(5, dtype="bfloat16", file="model")
+    model = plan_model(live, saved_with({"w": low}, masters={"w": sharded(5, 3)}), {})
+    part = model.parameters["w"]
+    assert {copy.storage.file for copy in part.low} == {"rank1", "rank2"}
+    assert part.from_saved_masters
+    assert model.cast == {"model/w": "bfloat16 -> float16"}
+    same = plan_model(live, saved_with({"w": tensor(5, dtype="float16", file="model")}), {})
+    assert {copy.storage.file for copy in same.parameters["w"].low} == {"model"}
+    assert same.cast == {}
+
+
+def test_state_is_planned_for_tensors_that_the_optimizer_will_make() -> None:
+    weights = sharded(5, 3)
+    step = tensor(file="rank0")
+    moments = {"exp_avg": sharded(5, 3), "exp_avg_sq": sharded(5, 3)}
+    optimizer = {
+        "state": {"w": {**moments, "step": step}},
+        "param_groups": [{"lr": 0.5, "betas": (1, 2), "params": ["w"]}],
+    }
+    whole = saved_with({"w": weights}, optimizer, masters={"w": weights})
+    kept = {"state": {"w": {"exp_avg": moments["exp_avg"]}}, "param_groups": []}
+    part = planned(stage_3(), whole)
+    assert part.numbers == {0: {"step": step}}
+    assert part.groups == {0: {"lr": 0.5, "betas": (1, 2)}}
+    assert part.made == {0: {"exp_avg": "float32", "exp_avg_sq": "float32"}}
+    assert part.filled == ((0, "exp_avg"), (0, "exp_avg_sq"))
+    assert len(part.copies) == 4
+    memory = part.copies[0].memory
+    assert (memory.shape, memory.stride, memory.dtype, memory.plain) == ((8,), (1,), "float32", True)
+    partly = planned(stage_3(), whole.with_tree({"state": {**whole.state, "optimizers": {"AdamW": kept}}}))
+    # The optimizer needs the ignored ones too: they are zero.
+    assert partly.made == part.made
+    assert partly.filled == ((0, "exp_avg"),)
+    assert (partly.numbers, partly.ignored_numbers, partly.groups) == ({}, {0: {"step": step}}, {})
+    # A state that is there keeps its dtype.
+    there = planned(stage_3(state={"exp_avg": torch.zeros(8, dtype=torch.float16)}), whole)
+    assert [copy.memory.dtype for copy in there.copies] == ["float16"] * 2 + ["float32"] * 2
+
+
+def test_state_that_does_not_lie_along_the_parameter_is_refused() -> None:
+    weights = sharded(5, 3)
+    saved = saved_with(
+        {"w": weights},
+        {"state": {"w": {"row": tensor(2), "step": 1}}, "param_groups": [{"params": ["w"]}]},
+        masters={"w": weights},
+    )
+    with pytest.raises(LayoutError, match=r"state/w/row has shape \(2,\), and its parameter \(5,\)"):
+        planned(stage_3(), saved)
+    whole = {"exp_avg": sharded(5, 3)}
+    saved = saved_with({"w": weights}, {"state": {"w": whole}, "param_groups": []}, masters={"w": weights})
+    with pytest.raises(LayoutError, match="keeps exp_avg in 2 elements for 8"):
+        planned(stage_3(state={"exp_avg": torch.zeros(2)}), saved)
+
+
+def test_tied_names_take_the_state_of_the_one_that_has_it() -> None:
+    weights = sharded(5, 3)
+    optimizer = {
+        "state": {"embed": {"exp_avg": sharded(5, 3), "step": 3}},
+        "param_groups": [{"lr": 0.5, "betas": (1, 2), "params": ["embed"]}],
+    }
+    saved = saved_with(
+        {"w": weights, "embed": weights},
+        optimizer,
+        masters={"w": weights, "embed": weights},
+        aliases={"w": "embed"},
+    )
+    live = stage_3()
+    model = plan_model(live, saved, {})
+    assert model.mismatch.unexpected == []
+    part = plan_states(live, saved, model, "AdamW")
+    assert part.mismatch.missing == []
+    assert part.filled == ((0, "exp_avg"),)
+    assert part.numbers == {0: {"step": 3}}
+    assert part.groups == {0: {"lr": 0.5, "betas": (1, 2)}}
+
+
+def test_parameters_that_one_job_alone_trained() -> None:
+    live = stage_3()
+    weights = sharded(5, 3)
+    untrained = saved_with({"w": weights}, {"state": {}, "param_groups": []}, masters={"w": weights})
+    assert planned(live, untrained).mismatch.missing == ["optimizers/AdamW/state/w"]
+    states = {"state": {"w": {"exp_avg": sharded(5, 3)}}, "param_groups": [{"params": ["w"]}]}
+    frozen = replace(live, groups=((),), flats=(), slots_of={})
+    found = planned(frozen, saved_with({"w": weights}, states, masters={"w": weights}))
+    assert found.mismatch.unexpected == ["optimizers/AdamW/state/w"]
+    assert found.copies == ()
+
+
+# --- an engine of stage 0 in fp32: torch's own optimizer ----------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+        self.head = torch.nn.Linear(2, 3, bias=False)
+        self.tied = self.head
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+
+def plain_engine() -> Any:
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    return SimpleNamespace(module=module, optimizer=optimizer, lr_scheduler=None)
+
+
+def test_what_an_engine_demands() -> None:
+    engine = plain_engine()
+    demand = EngineTarget(engine, RestoreOptions(rename={"a": "b"}, weights_only=True)).demand(0, 1)
+    assert (demand.position, demand.weights_only, demand.rename) == (Position(0, 1), True, {"a": "b"})
+    assert (demand.optimizers, demand.schedulers) == (("AdamW",), ("scheduler",))
+    assert demand.in_parts
+    assert list(demand.parameters or ()) == ["conv.weight", "conv.bias", "head.weight"]
+    weight = (demand.parameters or {})["conv.weight"]
+    assert (weight.shape, weight.dtype) == ((3, 2, 2, 2), "float32")
+    assert weight.updated == weight.computed == (Run(0, 24),)
+    assert (demand.aliases, demand.others) == ({"tied.weight": "head.weight"}, ("count",))
+    assert demand.groups == ((("conv.weight", (3, 2, 2, 2)), ("conv.bias", (3,)), ("head.weight", (3, 2))),)
+    assert demand.layers == demand.experts == ()
+
+
+def test_a_parameter_whose_memory_is_not_contiguous_is_filled_by_its_strides() -> None:
+    target = EngineTarget(plain_engine(), RestoreOptions(weights_only=True))
+    model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "head.weight": tensor(3, 2)}
+    plan = target.plan(saved_with({**model, "count": tensor(dtype="int64")}))
+    assert plan.mismatch.missing == plan.mismatch.unexpected == plan.mismatch.wrong == []
+    (copy,) = (one for one in plan.copies if one.name == "model/conv.weight")
+    assert (copy.memory.shape, copy.memory.stride) == ((3, 2, 2, 2), (8, 1, 4, 2))
+    assert copy.source.numel == 24
+    assert not copy.target.is_contiguous
+    assert {one.name for one in plan.copies} == {f"model/{name}" for name in (*model, "count")}
+
+
+def test_a_single_file_gives_its_weights_alone_and_to_whole_models_alone() -> None:
+    engine = plain_engine()
+    model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "tied.weight": tensor(3, 2)}
+    saved = saved_with(
+        {**model, "count": tensor()}, {"state": {}, "param_groups": []}, data_parallel_size=None
+    )
+    target = EngineTarget(engine, RestoreOptions())
+    plan = target.plan(saved)
+    assert plan.not_restored == ("state/optimizers/AdamW",)
+    assert plan.mismatch.wrong == ["model/count: expected int64, got float32"]
+    assert plan.mismatch.missing == []
+    assert {one.name for one in plan.copies} == {"model/conv.weight", "model/conv.bias", "model/head.weight"}
+    for change, message in (
+        ({"experts": (ExpertLayer("moe", 0, 4, 2, 0),)}, "experts are spread over ranks"),
+        ({"position": Position(0, 1, 0, ParallelLayout(2, 1, 2))}, "a single file of a whole model"),
+    ):
+        split = EngineTarget(engine, RestoreOptions())
+        split.__dict__["_live"] = replace(target._live, **change)
+        with pytest.raises(LayoutError, match=message):
+            split.plan(saved)
+        # Files that DeepSpeed saved tell the parts.
+        split.plan(replace(saved, data_parallel_size=1))

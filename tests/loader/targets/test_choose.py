@@ -1,0 +1,118 @@
+"""Which target takes which parts of a checkpoint, where a DeepSpeed engine is the model (here played by another)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from rankload.loader.errors import OptionError
+from rankload.loader.saved.contents import Saved
+from rankload.loader.saved.demand import Demand
+from rankload.loader.saved.model_parallel import Position
+from rankload.loader.state import State
+from rankload.loader.targets import algorithms, choose
+from rankload.loader.targets.algorithms import register_algorithm
+from rankload.loader.targets.base import Plan, RestoreOptions
+from rankload.loader.targets.choose import target_of
+from torch import nn
+
+
+class Engine(nn.Module): ...
+
+
+class Taking:
+    """In place of an engine's target: remembers what it is given."""
+
+    taken: Saved
+
+    def __init__(self, engine: Any, options: RestoreOptions) -> None:
+        Taking.engine = engine
+
+    def demand(self, rank: int, world_size: int) -> Demand:
+        return Demand(Position(rank, world_size), optimizers=("Its",), schedulers=("Its",), parameters={})
+
+    def plan(self, saved: Saved) -> Plan:
+        Taking.taken = saved
+        return Plan(not_restored=("engine's",))
+
+
+class Schedule:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Adds:
+    @staticmethod
+    def required_on_load() -> bool:
+        return True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(choose, "EngineTarget", Taking)
+    monkeypatch.setattr(choose, "is_deepspeed_engine", lambda model: isinstance(model, Engine))
+    return Engine()
+
+
+def saved(**more: Any) -> Saved:
+    state = {
+        "model": {}, "optimizers": {}, "schedulers": {"Schedule": {}}, "timestamp": {"batch": 1}, "engine": {"a": 1},
+    }  # fmt: skip
+    return Saved("a checkpoint", "deepspeed", "deepspeed", state, **more)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_schedulers_are_the_engines_only_where_it_saved_one(engine: Engine, own: bool) -> None:
+    target = target_of(State(engine, schedulers=Schedule()), RestoreOptions())
+    whole = saved(engine_schedulers=frozenset({"Schedule"} if own else ()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = target.plan(whole.with_tree(whole.as_tree()))
+    parts = {"model", "optimizers", "engine"} | ({"schedulers"} if own else set())
+    assert Taking.engine is engine
+    assert set(Taking.taken.state) == set(Taking.taken.whole.state) == parts
+    labels = [getattr(step, "label", getattr(step, "part", "")) for step in plan.steps]
+    assert labels == ([] if own else ["scheduler Schedule"]) + ["timestamp"]
+    assert plan.not_restored == ("engine's",)
+    assert not plan.mismatch.missing
+
+
+def test_the_engine_knows_its_parts_and_the_state_its_other_classes(engine: Engine) -> None:
+    demand = target_of(State(engine, schedulers=Schedule()), RestoreOptions()).demand(1, 2)
+    assert (demand.optimizers, demand.schedulers, demand.scaler) == (("Its",), ("Schedule",), "GradScaler")
+    assert demand.in_parts
+    assert target_of(State(engine), RestoreOptions()).demand(1, 2).schedulers == ("Its",)
+
+
+def test_a_single_file_is_told_to_give_an_engine_its_weights_alone(engine: Engine) -> None:
+    one = Saved("a file", "monolithic", "composer", {"model": {}})
+    with pytest.warns(
+        UserWarning, match="a file is a single file, of which a DeepSpeed engine takes the weights alone"
+    ):
+        target_of(State(engine), RestoreOptions()).plan(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target_of(State(engine), RestoreOptions(weights_only=True)).plan(one)
+
+
+def test_an_engines_model_cannot_be_changed_by_algorithms(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithms, "_REGISTRY", {})
+    register_algorithm(Adds)
+    whole = saved()
+    whole.state["algorithms"] = [("Adds", {"repr": "Adds()"})]
+    with pytest.raises(OptionError, match=r"DeepSpeed engine.*exclude_algorithms=\['Adds'\]"):
+        target_of(State(engine), RestoreOptions()).plan(whole)
+    target_of(State(engine), RestoreOptions(exclude_algorithms=["Adds"])).plan(whole)
+    plan = target_of(State(nn.Linear(1, 1)), RestoreOptions()).plan(whole)
+    assert [type(step).__name__ for step in plan.steps] == ["AlgorithmsStep"]
+    assert plan.rest is not None
+
+
+def test_anything_else_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"state=dict: expected a rankload\.State"):
+        target_of({}, RestoreOptions())
