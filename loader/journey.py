@@ -53,8 +53,9 @@ from .receipt import (
 from .request import LoadRequest, check_arguments, check_same
 from .rng import RngState, check_state, complete_states, decode_each, encode_own
 from .saved.contents import Saved
-from .saved.copies import reads_of
+from .saved.copies import StorageReads, reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore
+from .saved.tensor import StorageRef
 from .saved.tree import storages
 from .sources.kinds import source_of
 from .stages import Stages
@@ -212,8 +213,9 @@ def load(
         stages = Stages(session.channel)
         _agree_on_arguments(request, problem, session, stages)
         files = open_files(request, session, stages, leaving)
+        restore = _restore_options(request, files.name)
         with stages.stage("target"):
-            target = target_of(request.state, _restore_options(request, files.name))
+            target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
         saved = source_of(files).open(files, demand)
         fetch_now(files, small_parts(files, saved), "fetch small parts")
@@ -225,7 +227,7 @@ def load(
         sharing = Sharing(session, stages, reader, files.name, verify, files.name_at)
         plan, weights = plan_weights(checked.plan, sharing)
         unplanned = storages([saved.state, saved.masters]) if plan.rest is not None else []
-        reads = reads_of(plan.copies)
+        reads = checked.reads if plan is checked.plan else reads_of(plan.copies)
         checking = Checking(session, stages, reader)
         checks = deal_checks(
             checking, reads, files.name_at, verify=verify, name=files.name, direct=files.context.direct
@@ -237,7 +239,7 @@ def load(
         verify_before(checks, checking, unplanned)
         with fetching(files, reader, parts, "fetch parts"):
             begun.append(files.name)
-            restored, done = _restore(plan, reader, _restore_options(request, files.name), stages)
+            restored, done = _restore(plan, reader, restore, stages)
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
             verify_after(checks, checking)
         _finish(plan, files.name, stages)
@@ -297,6 +299,8 @@ class _Checked:
     """A load in which everything fits, before its first change."""
 
     plan: Plan
+    reads: dict[StorageRef, StorageReads]
+    """What the plan's copies read."""
     rng: list[RngState | None] | None
     """By saved rank, None at those that were ignored; None as a whole where the checkpoint has none, or with
     ``load_weights_only``."""
@@ -324,6 +328,7 @@ def _check(
             require_safe(tree, path=part, safe_types=safe_types, file=files.file_of(tree))
         plan = target.plan(saved)
         plan.mismatch.raise_if_any(saved.name, strict=request.strict)
+        reads = reads_of(plan.copies)
         rng: list[RngState | None] | None = None
         extra: dict[str, Any] = {}
         if not request.weights_only:
@@ -338,7 +343,7 @@ def _check(
                     for rank, state in enumerate(real)
                 ]
             extra = materialize(saved.extra, reader=reader, safe_types=safe_types, file=saved.name)
-    return _Checked(plan, rng, extra)
+    return _Checked(plan, reads, rng, extra)
 
 
 def _ignored_ranks(ignored: Ignored) -> list[int]:

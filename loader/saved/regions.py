@@ -89,8 +89,12 @@ def intersect(shape: tuple[int, ...], one: Laid, other: Laid) -> Iterator[tuple[
     pair. Dimensions are merged, reordered and left out where that makes both simpler: elements that follow each other
     in both memories come as one dimension of step 1.
     """
-    if isinstance(one.region, Box) != isinstance(other.region, Box):
-        one, other = _as_run(shape, one), _as_run(shape, other)
+    if isinstance(one.region, Box) and isinstance(other.region, Box):
+        found = _common(one.region, one.offset, one.stride, other.region, other.offset, other.stride)
+        if found is not None:
+            yield found
+        return
+    one, other = _as_run(shape, one), _as_run(shape, other)
     if isinstance(one.region, Run) and isinstance(other.region, Run):
         start = max(one.region.start, other.region.start)
         length = min(one.region.stop, other.region.stop) - start

@@ -97,7 +97,8 @@ def test_loggers(caplog: pytest.LogCaptureFixture) -> None:
 def report(**fields: Any) -> RankReport:
     nothing: tuple[str, ...] = ()
     blank: dict[str, Any] = dict.fromkeys(
-        ("restored", "ignored", "missing", "unexpected", "derived", "not_restored", "notes", "streamed"), nothing
+        ("restored", "ignored", "missing", "unexpected", "derived", "not_restored", "notes", "streamed"),
+        nothing,
     )
     empty: dict[str, Any] = {"renamed": {}, "cast": {}, "fetched_in_parts": {}, "timings": (), "files": ()}
     return RankReport(**{"node": 0, "host": "h", **blank, **empty, **fields})
@@ -124,7 +125,9 @@ def test_what_ranks_differ_in_is_united_in_the_order_of_ranks() -> None:
             host="i",
         ),
     ]
-    found = join_reports([decode(RankReport, json.loads(json.dumps(encode(one)))) for one in reports], receipt())
+    found = join_reports(
+        [decode(RankReport, json.loads(json.dumps(encode(one)))) for one in reports], receipt()
+    )
     assert (found.missing, found.unexpected, found.ignored) == (("a", "b", "c"), ("x",), ())
     assert (found.derived, found.not_restored) == (("rng of rank 1",), ())
     assert found.renamed == {"module.w": "w"}
