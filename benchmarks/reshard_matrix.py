@@ -198,7 +198,8 @@ def job(
         world_size,
         args=(function, json.dumps(request)),
         deadline_s=1500,
-        env={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(SUPPORT)},
+        # DeepSpeed orders groups of experts as a set of strings: ranks must agree on it to train at all.
+        env={"DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0", "PYTHONPATH": str(SUPPORT)},
         fork=False,
     )
     failed = [rank for rank in finished if rank.returncode != 0]

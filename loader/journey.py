@@ -218,7 +218,7 @@ def load(
             target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
         saved = source_of(files).open(files, demand)
-        fetch_now(files, small_parts(files, saved), "fetch small parts")
+        fetch_now(files, small_parts(saved), "fetch small parts")
         saved, ignored = _leave_out(request, saved, stages)
         reader = TensorReader(
             verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
@@ -226,7 +226,9 @@ def load(
         checked = _check(request, files, target, saved, ignored, reader)
         sharing = Sharing(session, stages, reader, files.name, verify, files.name_at)
         plan, weights = plan_weights(checked.plan, sharing)
-        unplanned = storages([saved.state, saved.masters]) if plan.rest is not None else []
+        unplanned = (
+            storages([saved.state, saved.masters, saved.unnamed_masters]) if plan.rest is not None else []
+        )
         reads = checked.reads if plan is checked.plan else reads_of(plan.copies)
         checking = Checking(session, stages, reader)
         checks = deal_checks(

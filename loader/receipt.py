@@ -286,7 +286,11 @@ def _union(many: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def _first_of_each(many: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    return {name: value for one in reversed(many) for name, value in one.items()}
+    found: dict[str, str] = {}
+    for one in many:
+        for name, value in one.items():
+            found.setdefault(name, value)
+    return found
 
 
 def log_receipt(receipt: Receipt, logger: Any) -> None:

@@ -46,6 +46,8 @@ class CheckpointFiles:
         self._located = located
         self._path = path
         self._fetched: dict[str, FetchedFile] = {}
+        self._names: dict[str, str] = {}
+        """Names of files, the same on all ranks, by local path."""
         first = self._fetch([located.first], "fetch first")[located.first]
         name = first.name.rsplit("/", 1)[-1] if self.in_folder else first.name
         self._fetched[name] = first
@@ -134,6 +136,7 @@ class CheckpointFiles:
         )
         found = self.remote.index(path, name)
         self.indexes.append(found)
+        self._names[path] = name
         return found
 
     def stage(self, name: str) -> contextlib.AbstractContextManager[Any]:
@@ -153,11 +156,14 @@ class CheckpointFiles:
 
     def name_at(self, path: str) -> str:
         """The name, the same on all ranks, of the file at a local path: of an archive's member ``ARCHIVE:MEMBER``."""
+        known = self._names.get(path)
+        if known is not None:
+            return known
         for file in self._fetched.values():
-            if path == file.path:
-                return file.source
-            if file.kind == "archive" and path.startswith(f"{file.path}/"):
-                return f"{file.source}:{path[len(file.path) + 1 :]}"
+            if path == file.path or (file.kind == "archive" and path.startswith(f"{file.path}/")):
+                member = path[len(file.path) + 1 :]
+                self._names[path] = f"{file.source}:{member}" if member else file.source
+                return self._names[path]
         raise InternalError(
             f"{self.name}: {path} is read, and was not fetched; please report it", path=self.name
         )

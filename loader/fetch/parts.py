@@ -27,11 +27,11 @@ SMALL_STORAGE_BYTES = 64 << 10
 """Storages up to this size are fetched right after the index: counters, random states, biases."""
 
 
-def small_parts(files: CheckpointFiles, saved: Saved) -> WantedRanges:
+def small_parts(saved: Saved) -> WantedRanges:
     """The ranges that are read before anything is checked: small storages, random states, and `Saved.extra`."""
     wanted: WantedRanges = {}
-    for index in files.indexes:
-        _add_whole(wanted, (storage for storage in index.storages if storage.nbytes <= SMALL_STORAGE_BYTES))
+    held = storages([saved.state, saved.masters, saved.unnamed_masters])
+    _add_whole(wanted, (storage for storage in held if storage.nbytes <= SMALL_STORAGE_BYTES))
     _add_whole(wanted, storages([saved.rng, saved.extra]))
     return wanted
 

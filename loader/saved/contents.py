@@ -38,6 +38,8 @@ class Saved:
     masters: Mapping[str, SavedTensor] = field(default_factory=dict)
     """By a name in ``state/model``: the fp32 weights that the optimizer updates in place of those, or those themselves
     where the checkpoint has no others."""
+    unnamed_masters: tuple[tuple[SavedTensor, ...], ...] = ()
+    """The same where they are kept in the order of the optimizer's groups, without names (`masters.name_masters`)."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names of tied parameters to the one under which the optimizer's state is kept."""
     engine_schedulers: frozenset[str] = frozenset()

@@ -94,7 +94,7 @@ def intersect(shape: tuple[int, ...], one: Laid, other: Laid) -> Iterator[tuple[
         if found is not None:
             yield found
         return
-    one, other = _as_run(shape, one), _as_run(shape, other)
+    one, other = as_run(shape, one), as_run(shape, other)
     if isinstance(one.region, Run) and isinstance(other.region, Run):
         start = max(one.region.start, other.region.start)
         length = min(one.region.stop, other.region.stop) - start
@@ -152,7 +152,7 @@ def _boxes(shape: tuple[int, ...], laid: Laid) -> Iterator[tuple[Box, int, tuple
         yield box, laid.offset + (first - region.start) * laid.stride[0], stride
 
 
-def _as_run(shape: tuple[int, ...], laid: Laid) -> Laid:
+def as_run(shape: tuple[int, ...], laid: Laid) -> Laid:
     """`laid` as a run, where its box is one and its elements lie at equal steps in that order; else as it is."""
     box = laid.region
     if isinstance(box, Run):

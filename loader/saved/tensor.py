@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .dtypes import ITEMSIZE
-from .regions import CoverageError, Laid, Run, check_cover, extent, hull, intersect, whole_box
+from .regions import CoverageError, Laid, Run, as_run, check_cover, extent, hull, intersect, whole_box
 from .strided import Box, Layout
 
 if TYPE_CHECKING:
@@ -148,8 +148,11 @@ def fill(tensor: SavedTensor, into: Laid) -> Iterator[tuple[Piece, Layout, Layou
     if not wanted:
         return
     found = 0
+    in_order = as_run(tensor.shape, into)
     for piece in _near(tensor, into):
-        for source, target in intersect(tensor.shape, piece, into):
+        for source, target in intersect(
+            tensor.shape, piece, in_order if isinstance(piece.region, Run) else into
+        ):
             found += math.prod(source.shape)
             yield piece, source, target
     if found != wanted:
@@ -169,6 +172,8 @@ def _near(tensor: SavedTensor, into: Laid) -> Sequence[Piece]:
         if isinstance(into.region, Run):
             return pieces[low:high]
     bounds = hull(shape, into.region)
+    if bounds.numel == tensor.numel:
+        return pieces[low:high]
     return [piece for piece in pieces[low:high] if _meet(hull(shape, piece.region), bounds)]
 
 

@@ -13,10 +13,8 @@ from .base import RestoreOptions
 from .module import parameter_names
 
 
-def demand_of(
-    state: Any, options: RestoreOptions, rank: int, world_size: int, *, with_groups: bool
-) -> Demand:
-    """What a `State` or a foreign state demands on this rank; with `with_groups`, its optimizer's groups are told."""
+def demand_of(state: Any, options: RestoreOptions, rank: int, world_size: int) -> Demand:
+    """What a `State` or a foreign state demands on this rank."""
     return Demand(
         Position(rank, world_size),
         weights_only=options.weights_only,
@@ -25,7 +23,6 @@ def demand_of(
         scaler=next(iter(_classes(state, "scaler")), "GradScaler"),
         layout=options.layout,
         rename=options.rename,
-        groups=_groups(state) if with_groups else (),
     )
 
 
@@ -34,7 +31,7 @@ def _classes(state: Any, part: str) -> tuple[str, ...]:
     return tuple(by_class_name(as_list(getattr(state, part, None))))
 
 
-def _groups(state: Any) -> tuple[tuple[tuple[str, Shape], ...], ...]:
+def optimizer_groups(state: Any) -> tuple[tuple[tuple[str, Shape], ...], ...]:
     """Name and shape of each parameter of each group of the first optimizer; () where there is none."""
     first = next(iter(as_list(getattr(state, "optimizers", None))), None)
     groups = getattr(first, "param_groups", ())

@@ -16,9 +16,10 @@ from typing import Any
 from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
+from ..saved.masters import name_masters
 from .algorithms import metrics_logger, without_unregistered
 from .base import Plan, RestoreOptions, Work, join
-from .demand import demand_of
+from .demand import demand_of, optimizer_groups
 from .module import parameter_names, plan_module
 from .optimizer import OptimizerPlan, plan_optimizers, without_hyperparameters
 
@@ -69,7 +70,7 @@ class ForeignTarget:
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """What this rank keeps; see `Target`."""
-        return demand_of(self.state, self.options, rank, world_size, with_groups=self.with_model)
+        return demand_of(self.state, self.options, rank, world_size)
 
     def plan(self, saved: Saved) -> Plan:
         """Checks `saved` against the model and the optimizers inside the state; see `Target`."""
@@ -84,7 +85,8 @@ class ForeignTarget:
             )
         model, complete = Plan(), False
         if self.with_model:
-            module = plan_module(self.state.model, saved, options)
+            named = name_masters(saved, optimizer_groups(self.state))
+            module = plan_module(self.state.model, named, options)
             spread = "model" in handed_on and module.spread
             model = module.as_plan(filled=spread)
             complete = "model" in handed_on and module.complete

@@ -188,14 +188,16 @@ def plan_module(model: Any, saved: Saved, options: RestoreOptions) -> ModulePlan
             return plan
         show_shards(module)
         plan.metadata = getattr(whole, "_metadata", None)
-        _match(plan, left, match_names(whole, module_tensors(module), options.rename), saved.masters)
+        # By value, not by name: ``ignore_keys`` may have given a name the weights of another.
+        masters = {id(whole[name]): master for name, master in saved.masters.items() if name in whole}
+        _match(plan, left, match_names(whole, module_tensors(module), options.rename), masters)
     return plan
 
 
 def _match(
-    plan: ModulePlan, saved: Mapping[str, Any], match: NameMatch, masters: Mapping[str, SavedTensor]
+    plan: ModulePlan, saved: Mapping[str, Any], match: NameMatch, masters: Mapping[int, SavedTensor]
 ) -> None:
-    """Fills `plan` with what of `saved` goes where, by `match`."""
+    """Fills `plan` with what of `saved` goes where, by `match`; `masters` are by ``id`` of the weights in `saved`."""
     module = plan.module
     targets = module_tensors(module)
     hooks = tuple(loading_overrides(module))
@@ -205,7 +207,7 @@ def _match(
             continue
         target = targets[target_name]
         value = saved[source_name]
-        master = masters.get(source_name)
+        master = masters.get(id(value))
         if master is not None and _is_better(master, value, target):
             value = master
             plan.from_masters.append(target_name)
@@ -242,7 +244,7 @@ def _step(plan: ModulePlan) -> ModuleStep:
         _place(name): value
         for name, value in plan.sources.items()
         if not isinstance(value, SavedTensor)
-        or (_repeats(value) if plan.through_hooks else targets[name] is None)
+        or (_made_whole(value, targets.get(name)) if plan.through_hooks else targets[name] is None)
     }
     copies: dict[Any, list[Copy]] = {}
     for name, value in plan.sources.items():
@@ -272,12 +274,14 @@ def _gets_shards(value: SavedTensor, target: torch.Tensor) -> bool:
     return is_dtensor(target) and tuple(target.shape) == value.shape
 
 
-def _repeats(value: SavedTensor) -> bool:
-    """Whether it has elements of its storage several times (``expand``).
+def _made_whole(value: SavedTensor, target: torch.Tensor | None) -> bool:
+    """Whether hooks are given `value` as it was saved: it has elements of its storage several times (``expand``).
 
     A full copy would take as much memory as the file claims, whatever its size.
     """
     piece = value.whole
+    if target is not None and _gets_shards(value, target):
+        return False
     return piece is not None and Layout(value.shape, piece.stride, 0).span < value.numel
 
 

@@ -14,10 +14,11 @@ from typing import Any
 from ..saved.contents import Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
+from ..saved.masters import name_masters
 from ..saved.tree import join_path
 from ..state import PLAIN_PARTS, State, by_class_name
 from .base import Plan, RestoreOptions, Work, join
-from .demand import demand_of
+from .demand import demand_of, optimizer_groups
 from .module import ModuleStep, plan_module
 from .optimizer import OptimizerStep, plan_optimizers, without_hyperparameters
 
@@ -77,7 +78,7 @@ class StateTarget:
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """What this rank keeps; see `Target`."""
-        return demand_of(self.state, self.options, rank, world_size, with_groups=self.with_model)
+        return demand_of(self.state, self.options, rank, world_size)
 
     def plan(self, saved: Saved) -> Plan:
         """Matches `saved` with the state's parts; warns of those that the checkpoint lacks. See `Target`."""
@@ -87,7 +88,8 @@ class StateTarget:
     def _parts(self, saved: Saved) -> Iterator[Plan]:
         options = self.options
         if self.with_model:
-            yield plan_module(self.state.model, saved, options).as_plan()
+            named = name_masters(saved, optimizer_groups(self.state))
+            yield plan_module(self.state.model, named, options).as_plan()
         if options.weights_only:
             return
         if self.with_model:

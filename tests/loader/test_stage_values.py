@@ -36,9 +36,7 @@ def values_of_each_stage() -> str:
     ignored = ignore(saved.as_tree(), ["state/model/bias"])
     plan = target.plan(saved.with_tree(ignored.tree))
     lines = [f"NodeFile   {files.first.kind} {files.first.name}", f"Demand     {demand.position}"]
-    lines += [
-        f"           optimizers {demand.optimizers}, parameters {demand.parameters}, groups {demand.groups}"
-    ]
+    lines += [f"           optimizers {demand.optimizers}, parameters {demand.parameters}: all of them"]
     lines += [f"Saved      {saved.kind}, {saved.layout}"]
     state = saved.state["optimizers"]["SGD"]["state"]
     lines += [f"           model {dict(saved.state['model'])}", f"           optimizers SGD state {state}"]

@@ -80,7 +80,7 @@ def _unread(zero: ZeroContents, parameter: SavedParameter, run: Run) -> Piece:
 def _listed(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+    if isinstance(ranks, range) or list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"ranks {', '.join(map(str, ranks[:_SHOWN]))}{', ...' * (len(ranks) > _SHOWN)}"
 

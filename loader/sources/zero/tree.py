@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ...saved.contents import ENGINE, Saved
-from ...saved.demand import Demand, Shape
+from ...saved.demand import Demand
+from ...saved.masters import Groups
 from ...saved.model_parallel import Position
-from ...saved.names import match_names
 from ...saved.tensor import SavedTensor
 from ..single_file import rng_list
 from .contents import ZeroContents
@@ -18,8 +18,6 @@ from .model_states import ModelStates
 from .optim_states import MASTER, OptimStates
 from .partitioned import FROZEN, partitioned
 
-Groups = Sequence[Sequence[tuple[str, Shape]]]
-"""For each of an optimizer's groups, the name and shape of each parameter."""
 Kinds = Mapping[str, SavedTensor]
 """The tensors of one parameter: the fp32 masters and the optimizer's element-wise state."""
 
@@ -31,7 +29,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     ``state/engine``. With ``demand.weights_only`` there is ``state/model`` alone.
 
     Stage 0 keeps the optimizer's parameters by position. Where ``demand.in_parts``, they get the names of
-    ``demand.groups``; else they keep their numbers, as torch saves them, and only masters are matched with those.
+    ``demand.groups``; else they keep their numbers, as torch saves them, and the masters have no names either.
 
     Raises `CorruptError` where the layout or a file's tensor does not hold all of a parameter's elements, and
     `LayoutError` where stage 0's groups are others than the job's.
@@ -59,7 +57,8 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
         extra,
         world_size=model.world_size * model.layout.parts,
         data_parallel_size=checkpoint.world_size,
-        masters=_masters(zero, state["model"], made, demand.groups),
+        masters=_masters(zero, state["model"], made),
+        unnamed_masters=_unnamed_masters(zero),
         aliases=checkpoint.aliases,
         engine_schedulers=frozenset(state.get("schedulers", ())),
         rng_per_rank=checkpoint.partitioned or position.layout.split,
@@ -109,13 +108,11 @@ def _model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) ->
 
 
 def _masters(
-    zero: ZeroContents, model: Mapping[str, Any], made: Mapping[str, Kinds], groups: Groups
+    zero: ZeroContents, model: Mapping[str, Any], made: Mapping[str, Kinds]
 ) -> dict[str, SavedTensor]:
     """The fp32 master of each saved weight that has one, by its names in the saved `model`."""
     known = {name: zero.checkpoint.find(name) for name in model}
     of = {name: made.get(parameter.name, {}).get(MASTER) for name, parameter in known.items() if parameter}
-    if not zero.checkpoint.stage and not made:
-        of = _masters_by_position(zero, model, groups)
     return {
         name: master
         for name, master in of.items()
@@ -123,20 +120,19 @@ def _masters(
     }
 
 
-def _masters_by_position(
-    zero: ZeroContents, model: Mapping[str, Any], groups: Groups
-) -> dict[str, SavedTensor | None]:
-    """Stage 0: the masters, matched by position in the job's optimizer, where its `groups` are known."""
+def _unnamed_masters(zero: ZeroContents) -> tuple[tuple[SavedTensor, ...], ...]:
+    """Stage 0: the masters in the order of the optimizer's groups, where its parameters have no names."""
     optim = zero.any_optim
-    if optim is None or MASTER not in optim.tensors or not groups:
-        return {}
-    named = named_by_optimizer(zero.checkpoint, optim, groups).parameters
-    target_of = match_names(model, named).target_of
-    return {
-        name: optim.tensors[MASTER].get(named[target].group)
-        for name, target in target_of.items()
-        if not named[target].frozen
-    }
+    if zero.checkpoint.stage or optim is None or MASTER not in optim.tensors:
+        return ()
+    if any(not parameter.frozen for parameter in zero.checkpoint.parameters.values()):
+        return ()
+    masters, group_of = optim.tensors[MASTER], optim.group_of
+    count = max(group_of.values(), default=-1) + 1
+    return tuple(
+        tuple(masters[index] for index in sorted(group_of) if group_of[index] == group)
+        for group in range(count)
+    )
 
 
 def _training_state(

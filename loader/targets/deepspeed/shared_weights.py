@@ -21,6 +21,7 @@ from ...checksums import crc32, crc32_joined
 from ...errors import AccessError, CorruptError, after_first_change
 from ...materialize.tensors import TensorReader
 from ...options import Verify
+from ...saved.copies import reads_of
 from ...saved.tensor import StorageId, StorageRef
 from ...stages import Stages
 from ...wire import Json, decode, encode
@@ -37,7 +38,7 @@ from .weight_regions import (
     RegionShare,
     deal_regions,
 )
-from .weights import Region, find_regions, offer_of, provide, read_apart, take
+from .weights import Region, find_regions, low_copies, offer_of, provide, read_apart, take
 
 
 @dataclass(frozen=True)
@@ -255,8 +256,16 @@ def _read_apart(
     sharing: Sharing,
     fetch: Callable[[Mapping[StorageRef, Sequence[ByteRange]]], None],
 ) -> None:
-    storages = [region.storage for region in shared.regions.values() if region.storage is not None]
-    fetch({storage: [ByteRange(0, storage.nbytes)] for storage in storages})
+    wanted = {
+        region.storage: [ByteRange(0, region.storage.nbytes)]
+        for region in shared.regions.values()
+        if region.storage is not None
+    }
+    if shared.step is not None:
+        # Weights that no module's file has are cast from masters, of which other ranks' parts were not read yet.
+        for storage, reads in reads_of(low_copies(shared.step)).items():
+            wanted.setdefault(storage, []).extend(reads.ranges)
+    fetch(wanted)
     with sharing.stages.stage("weights"):
         if shared.step is not None:
             read_apart(shared.step, sharing.reader)

@@ -216,7 +216,7 @@ def _like(value: Any, own: Any) -> Any:
 
 def _zero_like(saved: Any) -> Any:
     if isinstance(saved, SavedTensor):
-        return torch.zeros(saved.shape, dtype=torch_dtype(saved.dtype))
+        return torch.zeros(saved.shape, dtype=torch_dtype(saved.dtype), device="cpu")
     return saved and type(saved)(0)
 
 

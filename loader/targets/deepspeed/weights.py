@@ -188,7 +188,11 @@ def take(region: Region, share: RegionShare, image: torch.Tensor) -> None:
             weight.destination.copy_(image[start:stop].view(weight.destination.dtype))
 
 
+def low_copies(step: EngineStep) -> list[Copy]:
+    """The copies that fill the shared weights of `step` where no memory is shared."""
+    return [copy for name in sorted(step.shared) for copy in step.model.parameters[name].low]
+
+
 def read_apart(step: EngineStep, reader: TensorReader) -> None:
     """Reads the shared weights of `step` for this rank alone, where its node's ranks cannot share memory."""
-    copies = [copy for name in sorted(step.shared) for copy in step.model.parameters[name].low]
-    reader.copy(copies, step.memories())
+    reader.copy(low_copies(step), step.memories())

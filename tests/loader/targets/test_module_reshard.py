@@ -187,6 +187,22 @@ def test_what_is_ignored_or_missing(folders: Mapping[int, Path], stage: int) -> 
     assert torch.equal(state.model.odd, oracle["fp32/odd"])
 
 
+def test_weights_that_a_callable_exchanged_bring_their_own_masters(folders: Mapping[int, Path]) -> None:
+    """The module is of another dtype than saved, so that masters go into it in place of the saved weights."""
+    oracle = oracle_of(folders[1])
+    state = plain_job()
+    one, other = "blocks.0.up.bias", "blocks.1.up.bias"
+
+    def exchange(tree: dict[str, Any]) -> None:
+        model = tree["state"]["model"]
+        model[one], model[other] = model[other], model[one]
+
+    load(str(folders[1]), state, load_weights_only=False, ignore_keys=exchange)
+    own = dict(state.model.named_parameters())
+    assert torch.equal(own[one], oracle[f"fp32/{other}"])
+    assert torch.equal(own[other], oracle[f"fp32/{one}"])
+
+
 def test_an_optimizer_that_holds_frozen_parameters_too(folders: Mapping[int, Path]) -> None:
     state = plain_job()
     parameters = list(state.model.parameters())

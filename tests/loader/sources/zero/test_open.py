@@ -15,6 +15,7 @@ from local_files import LocalFiles
 from rankload.loader.errors import CorruptError, LayoutError, NotFoundError
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.demand import Demand, ParameterDemand
+from rankload.loader.saved.masters import name_masters
 from rankload.loader.saved.model_parallel import ExpertLayer, LayerFile, ParallelLayout, Position
 from rankload.loader.saved.partitions import shares
 from rankload.loader.saved.regions import Run
@@ -310,12 +311,21 @@ def test_stage_0_for_an_engine_has_its_names() -> None:
 def test_stage_0_for_another_target_keeps_its_numbers_and_gives_masters() -> None:
     model, masters = stage_0(with_masters=True)
     contents = zero_contents({0: model}, {}, weights_only=False)
-    saved = zero_saved(contents, replace(EVERYTHING, groups=GROUPS), name="z")
+    saved = zero_saved(contents, EVERYTHING, name="z")
     assert list(saved.state["optimizers"]["AdamW"]["state"]) == [0, 1]
-    assert saved.masters == {"a": masters[0], "b": masters[1]}
-    assert zero_saved(contents, EVERYTHING, name="z").masters == {}
+    assert (saved.masters, saved.unnamed_masters) == ({}, ((masters[0], masters[1]),))
+    # Only the job's optimizer knows their names, as it is when the restore is planned.
+    assert name_masters(saved, GROUPS).masters == {"a": masters[0], "b": masters[1]}
+    assert name_masters(saved, ()) is saved
+    without = saved.with_tree({"state": {"optimizers": saved.state["optimizers"]}})
+    assert name_masters(without, [[("c", (1,))]]) is without
+    with pytest.raises(LayoutError, match=r"groups of \[2\] parameters, this job's of \[1\]"):
+        name_masters(saved, [[("a", (4, 2))]])
+    named = zero_saved(contents, replace(EVERYTHING, parameters={}, groups=GROUPS), name="z")
+    expected = {"a": masters[0], "b": masters[1], "tied": masters[0]}
+    assert (named.masters, named.unnamed_masters) == (expected, ())
     plain = zero_contents({0: stage_0(with_masters=False)[0]}, {}, weights_only=False)
-    assert zero_saved(plain, replace(EVERYTHING, groups=GROUPS), name="z").masters == {}
+    assert zero_saved(plain, EVERYTHING, name="z").unnamed_masters == ()
     assert zero_saved(plain, replace(EVERYTHING, parameters={}, groups=GROUPS), name="z").masters == {}
 
 
