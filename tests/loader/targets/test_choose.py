@@ -61,7 +61,7 @@ def saved(**more: Any) -> Saved:
     state = {
         "model": {}, "optimizers": {}, "schedulers": {"Schedule": {}}, "timestamp": {"batch": 1}, "engine": {"a": 1},
     }  # fmt: skip
-    return Saved("a checkpoint", "deepspeed", "deepspeed", state, **more)
+    return Saved("a checkpoint", "deepspeed", "deepspeed", state, data_parallel_size=2, **more)
 
 
 @pytest.mark.parametrize("own", [False, True])
