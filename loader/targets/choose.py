@@ -1,7 +1,7 @@
 """Chooses the target by what the caller passed as ``state``, and puts the targets of several parts together.
 
 That is a `State`, an object that loads itself, or either with a DeepSpeed engine as its model, which takes its own
-parts first. Algorithms that the checkpoint needs come before all others: they change the model.
+parts first; an engine's module, or a wrapper of either, stands for the engine. Algorithms that the checkpoint needs come before all others: they change the model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from ..errors import OptionError
 from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
-from ..state import ForeignState, State
+from ..saved.mismatch import Mismatch
+from ..state import ForeignState, State, as_list, by_class_name
 from .algorithms import apply_required, ordered_algorithms, required_algorithms
-from .base import Plan, RestoreOptions, Target, Work
-from .deepspeed.engine import EngineTarget, is_deepspeed_engine
+from .base import Plan, RestoreOptions, Target, Work, join
+from .deepspeed.engine import EngineTarget
+from .deepspeed.ownership import engine_behind, is_part_of
 from .foreign import ForeignTarget
 from .state import StateTarget
 
@@ -30,15 +32,20 @@ def target_of(state: Any, options: RestoreOptions) -> Target:
             f"state={type(state).__name__}: expected a rankload.State, or an object with load_state_dict "
             "and load_model_state such as Composer's State"
         )
-    model = getattr(state, "model", None)
-    live = is_deepspeed_engine(model)
+    model, optimizers = getattr(state, "model", None), as_list(getattr(state, "optimizers", None))
+    engine = engine_behind(model, optimizers)
+    live = engine is not None
     target: Target
     if isinstance(state, State):
         target = StateTarget(state, options, with_model=not live)
     else:
         target = ForeignTarget(state, options, with_model=not live)
     if live:
-        target = _WithEngine(EngineTarget(model, options), target, options)
+        others = tuple(
+            name for name, one in by_class_name(optimizers).items() if not is_part_of(engine, one)
+        )
+        inner = "" if engine is model else type(model).__name__
+        target = _WithEngine(EngineTarget(engine, options), target, options, others, inner)
     return _WithAlgorithms(state, target, options, changeable=not live)
 
 
@@ -49,6 +56,10 @@ class _WithEngine:
     engine: Target
     rest: Target
     options: RestoreOptions
+    others: tuple[str, ...] = ()
+    """Names of the state's optimizers that are not the engine's."""
+    inner: str = ""
+    """The class of the model that stands for the engine; "" where it is the engine itself."""
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """The engine's, with the names of the other parts' classes."""
@@ -71,7 +82,17 @@ class _WithEngine:
         if saved.engine_schedulers:
             parts |= {"schedulers"}
         engine = self.engine.plan(saved.only(parts))
-        return engine.joined(self.rest.plan(saved.only(parts, without=True)))
+        return join([self._told(), engine, self.rest.plan(saved.only(parts, without=True))])
+
+    def _told(self) -> Plan:
+        """What the state holds besides or in place of the engine."""
+        missing = [
+            f"optimizers/{name}: it is not the engine's, whose own optimizer is all that is restored with it; load it "
+            "by a State of its own model"
+            for name in (() if self.options.weights_only else self.others)
+        ]
+        note = f"{self.inner} is the module of a DeepSpeed engine, or wraps one: the engine was restored"
+        return Plan(mismatch=Mismatch(missing), notes=(note,) if self.inner else ())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from local_files import LocalFiles
+from rankload.loader import LayoutError, MismatchError, State, load
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.contents import Saved
@@ -19,8 +21,9 @@ from rankload.loader.sources.kinds import source_of
 from rankload.loader.sources.zero.file_names import model_file
 from rankload.loader.targets.base import RestoreOptions, Work, carry_out
 from rankload.loader.targets.deepspeed.engine import EngineTarget
+from rankload.loader.targets.deepspeed.ownership import engine_behind
 from safetensors.torch import load_file
-from zero_model import LATER_DATA_SEED, full_state, lacking, make_engine, module_state, train
+from zero_model import LATER_DATA_SEED, TinyModel, full_state, lacking, make_engine, module_state, train
 
 
 def main(*steps: str) -> None:
@@ -169,6 +172,8 @@ def fixtures(root: str) -> None:
         check_masters_agree(engine)
         report(rank, f"stage {stage}: ok")
 
+
+ADAM = {"type": "AdamW", "params": {"torch_adam": True}}
 
 OTHER_LAYOUTS: dict[int, list[tuple[int, dict[str, Any]]]] = {
     1: [
@@ -438,6 +443,82 @@ def offloaded(
     restore(folder, engine, rank, world_size)
     assert differences(expected, full_state(engine)) == []
     assert train(engine, 2, rank, seed=LATER_DATA_SEED) == later
+
+
+INNER: dict[str, dict[str, Any]] = {
+    "stage 0 fp32": {"stage": 0, "dtype": "fp32"},
+    "stage 0 bf16": {"stage": 0, "dtype": "bf16"},
+    "stage 1 bf16": {"stage": 1},
+    "stage 1 BF16_Optimizer": {"stage": 1, "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
+    "stage 2 fp32": {"stage": 2, "dtype": "fp32"},
+    "stage 3 bf16": {"stage": 3},
+    "stage 3 fp32": {"stage": 3, "dtype": "fp32"},
+}
+
+
+def inner_modules(root: str) -> None:
+    """An engine's module, and what else stands for the engine: training goes on as the uninterrupted run does."""
+    rank, _ = place()
+    for name, settings in INNER.items():
+        if reason := lacking(settings, saves=True):
+            report(rank, f"inner, {name}: left out, {reason}")
+            continue
+        folder = Path(root, name.replace(" ", "-"))
+        saver = make_engine(seed=0, **settings)
+        train(saver, 2, rank)
+        saver.save_checkpoint(str(folder), tag="here")
+        later = train(saver, 2, rank, seed=LATER_DATA_SEED)
+        expected = module_state(saver)
+        engine = make_engine(seed=5, **settings)
+        wrapped = torch.compile(engine.module) if settings["stage"] in (1, 3) else engine.module
+        ways = [State(engine.module), State(wrapped, [engine.optimizer])]
+        if name == "stage 0 fp32":
+            # Its torch optimizer is restored as it is, and the engine's counters are left.
+            ways[1] = State(engine.module, engine.optimizer, schedulers=engine.lr_scheduler)
+        for state in ways:
+            train(engine, 1, rank, seed=3)
+            load(str(folder), state, progress_bar=False)
+            assert train(engine, 2, rank, seed=LATER_DATA_SEED) == later, name
+            assert differences(expected, module_state(engine)) == [], name
+        report(rank, f"inner, {name}: ok")
+        saver.destroy()
+    refused_modules(Path(root, "stage-1-bf16"), Path(root, "stage-3-bf16"))
+    report(rank, "inner, refused: ok")
+
+
+def refused_modules(stage_1: Path, stage_3: Path) -> None:
+    """Where it is not certain which engine is meant, or there is none, the error says so and nothing is changed."""
+    import deepspeed
+
+    for stage, folder in ((1, stage_1), (3, stage_3)):
+        engine = make_engine(stage, seed=5)
+        before = own_state(engine)
+        part, wrapper, other = engine.module.blocks, torch.nn.Sequential(engine.module), TinyModel(2)
+        for state, said in (
+            (State(part), "not that engine's whole module, which is a TinyModel"),
+            (State(wrapper), "not that engine's whole module"),
+            (State(other, engine.optimizer), "an optimizer of a DeepSpeed engine, and the model is not"),
+        ):
+            with pytest.raises(LayoutError, match=f"{said}.*State.model=engine"):
+                load(str(folder), state, progress_bar=False)
+        stranger = torch.optim.SGD(engine.module.parameters())
+        with pytest.raises(MismatchError, match="optimizers/SGD: it is not the engine's"):
+            load(str(folder), State(engine.module, stranger), progress_bar=False)
+        assert differences(before, own_state(engine)) == []
+    engine = make_engine(1, seed=5)
+    again = deepspeed.initialize(model=engine.module, config={**engine.config, "optimizer": ADAM})[0]
+    with pytest.raises(LayoutError, match="is the module of 2 DeepSpeed engines"):
+        load(str(stage_1), State(engine.module), progress_bar=False)
+    engine.destroy()
+    assert engine_behind(again.module, []) is again
+    again.destroy()
+    # Nothing of DeepSpeed's is left: the module is one like any other.
+    own = torch.optim.AdamW([p for p in again.module.parameters() if p.requires_grad])
+    assert engine_behind(again.module, [own]) is None
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}}):
+        partitioned = TinyModel(3)
+    with pytest.raises(LayoutError, match="DeepSpeed has partitioned"):
+        load(str(stage_3), State(partitioned), progress_bar=False)
 
 
 if __name__ == "__main__":

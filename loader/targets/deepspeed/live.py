@@ -88,10 +88,15 @@ class LiveEngine:
         return outer if self.kind == "plain" else getattr(outer, "optimizer", None)
 
 
+def engine_class() -> type | None:
+    """DeepSpeed's class of engines; None where the process has not imported it. Imports nothing."""
+    found = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    return found if isinstance(found, type) else None
+
+
 def is_deepspeed_engine(model: Any) -> bool:
     """Whether `model` is a DeepSpeed engine. Imports nothing."""
-    module = sys.modules.get("deepspeed.runtime.engine")
-    kind = getattr(module, "DeepSpeedEngine", None)
+    kind = engine_class()
     return kind is not None and isinstance(model, kind)
 
 
@@ -104,7 +109,7 @@ def live_engine(engine: Any) -> LiveEngine:
     _refuse_other_engines(engine)
     experts = expert_layers(engine)
     optimizer = engine.optimizer
-    kind = _kind(optimizer)
+    kind = optimizer_kind(optimizer)
     first, aliases = _names(engine.module)
     parameters = {name: parameter for parameter, name in first}
     name_of = {id(parameter): name for parameter, name in first}
@@ -163,7 +168,8 @@ def _refuse_other_engines(engine: Any) -> None:
         )
 
 
-def _kind(optimizer: Any) -> Kind:
+def optimizer_kind(optimizer: Any) -> Kind:
+    """The kind of an engine's optimizer. Raises `LayoutError` for one that is not known."""
     if optimizer is None:
         return "none"
     name = type(optimizer).__name__

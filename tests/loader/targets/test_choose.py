@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from rankload.loader.errors import OptionError
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.demand import Demand
@@ -18,7 +19,11 @@ from rankload.loader.targets.choose import target_of
 from torch import nn
 
 
-class Engine(nn.Module): ...
+class Engine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.own = torch.optim.SGD(self.inner.parameters())
 
 
 class Taking:
@@ -53,15 +58,17 @@ class Adds:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(choose, "EngineTarget", Taking)
-    monkeypatch.setattr(choose, "is_deepspeed_engine", lambda model: isinstance(model, Engine))
-    return Engine()
+    own = Engine()
+    monkeypatch.setattr(choose, "engine_behind", lambda model, _: own if model in (own, own.inner) else None)
+    monkeypatch.setattr(choose, "is_part_of", lambda engine, optimizer: optimizer is engine.own)
+    return own
 
 
 def saved(**more: Any) -> Saved:
     state = {
         "model": {}, "optimizers": {}, "schedulers": {"Schedule": {}}, "timestamp": {"batch": 1}, "engine": {"a": 1},
     }  # fmt: skip
-    return Saved("a checkpoint", "deepspeed", "deepspeed", state, data_parallel_size=2, **more)
+    return Saved("a checkpoint", "deepspeed", "deepspeed", state, data_parallel_size=1, **more)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -96,6 +103,23 @@ def test_a_single_file_is_told_to_give_an_engine_its_weights_alone(engine: Engin
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         target_of(State(engine), RestoreOptions(weights_only=True)).plan(one)
+
+
+def test_an_engines_module_stands_for_it_and_says_so(engine: Engine) -> None:
+    whole = saved()
+    plan = target_of(State(engine.inner, engine.own), RestoreOptions()).plan(whole)
+    assert set(Taking.taken.state) == {"model", "optimizers", "engine"}
+    assert plan.notes == ("Linear is the module of a DeepSpeed engine, or wraps one: the engine was restored",)
+    assert not plan.mismatch.missing
+    assert not target_of(State(engine, engine.own), RestoreOptions()).plan(whole).notes
+
+
+def test_an_optimizer_that_is_not_the_engines_is_missed(engine: Engine) -> None:
+    other = torch.optim.Adam(nn.Linear(1, 1).parameters())
+    (missing,) = target_of(State(engine, [engine.own, other]), RestoreOptions()).plan(saved()).mismatch.missing
+    assert missing.startswith("optimizers/Adam: it is not the engine's")
+    only = RestoreOptions(weights_only=True)
+    assert not target_of(State(engine, [engine.own, other]), only).plan(saved()).mismatch.missing
 
 
 def test_an_engines_model_cannot_be_changed_by_algorithms(

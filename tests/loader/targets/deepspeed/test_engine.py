@@ -47,10 +47,11 @@ def test_every_stage_and_option_on_two_ranks(checkpoints: Path, tmp_path: Path) 
         *("round_trips", tmp_path / "saved"),
         *("particulars", tmp_path / "particulars"),
         *("other_layouts", checkpoints),
-        deadline_s=400,
+        *("inner_modules", tmp_path / "inner"),
+        deadline_s=500,
     )
     left_out = said.count(": left out")
-    assert said.count(": ok") + left_out == 12 + 6 + 7, said
+    assert said.count(": ok") + left_out == 12 + 6 + 7 + 8, said
     assert is_older() or not left_out, said
 
 
