@@ -282,6 +282,7 @@ def _restore_options(request: LoadRequest, name: str) -> RestoreOptions:
         exclude_algorithms=request.exclude_algorithms,
         algorithm_passes=request.algorithm_passes,
         logger=request.logger,
+        hyperparameters=request.options.hyperparameters,
         safe_types=request.options.safe_types,
         file=name,
     )

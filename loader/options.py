@@ -20,6 +20,8 @@ Mode = Literal["node", "direct", "auto", "job"]
 MODE_CHOICES: tuple[str, ...] = ("node", "direct", "auto", "job")
 CacheHomeChoice = Literal["auto", "memory", "disk"]
 CACHE_HOME_CHOICES: tuple[str, ...] = ("auto", "memory", "disk")
+Hyperparameters = Literal["checkpoint", "job"]
+HYPERPARAMETERS_CHOICES: tuple[str, ...] = ("checkpoint", "job")
 LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 """The roles that `LoadOptions.layout` can give to keys of a hand-written file."""
 
@@ -59,6 +61,10 @@ class LoadOptions:
             ``{"model.": ""}``. Any other key is a whole name.
         layout: for a hand-written file, which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,
             ``scaler``, ``rng`` or ``timestamp``: ``{"model": "net/weights", "optimizer": "opt"}``.
+        hyperparameters: whose hyperparameters (learning rate, weight decay, betas and so on) each parameter group of
+            the optimizers has afterwards. ``checkpoint``: those of the saved group with its parameters. ``job``: its
+            own; a restored lr scheduler may still set its learning rate. Not given: as ``checkpoint``, and a
+            `MismatchError` where groups of this job that differ from each other would all get one saved group's.
         verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
             then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all.
         mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
@@ -81,6 +87,7 @@ class LoadOptions:
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rename: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
+    hyperparameters: Hyperparameters | None = None
     verify: Verify | None = None
     mode: Mode | None = None
     trace: str | None = None
@@ -92,6 +99,10 @@ class LoadOptions:
                 object.__setattr__(self, name, _path(name, getattr(self, name), what))
         if self.verify is not None and self.verify not in VERIFY_CHOICES:
             raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
+        if self.hyperparameters is not None and self.hyperparameters not in HYPERPARAMETERS_CHOICES:
+            raise OptionError(
+                f"hyperparameters={self.hyperparameters!r}: expected one of {', '.join(HYPERPARAMETERS_CHOICES)}"
+            )
         if self.mode is not None and self.mode not in MODE_CHOICES:
             raise OptionError(f"mode={self.mode!r}: expected one of {', '.join(MODE_CHOICES)}")
         if self.cache_home is not None and self.cache_home not in CACHE_HOME_CHOICES:
@@ -126,6 +137,8 @@ class Options:
     storage_options: Mapping[str, Any] = field(repr=False)
     rename: Mapping[str, str]
     layout: Mapping[str, str]
+    hyperparameters: Hyperparameters | None
+    """None: the checkpoint's, and an error where groups that differ would all get one saved group's."""
     verify: Verify
     mode: Mode
     trace: str | None
@@ -151,6 +164,7 @@ def resolve_options(
         storage_options=given.storage_options,
         rename=given.rename,
         layout=given.layout,
+        hyperparameters=given.hyperparameters,
         verify=given.verify or "during",
         mode=given.mode or "node",
         trace=given.trace,

@@ -212,6 +212,7 @@ def _comparable_options(options: Options) -> dict[str, str]:
         "storage_options": f"a mapping with digest {secrets}" if options.storage_options else "{}",
         "rename": repr(_plain(options.rename)),
         "layout": repr(_plain(options.layout)),
+        "hyperparameters": repr(options.hyperparameters),
         "verify": repr(options.verify),
         "mode": repr(options.mode),
         "trace": repr(options.trace),

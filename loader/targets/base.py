@@ -16,6 +16,7 @@ import torch
 from ..errors import InternalError
 from ..materialize.objects import materialize
 from ..materialize.tensors import TensorReader
+from ..options import Hyperparameters
 from ..saved.contents import Saved
 from ..saved.copies import Copy, copies_of_tree
 from ..saved.demand import Demand
@@ -37,6 +38,8 @@ class RestoreOptions:
     exclude_algorithms: Collection[str] | None = None
     algorithm_passes: Sequence[AlgorithmPass] | None = None
     logger: Any = None
+    hyperparameters: Hyperparameters | None = None
+    """Whose hyperparameters the optimizers' groups get; None as in `LoadOptions`."""
     safe_types: Sequence[str | type] = ()
     file: str = ""
     """What messages call the checkpoint."""

@@ -1,7 +1,8 @@
 """Chooses the target by what the caller passed as ``state``, and puts the targets of several parts together.
 
 That is a `State`, an object that loads itself, or either with a DeepSpeed engine as its model, which takes its own
-parts first; an engine's module, or a wrapper of either, stands for the engine. Algorithms that the checkpoint needs come before all others: they change the model.
+parts first; an engine's module, or a wrapper of either, stands for the engine. Algorithms
+that the checkpoint needs come before all others: they change the model.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ def target_of(state: Any, options: RestoreOptions) -> Target:
     else:
         target = ForeignTarget(state, options, with_model=not live)
     if live:
-        others = tuple(
-            name for name, one in by_class_name(optimizers).items() if not is_part_of(engine, one)
-        )
+        others = tuple(name for name, one in by_class_name(optimizers).items() if not is_part_of(engine, one))
         inner = "" if engine is model else type(model).__name__
         target = _WithEngine(EngineTarget(engine, options), target, options, others, inner)
     return _WithAlgorithms(state, target, options, changeable=not live)

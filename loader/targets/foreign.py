@@ -17,6 +17,7 @@ from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
 from ..saved.masters import name_masters
+from ..state import as_list, by_class_name
 from .algorithms import metrics_logger, without_unregistered
 from .base import Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
@@ -110,16 +111,22 @@ class ForeignTarget:
         Composer's ``State`` passes it to torch, which needs an entry for every parameter, keyed by name.
         """
         plans, rest = plan_optimizers(self.state, saved, self.options)
+        own = by_class_name(as_list(self.state.optimizers))
         whole = saved.whole.state["optimizers"] or {}
         left, names = saved.state["optimizers"] or {}, parameter_names(self.state.model)
         told = join([*(plan.as_plan() for plan in plans), rest])
-        if told.mismatch.wrong or all(
-            not plan.spread and _loads_as_it_is(plan, left[plan.name], whole[plan.name], names)
-            for plan in plans
+        if told.mismatch.wrong or (
+            not any(f"state/optimizers/{name}" in rest.not_restored for name in own)
+            and all(
+                not plan.spread
+                and plan.takes_as_saved
+                and _loads_as_it_is(plan, left[plan.name], whole[plan.name], names)
+                for plan in plans
+            )
         ):
             # What the object loads itself is neither cast nor completed from here.
             return replace(told, steps=(), cast={}, reset=()), False
-        return replace(told, notes=without_hyperparameters(plans, saved)), True
+        return replace(told, notes=(*told.notes, *without_hyperparameters(plans, saved))), True
 
 
 def _evaluable(state: Any, entries: Any, exclude: Collection[str] | None) -> Any:

@@ -7,6 +7,7 @@ placements; everything else, such as ``step``, is made as it was saved.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,18 @@ from ..state import as_list, by_class_name
 from .base import Plan, RestoreOptions, Work
 from .dtensor import dtype_name, is_dtensor, kept_part, local_part
 from .module import NOT_INITIALISED, parameter_names
+from .optimizer_kinds import (
+    STEP,
+    class_note,
+    kind_problem,
+    lacking_state,
+    merged_groups,
+    sources_of,
+    taken,
+    uneven_groups,
+    warn_of_state,
+)
 
-TELLING = ("betas", "momentum", "eps", "rho")
-"""Hyperparameters by which kinds of optimizers differ: torch's and DeepSpeed's optimizers name them alike."""
-STEP = "step"
-"""The key of the step count in a parameter's state."""
 ELEMENTWISE = frozenset(
     {
         "exp_avg",
@@ -88,6 +96,12 @@ class OptimizerPlan:
 
     optimizer: Any
     name: str
+    """The checkpoint's."""
+    own_name: str = ""
+    """This job's; it may be another where both are of one kind."""
+    hyperparameters: str | None = None
+    """`RestoreOptions.hyperparameters`."""
+    notes: list[str] = field(default_factory=list)
     saved_groups: Sequence[Mapping[str, Any]] = ()
     keys: dict[int, Any] = field(default_factory=dict)
     """Position of the parameter in the optimizer to the key of its saved state."""
@@ -135,13 +149,18 @@ class OptimizerPlan:
         """Whether state is saved in pieces or goes to shards, so that only an `OptimizerStep` can place it."""
         return any(value.whole is None for value in self.tensors) or any(map(is_dtensor, self.parameters))
 
+    @property
+    def takes_as_saved(self) -> bool:
+        """Whether the optimizer gets the groups as they were saved, under the name that they were saved under."""
+        return not self.notes and self.hyperparameters != "job"
+
     def as_plan(self) -> Plan:
         """The plan, with its step unless something does not fit.
 
         Raises `LayoutError` where elements lie in files that were not read.
         """
         steps = () if self.mismatch.wrong else (_step(self),)
-        return Plan(steps, self.mismatch, cast=self.cast, reset=tuple(self.reset))
+        return Plan(steps, self.mismatch, cast=self.cast, reset=tuple(self.reset), notes=tuple(self.notes))
 
 
 @dataclass(frozen=True)
@@ -195,21 +214,51 @@ class OptimizerStep:
 def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[list[OptimizerPlan], Plan]:
     """The plans of those of `state`'s optimizers that are torch's and saved, each to be turned into a `Plan`.
 
-    The second result tells of what the checkpoint lacks, and what of it this job has no place for. Changes nothing, and
-    no rank waits.
+    An optimizer takes the state that was saved under its class's name or, where one of each is left, under another one,
+    if that is of its kind (`optimizer_kinds`). The second result tells of what the checkpoint lacks, and what of it
+    this job has no place for; of that it warns. Changes nothing, and no rank waits.
     """
     left, whole = saved.state.get("optimizers") or {}, saved.whole.state.get("optimizers") or {}
     names = parameter_names(state.model)
     own = by_class_name(as_list(state.optimizers))
-    plans = [
-        plan_optimizer(optimizer, name, left[name], whole[name], names=names, rename=options.rename)
-        for name, optimizer in own.items()
-        if name in left and hasattr(optimizer, "param_groups")
-    ]
+    plans: list[OptimizerPlan] = []
+    mismatch = Mismatch()
     has = ", ".join(map(str, whole)) or "none"
-    missing = [f"optimizers/{name}: the checkpoint has {has}" for name in own if name not in whole]
-    rest = tuple(f"state/optimizers/{name}" for name in left if name not in own)
-    return plans, Plan(mismatch=Mismatch(missing), not_restored=rest)
+    refused: dict[str, str] = {}
+    restored: set[str] = set()
+    for name, source in sources_of(own, whole).items():
+        optimizer = own[name]
+        if source is None:
+            mismatch.missing.append(f"optimizers/{name}: the checkpoint has {has}")
+            continue
+        problem = None
+        if source in left and hasattr(optimizer, "param_groups"):
+            problem = kind_problem(optimizer, whole[source], source if source != name else None)
+        if problem is not None:
+            refused[source] = (
+                f"optimizers/{name}: the checkpoint has {has}, {problem}; use the optimizer that was saved, or ignore "
+                f"state/optimizers/{source}"
+            )
+            continue
+        restored.add(source)
+        if source in left and hasattr(optimizer, "param_groups"):
+            plan = plan_optimizer(
+                optimizer,
+                source,
+                left[source],
+                whole[source],
+                names=names,
+                rename=options.rename,
+                own_name=name,
+                hyperparameters=options.hyperparameters,
+            )
+            plans.append(plan)
+    mismatch.missing.extend(refused.values())
+    rest = [name for name in left if name not in restored]
+    warn_of_state([name for name in rest if left[name] and name not in refused], own, saved.name)
+    for problem in () if options.strict else refused.values():
+        warnings.warn(f"{saved.name}: {problem}", stacklevel=2)
+    return plans, Plan(mismatch=mismatch, not_restored=tuple(f"state/optimizers/{name}" for name in rest))
 
 
 def without_hyperparameters(plans: Sequence[OptimizerPlan], saved: Saved) -> tuple[str, ...]:
@@ -231,6 +280,8 @@ def plan_optimizer(
     *,
     names: Mapping[int, str],
     rename: Mapping[str, str],
+    own_name: str = "",
+    hyperparameters: str | None = None,
 ) -> OptimizerPlan:
     """Matches the optimizer state `saved` with `optimizer`'s parameters; changes nothing, and no rank waits.
 
@@ -238,13 +289,15 @@ def plan_optimizer(
     by position otherwise. What does not fit is in the plan's ``mismatch``, for the caller to raise.
 
     Args:
-        name: what messages and the receipt call the optimizer.
+        name: what messages and the receipt call the optimizer: the checkpoint's name of it.
         saved: ``{"state": ..., "param_groups": ...}``, as ``ignore_keys`` left it.
         whole: the same before ``ignore_keys``.
         names: ``id`` of a parameter to its name.
         rename: saved name to this job's, before names are matched.
+        own_name: this job's name of the optimizer; "" where it is the same.
+        hyperparameters: `RestoreOptions.hyperparameters`.
     """
-    plan = OptimizerPlan(optimizer, name)
+    plan = OptimizerPlan(optimizer, name, own_name or name, hyperparameters)
     own = plan.parameters
     for state in (saved.get("state", {}), whole.get("state", {})):
         if not isinstance(state, Mapping):
@@ -255,7 +308,7 @@ def plan_optimizer(
         return plan
     plan.saved_groups = groups
     found = SavedState(whole.get("state", {}), groups, saved)
-    _check_kind(plan, groups)
+    _note_class(plan, groups)
     saved_names = _saved_names(found)
     if saved_names is not None:
         _match_by_name(plan, saved_names, groups, names, rename)
@@ -267,6 +320,7 @@ def plan_optimizer(
         plan.param_groups = _filled_groups(plan, found)
     ignored = "state" in whole and "state" not in saved
     plan.keep.update(position for position in range(len(own)) if ignored or position not in plan.keys)
+    group_of = [group for group in plan.own_groups for _ in group["params"]]
     for position, key in plan.keys.items():
         if key not in found.state:
             continue
@@ -274,6 +328,9 @@ def plan_optimizer(
         if entries is not None:
             _take_step(entries, groups, key)
             plan.state[position] = entries
+            problem = lacking_state(group_of[position], entries) if hyperparameters == "job" else None
+            if problem is not None and "param_groups" in saved:
+                plan.mismatch.wrong.append(f"{plan.at}/state/{key}: {problem}")
         else:
             plan.keep.add(position)
     return plan
@@ -320,16 +377,15 @@ def _groups(saved: Mapping[str, Any], plan: OptimizerPlan) -> list[dict[str, Any
     return [dict(group) for group in groups]
 
 
-def _check_kind(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Notes an optimizer of another kind, by its hyperparameters: DeepSpeed's and hand-written files have no class
-    name."""
-    theirs = [key for key in TELLING if any(key in group for group in groups)]
-    mine = [key for key in TELLING if any(key in group for group in plan.own_groups)]
-    if theirs and mine and theirs != mine:
-        plan.mismatch.wrong.append(
-            f"{plan.at}: expected an optimizer with {', '.join(mine)}, got one with {', '.join(theirs)}: another kind "
-            f"than {type(plan.optimizer).__name__}; use the optimizer that was saved, or ignore state/{plan.at}"
-        )
+def _note_class(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Notes, and warns, where the state was saved by another algorithm of the same kind."""
+    note = class_note(plan.own_groups, groups)
+    if plan.own_name != plan.name:
+        plan.notes.append(f"the state of {plan.name} goes to {plan.own_name}, which is of the same kind")
+    if note is not None:
+        plan.notes.append(note)
+    if plan.notes:
+        warnings.warn(f"{plan.at}: {'; '.join(plan.notes)}", stacklevel=2)
 
 
 def _saved_names(saved: SavedState) -> dict[str, tuple[int, Any]] | None:
@@ -363,7 +419,7 @@ def _match_by_name(
     plan.mismatch.missing.extend(f"{plan.at}/{name}" for name in match.missing if name not in untrained)
     plan.mismatch.unexpected.extend(f"{plan.at}/{name}" for name in match.unexpected)
     position = 0
-    for group in plan.own_groups:
+    for index, group in enumerate(plan.own_groups):
         saved_groups: list[int] = []
         for _ in group["params"]:
             source = source_of.get(own_names[position])
@@ -372,13 +428,9 @@ def _match_by_name(
                 if saved_group not in saved_groups:
                     saved_groups.append(saved_group)
             position += 1
-        hyper = [_hyperparameters(groups[index]) for index in saved_groups]
+        hyper = [taken(group, groups[other], plan.hyperparameters) for other in saved_groups]
         if any(other != hyper[0] for other in hyper[1:]):
-            plan.mismatch.wrong.append(
-                f"{plan.at}: one parameter group of this job takes parameters from the checkpoint's groups "
-                f"{', '.join(map(str, sorted(saved_groups)))}, whose hyperparameters differ; group the parameters as "
-                "they were grouped when the checkpoint was saved"
-            )
+            plan.mismatch.wrong.append(f"{plan.at}: {merged_groups(index, sorted(saved_groups))}")
         plan.group_from.append(saved_groups[0] if saved_groups else None)
 
 
@@ -395,10 +447,6 @@ def _match_by_position(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]])
     plan.keys = dict(enumerate(key for group in groups for key in group["params"]))
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
 def _filled_groups(plan: OptimizerPlan, saved: SavedState) -> list[dict[str, Any]]:
     """This optimizer's groups with its own positions as ``params``, and the saved hyperparameters over its own.
 
@@ -411,9 +459,15 @@ def _filled_groups(plan: OptimizerPlan, saved: SavedState) -> list[dict[str, Any
         if isinstance(group, Mapping) and "params" in group
     }
     filled = [dict(group) for group in plan.optimizer.state_dict()["param_groups"]]
+    gets: list[dict[str, Any]] = []
     for group, index in zip(filled, plan.group_from, strict=True):
-        if index is not None:
-            group.update(_hyperparameters(kept.get(str(saved.groups[index]["params"]), {})))
+        from_saved = {} if index is None else kept.get(str(saved.groups[index]["params"]), {})
+        gets.append(taken(group, from_saved, plan.hyperparameters))
+    if plan.hyperparameters is None:
+        for problem in uneven_groups(plan.own_groups, plan.group_from, gets):
+            plan.mismatch.wrong.append(f"{plan.at}/param_groups: {problem}")
+    for group, values in zip(filled, gets, strict=True):
+        group.update(values)
     return filled
 
 

@@ -8,6 +8,7 @@ parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -98,18 +99,30 @@ class EngineTarget:
         mismatch = Mismatch()
         mismatch.extend(model.mismatch)
         not_restored: tuple[str, ...] = ()
+        notes: tuple[str, ...] = ()
+        refused = False
         if by_deepspeed and not options.weights_only and model.found:
-            optimizer = plan_states(live, saved, model, engine_classes(self._engine)[0])
+            optimizer = plan_states(
+                live, saved, model, engine_classes(self._engine)[0], options.hyperparameters
+            )
             mismatch.extend(optimizer.mismatch)
-            step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch))
+            own_rates = options.hyperparameters == "job"
+            step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch, own_rates))
+            notes = optimizer.notes
+            refused = optimizer.refused
         elif not by_deepspeed and not options.weights_only:
+            refused = True
+        if refused:
             not_restored = tuple(f"state/optimizers/{name}" for name in saved.state.get("optimizers") or {})
+        for note in notes:
+            warnings.warn(f"{saved.name}: {note}", stacklevel=2)
         return Plan(
             (step,),
             mismatch,
             model.renamed,
             model.cast,
             not_restored=not_restored,
+            notes=notes,
             finish=partial(finish_engine, live),
         )
 
@@ -139,8 +152,11 @@ def _refuse_parts(live: LiveEngine) -> None:
         )
 
 
-def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> EnginePart:
-    """Plans counters, loss scaler and schedulers. Raises `CorruptError` where a counter has another type."""
+def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch, own_rates: bool) -> EnginePart:
+    """Plans counters, loss scaler and schedulers; with `own_rates` the groups keep their learning rates.
+
+    Raises `CorruptError` where a counter has another type.
+    """
     counters = saved.state.get(ENGINE)
     counters = dict(counters) if isinstance(counters, Mapping) else {}
     for key, kinds in _COUNTER_TYPES.items():
@@ -169,7 +185,7 @@ def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> EnginePa
         counters,
         {key: counters[key] for key in objects_of(live.engine) if key in counters},
         next(iter(own), None) if takes_state else None,
-        lacks_learning_rates(saved),
+        not own_rates and lacks_learning_rates(saved),
     )
 
 

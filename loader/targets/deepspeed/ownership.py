@@ -18,7 +18,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ...errors import LayoutError
 from .live import engine_class, is_deepspeed_engine, optimizer_kind
 
-_PASS_THE_ENGINE = "pass the engine that deepspeed.initialize returned: State(model=engine), which brings its optimizer"
+_ADVICE = (
+    "pass the engine that deepspeed.initialize returned: State(model=engine), which brings its optimizer"
+)
 _MOST_WRAPPERS = 8
 """Around an optimizer."""
 
@@ -44,19 +46,19 @@ def engine_behind(model: Any, optimizers: Sequence[Any]) -> Any | None:
     if len(around) > 1 and any(map(_has_own_tensors, around)):
         raise LayoutError(
             f"{type(model).__name__} is the module of {len(around)} DeepSpeed engines, and it is not certain which of "
-            f"them trains it: {_PASS_THE_ENGINE}"
+            f"them trains it: {_ADVICE}"
         )
     owner = _owner(layers[-1], engines)
     if owner is not None:
         raise LayoutError(
             f"State(model={type(model).__name__}) has parameters that {owner}; what is loaded into such a module is "
-            f"overwritten at the next step, or does not fit it: {_PASS_THE_ENGINE}"
+            f"overwritten at the next step, or does not fit it: {_ADVICE}"
         )
     for optimizer in optimizers:
         if any(map(_is_deepspeeds, _wrapped(optimizer))):
             raise LayoutError(
                 f"State holds a {type(optimizer).__name__}, an optimizer of a DeepSpeed engine, and the model is not "
-                f"that engine's: {_PASS_THE_ENGINE}"
+                f"that engine's: {_ADVICE}"
             )
     return None
 
@@ -103,7 +105,7 @@ def _engines() -> list[Any]:
 
 def _is_destroyed(optimizer: Any) -> bool:
     """Whether ``engine.destroy()`` was called, which takes the hooks off that hand gradients to the optimizer."""
-    hooks = getattr(optimizer, "_grad_acc_hooks", None)
+    hooks: Sequence[Any] = getattr(optimizer, "_grad_acc_hooks", ())
     return bool(hooks) and all(map(_is_removed, hooks))
 
 
@@ -138,7 +140,9 @@ def _owner(module: Any, engines: Sequence[Any]) -> str | None:
                 f"not that engine's whole module, which is a {type(engine.module).__name__}"
             )
     if any(hasattr(one, "ds_id") for one in parameters):
-        return "DeepSpeed has partitioned (stage 3, or deepspeed.zero.Init), and no engine has it as its module"
+        return (
+            "DeepSpeed has partitioned (stage 3, or deepspeed.zero.Init), and no engine has it as its module"
+        )
     if any(getattr(one, "_hp_mapping", None) is not None for one in parameters):
         return "an optimizer of DeepSpeed updates, and no engine has it as its module"
     return None

@@ -23,6 +23,7 @@ from ...saved.partitions import Slot
 from ...saved.regions import Run
 from ...saved.tensor import SavedTensor
 from ..dtensor import kept_part
+from ..optimizer_kinds import class_note, kind_problem, lacking_state, merged_groups, taken, uneven_groups
 from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
 from .plan import ModelPart
 
@@ -42,6 +43,9 @@ class OptimizerPart:
     """Those of the same flats that are not restored: a new state needs all of its keys."""
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """This job's parameter group to the hyperparameters that it gets, as saved."""
+    refused: bool = False
+    """Whether the checkpoint's optimizer is of another kind; nothing of it is restored then."""
+    notes: tuple[str, ...] = ()
     mismatch: Mismatch = field(default_factory=Mismatch)
 
     @property
@@ -66,10 +70,17 @@ def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:
     return master.dtype if saved.is_floating_point else saved
 
 
-def plan_states(live: LiveEngine, saved: Saved, model: ModelPart, optimizer_class: str) -> OptimizerPart:
+def plan_states(
+    live: LiveEngine,
+    saved: Saved,
+    model: ModelPart,
+    optimizer_class: str,
+    hyperparameters: str | None = None,
+) -> OptimizerPart:
     """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`.
 
-    `optimizer_class` is for messages. Raises `LayoutError` for state that is neither a number nor lies element by
+    `optimizer_class` is for messages, `hyperparameters` as in `RestoreOptions`. Raises
+    `LayoutError` for state that is neither a number nor lies element by
     element along its parameter, or lies in files that were not read.
     """
     whole = _first(saved.whole.state.get("optimizers"))
@@ -78,6 +89,16 @@ def plan_states(live: LiveEngine, saved: Saved, model: ModelPart, optimizer_clas
     kept = _first(saved.state.get("optimizers"))
     at = f"optimizers/{optimizer_class}"
     mismatch = Mismatch()
+    if live.optimizer is not None and kept:
+        problem = kind_problem(live.optimizer, whole, None)
+        if problem is not None:
+            mismatch.missing.append(
+                f"{at}: the checkpoint's optimizer is of {problem}; use the optimizer that was saved, or ignore "
+                "state/optimizers"
+            )
+            return OptimizerPart(refused=True, mismatch=mismatch)
+    groups = _Groups(saved, whole, kept)
+    note = class_note(live.optimizer.param_groups, groups.whole) if live.optimizer is not None else None
     states = _match(live, saved, model, f"{at}/state", mismatch)
     planned = _Planned(live, f"{at}/state", mismatch)
     for index, flat in enumerate(live.flats):
@@ -90,8 +111,9 @@ def plan_states(live: LiveEngine, saved: Saved, model: ModelPart, optimizer_clas
         planned.made,
         planned.numbers,
         planned.ignored_numbers,
-        _plan_groups(live, _Groups(saved, whole, kept), states, f"{at}/param_groups", mismatch),
-        mismatch,
+        _plan_groups(live, groups, states, f"{at}/param_groups", hyperparameters, mismatch),
+        notes=() if note is None else (note,),
+        mismatch=mismatch,
     )
 
 
@@ -251,35 +273,35 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan_groups(
-    live: LiveEngine, groups: _Groups, states: Mapping[str, _State], at: str, mismatch: Mismatch
+    live: LiveEngine,
+    groups: _Groups,
+    states: Mapping[str, _State],
+    at: str,
+    hyperparameters: str | None,
+    mismatch: Mismatch,
 ) -> dict[int, dict[str, Any]]:
     """The hyperparameters that each of this job's groups gets: those of the saved group with its parameters."""
-    found: dict[int, dict[str, Any]] = {}
     if not any(groups.whole):
-        return found
+        return {}
+    group_from: list[int | None] = []
+    gets: list[dict[str, Any]] = []
+    own_groups = live.optimizer.param_groups
     for index, names in enumerate(live.groups):
-        owners = (states[name].owner for name in names if name in states)
-        saved_groups = sorted({groups.of[owner] for owner in owners if owner in groups.of})
-        if not saved_groups:
-            continue
-        first = groups.whole[saved_groups[0]]
-        if any(groups.whole[other] != first for other in saved_groups[1:]):
-            mismatch.wrong.append(
-                f"{at}: this job's group {index} takes parameters from the checkpoint's groups {saved_groups}, whose "
-                "hyperparameters differ; group the parameters as they were grouped when the checkpoint was saved"
-            )
-            continue
-        own = live.optimizer.param_groups[index]
-        for key in ("betas", "momentum", "alpha"):
-            if len(first) > 1 and (key in first) != (key in own):
-                mismatch.wrong.append(
-                    f"{at}/{index}: the checkpoint's optimizer is of another kind: it has "
-                    f"{', '.join(sorted(first))}; this job's has {', '.join(sorted(set(own) - {'params'}))}"
-                )
-                break
-        if saved_groups[0] in groups.kept:
-            found[index] = groups.kept[saved_groups[0]]
-    return found
+        own = own_groups[index]
+        of_group = [states[name] for name in names if name in states]
+        saved_groups = sorted({groups.of[one.owner] for one in of_group if one.owner in groups.of})
+        whole = [taken(own, groups.whole[each], hyperparameters) for each in saved_groups]
+        if any(other != whole[0] for other in whole[1:]):
+            mismatch.wrong.append(f"{at}: {merged_groups(index, saved_groups)}")
+        if hyperparameters == "job":
+            problems = (lacking_state(own, {*one.tensors, *one.numbers}) for one in of_group)
+            mismatch.wrong += dict.fromkeys(f"{at}/{index}: {one}" for one in problems if one is not None)
+        source = saved_groups[0] if saved_groups else None
+        group_from.append(source)
+        gets.append({} if source is None else taken(own, groups.kept.get(source, {}), hyperparameters))
+    if hyperparameters is None:
+        mismatch.wrong += [f"{at}: {problem}" for problem in uneven_groups(own_groups, group_from, gets)]
+    return {index: values for index, values in enumerate(gets) if values}
 
 
 def lacks_learning_rates(saved: Saved) -> bool:

@@ -109,14 +109,18 @@ def test_an_engines_module_stands_for_it_and_says_so(engine: Engine) -> None:
     whole = saved()
     plan = target_of(State(engine.inner, engine.own), RestoreOptions()).plan(whole)
     assert set(Taking.taken.state) == {"model", "optimizers", "engine"}
-    assert plan.notes == ("Linear is the module of a DeepSpeed engine, or wraps one: the engine was restored",)
+    assert plan.notes == (
+        "Linear is the module of a DeepSpeed engine, or wraps one: the engine was restored",
+    )
     assert not plan.mismatch.missing
     assert not target_of(State(engine, engine.own), RestoreOptions()).plan(whole).notes
 
 
 def test_an_optimizer_that_is_not_the_engines_is_missed(engine: Engine) -> None:
     other = torch.optim.Adam(nn.Linear(1, 1).parameters())
-    (missing,) = target_of(State(engine, [engine.own, other]), RestoreOptions()).plan(saved()).mismatch.missing
+    (missing,) = (
+        target_of(State(engine, [engine.own, other]), RestoreOptions()).plan(saved()).mismatch.missing
+    )
     assert missing.startswith("optimizers/Adam: it is not the engine's")
     only = RestoreOptions(weights_only=True)
     assert not target_of(State(engine, [engine.own, other]), only).plan(saved()).mismatch.missing
