@@ -1,8 +1,8 @@
 """Chooses the target by what the caller passed as ``state``, and puts the targets of several parts together.
 
 That is a `State`, an object that loads itself, or either with a DeepSpeed engine as its model, which takes its own
-parts first; an engine's module, or a wrapper of either, stands for the engine. Algorithms
-that the checkpoint needs come before all others: they change the model.
+parts first; an engine's module, or a wrapper of either, stands for the engine. Algorithms that the checkpoint needs
+come before all others: they change the model.
 """
 
 from __future__ import annotations

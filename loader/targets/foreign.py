@@ -17,7 +17,6 @@ from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
 from ..saved.masters import name_masters
-from ..state import as_list, by_class_name
 from .algorithms import metrics_logger, without_unregistered
 from .base import Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
@@ -111,12 +110,11 @@ class ForeignTarget:
         Composer's ``State`` passes it to torch, which needs an entry for every parameter, keyed by name.
         """
         plans, rest = plan_optimizers(self.state, saved, self.options)
-        own = by_class_name(as_list(self.state.optimizers))
         whole = saved.whole.state["optimizers"] or {}
         left, names = saved.state["optimizers"] or {}, parameter_names(self.state.model)
         told = join([*(plan.as_plan() for plan in plans), rest])
         if told.mismatch.wrong or (
-            not any(f"state/optimizers/{name}" in rest.not_restored for name in own)
+            not rest.not_restored
             and all(
                 not plan.spread
                 and plan.takes_as_saved

@@ -37,6 +37,7 @@ from .optimizer_kinds import (
     uneven_groups,
     warn_of_state,
 )
+from .optimizer_names import matched_by_place, names_of_own, names_of_saved
 
 ELEMENTWISE = frozenset(
     {
@@ -309,7 +310,7 @@ def plan_optimizer(
     plan.saved_groups = groups
     found = SavedState(whole.get("state", {}), groups, saved)
     _note_class(plan, groups)
-    saved_names = _saved_names(found)
+    saved_names = names_of_saved(groups, found.state)
     if saved_names is not None:
         _match_by_name(plan, saved_names, groups, names, rename)
     else:
@@ -388,21 +389,6 @@ def _note_class(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> Non
         warnings.warn(f"{plan.at}: {'; '.join(plan.notes)}", stacklevel=2)
 
 
-def _saved_names(saved: SavedState) -> dict[str, tuple[int, Any]] | None:
-    """Parameter name to (group, key of its state); None where the checkpoint has no names."""
-    found: dict[str, tuple[int, Any]] = {}
-    for index, group in enumerate(saved.groups):
-        names = group.get("param_names")
-        if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
-            names = group["params"]
-        if not all(isinstance(name, str) for name in names):
-            return None
-        for name, key in zip(names, group["params"], strict=True):
-            found[name] = (index, key)
-    # Composer 0.32 writes names in ``state``; where a parameter has none there, its group still lists it.
-    return found if found or not saved.state else None
-
-
 def _match_by_name(
     plan: OptimizerPlan,
     saved_names: Mapping[str, tuple[int, Any]],
@@ -411,13 +397,22 @@ def _match_by_name(
     rename: Mapping[str, str],
 ) -> None:
     own = plan.parameters
-    own_names = [names.get(id(parameter), f"(unnamed parameter {i})") for i, parameter in enumerate(own)]
+    own_names = names_of_own(plan.own_groups, names)
     match = match_names(saved_names, own_names, rename)
     source_of = {target: source for source, target in match.target_of.items()}
+    known = {names[id(parameter)] for parameter in own if id(parameter) in names}
+    left_over = {saved_names[name]: name for name in match.unexpected}
+    by_place = matched_by_place(
+        plan.own_groups, groups, own_names, frozenset(match.missing) - known, left_over
+    )
+    source_of.update(by_place)
     # A parameter that is not trained has no saved state; some jobs give it to the optimizer all the same.
     untrained = {name for name, parameter in zip(own_names, own, strict=True) if not parameter.requires_grad}
-    plan.mismatch.missing.extend(f"{plan.at}/{name}" for name in match.missing if name not in untrained)
-    plan.mismatch.unexpected.extend(f"{plan.at}/{name}" for name in match.unexpected)
+    plan.mismatch.missing.extend(
+        f"{plan.at}/{name}" for name in match.missing if name not in untrained and name not in by_place
+    )
+    placed = set(by_place.values())
+    plan.mismatch.unexpected.extend(f"{plan.at}/{name}" for name in match.unexpected if name not in placed)
     position = 0
     for index, group in enumerate(plan.own_groups):
         saved_groups: list[int] = []

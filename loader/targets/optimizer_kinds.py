@@ -1,9 +1,9 @@
 """Says which saved optimizer state an optimizer can go on with, and whose hyperparameters its groups get.
 
-One rule for every layout and target, whether the checkpoint names the optimizer's class (Composer's layout) or does not
-(hand-written files, DeepSpeed's): the state must be of the optimizer's kind. Kinds are told apart by hyperparameters and
-by the keys of the state. So Adam's state goes to AdamW, as torch takes it, and RMSprop's does not. Pure but for the
-optimizer's own attributes, which are only read.
+One rule for every layout and target, whether the checkpoint names the optimizer's class (Composer's layout) or not
+(hand-written files, DeepSpeed's): the state must be of the optimizer's kind. Kinds are told apart by hyperparameters
+and by the keys of the state. So Adam's state goes to AdamW, as torch takes it, and RMSprop's does not. Of the
+optimizer, attributes are read; nothing is changed.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def warn_of_state(names: Collection[str], own: Collection[str], file: str) -> No
 def kind_problem(optimizer: Any, saved: Any, other_name: str | None) -> str | None:
     """Why `optimizer` cannot go on with saved state, for a message; None where it can.
 
-    `saved` is ``{"state": ..., "param_groups": ...}``; what is none is for others to tell. `other_name` is the name that
-    it was saved under, where that is not this optimizer's; else None.
+    `saved` is ``{"state": ..., "param_groups": ...}``; what is none is for others to tell. `other_name` is the name
+    that it was saved under, where that is not this optimizer's; else None.
     """
     if not isinstance(saved, Mapping):
         return None

@@ -521,6 +521,43 @@ def refused_modules(stage_1: Path, stage_3: Path) -> None:
         load(str(stage_3), State(partitioned), progress_bar=False)
 
 
+def other_kinds(root: str) -> None:
+    """Adam's state into AdamW, and this job's hyperparameters: at stages 0 to 3 alike."""
+    rank, _ = place()
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    for stage in (0, 1, 2, 3):
+        folder = str(Path(root, f"adam-{stage}"))
+        adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True, "adam_w_mode": False}}
+        saver = make_engine(stage, "fp32", seed=0, config={"optimizer": adam})
+        assert not groups_of(saver)[0]["decoupled_weight_decay"]
+        train(saver, 2, rank)
+        saver.save_checkpoint(folder, tag="here")
+        engine = make_engine(stage, "fp32", seed=5)
+        groups_of(engine)[0]["weight_decay"] = 0.7
+        with pytest.warns(UserWarning, match="decoupled_weight_decay=False, this job's True, which it keeps"):
+            load(folder, State(engine), progress_bar=False, options={"hyperparameters": "job"})
+        assert groups_of(engine)[0]["weight_decay"] == 0.7, stage
+        with pytest.warns(UserWarning, match="decoupled_weight_decay"):
+            load(folder, State(engine), progress_bar=False)
+        assert groups_of(engine)[0]["weight_decay"] == 0.1, stage
+        assert groups_of(engine)[0]["decoupled_weight_decay"], stage
+        train(engine, 1, rank, seed=LATER_DATA_SEED)
+        after[stage] = module_state(engine)
+        train(saver, 1, rank, seed=LATER_DATA_SEED)
+        assert not nearly(module_state(saver), after[stage]), stage
+        assert nearly(after[0], after[stage]), stage
+        report(rank, f"other kinds, stage {stage}: ok")
+
+
+def groups_of(engine: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
+    return groups
+
+
+def nearly(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
 if __name__ == "__main__":
     from processes import end_together
 

@@ -4,7 +4,7 @@ Words: "low" are the weights that the module computes with, often in bf16 or fp1
 the optimizer updates in their place. A "flat" is any tensor that the optimizer updates on this rank; a "slot" is where
 a run of a parameter's elements lies in it. A "share" is a rank's part of a parameter that stage 3 partitioned.
 
-`engine.EngineTarget` is the way in:
+`engine.EngineTarget` is the way in; `ownership` finds the engine where the caller passed its module:
 
 1. `live.live_engine` lists what this rank's tensors hold: `flats` reads the optimizers, `parallel` the layout.
 2. `EngineTarget.demand` tells a source which elements of each parameter this rank keeps, and how the model is split.

@@ -110,6 +110,8 @@ class EngineTarget:
             step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch, own_rates))
             notes = optimizer.notes
             refused = optimizer.refused
+            if refused and not options.strict:
+                warnings.warn(f"{saved.name}: {optimizer.mismatch.missing[0]}", stacklevel=2)
         elif not by_deepspeed and not options.weights_only:
             refused = True
         if refused:

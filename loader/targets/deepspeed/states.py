@@ -71,17 +71,12 @@ def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:
 
 
 def plan_states(
-    live: LiveEngine,
-    saved: Saved,
-    model: ModelPart,
-    optimizer_class: str,
-    hyperparameters: str | None = None,
+    live: LiveEngine, saved: Saved, model: ModelPart, optimizer_class: str, hyperparameters: str | None = None
 ) -> OptimizerPart:
     """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`.
 
-    `optimizer_class` is for messages, `hyperparameters` as in `RestoreOptions`. Raises
-    `LayoutError` for state that is neither a number nor lies element by
-    element along its parameter, or lies in files that were not read.
+    `optimizer_class` is for messages, `hyperparameters` as in `RestoreOptions`. Raises `LayoutError` for state that is
+    neither a number nor lies element by element along its parameter, or lies in files that were not read.
     """
     whole = _first(saved.whole.state.get("optimizers"))
     if not whole:

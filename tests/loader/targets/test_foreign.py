@@ -172,6 +172,32 @@ def test_it_is_handed_everything_and_real_tensors(tmp_path: Path) -> None:
     assert "state/optimizers" in result.receipt.restored
 
 
+def test_state_under_another_classs_name_is_restored_from_here(tmp_path: Path) -> None:
+    path, state = saved(tmp_path)
+    job = Job()
+    job.optimizers = [torch.optim.AdamW(job.model.parameters(), lr=0.5)]
+    with pytest.warns(UserWarning, match="the state of Adam goes to AdamW"):
+        load(path, job)
+    assert "optimizers" not in job.handed_on
+    entries = job.optimizers[0].state[job.model.body.weight]
+    assert torch.equal(entries["exp_avg"], torch.full((2, 3), 2.0))
+    assert job.optimizers[0].param_groups[0]["lr"] == 0.001
+    assert job.optimizers[0].param_groups[0]["decoupled_weight_decay"]
+
+    job = Job()
+    load(path, job, options={"hyperparameters": "job"})
+    assert "optimizers" not in job.handed_on
+    assert job.optimizers[0].param_groups[0]["lr"] == 0.5
+
+    job = Job()
+    job.optimizers = [torch.optim.SGD(job.model.parameters())]
+    with pytest.warns(UserWarning, match="another kind than SGD"):
+        result = load(path, job, strict_model_weights=False)
+    assert "optimizers" not in job.handed_on
+    assert "state/optimizers/Adam" in result.receipt.not_restored
+    assert_model(job, state["model"])
+
+
 def test_algorithms_are_applied_first_in_the_checkpoints_order(tmp_path: Path) -> None:
     path, state = saved(tmp_path, "second", "first", entries=entry(AddsSecond, Adds))
     job = Job()

@@ -243,6 +243,48 @@ def test_what_an_engine_demands() -> None:
     assert demand.layers == demand.experts == ()
 
 
+def two_groups() -> tuple[Any, Saved]:
+    """An engine with weight decays of 0.3 and 0, and a checkpoint that has one group with 0.1."""
+    engine = plain_engine()
+    weights = [engine.module.conv.weight, engine.module.head.weight]
+    engine.optimizer = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.3}, {"params": [engine.module.conv.bias], "weight_decay": 0.0}]
+    )
+    model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "head.weight": tensor(3, 2)}
+    state = {name: {"exp_avg": one, "exp_avg_sq": one, "step": 3} for name, one in model.items()}
+    group = {"lr": 0.5, "betas": (0, 0), "eps": 0, "weight_decay": 0.1, "params": list(model)}
+    saved = saved_with({**model, "count": tensor(dtype="int64")}, {"state": state, "param_groups": [group]})
+    return engine, saved
+
+
+def test_one_saved_group_for_two_that_differ_is_asked_about() -> None:
+    engine, saved = two_groups()
+    (wrong,) = EngineTarget(engine, RestoreOptions()).plan(saved).mismatch.wrong
+    assert "groups 0, 1 differ (weight_decay 0.3, 0.0)" in wrong
+    assert "of the checkpoint's group 0" in wrong
+    for chosen, gets in (
+        ("checkpoint", {"lr": 0.5, "betas": (0, 0), "eps": 0, "weight_decay": 0.1}),
+        ("job", None),
+    ):
+        plan = EngineTarget(engine, RestoreOptions(hyperparameters=chosen)).plan(saved)  # type: ignore[arg-type]
+        assert plan.mismatch.wrong == []
+        (step,) = plan.steps
+        assert getattr(step, "optimizer").groups == ({} if gets is None else {0: gets, 1: gets})  # noqa: B009
+    engine.optimizer.param_groups[1]["weight_decay"] = 0.3
+    assert EngineTarget(engine, RestoreOptions()).plan(saved).mismatch.wrong == []
+
+
+def test_another_kind_of_optimizer_is_missing_and_nothing_of_it_is_restored() -> None:
+    engine, saved = two_groups()
+    engine.optimizer = torch.optim.SGD(engine.module.parameters(), momentum=0.9)
+    with pytest.warns(UserWarning, match="another kind than SGD"):
+        plan = EngineTarget(engine, RestoreOptions(strict=False)).plan(saved)
+    (missing,) = plan.mismatch.missing
+    assert missing.startswith("optimizers/SGD: the checkpoint's optimizer is of another kind than SGD")
+    assert plan.not_restored == ("state/optimizers/AdamW",)
+    assert not [copy for copy in plan.copies if not copy.name.startswith("model/")]
+
+
 def test_a_parameter_whose_memory_is_not_contiguous_is_filled_by_its_strides() -> None:
     target = EngineTarget(plain_engine(), RestoreOptions(weights_only=True))
     model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "head.weight": tensor(3, 2)}
