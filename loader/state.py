@@ -89,9 +89,10 @@ class State:
         The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
 
-        Raises `LayoutError` for a DeepSpeed engine, whose weights and optimizer are sharded over the ranks.
+        Raises `LayoutError` for a DeepSpeed engine, whose weights and optimizer are sharded over the ranks, and for its
+        module or its optimizer where those are.
         """
-        if hasattr(self.model, "zero_optimization_stage"):
+        if _in_shards_of_deepspeed(unwrap(self.model), self.optimizers):
             raise LayoutError(
                 "State.state_dict() of a DeepSpeed engine: its weights and optimizer are in shards on all ranks; "
                 "save it with engine.save_checkpoint(folder), which load_checkpoint restores"
@@ -111,6 +112,20 @@ class State:
             if value is not None:
                 found[part] = saved_form(value)
         return found
+
+
+def _in_shards_of_deepspeed(model: Any, optimizers: Sequence[Any]) -> bool:
+    """Whether `model` is an engine, or DeepSpeed has spread its parameters or one of `optimizers` over the ranks."""
+    parameters = model.parameters() if callable(getattr(model, "parameters", None)) else ()
+    return (
+        hasattr(model, "zero_optimization_stage")
+        or any(hasattr(one, "ds_id") for one in parameters)
+        or any(
+            base.__module__.startswith("deepspeed.runtime.") and hasattr(one, "optimizer")
+            for one in optimizers
+            for base in type(one).__mro__
+        )
+    )
 
 
 def as_list(value: Any) -> list[Any]:

@@ -577,5 +577,9 @@ def test_a_parts_own_loading_is_told_its_version(tmp_path: Path) -> None:
 def test_a_deepspeed_engine_is_not_saved_as_a_plain_model() -> None:
     engine = nn.Linear(2, 2)
     engine.zero_optimization_stage = lambda: 3  # type: ignore[assignment]
-    with pytest.raises(LayoutError, match=r"engine\.save_checkpoint"):
-        State(engine).state_dict()
+    partitioned = nn.Linear(2, 2)
+    partitioned.weight.ds_id = 0  # type: ignore[assignment]
+    kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero", "optimizer": None})
+    for state in (State(engine), State(partitioned), State(nn.Linear(2, 2), kind())):
+        with pytest.raises(LayoutError, match=r"engine\.save_checkpoint"):
+            state.state_dict()
