@@ -213,7 +213,7 @@ def load(
         stages = Stages(session.channel)
         _agree_on_arguments(request, problem, session, stages)
         files = open_files(request, session, stages, leaving)
-        restore = _restore_options(request, files.name)
+        restore = _restore_options(request, files)
         with stages.stage("target"):
             target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
@@ -273,7 +273,7 @@ def _agree_on_arguments(
     session.channel.decide("same arguments", request.comparable(), check_same)
 
 
-def _restore_options(request: LoadRequest, name: str) -> RestoreOptions:
+def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:
     return RestoreOptions(
         weights_only=request.weights_only,
         strict=request.strict,
@@ -284,7 +284,8 @@ def _restore_options(request: LoadRequest, name: str) -> RestoreOptions:
         logger=request.logger,
         hyperparameters=request.options.hyperparameters,
         safe_types=request.options.safe_types,
-        file=name,
+        file=files.name,
+        comes_in_parts=files.remote.known.__contains__,
     )
 
 

@@ -43,3 +43,47 @@ STORAGE_DTYPE: dict[str, str] = {
     "UntypedStorage": "uint8",
 }
 """The dtype of each storage class that torch's pickles name."""
+
+
+_EXACT_INTEGERS: dict[str, int] = {
+    "float64": 53,
+    "float32": 24,
+    "float16": 11,
+    "bfloat16": 8,
+    "int64": 63,
+    "int32": 31,
+    "int16": 15,
+    "int8": 7,
+    "uint64": 64,
+    "uint32": 32,
+    "uint16": 16,
+    "uint8": 8,
+    "bool": 1,
+}
+"""By dtype: every whole number of at most so many bits, without its sign, is one of its values."""
+
+
+def dtype_kind(dtype: str) -> str:
+    """``float``, ``complex``, ``integer`` (``bool`` too), or the dtype itself where it is of no such kind."""
+    if dtype.startswith(("float", "bfloat")):
+        return "float"
+    if dtype.startswith("complex"):
+        return "complex"
+    return "integer" if dtype in _EXACT_INTEGERS else dtype
+
+
+def keeps_values(source: str, target: str) -> bool:
+    """Whether every value of dtype `source` is one of `target` too, by the dtypes alone.
+
+    A float becomes a float of any width: that such a cast rounds is expected.
+    """
+    if source == target:
+        return True
+    if dtype_kind(source) == dtype_kind(target) != "integer":
+        return dtype_kind(source) in ("float", "complex")
+    if dtype_kind(source) != "integer" or dtype_kind(target) not in ("float", "integer"):
+        return False
+    unsigned = source.startswith("u") or source == "bool"
+    signed_target = dtype_kind(target) == "float" or not (target.startswith("u") or target == "bool")
+    bits = _EXACT_INTEGERS
+    return bits[source] <= bits.get(target, 0) and (unsigned or signed_target)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MismatchError
-from .tensor import SavedTensor
+from .dtypes import dtype_kind, keeps_values
+from .tensor import SavedTensor, same_shape
 from .values import kind_of
 
 _SHOWN = 20
@@ -64,19 +65,28 @@ def _listed(title: str, names: Iterable[str]) -> list[str]:
 
 
 def fits(
-    value: Any, name: str, shape: tuple[int, ...], dtype: str, mismatch: Mismatch, cast: dict[str, str]
+    value: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    mismatch: Mismatch,
+    cast: dict[str, str],
+    *,
+    buffer: bool = False,
 ) -> bool:
     """Whether `value` is a saved tensor of `shape` that can be restored as `dtype`.
 
-    `mismatch` is told where it is not, and `cast` where its dtype changes; `name` is its place in both.
+    A tensor of shape (1,) fits a number, and a number a tensor of shape (1,): the caller restores `of_one_element`.
+    `buffer` says that it is a buffer, no parameter: see `dtype_problem`. `mismatch` is told where it does not fit, and
+    `cast` where its dtype changes; `name` is its place in both.
     """
     if not isinstance(value, SavedTensor):
         mismatch.wrong.append(f"{name}: expected a tensor, got a {kind_of(value)}")
         return False
-    if value.shape != shape:
+    if not same_shape(value.shape, shape):
         mismatch.wrong.append(f"{name}: expected shape {shape}, got {value.shape}")
         return False
-    problem = dtype_problem(value.dtype, dtype)
+    problem = dtype_problem(value.dtype, dtype, buffer=buffer)
     if problem:
         mismatch.wrong.append(f"{name}: {problem}")
         return False
@@ -85,17 +95,17 @@ def fits(
     return True
 
 
-def dtype_problem(source: str, target: str) -> str | None:
-    """Why elements of dtype `source` cannot be restored as `target`; None where they can be.
+def dtype_problem(source: str, target: str, *, buffer: bool = False) -> str | None:
+    """Why elements of dtype `source` cannot be restored as `target`; None where they can be, as far as dtypes tell.
 
-    They are cast between dtypes of one kind only: float, complex, or integer (with bool).
+    A parameter is cast between floats, between complex numbers, and from an integer to one that has all its values. A
+    buffer (a mask, a table of positions) is cast to any real dtype, if each of its values survives that: where
+    `keeps_values` does not say so, the values do.
     """
-    if source == target or _kind(source) == _kind(target):
+    real = ("float", "integer")
+    if buffer and dtype_kind(source) in real and dtype_kind(target) in real:
+        return None
+    same_kind = dtype_kind(source) == dtype_kind(target)
+    if source == target or (same_kind and keeps_values(source, target)):
         return None
     return f"expected {target}, got {source}"
-
-
-def _kind(dtype: str) -> str:
-    if dtype.startswith(("float", "bfloat")):
-        return "float"
-    return "complex" if dtype.startswith("complex") else "integer"

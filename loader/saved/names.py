@@ -11,6 +11,8 @@ WRAPPER_PREFIX = "module."
 """DistributedDataParallel, DataParallel and DeepSpeed put it before every name."""
 COMPILED_PREFIX = "_orig_mod."
 """torch.compile puts it before the names of the module that it wraps, at any depth."""
+EXTRA_STATE = "_extra_state"
+"""The last part of the name under which ``state_dict`` has what a submodule's ``get_extra_state`` returns."""
 _PREFIX_CHANGES: tuple[tuple[str, str], ...] = tuple(
     (WRAPPER_PREFIX * drop, WRAPPER_PREFIX * add) for drop, add in ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2))
 )

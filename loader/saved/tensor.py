@@ -138,6 +138,27 @@ class SavedTensor:
         return piece is not None and Layout(self.shape, piece.stride, 0).is_contiguous
 
 
+def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes fit each other: () and (1,) do, as in `of_one_element`."""
+    return one == other or {one, other} == {(), (1,)}
+
+
+def of_one_element(tensor: SavedTensor, shape: tuple[int, ...]) -> SavedTensor:
+    """`tensor` with `shape`, where one of the two shapes is () and the other (1,); else `tensor` as it is.
+
+    Old versions of torch had no tensors without dimensions, and saved a number as a tensor of shape (1,).
+    """
+    if tensor.shape == shape or not same_shape(tensor.shape, shape):
+        return tensor
+    whole = whole_box(shape)
+    stride = (1,) * len(shape)
+    pieces = tuple(
+        Piece(whole, piece.offset, stride, piece.storage) if isinstance(piece.region, Box) else piece
+        for piece in tensor.pieces
+    )
+    return SavedTensor(tensor.dtype, shape, pieces, tensor.requires_grad)
+
+
 def fill(tensor: SavedTensor, into: Laid) -> Iterator[tuple[Piece, Layout, Layout]]:
     """What fills the region `into` of `tensor`: a piece, where the elements lie in its storage, and where in `into`.
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import CorruptError, FormatError
 from ..saved.contents import Saved
 from ..saved.demand import Demand
+from ..saved.names import EXTRA_STATE
 from ..saved.node_file import NodeFile
 from ..saved.tensor import SavedTensor
 from ..saved.values import GlobalName, InertObject, kind_of
@@ -294,7 +295,7 @@ def _is_state_dict(value: Any) -> bool:
 
 def _is_weight(key: Any, value: Any) -> bool:
     """Whether a state dict can hold `value` under `key`: a tensor, or a module's extra state."""
-    return isinstance(key, str) and (isinstance(value, SavedTensor) or key.endswith("_extra_state"))
+    return isinstance(key, str) and (isinstance(value, SavedTensor) or key.rpartition(".")[2] == EXTRA_STATE)
 
 
 def _is_optimizer_state(value: Any) -> bool:

@@ -21,6 +21,7 @@ from ..saved.contents import Saved
 from ..saved.copies import Copy, copies_of_tree
 from ..saved.demand import Demand
 from ..saved.mismatch import Mismatch
+from ..saved.tensor import SavedTensor
 from ..state import AlgorithmPass
 
 NoteChange = Callable[[str], None]
@@ -43,6 +44,12 @@ class RestoreOptions:
     safe_types: Sequence[str | type] = ()
     file: str = ""
     """What messages call the checkpoint."""
+    comes_in_parts: Callable[[str], bool] = lambda path: False
+    """Whether bytes of the file at a local path may not be there before the restore."""
+
+    def readable(self, tensor: SavedTensor) -> bool:
+        """Whether the check can read `tensor`."""
+        return not any(self.comes_in_parts(storage.file) for storage in tensor.storages)
 
 
 class Step(Protocol):

@@ -82,6 +82,50 @@ def dtensor_box(tensor: Any, name: str) -> Box:
     return Box(tuple(starts), tuple(sizes))
 
 
+def unfillable(tensor: torch.Tensor) -> str | None:
+    """Why a checkpoint's elements cannot be copied into `tensor`; None where they can be.
+
+    Such are tensors of which several elements share memory, those without an element for each index, and those that
+    keep their data in other tensors.
+    """
+    local = getattr(tensor, "_local_tensor", tensor) if is_dtensor(tensor) else tensor
+    if local.layout != torch.strided:
+        return f"is a tensor of layout {str(local.layout).removeprefix('torch.')}, which cannot be filled in place"
+    if local.is_quantized:
+        return "is a quantized tensor, which cannot be filled in place: load before the module is quantized"
+    if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return (
+            f"is a {type(local).__qualname__}, which keeps its data in other tensors and cannot be filled in place: "
+            "load before the module is changed that way"
+        )
+    if local.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made under torch.inference_mode(), so that it cannot be changed: make the module outside of it"
+    if not local.is_meta and _repeats_memory(local):
+        return (
+            f"has several elements in one place of memory (shape {tuple(local.shape)}, strides {local.stride()}), so "
+            "that they cannot all be restored: make it contiguous"
+        )
+    return None
+
+
+def _repeats_memory(tensor: torch.Tensor) -> bool:
+    """Whether two elements of `tensor` lie in one place."""
+    dims = sorted((step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    if not tensor.numel() or not dims:
+        return False
+    reach = 0
+    apart = True
+    for step, size in dims:
+        apart = apart and step > reach
+        reach += step * (size - 1)
+    if apart:
+        return False
+    if tensor.numel() > reach + 1:
+        return True
+    places = torch.arange(reach + 1).as_strided(tensor.shape, tensor.stride())
+    return len(set(places.flatten().tolist())) < tensor.numel()
+
+
 def kept_part(tensor: Any, key: str, *, new: torch.dtype | None = None) -> tuple[Laid, Memory]:
     """The part of the whole `tensor` that this rank keeps, and the memory that it lies in.
 

@@ -1,8 +1,10 @@
 """Restores a torch module: plans which saved tensor goes where, then reads each straight into its parameter.
 
 `plan_module` matches names and checks shapes and dtypes; its `ModuleStep` gives meta tensors memory and fills them. A
-module whose loading runs the user's own code (`loading_overrides`: hooks, or an overridden ``load_state_dict``) gets
-real tensors through its own ``load_state_dict`` instead, and names that only its hooks know are checked there.
+module whose loading does anything but copy (`loading_overrides`: hooks, or a loader that is not torch's own) gets real
+tensors through its own ``load_state_dict`` instead, and names that only its hooks know are checked there. What a saved
+entry is follows from its name: a parameter's, a buffer's, or the extra state's of a submodule that takes it; never from
+what the target holds at the moment.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from ..errors import PartialRestoreError
 from ..materialize.tensors import torch_dtype
 from ..saved.contents import Saved
 from ..saved.copies import Copy, Memory, copies_into
+from ..saved.dtypes import keeps_values
 from ..saved.mismatch import Mismatch, fits
-from ..saved.names import NameMatch, match_names
+from ..saved.names import EXTRA_STATE, NameMatch, match_names
 from ..saved.regions import row_major_stride
 from ..saved.strided import Layout
-from ..saved.tensor import SavedTensor
+from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.values import kind_of
 from ..state import unwrap
 from .base import Plan, RestoreOptions, Work
+from .buffers import check_read, check_saved, values_place
 from .dtensor import (
     TORCH_OWN,
     dtype_name,
@@ -36,6 +40,7 @@ from .dtensor import (
     kept_part,
     local_part,
     show_shards,
+    unfillable,
 )
 
 __all__ = [
@@ -44,6 +49,8 @@ __all__ = [
     "ModuleStep",
     "allocate_meta",
     "dtype_name",
+    "extra_states",
+    "has_own_loader",
     "load_through_hooks",
     "loading_overrides",
     "module_tensors",
@@ -71,6 +78,8 @@ class ModulePlan:
     """The module's names of weights that come from saved fp32 masters, not from the saved low-precision weights."""
     excused: frozenset[str] = frozenset()
     """The module's names that the checkpoint may lack: ignored, tied to a name that it has, or a newer batch count."""
+    unchecked: dict[str, SavedTensor] = field(default_factory=dict)
+    """Buffers whose values must survive a cast, and could not be read yet: compared before the first change."""
     metadata: Any = None
     """Versions of the saved submodules (``state_dict()._metadata``), which a submodule's own loading may read."""
 
@@ -109,18 +118,22 @@ class ModuleStep:
     """Extra state; with hooks also tensors that repeat elements, which need no memory for each."""
 
     def apply(self, work: Work) -> list[str]:
-        """Gives meta tensors memory first, as the same objects. Extra state is read before `Work.note_change`.
+        """Gives meta tensors memory first, as the same objects. Extra state is read before `Work.note_change`, and
+        buffers that the check could not read are compared.
 
         With ``strict``, names that the module's own ``load_state_dict`` left out are an error. Raises `CorruptError`
-        where bytes are missing or do not match their checksum, `PartialRestoreError` where the module's own
-        ``load_state_dict`` fails.
+        where bytes are missing or do not match their checksum, `MismatchError` where a buffer's values do not survive
+        its cast, `PartialRestoreError` where the module's own ``load_state_dict`` fails.
         """
         plan = self.plan
         made = work.real(self.trees)
+        targets = module_tensors(plan.module)
+        check_read(
+            {name: (made[values_place(name)], targets[name]) for name in plan.unchecked}, work.options.file
+        )
         real = {name: made[_place(name)] for name in plan.sources if _place(name) in made}
         work.note_change("model")
         allocate_meta(plan.module)
-        targets = module_tensors(plan.module)
         if plan.through_hooks:
             self._load_through_hooks(real, targets, work)
         else:
@@ -131,9 +144,9 @@ class ModuleStep:
                 if target is not None and _key(name) in filled
             }
             work.fill(self.copies, memories)
+            takers = extra_states(plan.module)
             for name, value in real.items():
-                owner = plan.module.get_submodule(name.rpartition("_extra_state")[0].rstrip("."))
-                owner.set_extra_state(value)
+                takers[name].set_extra_state(value)
         nbytes = sum(value.nbytes for value in plan.sources.values() if isinstance(value, SavedTensor))
         return [f"model ({len(plan.sources)} entries, {nbytes:,} bytes)"]
 
@@ -190,16 +203,22 @@ def plan_module(model: Any, saved: Saved, options: RestoreOptions) -> ModulePlan
         plan.metadata = getattr(whole, "_metadata", None)
         # By value, not by name: ``ignore_keys`` may have given a name the weights of another.
         masters = {id(whole[name]): master for name, master in saved.masters.items() if name in whole}
-        _match(plan, left, match_names(whole, module_tensors(module), options.rename), masters)
+        match = match_names(whole, module_tensors(module), options.rename)
+        _match(plan, left, match, masters, options)
     return plan
 
 
 def _match(
-    plan: ModulePlan, saved: Mapping[str, Any], match: NameMatch, masters: Mapping[int, SavedTensor]
+    plan: ModulePlan,
+    saved: Mapping[str, Any],
+    match: NameMatch,
+    masters: Mapping[int, SavedTensor],
+    options: RestoreOptions,
 ) -> None:
     """Fills `plan` with what of `saved` goes where, by `match`; `masters` are by ``id`` of the weights in `saved`."""
     module = plan.module
     targets = module_tensors(module)
+    takers = extra_states(module)
     hooks = tuple(loading_overrides(module))
     plan.through_hooks = bool(hooks)
     for source_name, target_name in match.target_of.items():
@@ -215,14 +234,16 @@ def _match(
         if source_name != target_name:
             plan.renamed[source_name] = target_name
         if not (hooks and target_name.startswith(hooks)):
-            _check_tensor(plan, target_name, value, target)
+            _check_tensor(plan, target_name, value, target, options)
     _share_masters(plan, targets)
-    satisfied = {id(targets[name]) for name in match.target_of.values() if targets[name] is not None}
+    # A tied parameter is one tensor, and the extra state of a shared submodule is one submodule's.
+    shared = {name: takers.get(name, target) for name, target in targets.items()}
+    satisfied = {id(shared[name]) for name in match.target_of.values() if shared[name] is not None}
     plan.excused = frozenset(
         name
-        for name, target in targets.items()
+        for name, owner in shared.items()
         if name not in plan.sources
-        and (name not in match.missing or id(target) in satisfied or _counts_batches(plan, name))
+        and (name not in match.missing or id(owner) in satisfied or _counts_batches(plan, name))
     )
     plan.mismatch.missing.extend(f"model/{name}" for name in match.missing if name not in plan.excused)
     plan.mismatch.unexpected.extend(f"model/{name}" for name in match.unexpected if name in saved)
@@ -246,6 +267,7 @@ def _step(plan: ModulePlan) -> ModuleStep:
         if not isinstance(value, SavedTensor)
         or (_made_whole(value, targets.get(name)) if plan.through_hooks else targets[name] is None)
     }
+    trees.update({values_place(name): value for name, value in plan.unchecked.items()})
     copies: dict[Any, list[Copy]] = {}
     for name, value in plan.sources.items():
         if _place(name) in trees:
@@ -305,13 +327,26 @@ def _share_masters(plan: ModulePlan, targets: Mapping[str, torch.Tensor | None])
             plan.from_masters.append(name)
 
 
-def _check_tensor(plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None) -> None:
+def _check_tensor(
+    plan: ModulePlan, name: str, value: Any, target: torch.Tensor | None, options: RestoreOptions
+) -> None:
     if target is None:
         return  # extra state, which only the submodule itself can check
     if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
         plan.mismatch.wrong.append(f"model/{name}: {NOT_INITIALISED}")
         return
-    fits(value, _key(name), tuple(target.shape), dtype_name(target.dtype), plan.mismatch, plan.cast)
+    problem = unfillable(target)
+    if problem:
+        plan.mismatch.wrong.append(f"model/{name}: {problem}")
+        return
+    shape, buffer = tuple(target.shape), not isinstance(target, nn.Parameter)
+    if fits(value, _key(name), shape, dtype_name(target.dtype), plan.mismatch, plan.cast, buffer=buffer):
+        plan.sources[name] = of_one_element(value, shape)
+        if not keeps_values(value.dtype, dtype_name(target.dtype)):
+            if options.readable(value):
+                check_saved(value, target, _key(name), plan.mismatch)
+            else:
+                plan.unchecked[name] = plan.sources[name]
 
 
 def _counts_batches(plan: ModulePlan, name: str) -> bool:
@@ -345,29 +380,34 @@ def _refuse_unfillable(plan: ModulePlan, module: nn.Module) -> None:
 
 
 def loading_overrides(module: nn.Module) -> list[str]:
-    """Name prefixes of the submodules whose loading runs the user's own code: hooks, or an overridden loader.
+    """Name prefixes of the submodules whose loading may do anything but copy: hooks, or a loader that is not known.
 
-    Submodules that save nothing do not count, since they are not loaded (metrics, for one). [""], the whole module,
-    where its ``state_dict`` has tensors that are neither parameters nor buffers.
+    Submodules that save nothing do not count, since they are not loaded (metrics, for one).
     """
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    saved = module.state_dict(keep_vars=True)
-    if any(isinstance(value, torch.Tensor) and name not in own for name, value in saved.items()):
-        return [""]
+    return _overrides(module, module.state_dict(keep_vars=True))
+
+
+def _overrides(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     found = []
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
-        if any(key.startswith(prefix) for key in saved) and _overrides_loading(part):
+        if _overrides_loading(part) and any(key.startswith(prefix) for key in saved):
             found.append(prefix)
     return found
 
 
 def _overrides_loading(part: nn.Module) -> bool:
     hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-    if not all(str(getattr(_plain(hook), "__module__", "")).startswith(TORCH_OWN) for hook in hooks):
-        return True
+    return has_own_loader(part) or not all(
+        str(getattr(_plain(hook), "__module__", "")).startswith(TORCH_OWN) for hook in hooks
+    )
+
+
+def has_own_loader(part: nn.Module) -> bool:
+    """Whether `part` has a loader of its own: torch's layers (``torch.nn.modules``) only copy, its observers and other
+    modules for quantization resize what they hold."""
     return any(
-        not getattr(getattr(type(part), method), "__module__", "").startswith("torch.")
+        not str(getattr(getattr(part, method), "__module__", "")).startswith("torch.nn.modules.")
         for method in ("_load_from_state_dict", "load_state_dict")
     )
 
@@ -420,15 +460,34 @@ def load_through_hooks(
 
 
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """Parameters and persistent buffers by name, tied ones under each; None for a module's extra state."""
+    """Parameters and persistent buffers by name, tied ones under each; None for the extra state of submodules that take
+    it.
+
+    What else the module's ``state_dict`` has is there only below a loader that may take it (`loading_overrides`).
+    """
     persistent = module.state_dict(keep_vars=True)
     own: dict[str, torch.Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+    takers = extra_states(module)
+    others = persistent.keys() - own.keys() - takers.keys()
+    loaders = tuple(_overrides(module, persistent)) if others else ()
+    found: dict[str, torch.Tensor | None] = {}
+    for name, value in persistent.items():
+        if name in takers:
+            found[name] = None
+        elif name in own or (loaders and name.startswith(loaders)):
+            found[name] = own.get(name, value if isinstance(value, torch.Tensor) else None)
+    return found
+
+
+def extra_states(module: nn.Module) -> dict[str, nn.Module]:
+    """The submodules that take extra state, by its name: those with a ``set_extra_state`` of their own."""
     return {
-        name: own.get(name, value) if isinstance(value, torch.Tensor) else None
-        for name, value in persistent.items()
+        f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE: part
+        for name, part in module.named_modules(remove_duplicate=False)
+        if type(part).set_extra_state is not nn.Module.set_extra_state
     }
 
 

@@ -19,7 +19,7 @@ from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy, copies_into
 from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
-from ..saved.tensor import SavedTensor
+from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.tree import join_path
 from ..saved.values import kind_of
 from ..state import as_list, by_class_name
@@ -480,9 +480,12 @@ def _entries(
         return None
     entries: dict[str, Any] = {}
     current = plan.optimizer.state.get(parameter, {})
+    shape = _shape(parameter)
     for name, value in whole.items():
+        if name != STEP and isinstance(value, SavedTensor) and shape is not None:
+            value = of_one_element(value, shape)
         if name in left:
-            entries[name] = left[name]
+            entries[name] = value
         elif name in current:
             entries[name] = Own(current[name])
         elif isinstance(value, SavedTensor):

@@ -26,6 +26,7 @@ from ...errors import CorruptError, LayoutError
 from ...saved.demand import Shape
 from ...saved.partitions import Slot, cut, padded_partition, padded_share, shares
 from ...saved.regions import CoverageError, Run
+from ...saved.tensor import same_shape
 from .experts import group_ranks
 from .model_states import ModelStates
 from .optim_states import MASTER, OptimStates
@@ -294,7 +295,7 @@ def named_by_optimizer(
     order = sorted(optim.group_of, key=lambda index: (optim.group_of[index], index))
     for position, (index, (name, shape)) in enumerate(zip(order, flat, strict=True)):
         for kind, tensors in optim.tensors.items():
-            if index in tensors and tensors[index].shape != shape:
+            if index in tensors and not same_shape(tensors[index].shape, shape):
                 raise LayoutError(
                     f"{optim.file}: {kind} of the optimizer's parameter {position} has shape "
                     f"{tensors[index].shape}, but {name}, which is at this position here, has {shape}. Stage 0 does "

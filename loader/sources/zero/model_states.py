@@ -71,6 +71,8 @@ class ModelStates:
     """MoE layers by name, once `experts.with_experts` has added this rank's experts to `module`."""
     optimizer_file: str = ""
     """What messages call the file that `optimizer` came from; empty where it is this one."""
+    versions: Any = None
+    """Of the module's submodules (``state_dict()._metadata``); None where the file does not say."""
     layout: ParallelLayout = UNSPLIT
     """How the model was split; this file is of one part."""
 
@@ -119,6 +121,7 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
         num_experts=_num_experts(tree, top),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
+        versions=getattr(own, "_metadata", None),
         layout=layout,
     )
 

@@ -13,7 +13,7 @@ from ...errors import LayoutError
 from ...saved.demand import Demand
 from ...saved.names import match_names
 from ...saved.regions import CoverageError, Run
-from ...saved.tensor import SavedTensor
+from ...saved.tensor import SavedTensor, same_shape
 from .file_names import Needed
 from .layout import ZeroCheckpoint
 from .model_states import ModelStates
@@ -59,7 +59,7 @@ def wanted_runs(demand: Demand, checkpoint: ZeroCheckpoint, model: ModelStates) 
     for saved_name, name in match.target_of.items():
         asked = (demand.parameters or {}).get(demand.aliases.get(name, name))
         parameter = checkpoint.find(saved_name)
-        if parameter is None or asked is None or parameter.shape != asked.shape:
+        if parameter is None or asked is None or not same_shape(parameter.shape, asked.shape):
             continue
         runs = wanted.setdefault(parameter.name, [])
         runs += asked.updated

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...formats.pickle.inert import Ordered
 from ...saved.contents import ENGINE, Saved
 from ...saved.demand import Demand
 from ...saved.masters import Groups
 from ...saved.model_parallel import Position
+from ...saved.names import EXTRA_STATE
 from ...saved.tensor import SavedTensor
 from ..single_file import rng_list
 from .contents import ZeroContents
@@ -88,6 +90,14 @@ def _partitioned(zero: ZeroContents, *, weights_only: bool) -> dict[str, Kinds]:
 
 
 def _model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) -> dict[str, Any]:
+    """The module's state; the versions of its submodules come along, by which their own loading may go."""
+    found = Ordered(_named_model(zero, model, made))
+    if model.versions is not None:
+        found._metadata = model.versions
+    return found
+
+
+def _named_model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) -> dict[str, Any]:
     checkpoint = zero.checkpoint
     if not checkpoint.partitioned:
         # Parameters of a pipeline that no layer file has come first; their fp32 masters stand in for them.
@@ -101,10 +111,15 @@ def _model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) ->
         if parameter is not None:
             kinds = partitioned(zero, parameter, [FROZEN]) if parameter.frozen else made[parameter.name]
             found[name] = kinds[FROZEN if parameter.frozen else MASTER]
-        elif name in model.buffer_names or not isinstance(value, SavedTensor) or value.numel:
+        elif name in model.buffer_names or not _is_empty(name, value):
             found[name] = value
         # Left out: the empty tensors of frozen parameters, which DeepSpeed was asked not to save.
     return found
+
+
+def _is_empty(name: str, value: Any) -> bool:
+    """Whether `value` is a tensor without elements, and no extra state, which may be one."""
+    return isinstance(value, SavedTensor) and not value.numel and name.rpartition(".")[2] != EXTRA_STATE
 
 
 def _masters(

@@ -94,7 +94,7 @@ class EngineTarget:
         by_deepspeed = saved.data_parallel_size is not None
         if not by_deepspeed:
             _refuse_parts(live)
-        model = plan_model(live, saved, options.rename)
+        model = plan_model(live, saved, options.rename, options.readable)
         step = EngineStep(live, saved, model)
         mismatch = Mismatch()
         mismatch.extend(model.mismatch)

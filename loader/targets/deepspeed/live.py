@@ -22,6 +22,7 @@ from ...saved.partitions import Slot, shares
 from ...saved.regions import Laid, Run
 from ...saved.strided import Layout
 from ..dtensor import dtype_name, kept_part
+from ..module import extra_states
 from .flats import MasterFlat, bf16_flats, plain_flats, unfused_flats, zero3_flats, zero_flats
 from .parallel import engine_position, expert_layers, unsaved_prefixes
 
@@ -246,7 +247,6 @@ def _module_rest(
     module: torch.nn.Module, parameters: dict[str, torch.Tensor], aliases: dict[str, str]
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     buffers: dict[str, torch.Tensor] = {}
-    extra = []
     unsaved = unsaved_prefixes(module)
     for prefix, part in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
@@ -255,8 +255,7 @@ def _module_rest(
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 buffers[dot + name] = buffer
-        if type(part).get_extra_state is not torch.nn.Module.get_extra_state:
-            extra.append(f"{dot}_extra_state")
+    extra = [name for name in extra_states(module) if not name.startswith(unsaved)]
     return buffers, tuple(extra)
 
 

@@ -6,17 +6,21 @@ so any two layouts fit as long as the files that it leads to were read. Words ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ...saved.contents import Saved
 from ...saved.copies import Copy, copies_into
+from ...saved.dtypes import keeps_values
 from ...saved.mismatch import Mismatch, fits
 from ...saved.names import match_names
 from ...saved.partitions import Slot
-from ...saved.tensor import SavedTensor
-from ..dtensor import dtype_name
+from ...saved.tensor import SavedTensor, of_one_element
+from ..buffers import check_saved
+from ..dtensor import dtype_name, unfillable
 from .live import LiveEngine, flat_view, laid, memory_of
 
 
@@ -52,6 +56,8 @@ class ModelPart:
     buffers: Mapping[str, tuple[Copy, ...]] = field(default_factory=dict)
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Saved values."""
+    unchecked: Mapping[str, tuple[SavedTensor, torch.Tensor]] = field(default_factory=dict)
+    """Buffers whose values must survive a cast and could not be read yet, as saved and the engine's."""
     saved_names: Mapping[str, str] = field(default_factory=dict)
     """Every parameter's name in the checkpoint, where it has the parameter."""
     found: bool = True
@@ -71,8 +77,16 @@ class ModelPart:
         )
 
 
-def plan_model(live: LiveEngine, saved: Saved, rename: Mapping[str, str]) -> ModelPart:
+def plan_model(
+    live: LiveEngine,
+    saved: Saved,
+    rename: Mapping[str, str],
+    readable: Callable[[SavedTensor], bool] = lambda tensor: True,
+) -> ModelPart:
     """Plans weights, buffers, extra state and masters; names are matched as the checkpoint has them.
+
+    `readable` says of a saved tensor whether it can be read now: a buffer of another kind is, to see whether its values
+    survive.
 
     Raises `LayoutError` where elements are wanted that lie in files that were not read.
     """
@@ -86,11 +100,7 @@ def plan_model(live: LiveEngine, saved: Saved, rename: Mapping[str, str]) -> Mod
     first_of = {name: live.aliases.get(name, name) for name in live.names}
     matched = {first_of[name] for name in saved_name}
     mismatch = Mismatch(
-        missing=[
-            f"model/{name}"
-            for name in match.missing
-            if first_of[name] not in matched and name not in live.extra_state
-        ],
+        missing=[f"model/{name}" for name in match.missing if first_of[name] not in matched],
         unexpected=[
             f"model/{name}"
             for name in match.unexpected
@@ -108,7 +118,10 @@ def plan_model(live: LiveEngine, saved: Saved, rename: Mapping[str, str]) -> Mod
         left = [one for one in saved_names.get(name, ()) if one in wanted]
         if left:
             value, master = whole[left[0]], saved.masters.get(left[0])
-            if fits(
+            problem = next((found for low in live.low[name] if (found := unfillable(low.flat))), None)
+            if problem:
+                mismatch.wrong.append(f"model/{name}: {problem}")
+            elif fits(
                 value,
                 f"model/{name}",
                 live.shapes[name],
@@ -118,16 +131,27 @@ def plan_model(live: LiveEngine, saved: Saved, rename: Mapping[str, str]) -> Mod
             ):
                 parameters[name] = _plan_parameter(live, name, value, master)
     buffers: dict[str, tuple[Copy, ...]] = {}
+    unchecked: dict[str, tuple[SavedTensor, torch.Tensor]] = {}
     for name, buffer in live.buffers.items():
         if saved_name.get(name) in wanted:
             value, place = whole[saved_name[name]], f"model/{name}"
-            if fits(value, place, tuple(buffer.shape), dtype_name(buffer.dtype), mismatch, {}):
+            shape, dtype, problem = tuple(buffer.shape), dtype_name(buffer.dtype), unfillable(buffer)
+            if problem:
+                mismatch.wrong.append(f"{place}: {problem}")
+            elif fits(value, place, shape, dtype, mismatch, cast, buffer=True):
+                value = of_one_element(value, shape)
                 memory = memory_of(place, buffer.detach())
                 buffers[name] = tuple(copies_into(value, memory.whole, memory, name=place))
+                if not keeps_values(value.dtype, dtype):
+                    if readable(value):
+                        check_saved(value, buffer, place, mismatch)
+                    else:
+                        unchecked[name] = value, buffer
     return ModelPart(
         parameters,
         buffers,
         {name: whole[saved_name[name]] for name in live.extra_state if saved_name.get(name) in wanted},
+        unchecked,
         {name: saved_names[name][0] for name in live.shapes if name in saved_names},
         mismatch=mismatch,
         renamed=match.renamed,

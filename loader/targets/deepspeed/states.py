@@ -21,7 +21,7 @@ from ...saved.demand import Shape
 from ...saved.mismatch import Mismatch
 from ...saved.partitions import Slot
 from ...saved.regions import Run
-from ...saved.tensor import SavedTensor
+from ...saved.tensor import SavedTensor, same_shape
 from ..dtensor import kept_part
 from ..optimizer_kinds import class_note, kind_problem, lacking_state, merged_groups, taken, uneven_groups
 from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
@@ -145,7 +145,7 @@ def _match(
         if name not in live.owned:
             if not state.kept.isdisjoint(state.tensors):
                 mismatch.unexpected.append(f"{at}/{owner}")
-        elif saved_shape == shape:
+        elif saved_shape is not None and same_shape(saved_shape, shape):
             for key, value in state.numbers.items():
                 if isinstance(value, SavedTensor) and value.numel != 1:
                     raise LayoutError(

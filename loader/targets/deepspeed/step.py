@@ -19,6 +19,8 @@ from ...saved.copies import Copy
 from ...saved.tensor import SavedTensor
 from ...saved.values import InertObject
 from ..base import NoteChange, Work
+from ..buffers import check_read, values_place
+from ..module import extra_states
 from .live import LiveEngine, flat_view
 from .plan import ModelPart
 from .states import OptimizerPart, new_state, state_memory_key
@@ -68,6 +70,8 @@ class EngineStep:
         found: dict[str, Any] = {}
         for name, value in self.model.extra_state.items():
             found[f"state/model/{name}"] = value
+        for name, (value, _) in self.model.unchecked.items():
+            found[values_place(name)] = value
         for index, numbers in self.optimizer.numbers.items():
             found.update({_number_path(index, key): value for key, value in numbers.items()})
         for index, group in self.optimizer.groups.items():
@@ -81,9 +85,10 @@ class EngineStep:
     def apply(self, work: Work) -> list[str]:
         """Carries it out on this rank; returns what was restored, for the receipt. No rank waits for another.
 
-        Raises `CorruptError` where bytes are missing or do not match their checksum; by then parts may have been
-        changed.
+        Raises `MismatchError`, before it changes anything, where a buffer's values do not survive their cast, and
+        `CorruptError` where bytes are missing or do not match their checksum; by then parts may have been changed.
         """
+        self._check_buffers(work)
         if self.model.restores:
             work.note_change("model")
         if self.optimizer.restores:
@@ -99,6 +104,14 @@ class EngineStep:
         _set_groups(self, work)
         _relink(self)
         return [*self._restored(), *_set_engine(self, work)]
+
+    def _check_buffers(self, work: Work) -> None:
+        """Compares the buffers that could not be read when the restore was planned."""
+        own = {name: buffer for name, (_, buffer) in self.model.unchecked.items()}
+        real = work.real({values_place(name): self.trees[values_place(name)] for name in own})
+        check_read(
+            {name: (real[values_place(name)], buffer) for name, buffer in own.items()}, work.options.file
+        )
 
     def memories(self) -> dict[str, torch.Tensor]:
         """The engine's tensors that copies go to, by `Memory.key`."""
@@ -182,9 +195,9 @@ def _make_state(live: LiveEngine, index: int, keys: Mapping[str, str]) -> None:
 
 def _set_extra_state(step: EngineStep, work: Work) -> None:
     paths = {f"state/model/{name}": name for name in step.model.extra_state}
+    takers = extra_states(step.live.engine.module)
     for path, value in work.real({path: step.trees[path] for path in paths}).items():
-        owner = step.live.engine.module.get_submodule(paths[path].rpartition("_extra_state")[0].rstrip("."))
-        owner.set_extra_state(value)
+        takers[paths[path]].set_extra_state(value)
 
 
 def _set_numbers(step: EngineStep, work: Work) -> None:

@@ -301,12 +301,14 @@ def test_a_single_file_gives_its_weights_alone_and_to_whole_models_alone() -> No
     engine = plain_engine()
     model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "tied.weight": tensor(3, 2)}
     saved = saved_with(
-        {**model, "count": tensor()}, {"state": {}, "param_groups": []}, data_parallel_size=None
+        {**model, "count": tensor(dtype="complex64")},
+        {"state": {}, "param_groups": []},
+        data_parallel_size=None,
     )
     target = EngineTarget(engine, RestoreOptions())
     plan = target.plan(saved)
     assert plan.not_restored == ("state/optimizers/AdamW",)
-    assert plan.mismatch.wrong == ["model/count: expected int64, got float32"]
+    assert plan.mismatch.wrong == ["model/count: expected int64, got complex64"]
     assert plan.mismatch.missing == []
     assert {one.name for one in plan.copies} == {"model/conv.weight", "model/conv.bias", "model/head.weight"}
     for change, message in (
