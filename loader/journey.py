@@ -113,7 +113,9 @@ def load_checkpoint(
         object_store: the store that `path` names an object of: an fsspec file system, an object with
             ``download_object``, or one with ``download_file``. None: the store that `path` itself names.
         load_weights_only: restore the model's weights and buffers, and nothing else.
-        strict_model_weights: whether missing and unexpected names are an error. Wrong shapes always are.
+        strict_model_weights: whether missing and unexpected names are an error, in every part of a full load: a weight,
+            but also an optimizer, scheduler, scaler or callback of `state` that the checkpoint lacks. With False they
+            are in the receipt, with a warning of each such object. Wrong shapes are always an error.
         progress_bar: whether rank 0 shows the bytes of all nodes while a remote checkpoint is fetched.
         ignore_keys: parts to leave out: globs over ``/``-joined keys (``state/model/head.*``, ``state/optimizers/*``,
             ``rng``), or a callable that changes the nested dict in place.
@@ -171,7 +173,9 @@ def load(
         object_store: the store that `path` names an object of: an fsspec file system, an object with
             ``download_object``, or one with ``download_file``. None: the store that `path` itself names.
         load_weights_only: restore the model's weights and buffers, and nothing else.
-        strict_model_weights: whether missing and unexpected names are an error. Wrong shapes always are.
+        strict_model_weights: whether missing and unexpected names are an error, in every part of a full load: a weight,
+            but also an optimizer, scheduler, scaler or callback of `state` that the checkpoint lacks. With False they
+            are in the receipt, with a warning of each such object. Wrong shapes are always an error.
         progress_bar: whether rank 0 shows the bytes of all nodes while a remote checkpoint is fetched.
         ignore_keys: parts to leave out: globs over ``/``-joined keys (``state/model/head.*``, ``state/optimizers/*``,
             ``rng``), or a callable that changes the nested dict in place.

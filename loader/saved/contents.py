@@ -90,6 +90,20 @@ class Saved:
         before = None if self.unfiltered is None else self.unfiltered.only(parts, without=without)
         return replace(self, state=kept, unfiltered=before)
 
+    def without_schedulers(self, keys: frozenset[str]) -> Saved:
+        """The same without the schedulers of `keys`; before ``ignore_keys`` too."""
+        schedulers = self.state.get("schedulers")
+        if not keys or not isinstance(schedulers, Mapping):
+            return (
+                self
+                if self.unfiltered is None
+                else replace(self, unfiltered=self.unfiltered.without_schedulers(keys))
+            )
+        kept = {key: value for key, value in schedulers.items() if key not in keys}
+        state = {**self.state, "schedulers": kept}
+        before = None if self.unfiltered is None else self.unfiltered.without_schedulers(keys)
+        return replace(self, state=state, unfiltered=before)
+
     @property
     def rank_zero_seed(self) -> int | None:
         """The seed that the saved job began with, from which missing random states are derived; None if not saved."""

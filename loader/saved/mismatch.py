@@ -32,6 +32,17 @@ class Mismatch:
         self.unexpected.extend(other.unexpected)
         self.wrong.extend(other.wrong)
 
+    def _advice(self) -> str:
+        """What can help against missing and unexpected names."""
+        ways = ["Pass strict_model_weights=False to load what fits"]
+        if any(map(_is_entry, (*self.missing, *self.unexpected))):
+            ways.append("LoadOptions(rename={...}) to map names")
+        if self.unexpected:
+            ways.append("ignore_keys to leave parts of the checkpoint out")
+        if not all(map(_is_entry, self.missing)):
+            ways.append("a State without the objects that the checkpoint lacks")
+        return f"{', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"{ways[0]}."
+
     def raise_if_any(self, path: str, *, strict: bool) -> None:
         """Raises one `MismatchError` with everything; missing and unexpected names only where `strict`."""
         if not self.wrong and not (strict and (self.missing or self.unexpected)):
@@ -41,10 +52,7 @@ class Mismatch:
         lines += _listed("unexpected in the checkpoint", self.unexpected)
         lines += _listed("wrong", self.wrong)
         if not self.wrong:
-            lines.append(
-                "Pass strict_model_weights=False to load what fits, LoadOptions(rename={...}) to map names, or "
-                "ignore_keys to leave parts out."
-            )
+            lines.append(self._advice())
         error = MismatchError("\n".join(lines), path=path)
         error.details = {
             "missing": list(self.missing),
@@ -52,6 +60,11 @@ class Mismatch:
             "wrong": list(self.wrong),
         }
         raise error
+
+
+def _is_entry(name: str) -> bool:
+    """Whether `name` is that of a weight or of its optimizer state, rather than of a whole object."""
+    return name.startswith("model") or name.partition(":")[0].count("/") > 1
 
 
 def _listed(title: str, names: Iterable[str]) -> list[str]:

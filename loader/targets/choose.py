@@ -23,6 +23,7 @@ from .base import Plan, RestoreOptions, Target, Work, join
 from .deepspeed.engine import EngineTarget
 from .deepspeed.ownership import engine_behind, is_part_of
 from .foreign import ForeignTarget
+from .parts import kind_problem, loads_state, missing_part, warn_of_parts
 from .state import StateTarget
 
 
@@ -44,7 +45,7 @@ def target_of(state: Any, options: RestoreOptions) -> Target:
     if live:
         others = tuple(name for name, one in by_class_name(optimizers).items() if not is_part_of(engine, one))
         inner = "" if engine is model else type(model).__name__
-        target = _WithEngine(EngineTarget(engine, options), target, options, others, inner)
+        target = _WithEngine(EngineTarget(engine, options), engine, target, state, options, others, inner)
     return _WithAlgorithms(state, target, options, changeable=not live)
 
 
@@ -53,35 +54,76 @@ class _WithEngine:
     """A DeepSpeed engine, and the rest of the state that it is in."""
 
     engine: Target
-    rest: Target
+    live: Any
+    """The engine itself."""
+    rest: StateTarget | ForeignTarget
+    state: Any
     options: RestoreOptions
     others: tuple[str, ...] = ()
     """Names of the state's optimizers that are not the engine's."""
     inner: str = ""
     """The class of the model that stands for the engine; "" where it is the engine itself."""
 
+    @property
+    def scheduler(self) -> Any:
+        """The engine's lr scheduler, where it takes a saved state; else None."""
+        own = getattr(self.live, "lr_scheduler", None)
+        return own if loads_state(own) else None
+
     def demand(self, rank: int, world_size: int) -> Demand:
         """The engine's, with the names of the other parts' classes."""
         engine, rest = self.engine.demand(rank, world_size), self.rest.demand(rank, world_size)
-        return replace(engine, schedulers=rest.schedulers or engine.schedulers, scaler=rest.scaler)
+        own = engine.engine_scheduler
+        if self.scheduler is None:
+            # What another job's engine saved goes to a scheduler beside this one.
+            own = next(iter(rest.schedulers), own)
+        return replace(
+            engine,
+            schedulers=rest.schedulers or engine.schedulers,
+            engine_scheduler=own,
+            scaler=rest.scaler,
+        )
 
     def plan(self, saved: Saved) -> Plan:
         """Both plans as one: the engine takes its own parts of `saved`, and the rest all others.
 
-        The schedulers are among the engine's only where DeepSpeed saved one: Composer keeps its own outside the
-        engine's files.
+        Of the schedulers, the engine takes the one that DeepSpeed saved: Composer keeps its own outside the engine's
+        files. An engine without a scheduler leaves that one to the rest too.
         """
         if saved.data_parallel_size is None and not self.options.weights_only:
             warnings.warn(
                 f"{saved.name} is a single file, of which a DeepSpeed engine takes the weights alone: its "
-                "optimizer state and counters stay as they are. Say so with load_weights_only=True",
+                "optimizer state, lr scheduler and counters stay as they are. Say so with load_weights_only=True",
                 stacklevel=2,
             )
+        told, schedulers = self._scheduler(saved)
         parts = frozenset({"model", "optimizers", ENGINE})
-        if saved.engine_schedulers:
-            parts |= {"schedulers"}
-        engine = self.engine.plan(saved.only(parts))
-        return join([self._told(), engine, self.rest.plan(saved.only(parts, without=True))])
+        own = frozenset({"schedulers"}) if schedulers and not told.mismatch.missing else frozenset()
+        engine = self.engine.plan(saved.only(parts | own))
+        others = saved.only(parts, without=True).without_schedulers(schedulers)
+        rest = replace(self.rest, by_engine=self.scheduler if schedulers else None)
+        return join([self._told(), engine, told, rest.plan(others)])
+
+    def _scheduler(self, saved: Saved) -> tuple[Plan, frozenset[str]]:
+        """What there is to tell of the engine's scheduler, and the keys of the saved ones that are for it."""
+        own = self.scheduler
+        if own is None or saved.data_parallel_size is None or self.options.weights_only:
+            return Plan(), frozenset()
+        name = f"schedulers/{type(own).__name__}"
+        whole, left = saved.whole.state.get("schedulers") or {}, saved.state.get("schedulers") or {}
+        keys = frozenset(key for key in whole if key in saved.engine_schedulers)
+        told = Plan()
+        if not keys:
+            beside = as_list(getattr(self.state, "schedulers", None))
+            if not any(one is own for one in beside):
+                told = Plan(mismatch=Mismatch([missing_part(name, ())]))
+        for key in sorted(keys & left.keys()):
+            problem = kind_problem(own, left[key], named=False)
+            if problem:
+                missing = Mismatch([f"{name}: the checkpoint's {problem}"])
+                told = Plan(mismatch=missing, not_restored=(f"state/schedulers/{key}",))
+        warn_of_parts(told, saved, strict=self.options.strict)
+        return told, keys
 
     def _told(self) -> Plan:
         """What the state holds besides or in place of the engine."""

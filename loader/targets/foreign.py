@@ -17,11 +17,14 @@ from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
 from ..saved.masters import name_masters
+from ..saved.mismatch import Mismatch
+from ..state import as_list, by_class_name
 from .algorithms import metrics_logger, without_unregistered
 from .base import Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
 from .module import parameter_names, plan_module
 from .optimizer import OptimizerPlan, plan_optimizers, without_hyperparameters
+from .parts import holds_state, missing_part, state_problem, warn_of_parts
 
 _PLACE = "state"
 
@@ -67,6 +70,8 @@ class ForeignTarget:
     options: RestoreOptions
     with_model: bool = True
     """False where a DeepSpeed engine restores the model and the optimizers."""
+    by_engine: Any = None
+    """The scheduler that the engine restores itself, which the state may hold too."""
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """What this rank keeps; see `Target`."""
@@ -101,8 +106,35 @@ class ForeignTarget:
             optimizers, filled = self._optimizers(saved)
             if filled:
                 del handed_on["optimizers"]
+        if not options.weights_only:
+            for part in ("schedulers", "scaler"):
+                told = told.joined(self._objects(saved, part, handed_on))
+            warn_of_parts(told, saved, strict=options.strict)
         own = Plan((ForeignStep(self.state, {_PLACE: handed_on}, complete),))
         return join([told, model, own, optimizers])
+
+    def _objects(self, saved: Saved, part: str, handed_on: dict[str, Any]) -> Plan:
+        """Tells of the part's objects for which the checkpoint has nothing, or a state of another kind; takes that out
+        of `handed_on`. The object loads all others itself, and knows what it does not hold."""
+        whole = saved.whole.state.get(part)
+        states = dict(handed_on[part]) if isinstance(handed_on.get(part), Mapping) else {}
+        known: Mapping[Any, Any] = whole if isinstance(whole, Mapping) else {}
+        missing, left = [], []
+        for name, target in by_class_name(as_list(getattr(self.state, part, None))).items():
+            if target is self.by_engine and target is not None:
+                continue
+            if name not in known:
+                if holds_state(target):
+                    missing.append(missing_part(f"{part}/{name}", known))
+            elif name in states:
+                problem = state_problem(target, states[name], named=saved.layout == "composer")
+                if problem:
+                    missing.append(f"{part}/{name}: the checkpoint's {problem}")
+                    if states.pop(name):
+                        left.append(f"state/{part}/{name}")
+        if part in handed_on and known:
+            handed_on[part] = states
+        return Plan(mismatch=Mismatch(missing), not_restored=tuple(left))
 
     def _optimizers(self, saved: Saved) -> tuple[Plan, bool]:
         """The optimizers' plan, and whether they are filled from here: where the object could not load their state.

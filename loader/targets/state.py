@@ -6,7 +6,6 @@ The order: model, optimizers, then schedulers, scaler, callbacks, timestamp and 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +14,22 @@ from ..saved.contents import Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
 from ..saved.masters import name_masters
+from ..saved.mismatch import Mismatch
 from ..saved.tree import join_path
 from ..state import PLAIN_PARTS, State, by_class_name
 from .base import Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
 from .module import ModuleStep, plan_module
 from .optimizer import OptimizerStep, plan_optimizers, without_hyperparameters
+from .parts import (
+    holds_state,
+    kind_problem,
+    loads_state,
+    missing_part,
+    own_state,
+    state_problem,
+    warn_of_parts,
+)
 
 _OWN_PARTS = frozenset(
     {"model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", *PLAIN_PARTS}
@@ -75,14 +84,22 @@ class StateTarget:
     options: RestoreOptions
     with_model: bool = True
     """False where a DeepSpeed engine restores the model and the optimizers."""
+    by_engine: Any = None
+    """The scheduler that the engine restores itself, which the state may hold too."""
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """What this rank keeps; see `Target`."""
         return demand_of(self.state, self.options, rank, world_size)
 
     def plan(self, saved: Saved) -> Plan:
-        """Matches `saved` with the state's parts; warns of those that the checkpoint lacks. See `Target`."""
+        """Matches `saved` with the state's parts. What this job holds and the checkpoint lacks is missing.
+
+        Warns of objects whose state has no place in this job and, without ``strict``, of those that are missing. See
+        `Target`.
+        """
         plan = join(self._parts(saved))
+        if not self.options.weights_only:
+            warn_of_parts(plan, saved, strict=self.options.strict)
         return replace(plan, steps=tuple(sorted(plan.steps, key=lambda step: _ORDER.index(type(step)))))
 
     def _parts(self, saved: Saved) -> Iterator[Plan]:
@@ -98,6 +115,7 @@ class StateTarget:
         yield self._objects(saved, "scaler", "scaler")
         yield self._objects(saved, "callbacks", "callback")
         yield self._timestamp(saved.state.get("timestamp"))
+        yield self._lacking(saved)
         for part in PLAIN_PARTS:
             if part in saved.state:
                 yield self._plain(part, saved.state[part])
@@ -112,40 +130,59 @@ class StateTarget:
         states = saved.state.get("optimizers") or {}
         for name, optimizer in by_class_name(self.state.optimizers).items():
             if name in states and not hasattr(optimizer, "param_groups"):
-                yield _of_object(f"optimizer {name}", optimizer, states[name], f"state/optimizers/{name}")
+                problem = kind_problem(optimizer, states[name], named=_named(saved))
+                if problem:
+                    wrong = f"optimizers/{name}: the checkpoint's {problem}"
+                    yield Plan(mismatch=Mismatch(wrong=[wrong]))
+                else:
+                    yield _of_object(f"optimizer {name}", optimizer, states[name], f"state/optimizers/{name}")
 
     def _objects(self, saved: Saved, part: str, kind: str) -> Plan:
-        states = saved.state.get(part)
-        if not isinstance(states, Mapping):
-            return Plan()
+        """Restores each of the part's objects that the checkpoint has a state for, of the object's kind."""
+        whole, states = saved.whole.state.get(part), saved.state.get(part)
+        if whole is not None and not isinstance(whole, Mapping):
+            return Plan(not_restored=(f"state/{part}",))
+        known: Mapping[Any, Any] = whole or {}
+        left = states if isinstance(states, Mapping) else {}
         found: list[Plan] = []
+        missing: list[str] = []
         claimed = set()
         own = getattr(self.state, part)
         for name, target in by_class_name(own).items():
-            key = _key_for(name, target, states)
+            if target is self.by_engine and target is not None:
+                continue
+            key = _key_for(name, target, known)
             if key is None:
-                warnings.warn(
-                    f"The checkpoint has nothing for {kind} {name}; it stays as it is", stacklevel=2
-                )
+                if holds_state(target):
+                    missing.append(missing_part(f"{part}/{name}", known))
                 continue
-            if part == "schedulers" and not _same_schedule(target, states[key]):
-                warnings.warn(
-                    f"The checkpoint's {kind} {key} is of another kind than {name}, which stays as it is",
-                    stacklevel=2,
-                )
-                continue
-            claimed.add(key)
-            if not callable(getattr(target, "load_state_dict", None)):
-                target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
-            elif not states[key] and kind == "scaler":
-                # A disabled GradScaler saves nothing, and an enabled one refuses to load that.
-                warnings.warn(
-                    f"The checkpoint's {name} was disabled; this job's stays as it is", stacklevel=2
-                )
-                continue
-            found.append(_of_object(f"{kind} {name}", target, states[key], join_path(f"state/{part}", key)))
-        rest = (key for key in states if key not in claimed and states[key])
-        return join([*found, Plan(not_restored=tuple(f"state/{part}/{key}" for key in rest))])
+            if key not in left:
+                continue  # ignored
+            problem = None
+            if loads_state(target) and part != "callbacks":
+                problem = state_problem(target, left[key], named=_named(saved))
+            if problem:
+                missing.append(f"{part}/{name}: the checkpoint's {problem}")
+            elif part != "scaler" or own_state(target) or not left[key]:
+                # A disabled scaler has no place for a state.
+                claimed.add(key)
+                if left[key] or part != "scaler":
+                    if not loads_state(target):
+                        target = _PlainItem(own, next(i for i, item in enumerate(own) if item is target))
+                    found.append(
+                        _of_object(f"{kind} {name}", target, left[key], join_path(f"state/{part}", key))
+                    )
+        rest = (key for key in left if key not in claimed and left[key])
+        told = Plan(mismatch=Mismatch(missing), not_restored=tuple(f"state/{part}/{key}" for key in rest))
+        return join([*found, told])
+
+    def _lacking(self, saved: Saved) -> Plan:
+        """Tells of the parts with one object, for which the checkpoint has nothing."""
+        parts = ("timestamp", *PLAIN_PARTS)
+        lacking = [
+            part for part in parts if part not in saved.whole.state and holds_state(getattr(self.state, part))
+        ]
+        return Plan(mismatch=Mismatch([missing_part(part, ()) for part in lacking]))
 
     def _timestamp(self, saved: Any) -> Plan:
         if saved is None:
@@ -208,13 +245,9 @@ def _key_for(name: str, target: Any, saved: Mapping[Any, Any]) -> Any | None:
     return similar[0] if len(similar) == 1 else None
 
 
-def _same_schedule(target: Any, saved: Any) -> bool:
-    """Whether the saved scheduler is torch's where `target` is. DeepSpeed does not save the class's name, and its own
-    schedulers save no ``last_epoch``."""
-    own = target.state_dict() if callable(getattr(target, "state_dict", None)) else None
-    if not isinstance(own, Mapping) or not isinstance(saved, Mapping) or "last_epoch" not in own:
-        return True
-    return "last_epoch" in saved or not saved
+def _named(saved: Saved) -> bool:
+    """Whether the checkpoint names the classes of its objects itself; else they have this job's names."""
+    return saved.layout == "composer"
 
 
 def _has_objects(own: Mapping[Any, Any]) -> bool:

@@ -18,7 +18,7 @@ from ...saved.contents import ENGINE, Saved
 from ...saved.demand import Demand, ParameterDemand
 from ...saved.mismatch import Mismatch
 from ...saved.model_parallel import describe_layers
-from ...saved.values import kind_of
+from ...saved.values import InertObject, kind_of
 from ..base import Plan, RestoreOptions
 from .live import LiveEngine, is_deepspeed_engine, live_engine
 from .parallel import is_pipeline, layer_files
@@ -28,6 +28,7 @@ from .step import EnginePart, EngineStep, objects_of
 
 __all__ = ["EngineTarget", "engine_classes", "is_deepspeed_engine"]
 
+_DYNAMIC = "DynamicLossScaler"
 _COUNTER_TYPES: dict[str, tuple[type, ...]] = {
     "dynamic_loss_scale": (bool,),
     "overflow": (bool,),
@@ -108,6 +109,7 @@ class EngineTarget:
             mismatch.extend(optimizer.mismatch)
             own_rates = options.hyperparameters == "job"
             step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch, own_rates))
+            not_restored = _without_counterpart(live, saved, mismatch)
             notes = optimizer.notes
             refused = optimizer.refused
             if refused and not options.strict:
@@ -115,7 +117,7 @@ class EngineTarget:
         elif not by_deepspeed and not options.weights_only:
             refused = True
         if refused:
-            not_restored = tuple(f"state/optimizers/{name}" for name in saved.state.get("optimizers") or {})
+            not_restored += tuple(f"state/optimizers/{name}" for name in saved.state.get("optimizers") or {})
         for note in notes:
             warnings.warn(f"{saved.name}: {note}", stacklevel=2)
         return Plan(
@@ -189,6 +191,35 @@ def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch, own_rates: 
         next(iter(own), None) if takes_state else None,
         not own_rates and lacks_learning_rates(saved),
     )
+
+
+def _without_counterpart(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> tuple[str, ...]:
+    """The checkpoint's loss scaler and objects that this engine has no place for; warns of them.
+
+    `mismatch` is told of those that the engine has and the checkpoint lacks.
+    """
+    whole, left = saved.whole.state.get(ENGINE), saved.state.get(ENGINE)
+    known: Mapping[str, Any] = whole if isinstance(whole, Mapping) else {}
+    kept: Mapping[str, Any] = left if isinstance(left, Mapping) else {}
+    own = objects_of(live.engine)
+    mismatch.missing += [f"engine/{key}: the checkpoint has none" for key in own if key not in known]
+    found = [key for key in ("random_ltd", "data_sampler") if key in kept and key not in own]
+    scaler = known.get("loss_scaler")
+    theirs = scaler.global_name.rpartition(".")[2] if isinstance(scaler, InertObject) else "none"
+    mine = type(getattr(live.engine.optimizer, "loss_scaler", None)).__name__
+    if live.kind != "unfused" and mine != theirs:
+        # A scaler that is not dynamic holds nothing that is learned.
+        if mine == _DYNAMIC:
+            mismatch.missing.append(f"engine/loss_scaler {mine}: the checkpoint has {theirs}")
+        if theirs == _DYNAMIC and "loss_scaler" in kept:
+            found.append("loss_scaler")
+    if found:
+        warnings.warn(
+            f"{saved.name} holds {', '.join(f'state/{ENGINE}/{key}' for key in found)}, for which this engine has no "
+            "counterpart; it is not restored",
+            stacklevel=2,
+        )
+    return tuple(f"state/{ENGINE}/{key}" for key in found)
 
 
 def finish_engine(live: LiveEngine) -> None:

@@ -26,6 +26,10 @@ class Engine(nn.Module):
         self.own = torch.optim.SGD(self.inner.parameters())
 
 
+ENGINES = ("model", "optimizers", "engine")
+"""The parts that an engine takes."""
+
+
 class Taking:
     """In place of an engine's target: remembers what it is given."""
 
@@ -43,8 +47,11 @@ class Taking:
 
 
 class Schedule:
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"value": self.value}
 
     def load_state_dict(self, state: Any) -> None: ...
 
@@ -66,25 +73,78 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def saved(**more: Any) -> Saved:
     state = {
-        "model": {}, "optimizers": {}, "schedulers": {"Schedule": {}}, "timestamp": {"batch": 1}, "engine": {"a": 1},
-    }  # fmt: skip
-    return Saved("a checkpoint", "deepspeed", "deepspeed", state, data_parallel_size=1, **more)
+        "model": {},
+        "optimizers": {},
+        "schedulers": {"Schedule": {"value": 3}},
+        "timestamp": {"batch": 1},
+        "engine": {"a": 1},
+    }
+    return Saved("a checkpoint", "deepspeed", "deepspeed", state, **{"data_parallel_size": 1, **more})
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_schedulers_are_the_engines_only_where_it_saved_one(engine: Engine, own: bool) -> None:
-    target = target_of(State(engine, schedulers=Schedule()), RestoreOptions())
-    whole = saved(engine_schedulers=frozenset({"Schedule"} if own else ()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan = target.plan(whole.with_tree(whole.as_tree()))
-    parts = {"model", "optimizers", "engine"} | ({"schedulers"} if own else set())
-    assert Taking.engine is engine
-    assert set(Taking.taken.state) == set(Taking.taken.whole.state) == parts
+def planned(state: State, whole: Saved, **options: Any) -> tuple[Plan, list[str], list[str]]:
+    """The plan, the labels of its steps, and the warnings that came with it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = target_of(state, RestoreOptions(**options)).plan(whole.with_tree(whole.as_tree()))
     labels = [getattr(step, "label", getattr(step, "part", "")) for step in plan.steps]
-    assert labels == ([] if own else ["scheduler Schedule"]) + ["timestamp"]
-    assert plan.not_restored == ("engine's",)
-    assert not plan.mismatch.missing
+    return plan, labels, [str(one.message) for one in told]
+
+
+def test_an_engine_takes_the_scheduler_that_deepspeed_saved(engine: Engine) -> None:
+    engine.lr_scheduler = Schedule(4)
+    theirs = saved(engine_schedulers=frozenset({"Schedule"}), data_parallel_size=1)
+    for schedulers in (None, engine.lr_scheduler):
+        plan, labels, told = planned(State(engine, schedulers=schedulers), theirs)
+        assert set(Taking.taken.state) == set(Taking.taken.whole.state) == {*ENGINES, "schedulers"}
+        assert (labels, told) == (["timestamp"], [])
+        assert plan.not_restored == ("engine's",)
+        assert not plan.mismatch.missing
+    # Another object beside the engine's has no counterpart.
+    plan, _, _ = planned(State(engine, schedulers=Schedule(4)), theirs)
+    assert plan.mismatch.missing == ["schedulers/Schedule: the checkpoint has none"]
+
+
+def test_an_engine_without_a_scheduler_leaves_the_saved_one_to_the_state(engine: Engine) -> None:
+    theirs = saved(engine_schedulers=frozenset({"Schedule"}), data_parallel_size=1)
+    for own in (Schedule(4), None):
+        plan, labels, told = planned(State(engine, schedulers=own), theirs)
+        assert set(Taking.taken.state) == set(ENGINES)
+        assert labels == ["scheduler Schedule"] * (own is not None) + ["timestamp"]
+        left = () if own else ("state/schedulers/Schedule",)
+        assert plan.not_restored == ("engine's", *left)
+        assert ["no counterpart" in text for text in told] == [True] * len(left)
+
+
+def test_what_the_engines_scheduler_lacks_is_missing(engine: Engine) -> None:
+    engine.lr_scheduler = Schedule(4)
+    without = saved(data_parallel_size=1)
+    del without.state["schedulers"]
+    plan, _, told = planned(State(engine), without)
+    assert (plan.mismatch.missing, told) == (["schedulers/Schedule: the checkpoint has none"], [])
+    plan, _, told = planned(State(engine), without, strict=False)
+    assert "lacks parts of this job, which stay as they are: schedulers/Schedule" in told[0]
+    # Composer keeps the schedulers outside the engine's files.
+    beside = State(engine, schedulers=engine.lr_scheduler)
+    plan, labels, told = planned(beside, saved(data_parallel_size=1))
+    assert (labels, plan.mismatch.missing, told) == (["scheduler Schedule", "timestamp"], [], [])
+    assert set(Taking.taken.state) == set(ENGINES)
+    plan, _, _ = planned(beside, without)
+    assert plan.mismatch.missing == ["schedulers/Schedule: the checkpoint has none"]
+    assert not planned(State(engine), without, weights_only=True)[0].mismatch.missing
+
+
+def test_a_scheduler_of_another_kind_does_not_reach_the_engine(engine: Engine) -> None:
+    engine.lr_scheduler = Schedule(4)
+    other = saved(engine_schedulers=frozenset({"Schedule"}), data_parallel_size=1)
+    other.state["schedulers"] = {"Schedule": {"last_batch_iteration": 3}}
+    plan, _, told = planned(State(engine), other)
+    assert plan.mismatch.missing == [
+        "schedulers/Schedule: the checkpoint's is of another kind: it has last_batch_iteration; this job's has value"
+    ]
+    assert "state/schedulers/Schedule" in plan.not_restored
+    assert "no counterpart" in told[0]
+    assert set(Taking.taken.state) == set(ENGINES)
 
 
 def test_the_engine_knows_its_parts_and_the_state_its_other_classes(engine: Engine) -> None:

@@ -221,14 +221,22 @@ def test_a_module_on_the_meta_device(folders: Mapping[int, Path]) -> None:
     check_against_oracle(state, oracle_of(folders[3]), low=False, weights_only=False)
 
 
-def test_a_scheduler_of_another_kind_stays_as_it_is(folders: Mapping[int, Path]) -> None:
+def test_a_scheduler_of_another_kind_is_missing(folders: Mapping[int, Path]) -> None:
     state = plain_job()
     state.schedulers = [torch.optim.lr_scheduler.StepLR(state.optimizers[0], 5)]
-    before = state.schedulers[0].state_dict()
-    with pytest.warns(UserWarning, match="another kind than StepLR"):
-        result = load(str(folders[1]), state)
+    before, weights = state.schedulers[0].state_dict(), state.model.gain.detach().clone()
+    with pytest.raises(
+        MismatchError, match="schedulers/StepLR: the checkpoint's is of another kind: it has last_batch"
+    ):
+        load(str(folders[1]), state)
+    assert torch.equal(state.model.gain, weights)
+    with pytest.warns(
+        UserWarning, match="lacks parts of this job.*StepLR: the checkpoint's is of another kind"
+    ):
+        result = load(str(folders[1]), state, strict_model_weights=False)
     assert state.schedulers[0].state_dict() == before
     assert "state/schedulers/StepLR" in result.receipt.not_restored
+    assert result.receipt.missing[0].startswith("schedulers/StepLR: ")
 
 
 class OwnState:

@@ -90,11 +90,18 @@ def saved(tmp_path: Path, state: State, form: str) -> Path:
     scheduler = state.schedulers[0].state_dict()
     contents: dict[str, Any] = {
         "composer": {"state": state.state_dict(), "rng": None},
-        "hand-written": {"model": model, "optimizer": optimizer, "scheduler": scheduler, "epoch": 3},
+        "hand-written": {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "scaler": state.scaler[0].state_dict(),
+            "epoch": 3,
+        },
         "lightning": {
             "state_dict": model,
             "optimizer_states": [optimizer],
             "lr_schedulers": [scheduler],
+            "MixedPrecision": state.scaler[0].state_dict(),
             "pytorch-lightning_version": "2.5.0",
         },
     }[form]
@@ -463,7 +470,7 @@ def test_another_kind_of_optimizers_state_is_refused(tmp_path: Path) -> None:
 def test_an_ignored_plain_step_begins_anew(tmp_path: Path) -> None:
     first = job(0)
     train(first, 2)
-    contents = {"model": first.model.state_dict(), "optimizer": first.optimizers[0].state_dict()}
+    contents = torch.load(saved(tmp_path, first, "hand-written"))
     for entries in contents["optimizer"]["state"].values():
         entries["step"] = 2
     path = tmp_path / "plain_step.pt"
@@ -517,9 +524,12 @@ def test_a_disabled_scalers_nothing_is_no_state(tmp_path: Path) -> None:
     path = tmp_path / "scaler.pt"
     torch.save({"state": first.state_dict()}, path)
     second = State(nn.Linear(2, 2), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    with pytest.warns(UserWarning, match="GradScaler was disabled"):
+    with pytest.raises(MismatchError, match="scaler/GradScaler: the checkpoint's is empty: it was disabled"):
         restore(path, second)
+    with pytest.warns(UserWarning, match="it was disabled when the checkpoint was saved"):
+        restore(path, second, strict=False)
     assert second.scaler[0].get_scale() == 8.0
+    restore(path, State(nn.Linear(2, 2), scaler=torch.amp.GradScaler("cpu", enabled=False)))
 
 
 @pytest.mark.parametrize("why", ["ignored", "tied"])
