@@ -36,6 +36,9 @@ class ForeignState(Protocol):
 class State:
     """A training job's parts; a load restores each where the checkpoint has it.
 
+    An object here that the checkpoint has nothing for, or a state of another kind, is an error under
+    ``strict_model_weights``; else it stays as it is, with a warning.
+
     Attributes:
         model: a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device), or a DeepSpeed
             engine, which brings its optimizer, lr scheduler and loss scaler with it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
     assert adam["state"]["odd"]["exp_avg"].shape == (7,)
     assert [group["params"][0] for group in adam["param_groups"]] == ["wte.weight", "odd"]
     assert "step" in adam["state"]["odd"]
+    # The versions of the submodules come along, by which their own loading may go.
+    assert saved.state["model"]._metadata.keys() >= {"", "head"}
+    # Empty tensors are parameters that lie elsewhere, or were left out; extra state may be one too.
+    model = contents.models[0]
+    empty = {**model.module, "head._extra_state": tensor(0), "left.out": tensor(0)}
+    more = zero_saved(
+        replace(contents, models={**contents.models, 0: replace(model, module=empty)}), demand, name="z"
+    )
+    assert set(more.state["model"]) - set(empty) == set()
+    assert "head._extra_state" in more.state["model"]
+    assert ("left.out" in more.state["model"]) == (stage == 1)
     assert adam["state"]["odd"].keys() == {"step", "exp_avg", "exp_avg_sq"}
     kept = ignore(
         tree,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from rankload.loader.saved.model_parallel import ExpertLayer, ParallelLayout, Po
 from rankload.loader.saved.partitions import shares
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread
+from rankload.loader.saved.values import InertObject
 from rankload.loader.targets.base import RestoreOptions
 from rankload.loader.targets.deepspeed.engine import EngineTarget
 from rankload.loader.targets.deepspeed.flats import MasterFlat
@@ -321,3 +323,99 @@ def test_a_single_file_gives_its_weights_alone_and_to_whole_models_alone() -> No
             split.plan(saved)
         # Files that DeepSpeed saved tell the parts.
         split.plan(replace(saved, data_parallel_size=1))
+
+
+class Kept(torch.nn.Module):
+    """A parameter without dimensions, buffers, and extra state that is not there yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("size", torch.zeros(1))
+        self.register_buffer("wide", torch.zeros(1).expand(2))
+        self.extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def kept_plan(parts: Any = lambda path: True, **other: Any) -> tuple[Any, Kept]:
+    module = Kept()
+    engine = SimpleNamespace(
+        module=module, optimizer=torch.optim.AdamW(module.parameters()), lr_scheduler=None
+    )
+    model = {
+        "scale": tensor(1),
+        "mask": tensor(2, dtype="uint8"),
+        "size": tensor(),
+        "wide": tensor(2),
+        "_extra_state": tensor(7),
+        **other,
+    }
+    options = RestoreOptions(weights_only=True, comes_in_parts=parts)
+    return EngineTarget(engine, options).plan(saved_with(model)), module
+
+
+def test_an_engines_buffers_numbers_and_extra_state_are_those_of_a_module() -> None:
+    plan, _ = kept_plan(wide=None)
+    assert plan.mismatch.missing == plan.mismatch.unexpected == []
+    # The expanded buffer is found in the check.
+    (wrong,) = plan.mismatch.wrong
+    assert wrong.startswith("model/wide: has several elements in one place of memory")
+    assert plan.cast == {"model/mask": "uint8 -> bool"}
+    (step,) = plan.steps
+    # The file is not there yet: the mask's values are compared before the first change.
+    assert set(step.trees) == {"state/model/_extra_state", "values of model/mask"}
+    assert {copy.memory.key: copy.memory.shape for copy in step.copies} == {
+        "model/scale": (1,),
+        "model/mask": (2,),
+        "model/size": (1,),
+    }
+    lacking, _ = kept_plan(other=1)
+    assert lacking.mismatch.unexpected == ["model/other"]
+
+
+def test_an_engine_misses_the_extra_state_that_the_checkpoint_lacks() -> None:
+    module = Kept()
+    engine = SimpleNamespace(
+        module=module, optimizer=torch.optim.AdamW(module.parameters()), lr_scheduler=None
+    )
+    model = {"scale": tensor(), "mask": tensor(2, dtype="bool"), "size": tensor(1), "wide": tensor(2)}
+    plan = EngineTarget(engine, RestoreOptions(weights_only=True)).plan(saved_with(model))
+    assert plan.mismatch.missing == ["model/_extra_state"]
+
+
+NO_SCALER = "engine/loss_scaler DynamicLossScaler: the checkpoint has LossScaler"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "missing", "left"),
+    [
+        ("DynamicLossScaler", "LossScaler", [], ("state/engine/loss_scaler",)),
+        ("LossScaler", "DynamicLossScaler", [NO_SCALER], ()),
+        ("DynamicLossScaler", "DynamicLossScaler", [], ()),
+    ],
+)
+def test_a_loss_scaler_without_counterpart_is_told(
+    theirs: str, mine: str, missing: list[str], left: tuple[str, ...]
+) -> None:
+    engine = plain_engine()
+    engine.optimizer.loss_scaler = type(mine, (), {})()
+    engine.random_ltd_scheduler = SimpleNamespace(load_state_dict=print) if not left else None
+    model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "head.weight": tensor(3, 2)}
+    saved = saved_with({**model, "count": tensor(dtype="int64")})
+    scaler = InertObject(f"deepspeed.runtime.fp16.loss_scaler.{theirs}", known=True)
+    saved.state[ENGINE] = {"loss_scaler": scaler, "random_ltd": {"step": 1}}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = EngineTarget(engine, RestoreOptions()).plan(saved)
+    assert plan.mismatch.missing == missing
+    assert plan.not_restored == (("state/engine/random_ltd", *left) if left else ())
+    assert ["no counterpart" in str(one.message) for one in told] == [True] * bool(left)
+    del saved.state[ENGINE]["random_ltd"]
+    missing_too = EngineTarget(engine, RestoreOptions(strict=False)).plan(saved).mismatch.missing
+    assert missing_too[:1] == (["engine/random_ltd: the checkpoint has none"] if not left else [])
