@@ -9,6 +9,7 @@ RankloadError                  rank, host, path
 ├── FormatError                readable, but of a kind or layout that is not known, or not supported
 ├── LayoutError                saved under a parallel layout that this job cannot take
 ├── MismatchError              names, shapes or dtypes differ from the model's or the optimizer's
+│   └── MissingFrozenError     all that is missing are parameters that this job does not train
 ├── OptionError                an argument or option is unknown, or differs between ranks (also a ValueError)
 ├── PartialRestoreError        failed after the first change; ``changed`` lists what was changed
 │   └── AlgorithmError         an algorithm that the checkpoint needs failed to apply (also a ValueError)
@@ -33,6 +34,7 @@ __all__ = [
     "InternalError",
     "LayoutError",
     "MismatchError",
+    "MissingFrozenError",
     "NotFoundError",
     "OptionError",
     "PartialRestoreError",
@@ -76,6 +78,10 @@ class LayoutError(RankloadError):
 
 class MismatchError(RankloadError):
     """Names, shapes or dtypes in the checkpoint differ from the model's or the optimizer's."""
+
+
+class MissingFrozenError(MismatchError):
+    """The checkpoint has all but frozen parameters (``requires_grad=False``): it was saved without them."""
 
 
 class OptionError(RankloadError, ValueError):

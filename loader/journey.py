@@ -55,6 +55,7 @@ from .rng import RngState, check_state, complete_states, decode_each, encode_own
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore
+from .saved.names import unused_renames
 from .saved.tensor import StorageRef
 from .saved.tree import storages
 from .sources.kinds import source_of
@@ -282,6 +283,7 @@ def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOpt
         weights_only=request.weights_only,
         strict=request.strict,
         rename=request.options.rename,
+        allow_missing_frozen=request.options.allow_missing_frozen,
         layout=request.options.layout,
         exclude_algorithms=request.exclude_algorithms,
         algorithm_passes=request.algorithm_passes,
@@ -335,7 +337,12 @@ def _check(
         for part, tree in _wanted_parts(saved, weights_only=request.weights_only).items():
             require_safe(tree, path=part, safe_types=safe_types, file=files.file_of(tree))
         plan = target.plan(saved)
-        plan.mismatch.raise_if_any(saved.name, strict=request.strict)
+        plan.mismatch.raise_if_any(
+            saved.name,
+            strict=request.strict,
+            allow_missing_frozen=request.options.allow_missing_frozen,
+        )
+        _warn_of_names(request, saved, plan)
         reads = reads_of(plan.copies)
         rng: list[RngState | None] | None = None
         extra: dict[str, Any] = {}
@@ -352,6 +359,21 @@ def _check(
                 ]
             extra = materialize(saved.extra, reader=reader, safe_types=safe_types, file=saved.name)
     return _Checked(plan, reads, rng, extra)
+
+
+def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
+    """Warns of entries of ``rename`` that fit no name, and of names that one more entry would make fit."""
+    model = saved.whole.state.get("model")
+    names = [name for name in model if isinstance(name, str)] if isinstance(model, Mapping) else []
+    for key in unused_renames(names, request.options.rename):
+        hint = "" if key.endswith(".") else f"; a prefix ends with a dot: {key + '.'!r}"
+        warnings.warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
+    for sentence in plan.mismatch.advice:
+        warnings.warn(
+            f"{saved.name}: {len(plan.mismatch.missing)} names are missing from it, and "
+            f"{len(plan.mismatch.unexpected)} unexpected in it. {sentence}",
+            stacklevel=3,
+        )
 
 
 def _ignored_ranks(ignored: Ignored) -> list[int]:

@@ -57,8 +57,14 @@ class LoadOptions:
         storage_options: credentials, endpoint and other settings for the path's file system, in fsspec's names and
             handed to fsspec; those for http(s) URLs are read here, and unknown ones refused. Never shown in messages,
             logs or receipts.
-        rename: names in the checkpoint mapped to names in the model. A key that ends with a dot is a prefix:
-            ``{"model.": ""}``. Any other key is a whole name.
+        rename: names in the checkpoint mapped to names in the model, of weights and optimizer state alike. A key that
+            ends with a dot is a prefix: ``{"model.": ""}`` takes it off, ``{"encoder.": "backbone."}`` puts another in
+            its place. The key "" is a prefix of every name: ``{"": "model."}`` puts one before all that no other key
+            fits. Any other key is a whole name: ``{"head.w": "classifier.weight"}``. The longest key that fits counts.
+            There are no patterns. Prefixes of wrappers (``module.``, ``_orig_mod.`` and the like) need no entry.
+        allow_missing_frozen: whether the checkpoint may lack parameters that the model does not train
+            (``requires_grad=False``), as adapters and files saved with ``exclude_frozen_parameters`` do. They keep
+            their values. Any other missing name stays an error. Default False.
         layout: for a hand-written file, which of its ``/``-joined keys is ``model``, ``optimizer``, ``scheduler``,
             ``scaler``, ``rng`` or ``timestamp``: ``{"model": "net/weights", "optimizer": "opt"}``.
         hyperparameters: whose hyperparameters (learning rate, weight decay, betas and so on) each parameter group of
@@ -86,6 +92,7 @@ class LoadOptions:
     safe_types: Collection[str | type] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     rename: Mapping[str, str] = field(default_factory=dict)
+    allow_missing_frozen: bool = False
     layout: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: Hyperparameters | None = None
     verify: Verify | None = None
@@ -116,6 +123,9 @@ class LoadOptions:
         _check_safe_types(self.safe_types)
         _check_mapping("storage_options", self.storage_options)
         _check_mapping("rename", self.rename, to_names=True)
+        _check_rename(self.rename)
+        if not isinstance(self.allow_missing_frozen, bool):
+            raise OptionError(f"allow_missing_frozen={self.allow_missing_frozen!r}: expected True or False")
         _check_mapping("layout", self.layout, to_names=True)
         unknown = set(self.layout) - set(LAYOUT_ROLES)
         if unknown:
@@ -136,6 +146,7 @@ class Options:
     safe_types: tuple[str | type, ...]
     storage_options: Mapping[str, Any] = field(repr=False)
     rename: Mapping[str, str]
+    allow_missing_frozen: bool
     layout: Mapping[str, str]
     hyperparameters: Hyperparameters | None
     """None: the checkpoint's, and an error where groups that differ would all get one saved group's."""
@@ -163,6 +174,7 @@ def resolve_options(
         safe_types=_in_order(given.safe_types),
         storage_options=given.storage_options,
         rename=given.rename,
+        allow_missing_frozen=given.allow_missing_frozen,
         layout=given.layout,
         hyperparameters=given.hyperparameters,
         verify=given.verify or "during",
@@ -283,3 +295,23 @@ def _check_mapping(name: str, value: Any, *, to_names: bool = False) -> None:
             raise OptionError(f"{name} has a key of type {type(key).__name__}: expected strings")
         if to_names and not isinstance(item, str):
             raise OptionError(f"{name}[{key!r}] is of type {type(item).__name__}: expected a string")
+
+
+def _check_rename(rename: Mapping[str, str]) -> None:
+    for key, new in rename.items():
+        if any(re.search(r"[*?\\]|^\^|\$$", text) for text in (key, new)):
+            start, other = _before_pattern(key), _before_pattern(new)
+            meant = f', as in rename={{"{start}": "{other}"}}' if start.endswith(".") else ""
+            raise OptionError(
+                f"rename={{{key!r}: {new!r}}} is a pattern, and rename knows none: a key that ends with a dot is a "
+                f"prefix{meant}; any other key is a whole name"
+            )
+        if key and not key.endswith(".") and new.endswith("."):
+            raise OptionError(
+                f"rename={{{key!r}: {new!r}}} maps a whole name to a prefix: end the key with a dot too, as in "
+                f'rename={{"{key}.": "{new}"}}'
+            )
+
+
+def _before_pattern(text: str) -> str:
+    return re.split(r"[*?\\(\[]", text.removeprefix("^").removesuffix("$").replace("\\.", "."))[0]

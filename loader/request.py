@@ -211,6 +211,7 @@ def _comparable_options(options: Options) -> dict[str, str]:
         "safe_types": repr(_plain(options.safe_types)),
         "storage_options": f"a mapping with digest {secrets}" if options.storage_options else "{}",
         "rename": repr(_plain(options.rename)),
+        "allow_missing_frozen": repr(options.allow_missing_frozen),
         "layout": repr(_plain(options.layout)),
         "hyperparameters": repr(options.hyperparameters),
         "verify": repr(options.verify),

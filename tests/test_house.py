@@ -79,6 +79,7 @@ PUBLIC = {
     "LoadOptions",
     "LoadResult",
     "MismatchError",
+    "MissingFrozenError",
     "NotFoundError",
     "OptionError",
     "PartialRestoreError",

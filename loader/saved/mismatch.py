@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import MismatchError
+from ..errors import MismatchError, MissingFrozenError
 from .dtypes import dtype_kind, keeps_values
 from .tensor import SavedTensor, same_shape
 from .values import kind_of
@@ -25,12 +25,18 @@ class Mismatch:
     """Names that the checkpoint has and the job lacks."""
     wrong: list[str] = field(default_factory=list)
     """``NAME: expected ..., got ...``."""
+    frozen: list[str] = field(default_factory=list)
+    """Those of `missing` that are parameters which this job does not train."""
+    advice: list[str] = field(default_factory=list)
+    """Sentences on what makes names fit, each of them tried."""
 
     def extend(self, other: Mismatch) -> None:
         """Adds what `other` collected."""
         self.missing.extend(other.missing)
         self.unexpected.extend(other.unexpected)
         self.wrong.extend(other.wrong)
+        self.frozen.extend(other.frozen)
+        self.advice.extend(one for one in other.advice if one not in self.advice)
 
     def _advice(self) -> str:
         """What can help against missing and unexpected names."""
@@ -43,28 +49,54 @@ class Mismatch:
             ways.append("a State without the objects that the checkpoint lacks")
         return f"{', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"{ways[0]}."
 
-    def raise_if_any(self, path: str, *, strict: bool) -> None:
-        """Raises one `MismatchError` with everything; missing and unexpected names only where `strict`."""
-        if not self.wrong and not (strict and (self.missing or self.unexpected)):
+    def raise_if_any(self, path: str, *, strict: bool, allow_missing_frozen: bool = False) -> None:
+        """Raises one `MismatchError` with everything; missing and unexpected names only where `strict`.
+
+        With `allow_missing_frozen`, missing names in `frozen` are none. Where nothing but those does not fit, the error
+        is a `MissingFrozenError`.
+        """
+        frozen = set(self.frozen)
+        needed = [name for name in self.missing if name not in frozen]
+        missing = needed if allow_missing_frozen else self.missing
+        if not self.wrong and not (strict and (missing or self.unexpected)):
             return
+        details = {"missing": list(missing), "unexpected": list(self.unexpected), "wrong": list(self.wrong)}
+        if not (needed or self.unexpected or self.wrong):
+            raise _missing_frozen(path, details)
         lines = [f"{path} does not fit the model and optimizer; nothing was changed."]
-        lines += _listed("missing from the checkpoint", self.missing)
+        lines += _listed("missing from the checkpoint", missing)
         lines += _listed("unexpected in the checkpoint", self.unexpected)
         lines += _listed("wrong", self.wrong)
-        if not self.wrong:
+        lines += self.advice
+        if not self.wrong and not self.advice:
             lines.append(self._advice())
         error = MismatchError("\n".join(lines), path=path)
-        error.details = {
-            "missing": list(self.missing),
-            "unexpected": list(self.unexpected),
-            "wrong": list(self.wrong),
-        }
+        error.details = details
         raise error
 
 
 def _is_entry(name: str) -> bool:
     """Whether `name` is that of a weight or of its optimizer state, rather than of a whole object."""
     return name.startswith("model") or name.partition(":")[0].count("/") > 1
+
+
+def _missing_frozen(path: str, details: Mapping[str, list[str]]) -> MissingFrozenError:
+    missing = details["missing"]
+    error = MissingFrozenError(
+        "\n".join(
+            [
+                f"{path} has every trained weight of the model and lacks {len(missing)} frozen "
+                f"parameter{'s' * (len(missing) != 1)} (requires_grad=False); nothing was changed.",
+                *_listed("missing from the checkpoint, and frozen here", missing),
+                "It was saved without them, as adapters are, or with exclude_frozen_parameters. Load the base model's "
+                "weights first, then this checkpoint with LoadOptions(allow_missing_frozen=True): frozen parameters "
+                "that it lacks keep their values, and any other missing name stays an error.",
+            ]
+        ),
+        path=path,
+    )
+    error.details = dict(details)
+    return error
 
 
 def _listed(title: str, names: Iterable[str]) -> list[str]:

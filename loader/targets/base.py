@@ -35,6 +35,7 @@ class RestoreOptions:
     weights_only: bool = False
     strict: bool = True
     rename: Mapping[str, str] = field(default_factory=dict)
+    allow_missing_frozen: bool = False
     layout: Mapping[str, str] = field(default_factory=dict)
     exclude_algorithms: Collection[str] | None = None
     algorithm_passes: Sequence[AlgorithmPass] | None = None
@@ -208,6 +209,10 @@ def carry_out(plan: Plan, work: Work) -> list[str]:
         work.account(step)
     if plan.rest is not None:
         rest = plan.rest()
-        rest.mismatch.raise_if_any(work.options.file, strict=work.options.strict)
+        rest.mismatch.raise_if_any(
+            work.options.file,
+            strict=work.options.strict,
+            allow_missing_frozen=work.options.allow_missing_frozen,
+        )
         restored += carry_out(rest, work)
     return restored

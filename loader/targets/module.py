@@ -23,7 +23,14 @@ from ..saved.contents import Saved
 from ..saved.copies import Copy, Memory, copies_into
 from ..saved.dtypes import keeps_values
 from ..saved.mismatch import Mismatch, fits
-from ..saved.names import EXTRA_STATE, NameMatch, match_names
+from ..saved.names import (
+    EXTRA_STATE,
+    NameMatch,
+    as_option,
+    match_names,
+    suggest_rename,
+    without_checkpoint_wrappers,
+)
 from ..saved.regions import row_major_stride
 from ..saved.strided import Layout
 from ..saved.tensor import SavedTensor, of_one_element
@@ -200,12 +207,57 @@ def plan_module(model: Any, saved: Saved, options: RestoreOptions) -> ModulePlan
             plan.mismatch.wrong.append(f"model: expected a dict of tensors, got a {kind_of(left)}")
             return plan
         show_shards(module)
-        plan.metadata = getattr(whole, "_metadata", None)
         # By value, not by name: ``ignore_keys`` may have given a name the weights of another.
         masters = {id(whole[name]): master for name, master in saved.masters.items() if name in whole}
         match = match_names(whole, module_tensors(module), options.rename)
+        plan.metadata = _as_named_here(getattr(whole, "_metadata", None), match)
         _match(plan, left, match, masters, options)
+        _explain(plan, whole, match, options)
     return plan
+
+
+def _as_named_here(metadata: Any, match: NameMatch) -> Any:
+    """The saved versions of submodules by this module's names, where a wrapper or ``rename`` changes them."""
+    if not isinstance(metadata, Mapping) or not match.renamed:
+        return metadata
+    named = match.modules
+    return OrderedDict((named.get(path, path), versions) for path, versions in metadata.items())
+
+
+def _explain(plan: ModulePlan, whole: Mapping[str, Any], match: NameMatch, options: RestoreOptions) -> None:
+    """Notes which missing names are frozen parameters, and the ``rename`` that makes names match, if there is one."""
+    targets = module_tensors(plan.module)
+    frozen = [
+        name
+        for name in match.missing
+        if isinstance(target := targets[name], nn.Parameter) and not target.requires_grad
+    ]
+    missing = set(plan.mismatch.missing)
+    plan.mismatch.frozen.extend(_key(name) for name in frozen if _key(name) in missing)
+    if options.allow_missing_frozen:
+        plan.excused |= frozenset(frozen)
+    if match.missing and match.unexpected:
+        shapes = {name: None if one is None else tuple(one.shape) for name, one in targets.items()}
+        plan.mismatch.advice.extend(rename_advice(whole, shapes, options.rename))
+
+
+def rename_advice(
+    saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...] | None], rename: Mapping[str, str]
+) -> list[str]:
+    """The sentence on the ``rename`` that makes the names in `saved` match those in `shapes`; empty where none does.
+
+    `shapes` is by this job's names, None where a name has no shape: tensors of other shapes do not match.
+    """
+
+    def agree(source: str, target: str) -> bool:
+        shape, value = shapes[target], saved[source]
+        return shape is None or not isinstance(value, SavedTensor) or value.shape == shape
+
+    found = suggest_rename(saved, shapes, rename, agree=agree)
+    if found is None:
+        return []
+    entries, gained = found
+    return [f"Pass LoadOptions({as_option(entries)}): with it {gained} more of the model's names are found."]
 
 
 def _match(
@@ -354,7 +406,7 @@ def _counts_batches(plan: ModulePlan, name: str) -> bool:
     ``num_batches_tracked`` since their version 2, and leave it as it is when they load an older one."""
     prefix, _, key = name.rpartition(".")
     if key != "num_batches_tracked" or not isinstance(
-        plan.module.get_submodule(prefix), nn.modules.batchnorm._NormBase
+        submodule(plan.module, prefix), nn.modules.batchnorm._NormBase
     ):
         return False
     version = plan.metadata.get(prefix, {}).get("version") if isinstance(plan.metadata, Mapping) else None
@@ -389,7 +441,8 @@ def loading_overrides(module: nn.Module) -> list[str]:
 
 def _overrides(module: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     found = []
-    for name, part in module.named_modules():
+    for path, part in module.named_modules():
+        name = without_checkpoint_wrappers(path)
         prefix = f"{name}." if name else ""
         if _overrides_loading(part) and any(key.startswith(prefix) for key in saved):
             found.append(prefix)
@@ -466,10 +519,8 @@ def module_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
     What else the module's ``state_dict`` has is there only below a loader that may take it (`loading_overrides`).
     """
     persistent = module.state_dict(keep_vars=True)
-    own: dict[str, torch.Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own: dict[str, torch.Tensor] = {without_checkpoint_wrappers(name): tensor for name, tensor in named}
     takers = extra_states(module)
     others = persistent.keys() - own.keys() - takers.keys()
     loaders = tuple(_overrides(module, persistent)) if others else ()
@@ -486,9 +537,20 @@ def extra_states(module: nn.Module) -> dict[str, nn.Module]:
     """The submodules that take extra state, by its name: those with a ``set_extra_state`` of their own."""
     return {
         f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE: part
-        for name, part in module.named_modules(remove_duplicate=False)
+        for name, part in (
+            (without_checkpoint_wrappers(path), part)
+            for path, part in module.named_modules(remove_duplicate=False)
+        )
         if type(part).set_extra_state is not nn.Module.set_extra_state
     }
+
+
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """The submodule that a state dict calls `name`: of one inside a checkpoint wrapper, the inner one."""
+    parts: dict[str, nn.Module] = {
+        without_checkpoint_wrappers(path): part for path, part in module.named_modules()
+    }
+    return parts[name]
 
 
 def parameter_names(model: Any) -> dict[int, str]:

@@ -69,6 +69,8 @@ class LiveEngine:
     """Parameters whose master is the module's own tensor."""
     slots_of: dict[str, tuple[tuple[int, Slot], ...]] = field(default_factory=dict)
     """Parameter to (index of the flat, slot in it); no entry where this rank updates none of its elements."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained (``requires_grad=False``)."""
     experts: tuple[ExpertLayer, ...] = ()
     """The module's MoE layers. Their experts have the same names on every rank, and are other experts there."""
 
@@ -157,6 +159,7 @@ def live_engine(engine: Any) -> LiveEngine:
         groups=tuple(tuple(group) for group in groups),
         shared_memory=shared,
         slots_of={name: tuple(slots) for name, slots in slots_of.items()},
+        frozen=tuple(name for name, parameter in parameters.items() if not parameter.requires_grad),
         experts=experts,
     )
 

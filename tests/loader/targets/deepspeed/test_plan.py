@@ -419,3 +419,15 @@ def test_a_loss_scaler_without_counterpart_is_told(
     del saved.state[ENGINE]["random_ltd"]
     missing_too = EngineTarget(engine, RestoreOptions(strict=False)).plan(saved).mismatch.missing
     assert missing_too[:1] == (["engine/random_ltd: the checkpoint has none"] if not left else [])
+
+
+def test_an_engines_frozen_parameters_may_lack_and_a_prefix_is_explained() -> None:
+    live = stage_3()
+    lacking = plan_model(replace(live, frozen=("w",)), saved_with({}), {}).mismatch
+    assert (lacking.missing, lacking.frozen, lacking.advice) == (["model/w"], ["model/w"], [])
+    prefixed = plan_model(live, saved_with({"model.w": sharded(5, 3)}), {}).mismatch
+    assert prefixed.frozen == []
+    assert prefixed.advice == [
+        'Pass LoadOptions(rename={"model.": ""}): with it 1 more of the model\'s names are found.'
+    ]
+    assert plan_model(live, saved_with({"model.w": sharded(4, 3)}), {}).mismatch.advice == []
