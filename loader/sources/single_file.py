@@ -8,6 +8,7 @@ Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimiz
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +19,9 @@ from ..saved.demand import Demand
 from ..saved.names import EXTRA_STATE
 from ..saved.node_file import NodeFile
 from ..saved.tensor import SavedTensor
-from ..saved.values import GlobalName, InertObject, kind_of
+from ..saved.values import kind_of
 from .base import Files
+from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, not_a_dict, obstacle
 
 __all__ = ["COMPOSER_STATES", "SingleFile", "read_layout", "rng_list"]
 
@@ -92,6 +94,12 @@ class SingleFile:
                 scheduler_classes=demand.schedulers,
                 scaler_class=demand.scaler,
             )
+            if is_one_file_of_zero(index.tree) and not demand.weights_only:
+                warnings.warn(
+                    f"{file.source} is one file of a DeepSpeed checkpoint and has the weights alone, in the precision "
+                    "that the module had: pass the folder for the fp32 masters and the optimizer's state",
+                    stacklevel=2,
+                )
             return replace(found, name=files.name)
 
 
@@ -121,11 +129,11 @@ def read_layout(
     `layout` is `LoadOptions.layout`. The class names are those of this job's objects: optimizers, schedulers and a
     scaler that the file keeps without class names get them, in order.
 
-    Raises `FormatError` where the layout is not known, listing the top-level keys, and `CorruptError` where a known
+    Raises `FormatError` where the layout is not known, saying what stands in the way, and `CorruptError` where a known
     layout's part is of another type than it must be.
     """
     if not isinstance(tree, Mapping):
-        raise FormatError(_not_a_dict(tree, file), path=file)
+        raise FormatError(not_a_dict(tree, file), path=file)
     names = (optimizer_classes, scheduler_classes, scaler_class)
     if layout:
         return _mapped(tree, file, layout, names)
@@ -135,16 +143,10 @@ def read_layout(
         return _lightning(tree, file, names)
     if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
         return Saved(file, _KIND, "state dict", {"model": tree})
-    found = _hand_written(tree, file, names)
+    found = None if is_emptied_by_zero(tree) else _hand_written(tree, file, names)
     if found is not None:
         return found
-    keys = ", ".join(repr(key) for key in list(tree)[:20]) or "none"
-    raise FormatError(
-        f"{file}: its layout is not known; top-level keys: {keys}. "
-        'Say where things are with LoadOptions(layout={"model": "KEY", "optimizer": "KEY", ...}), '
-        "where KEY may be nested, as in 'trainer/weights'",
-        path=file,
-    )
+    raise FormatError(obstacle(tree, file, _ROLE_KEYS["model"]), path=file)
 
 
 def _is_composer(tree: Mapping[Any, Any]) -> bool:
@@ -237,9 +239,10 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
                 )
             node = node[key]
         if role in _EXPECTED and not _fits(role, node):
+            there = describe(node) if role == "model" else f"a {kind_of(node)}"
             raise FormatError(
-                f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is a "
-                f"{kind_of(node)}; expected {_EXPECTED[role]}",
+                f"{file}: LoadOptions.layout maps {role} to {layout[role]!r}, where there is {there}; "
+                f"expected {_EXPECTED[role]}",
                 path=file,
             )
         parts[role] = node
@@ -333,13 +336,3 @@ def rng_list(value: Any) -> list[Any] | None:
         if all(isinstance(entry, Mapping) and entry and set(entry) <= _RNG_KEYS for entry in entries):
             return entries
     return None
-
-
-def _not_a_dict(tree: Any, file: str) -> str:
-    if isinstance(tree, InertObject | GlobalName):
-        name = tree.global_name if isinstance(tree, InertObject) else tree.name
-        return (
-            f"{file} holds one pickled {name}, expected a dict: a whole object can only be rebuilt by running "
-            "its code. Save its state_dict() instead"
-        )
-    return f"{file} holds a {kind_of(tree)}, expected a dict"

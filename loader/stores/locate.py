@@ -17,16 +17,51 @@ MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 """The first rank's model file: of stages 0 to 2, and of stage 3."""
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
 """Files, relative to the tag folder, that only a universal checkpoint has; its model files look like native ones."""
+_CONVERT_DCP = (
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` makes a torch file of such a "
+    "folder"
+)
+_SAVE_WHOLE = "load it with the library that wrote it, and torch.save() the model's state_dict() as one file"
 _OTHER_KINDS = {
-    ".metadata": "a torch.distributed.checkpoint (DCP) folder",
-    "latest_universal": "a DeepSpeed universal checkpoint",
-    "model.safetensors.index.json": "a sharded safetensors model",
-    "model.safetensors": "a safetensors model",
+    ".metadata": ("a torch.distributed.checkpoint (DCP) folder", _CONVERT_DCP),
+    "__0_0.distcp": (
+        "a torch.distributed.checkpoint (DCP) folder that was not finished: .metadata, which is written last, is not "
+        "in it",
+        "take an older checkpoint",
+    ),
+    "latest_universal": (
+        "a DeepSpeed universal checkpoint",
+        "pass the native folder that it was converted from",
+    ),
+    "model.safetensors.index.json": ("a safetensors model in several files", _SAVE_WHOLE),
+    "pytorch_model.bin.index.json": ("a model in several torch files", _SAVE_WHOLE),
+    "adapter_config.json": (
+        "a PEFT adapter's folder",
+        "pass its file adapter_model.bin, if it has one; else " + _SAVE_WHOLE,
+    ),
+    "model.safetensors": ("a safetensors model", _SAVE_WHOLE),
+    "pytorch_model.bin": ("a folder of Hugging Face's transformers", "pass the file pytorch_model.bin in it"),
 }
-"""Files by which a folder of a kind that is not read is recognised."""
+"""Files by which a folder of a kind that is not read is recognised, the most telling first; what it is, and what to
+do."""
+_OTHER_FILES = {
+    ".distcp": (
+        "a shard of a torch.distributed.checkpoint (DCP) folder",
+        _CONVERT_DCP,
+    ),
+    ".index.json": (
+        "the index of a model in several files, and holds no weights itself",
+        _SAVE_WHOLE,
+    ),
+    "adapter_config.json": (
+        "the settings of a PEFT adapter, and holds no weights itself",
+        "pass adapter_model.bin beside it, if there is one; else " + _SAVE_WHOLE,
+    ),
+}
+"""Ends of the names of files of such kinds."""
 _FILE_SUFFIXES = (
     ".pt", ".pth", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
-    ".safetensors",
+    ".safetensors", ".distcp", ".json",
 )  # fmt: skip
 _LATEST = "latest"
 _LATEST_LIMIT = 4096
@@ -52,7 +87,7 @@ class Located:
 def locate(store: Store, name: str) -> Located:
     """The checkpoint that `name` (expanded for rank 0) names in `store`. One rank calls it, for all.
 
-    Raises `NotFoundError` where it names nothing, `FormatError` where it names a folder of a kind that is not
+    Raises `NotFoundError` where it names nothing, `FormatError` where it names a folder or file of a kind that is not
     read, `CorruptError` or `UnsafeError` where ``latest`` cannot be a folder's name.
     """
     looks_like_file = name.endswith(_FILE_SUFFIXES)
@@ -74,6 +109,7 @@ def _as_file(store: Store, name: str) -> Located | None:
     found = resolve(store, name)
     if found is None or found.info.is_folder:
         return None
+    _refuse_other_files(store, found.info.name)
     return Located("file", found.info.name, found.info.name)
 
 
@@ -144,12 +180,20 @@ def _refuse_universal(store: Store, folder: str) -> None:
 
 
 def _refuse_other_kinds(store: Store, folder: str) -> None:
-    for marker, kind in _OTHER_KINDS.items():
+    for marker, (kind, remedy) in _OTHER_KINDS.items():
         if _exists(store, store.join(folder, marker)):
             raise FormatError(
-                f"{store.describe(folder)} is {kind} (it holds {marker}), which is not supported; pass a torch "
-                "file, a Composer archive or a native DeepSpeed folder",
+                f"{store.describe(folder)} is {kind} (it holds {marker}), which is not supported: {remedy}",
                 path=store.describe(folder),
+            )
+
+
+def _refuse_other_files(store: Store, name: str) -> None:
+    for end, (kind, remedy) in _OTHER_FILES.items():
+        if name.endswith(end):
+            raise FormatError(
+                f"{store.describe(name)} is {kind}, which is not supported: {remedy}",
+                path=store.describe(name),
             )
 
 

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rankload.loader import State, load
 from rankload.loader.errors import CorruptError, FormatError
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.tensor import SavedTensor, StorageRef
-from rankload.loader.saved.values import InertObject
+from rankload.loader.saved.values import GlobalName, InertArray, InertObject
 from rankload.loader.sources.single_file import read_layout
 
 
 def tensor() -> SavedTensor:
     return SavedTensor.in_storage(StorageRef("f", "0", 0, 8, None), "float32", (2,), (1,))
+
+
+def optimizer_states() -> dict[str, Any]:
+    return {"state": {}, "param_groups": []}
 
 
 def test_composer() -> None:
@@ -94,6 +102,101 @@ def test_unknown_layout_lists_its_keys_and_the_option() -> None:
 def test_a_whole_pickled_model_is_refused_by_name() -> None:
     with pytest.raises(FormatError, match=r"one pickled my.Net.*state_dict\(\)"):
         read_layout(InertObject("my.Net"), file="f")
+
+
+ARRAY = InertArray("<f4", (1,), b"\0\0\0\0")
+MODULE = InertObject("my.Net", state={"_modules": {}, "_parameters": {}})
+DTENSOR = InertObject(
+    "torch._utils._rebuild_wrapper_subclass", (GlobalName("torch.distributed.tensor.DTensor"), "float32")
+)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"w": DTENSOR}}, "'model' is a dict without tensors: .*DTensor.*full_state_dict=True"),
+        ({"w": DTENSOR, "b": DTENSOR}, "2 of type torch.distributed.tensor.DTensor. .*one rank's shard"),
+        (
+            {"state_dict": {"w": ARRAY}},
+            r"'state_dict' is .* 1 of type NumPy array\. Save tensors: .*from_numpy",
+        ),
+        (
+            {"net": MODULE, "epoch": 3},
+            r"'net' is a whole module, a pickled my\.Net\..* save its state_dict\(\)",
+        ),
+        ({"model": {}}, "'model' is an empty dict"),
+        (
+            {"model": {"w": 1.0}, "epoch": 3},
+            r"\('model' is a dict without tensors: its values are 1 of type float\)",
+        ),
+        (
+            {"state": {0: {}}, "param_groups": []},
+            "f is an optimizer's state_dict alone.* Pass the file that has",
+        ),
+        ({"last_epoch": 3, "base_lrs": [0.1]}, "f is a learning-rate scheduler's state_dict alone"),
+        (
+            {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3},
+            "f is a gradient scaler's state_dict alone",
+        ),
+        ({"python": 1, "numpy": 2, "cpu": tensor()}, "f is a rank's random states alone"),
+        (
+            {"optimizer_state_dict": {"zero_stage": 1, "partition_count": 2}, "ds_version": "0.19"},
+            "f is one rank's optimizer file of a DeepSpeed checkpoint.* pass the folder",
+        ),
+        (
+            {"w": tensor(), "epoch": 3},
+            r"1 tensor at its top level, .*'epoch' \(int\).*\"model\": \"/\"",
+        ),
+        (
+            {"w": tensor(), "v": DTENSOR},
+            r"'v' \(torch\.distributed\.tensor\.DTensor\)\. .*full_state_dict=True",
+        ),
+        ([tensor(), 3], "holds a list without names: 1 of type tensor, 1 of type int, expected a dict"),
+        (tensor(), "f holds a tensor, expected a dict"),
+        (ARRAY, "f holds a NumPy array, expected a dict"),
+    ],
+)
+def test_the_real_obstacle_is_named(tree: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        read_layout(tree, file="f")
+
+
+@pytest.mark.parametrize(
+    ("tree", "layout"),
+    [
+        ({"trainer": {"weights": {"w": tensor()}}, "n": 1}, {"model": "trainer/weights"}),
+        ({"model": {"a": {"w": tensor()}, "b": {"v": tensor()}}}, {"model": "model/a"}),
+        ({"a": {"w": tensor()}, "opt": optimizer_states()}, {"model": "a", "optimizer": "opt"}),
+        ({"w": tensor(), "epoch": 3}, {"model": "/"}),
+    ],
+)
+def test_the_layout_that_is_advised_works(tree: Any, layout: dict[str, str]) -> None:
+    with pytest.raises(FormatError) as raised:
+        read_layout(tree, file="f")
+    advised = re.search(r"LoadOptions\(layout=(\{.*?\})\)", str(raised.value))
+    assert advised is not None
+    assert json.loads(advised[1]) == layout
+    found = read_layout(tree, file="f", layout=layout, optimizer_classes=["SGD"])
+    assert found.state["model"]
+    assert ("optimizers" in found.state) == ("optimizer" in layout)
+
+
+def test_a_stage_3_model_file_is_no_checkpoint_and_one_of_a_lower_stage_is_told(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    one = {"module": {"w": torch.zeros(2), "b": torch.zeros(1)}, "buffer_names": ["b"], "ds_version": "0.19"}
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save(one, path)
+    model = torch.nn.ParameterDict({"w": torch.ones(2)})
+    model.register_buffer("b", torch.ones(1))
+    with pytest.warns(UserWarning, match="one file of a DeepSpeed checkpoint and has the weights alone"):
+        load(path, State(model), progress_bar=False)
+    assert torch.equal(model["w"], torch.zeros(2))
+    one["module"]["w"] = torch.zeros(0)
+    torch.save(one, path)
+    with pytest.raises(
+        FormatError, match=r"model file of a DeepSpeed checkpoint of stage 3.* pass the folder"
+    ):
+        load(path, State(model), progress_bar=False)
 
 
 def optimizer_state() -> dict[str, Any]:

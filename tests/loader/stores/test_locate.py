@@ -103,12 +103,34 @@ def test_a_store_that_refuses_to_say_has_no_universal_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("__3_0.distcp", "a shard of a torch.distributed.checkpoint .*format_utils dcp_to_torch"),
+        ("model.safetensors.index.json", "the index of a model in several files"),
+        ("pytorch_model.bin.index.json", "the index of a model in several files"),
+        ("adapter_config.json", "the settings of a PEFT adapter"),
+    ],
+)
+def test_files_that_are_no_checkpoint_say_what_they_are(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(NotFoundError):
+        found(path)
+    path.write_bytes(b"{}")
+    with pytest.raises(FormatError, match=kind):
+        found(path)
+
+
+@pytest.mark.parametrize(
     ("marker", "kind"),
     [
         (".metadata", "DCP"),
         ("latest_universal", "universal"),
         ("model.safetensors", "safetensors"),
         ("model.safetensors.index.json", "safetensors"),
+        ("__0_0.distcp", "DCP.* not finished.* older checkpoint"),
+        ("pytorch_model.bin.index.json", "a model in several torch files"),
+        ("pytorch_model.bin", "transformers.* pass the file pytorch_model.bin"),
+        ("adapter_config.json", "a PEFT adapter's folder.* adapter_model.bin"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, marker: str, kind: str) -> None:
