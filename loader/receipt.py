@@ -259,9 +259,7 @@ def _join_files(reports: Sequence[RankReport], *, verify: str) -> tuple[FileReco
     All ranks of a node report the same bytes of a file fetched whole; of one that came in parts, the counts of the rank
     that fetched it are the right ones.
     """
-    in_parts = {
-        (one.node, path): count for one in reports for path, count in one.fetched_in_parts.items()
-    }
+    in_parts = {(one.node, path): count for one in reports for path, count in one.fetched_in_parts.items()}
     by_node: dict[str, dict[int, int]] = {}
     direct: dict[str, int] = {}
     files: dict[str, FileRecord] = {}

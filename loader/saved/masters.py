@@ -6,7 +6,7 @@ the model before it is restored; so a target names the masters when it plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
@@ -18,10 +18,10 @@ Groups = Sequence[Sequence[tuple[str, Shape]]]
 """For each of an optimizer's groups, the name and shape of each parameter."""
 
 
-def name_masters(saved: Saved, groups: Groups) -> Saved:
+def name_masters(saved: Saved, groups: Groups, rename: Mapping[str, str] | None = None) -> Saved:
     """`saved` with its `Saved.unnamed_masters` among its ``masters``, by the names that the weights have in it.
 
-    `groups` are the job's; they are matched by position. Without any, or where the weights were left out, `saved` is
+    `groups` are the job's; they are matched by position, and their names with the weights' after `rename`. Without any, or where the weights were left out, `saved` is
     returned as it is. Raises `LayoutError` where a group's size or a parameter's shape differs.
     """
     model = saved.state.get("model")
@@ -49,5 +49,5 @@ def name_masters(saved: Saved, groups: Groups) -> Saved:
                 path=saved.name,
             )
         named[name] = master
-    found = {source: named[target] for source, target in match_names(model, named).target_of.items()}
+    found = {source: named[target] for source, target in match_names(model, named, rename).target_of.items()}
     return replace(saved, masters={**saved.masters, **found})

@@ -90,7 +90,7 @@ class ForeignTarget:
             )
         model, complete = Plan(), False
         if self.with_model:
-            named = name_masters(saved, optimizer_groups(self.state))
+            named = name_masters(saved, optimizer_groups(self.state), options.rename)
             module = plan_module(self.state.model, named, options)
             spread = "model" in handed_on and module.spread
             model = module.as_plan(filled=spread)

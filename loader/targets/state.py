@@ -105,7 +105,7 @@ class StateTarget:
     def _parts(self, saved: Saved) -> Iterator[Plan]:
         options = self.options
         if self.with_model:
-            named = name_masters(saved, optimizer_groups(self.state))
+            named = name_masters(saved, optimizer_groups(self.state), options.rename)
             yield plan_module(self.state.model, named, options).as_plan()
         if options.weights_only:
             return

@@ -30,14 +30,14 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     The class names are those of the job, since DeepSpeed saves none. Counters, loss scale and the like are in
     ``state/engine``. With ``demand.weights_only`` there is ``state/model`` alone.
 
-    Stage 0 keeps the optimizer's parameters by position. Where ``demand.in_parts``, they get the names of
-    ``demand.groups``; else they keep their numbers, as torch saves them, and the masters have no names either.
+    Stage 0 keeps the optimizer's parameters by position. Where ``demand.in_parts``, they get the checkpoint's names
+    for those in ``demand.groups``; else they keep their numbers, as torch saves them, and the masters have no names.
 
     Raises `CorruptError` where the layout or a file's tensor does not hold all of a parameter's elements, and
     `LayoutError` where stage 0's groups are others than the job's.
     """
     if demand.in_parts:
-        zero = _named(zero, demand.groups)
+        zero = _named(zero, demand)
     position, checkpoint = demand.position, zero.checkpoint
     model = zero.model_of(position.rank)
     made = _partitioned(zero, weights_only=demand.weights_only)
@@ -70,11 +70,23 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     )
 
 
-def _named(zero: ZeroContents, groups: Groups) -> ZeroContents:
-    """`zero` with the names in `groups` where stage 0's files do not name the optimizer's parameters."""
+def _named(zero: ZeroContents, demand: Demand) -> ZeroContents:
+    """`zero` with names where stage 0's files do not name the optimizer's parameters.
+
+    Those are the checkpoint's names for the parameters in ``demand.groups``; the job's, where it has none.
+    """
     optim = zero.any_optim
     if zero.checkpoint.stage or optim is None:
         return zero
+    saved = zero.model_of(demand.position.rank).module
+    target_of = match_names(saved, demand.names, demand.rename).target_of
+    saved_of = {new: old for old, new in target_of.items()}
+    saved_name: dict[str, str] = {}
+    for name in demand.names:
+        if name in saved_of:
+            old = zero.checkpoint.aliases.get(saved_of[name], saved_of[name])
+            saved_name.setdefault(demand.aliases.get(name, name), old)
+    groups = [[(saved_name.get(name, name), shape) for name, shape in group] for group in demand.groups]
     return replace(zero, checkpoint=named_by_optimizer(zero.checkpoint, optim, groups))
 
 

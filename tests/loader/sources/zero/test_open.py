@@ -308,6 +308,31 @@ def test_stage_0_for_an_engine_has_its_names() -> None:
         zero_saved(contents, replace(demand, groups=((("a", (2, 3)),),)), name="z")
 
 
+@pytest.mark.parametrize(
+    ("prefix", "rename"),
+    [("_checkpoint_wrapped_module.", {}), ("module._orig_mod.", {}), ("net.", {"": "net."})],
+)
+def test_stage_0_for_an_engine_of_other_names_has_the_checkpoints(
+    prefix: str, rename: dict[str, str]
+) -> None:
+    model, masters = stage_0(with_masters=True)
+    contents = zero_contents({0: model}, {}, weights_only=False)
+    asked = {f"{prefix}{name}": ParameterDemand(shape, "float32") for name, shape in GROUPS[0]}
+    groups = (tuple((f"{prefix}{name}", shape) for name, shape in GROUPS[0]),)
+    demand = replace(EVERYTHING, parameters=asked, groups=groups, rename=rename)
+    saved = zero_saved(contents, demand, name="z")
+    assert list(saved.state["optimizers"]["AdamW"]["state"]) == ["a", "b"]
+    assert saved.masters == {"a": masters[0], "b": masters[1], "tied": masters[0]}
+    # Where this job ties other names, the owner of the saved state counts all the same.
+    alias = replace(demand, parameters={f"{prefix}x": asked[f"{prefix}a"], f"{prefix}b": asked[f"{prefix}b"]})
+    alias = replace(
+        alias, aliases={f"{prefix}tied": f"{prefix}x"}, groups=(((f"{prefix}x", (2, 3)), groups[0][1]),)
+    )
+    assert list(zero_saved(contents, alias, name="z").state["optimizers"]["AdamW"]["state"]) == ["a", "b"]
+    apart = replace(demand, parameters=None)
+    assert zero_saved(contents, apart, name="z").masters == {"a": masters[0], "b": masters[1]}
+
+
 def test_stage_0_for_another_target_keeps_its_numbers_and_gives_masters() -> None:
     model, masters = stage_0(with_masters=True)
     contents = zero_contents({0: model}, {}, weights_only=False)
