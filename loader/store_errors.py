@@ -11,7 +11,13 @@ import errno
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .redaction import redact_text
 
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+ADVICE_CREDENTIALS = (
+    "check the credentials, which come from the backend's own configuration and from storage_options"
+)
 
 
 def http_status(error: BaseException) -> int | None:
@@ -23,8 +29,9 @@ def http_status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status if isinstance(status, int) else None
-    return None
+    else:
+        status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def store_error(error: BaseException, described: str) -> RankloadError:
@@ -41,11 +48,29 @@ def store_error(error: BaseException, described: str) -> RankloadError:
 
 
 def refused(described: str, reason: str) -> AccessError:
-    """`AccessError` for credentials that are missing or do not suffice."""
-    return AccessError(
-        f"{described}: the store refused access ({reason}); check the credentials, which come from the "
-        "backend's own configuration and from storage_options",
+    """`AccessError` for what a store refuses to one who may ask: it may not be there, or the credentials do not do.
+
+    ``details`` has it under ``refused``, from where `refusals_in` takes it.
+    """
+    error = AccessError(
+        f"{described}: the store refused access ({reason}). Either it is not there, which some stores tell only those "
+        f"who may list them, or the credentials do not suffice: check the path, and {ADVICE_CREDENTIALS}",
         path=described,
+    )
+    error.details["refused"] = {described: reason}
+    return error
+
+
+def refusals_in(error: RankloadError) -> dict[str, str]:
+    """What a store refused, as `refused` made it: names, and why. Empty for any other error."""
+    found = error.details.get("refused")
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def no_credentials(described: str, reason: str) -> AccessError:
+    """`AccessError` for credentials that are missing or wrong before a store was asked."""
+    return AccessError(
+        f"{described}: the store refused access ({reason}); {ADVICE_CREDENTIALS}", path=described
     )
 
 
@@ -57,6 +82,13 @@ def disk_full(path: str) -> AccessError:
     )
 
 
+def is_not_there(error: BaseException) -> bool:
+    """Whether an error says that there is no such file. No file can have a name that is too long for its system."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError) or (
+        isinstance(error, OSError) and error.errno in _NOT_THERE
+    )
+
+
 def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
@@ -65,17 +97,16 @@ def _mapped(error: BaseException, described: str) -> RankloadError:
     status = http_status(error)
     kind = type(error).__name__
     message = redact_text(str(error)) or kind
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
+    if is_not_there(error) or status in (404, 410):
         return NotFoundError(f"{described}: not there", path=described)
     if isinstance(error, IsADirectoryError):
         return FormatError(f"{described}: is a folder, expected a file", path=described)
     if is_disk_full(error):
         return disk_full(described)
-    if (
-        isinstance(error, PermissionError)
-        or status in (401, 403)
-        or "Credentials" in kind
-        or "Authentication" in kind
-    ):
-        return refused(described, f"{kind}: {message}" if status is None else f"HTTP {status}")
+    reason = f"{kind}: {message}" if status is None else f"HTTP {status}"
+    # gcsfs raises a plain OSError for 403.
+    if isinstance(error, PermissionError) or status in (401, 403) or message.startswith("Forbidden: "):
+        return refused(described, reason)
+    if "Credentials" in kind or "Authentication" in kind:
+        return no_credentials(described, reason)
     return AccessError(f"{described}: could not be read: {kind}: {message}", path=described)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..cache.folder import folder_of
 from ..context import LoadContext
-from ..errors import InternalError, LayoutError, NotFoundError
+from ..errors import InternalError, LayoutError
 from ..formats.torch_file import FileIndex
 from ..saved.node_file import NodeFile
 from ..saved.tree import find_unknown
 from ..stores.locate import Located
+from ..stores.names import file_name
+from ..stores.probes import Probes
 from ..template import expand_path, template_variables
 from .files import FetchedFile, fetch_files
 from .remote_files import RemoteFiles
@@ -49,9 +51,9 @@ class CheckpointFiles:
         self._names: dict[str, str] = {}
         """Names of files, the same on all ranks, by local path."""
         first = self._fetch([located.first], "fetch first")[located.first]
-        name = first.name.rsplit("/", 1)[-1] if self.in_folder else first.name
-        self._fetched[name] = first
-        self._first = first
+        # Of a folder, relative to it, as all its files are named; and without the query of a URL.
+        self._first = replace(first, name=file_name(first.name)) if self.in_folder else first
+        self._fetched[self._first.name] = self._first
 
     @property
     def in_folder(self) -> bool:
@@ -94,10 +96,12 @@ class CheckpointFiles:
         store = self.context.store
 
         def probe(_: Any) -> str:
+            probes = Probes(store)
             for name in names:
-                if store.stat(store.join(self._located.name, name) if self.in_folder else name) is not None:
+                found = probes.look(store.join(self._located.name, name) if self.in_folder else name)
+                if found is not None and not found.is_folder:
                     return name
-            raise NotFoundError(f"{self.name} has no {what}; looked for {', '.join(names)}", path=self.name)
+            raise probes.nothing(f"{self.name} has no {what}; looked for {', '.join(names)}", self.name)
 
         with self.context.stages.timed("locate"):
             return str(self.context.session.channel.decide(f"find {what}", None, probe))

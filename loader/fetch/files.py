@@ -15,6 +15,7 @@ from ..context import LoadContext
 from ..errors import FormatError, NotFoundError
 from ..saved.node_file import NodeFile
 from ..stores.base import ObjectInfo, Store
+from ..stores.probes import AT_ONCE
 from ..stores.symlinks import resolve
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
@@ -134,7 +135,7 @@ def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None
         found[name] = None if resolved is None else resolved.info
         watch.tally.moved += 1
 
-    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=PARALLEL_FILES)
+    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=AT_ONCE)
 
 
 def _job(work: Any, name: str) -> Any:

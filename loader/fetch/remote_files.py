@@ -29,6 +29,7 @@ from ..ranges.open import RangeServers, open_range_source
 from ..ranges.window import WindowSource
 from ..retries import TryAgainError
 from ..stores.base import ObjectInfo, OnBytes, Store
+from ..stores.names import path_of
 from ..workers import Stop
 from .object_cache import ObjectCache
 from .remote_file import RemoteFile, open_remote_file
@@ -116,7 +117,9 @@ class RemoteFiles:
 
     def may_come_in_parts(self, info: ObjectInfo) -> bool:
         """False where the object's name or size shows that it comes whole."""
-        return not (info.name.endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info))
+        return not (
+            path_of(info.name).endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info)
+        )
 
     def begin(self, objects: ObjectCache, info: ObjectInfo, on_bytes: OnBytes) -> InParts | None:
         """Opens a torch zip, or a tar that may hold some, and fetches its index.
@@ -389,7 +392,7 @@ class KnownParts:
 
 def _smallest(info: ObjectInfo) -> int:
     """The size up to which an object of this name comes whole."""
-    return SMALL_ARCHIVE_BYTES if info.name.endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
+    return SMALL_ARCHIVE_BYTES if path_of(info.name).endswith(".tar") else 2 * HEAD_AND_TAIL_BYTES
 
 
 def _part_of(info: ObjectInfo, source: RangeSource) -> ObjectPart:

@@ -17,8 +17,9 @@ from ..cache.folder import folder_of
 from ..cache.node import CacheEntry, NodeCache
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..formats.sniff import sniff
-from ..store_errors import disk_full, is_disk_full
+from ..store_errors import disk_full, is_disk_full, refusals_in
 from ..stores.base import ObjectInfo, OnBytes
+from ..stores.names import path_of
 from ..stores.symlinks import resolve_link
 from .archive import is_tar, unpack
 from .decompress import COMPRESSED, Expanded
@@ -64,8 +65,10 @@ def obtain(objects: ObjectCache, info: ObjectInfo, remote: RemoteFiles | None, o
         return _obtain_local(objects, info, checks, on)
     try:
         return _obtain_remote(objects, info, remote, on)
-    except NotFoundError:
-        link = None if info.certain else resolve_link(store, info.name)
+    except (NotFoundError, AccessError) as error:
+        # Of what is not there, some stores say that it is refused.
+        may_be_missing = isinstance(error, NotFoundError) or refusals_in(error)
+        link = resolve_link(store, info.name) if may_be_missing and not info.certain else None
         if link is None:
             raise
         return _obtain_remote(objects, link.info, remote, on)
@@ -172,7 +175,7 @@ def whole_bytes(
 
 
 def _expands(name: str) -> int:
-    return next((times for suffix, times in _EXPANDS.items() if name.endswith(suffix)), 1)
+    return next((times for suffix, times in _EXPANDS.items() if path_of(name).endswith(suffix)), 1)
 
 
 def _obtained(name: str, path: str, details: Mapping[str, Any], size: int, fetched: int) -> Obtained:

@@ -135,7 +135,8 @@ def proxy_parts(proxy: str) -> SplitResult | None:
 def request_target(url: str) -> str:
     """The path and query of `url`, which follow the method."""
     parts = urlsplit(url)
-    return urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    # Not urlunsplit, which changes a path that begins with two slashes.
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
 def _legal(url: str) -> str:

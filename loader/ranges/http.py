@@ -49,12 +49,17 @@ class _Place:
     """When it is to be renewed, by `time.monotonic`."""
 
 
+class NoSizeError(AccessError):
+    """The server tells no size of an object, which can be had as one stream only."""
+
+
 class HttpSource:
     """The object at the address that `make_address` returns: always the same one, or a newly signed URL each time.
 
     The constructor asks the server for the first byte, which fixes the version; it raises `NotFoundError`,
-    `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`, whose version must
-    be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where it is.
+    `NoSizeError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`,
+    whose version must be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where
+    it is.
     """
 
     max_connections = 32
@@ -139,7 +144,7 @@ class HttpSource:
             self.has_ranges = status == 416
             total = content_length(headers) if status == 200 else total
         if total is None or (status == 416 and total != 0):
-            raise AccessError(f"{self._described}: the server does not tell its size", path=self._described)
+            raise NoSizeError(f"{self._described}: the server does not tell its size", path=self._described)
         self._pin = pin_of(headers, total)
         self.stored_sums = in_headers(headers, whole=status == 200)
         if expected is None:

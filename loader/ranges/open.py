@@ -17,7 +17,7 @@ from ..stores.fsspec import FsspecStore
 from ..stores.http import HttpStore
 from .base import RangeSource
 from .fsspec import open_fsspec_source
-from .http import HttpSource
+from .http import HttpSource, NoSizeError
 from .signed import open_signed
 
 
@@ -26,9 +26,9 @@ def open_range_source(
 ) -> RangeSource | None:
     """The source of the object that `info` (from ``store.stat``) describes; None where only whole objects can be had.
 
-    Sends an http(s) server one request, for the version and whether it does ranges (`RangeSource.has_ranges`). Sources
-    may share `connections`, which they do not close. Raises `NotFoundError`, `AccessError`, `TryAgainError`, or
-    `CorruptError` where the object is not the one in `info`.
+    Sends an http(s) server one request, for the version and whether it does ranges (`RangeSource.has_ranges`); none
+    where it is known to send one stream of unknown length. Sources may share `connections`, which they do not close.
+    Raises `NotFoundError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `info`.
     """
     if isinstance(store, HttpStore):
         return _open_http(store, info, connections)
@@ -71,9 +71,12 @@ class RangeServers:
         return self._with_ranges(store, info, open_source())
 
     def _with_ranges(self, store: Store, info: ObjectInfo, source: RangeSource | None) -> RangeSource | None:
-        if source is None or source.has_ranges:
-            return source
-        source.close()
+        if source is None and not isinstance(store, HttpStore):
+            return None
+        if source is not None:
+            if source.has_ranges:
+                return source
+            source.close()
         self._note(store.describe(info.name))
         return None
 
@@ -83,13 +86,18 @@ class RangeServers:
                 self.streamed.append(described)
 
 
-def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | None) -> RangeSource:
+def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | None) -> RangeSource | None:
+    if info.is_stream:
+        return None
     owns = connections is None
-    source = HttpSource(
-        lambda: store.address(info.name),
-        (connections or Connections()).by(store.settings.route),
-        owns_connections=owns,
-        expected=info,
-    )
+    try:
+        source = HttpSource(
+            lambda: store.address(info.name),
+            (connections or Connections()).by(store.settings.route),
+            owns_connections=owns,
+            expected=info,
+        )
+    except NoSizeError:
+        return None
     store.add_sums(info.name, source.stored_sums)
     return source

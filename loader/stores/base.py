@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from .sums import StoredSum
@@ -32,6 +32,10 @@ class ObjectInfo:
     is_folder: bool = False
     certain: bool = True
     """False where the store cannot say without a download whether there is such an object."""
+    may_be_page: bool = field(default=False, compare=False)
+    """Whether the store calls it a page, as servers answer to what is not there."""
+    is_stream: bool = field(default=False, compare=False)
+    """Whether the store tells neither its size nor that it does ranges: it has to come whole, by one request."""
 
 
 class Store(Protocol):
@@ -52,7 +56,13 @@ class Store(Protocol):
         """The name of `child` (may hold ``/``) under the folder `name`."""
 
     def stat(self, name: str) -> ObjectInfo | None:
-        """None where there is no such object. Raises `AccessError` where the store refuses to say."""
+        """None where there is no such object. Raises `AccessError` where the store refuses to say (`probes`)."""
+
+    def peek(self, name: str, n_bytes: int) -> bytes | None:
+        """The first `n_bytes` of the object, or all of a smaller one; None where only whole objects can be had.
+
+        Raises `NotFoundError` and `AccessError`.
+        """
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None

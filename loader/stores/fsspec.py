@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,8 @@ from ..errors import NotFoundError, OptionError, UnsafeError
 from ..redaction import redact_path, redact_text
 from ..store_errors import store_error
 from .base import ObjectInfo, OnBytes, Store, path_scheme, path_schemes
-from .local import LocalStore, within_limit
+from .local import LocalStore, file_uri_path, within_limit
+from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
 from .transfer import Meter, bytes_on_disk, receive, run_watched
 
@@ -30,6 +32,8 @@ _WITH_BUCKETS = frozenset(
 """Protocols whose names begin with a bucket."""
 ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
+_CHAINED_URL = re.compile(r"::(https?)://[\x21-\x7e]*\Z", re.IGNORECASE)
+"""A URL at the end of a chain that needs no percent-encoding."""
 _VERSION_FIELDS = (
     "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
     "LastModified", "last_modified", "mtime", "modified", "created",
@@ -61,9 +65,11 @@ class FsspecStore:
         return redact_path(f"{self.protocol}://{name}")
 
     def join(self, name: str, child: str) -> str:
-        return f"{name.rstrip('/')}/{child}"
+        return child_of(name, child)
 
     def link_targets(self, link_name: str, text: str) -> list[str]:
+        if is_url(link_name):
+            return url_link_targets(link_name, text)
         root = f"{link_name.split('/', 1)[0]}/" if self.protocol in _WITH_BUCKETS else ""
         scheme = path_scheme(text)
         if scheme is not None:
@@ -124,6 +130,14 @@ class FsspecStore:
             mapped = store_error(error, described)
             raise mapped from mapped.__cause__
 
+    def peek(self, name: str, n_bytes: int) -> bytes | None:
+        try:
+            data: bytes = self.files().cat_file(name, start=0, end=n_bytes)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name))
+            raise mapped from mapped.__cause__
+        return data
+
     def read_small(self, name: str, limit: int) -> bytes:
         described = self.describe(name)
         try:
@@ -179,11 +193,18 @@ def open_fsspec(uri: str, storage_options: Mapping[str, Any]) -> tuple[Store, st
 
 def store_of_filesystem(filesystem: Any, path: str) -> tuple[Store, str]:
     """The store over the file system that the user passed, and the name of `path` in it."""
-    name = str(filesystem._strip_protocol(path)) if "://" in path else path
     protocol = filesystem.protocol
     if "file" in ((protocol,) if isinstance(protocol, str) else protocol):
-        return LocalStore(), name
+        return LocalStore(), file_uri_path(path) or path
+    name = str(filesystem._strip_protocol(path)) if "://" in path else path
     return FsspecStore(filesystem), name
+
+
+def is_protocol(scheme: str) -> bool:
+    """Whether fsspec knows a file system of this name."""
+    from fsspec import available_protocols
+
+    return scheme in available_protocols()
 
 
 def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -191,7 +212,7 @@ def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
 
     shown = redact_path(uri)
     try:
-        filesystem, name = url_to_fs(uri, **storage_options)
+        filesystem, name = url_to_fs(uri, **_as_given(uri, storage_options))
     except ImportError as error:
         raise OptionError(f"{shown}: {_how_to_install(uri, error)}", path=shown) from error
     except TypeError as error:
@@ -208,6 +229,18 @@ def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
         mapped = store_error(error, shown)
         raise mapped from mapped.__cause__
     return filesystem, str(name)
+
+
+def _as_given(uri: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, by which the http(s) part of a chain is sent as it is written: it may be signed to the letter."""
+    options = dict(storage_options)
+    match = _CHAINED_URL.search(uri)
+    if match is not None:
+        scheme = match[1].lower()
+        own = options.get(scheme) or {}
+        if isinstance(own, Mapping):
+            options[scheme] = {"encoded": True, **own}
+    return options
 
 
 def _how_to_install(uri: str, error: ImportError) -> str:

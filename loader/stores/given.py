@@ -63,6 +63,9 @@ class GivenStore:
             raise mapped from mapped.__cause__
         return ObjectInfo(name=name, size_bytes=int(size))
 
+    def peek(self, name: str, n_bytes: int) -> bytes | None:
+        return None
+
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
     ) -> None:

@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urljoin, urlsplit, urlunsplit
 
-from ..errors import UnsafeError
 from ..http.addresses import Address, address_of
 from ..http.answers import Arrived, check_expected, content_length, cut_short, pin_of, status_error
 from ..http.connections import Connections
@@ -23,11 +21,13 @@ from ..redaction import redact_path
 from ..retries import TryAgainError, whole_attempts
 from .base import ObjectInfo, OnBytes
 from .local import within_limit
+from .names import child_of, url_link_targets
 from .sums import StoredSum, in_headers, in_linked
 from .transfer import receive
 
 _WHOLE = frozenset({200, 203})
 """Answers to a GET that carry the object: any other says something else, or brings a part that was not asked for."""
+_PAGES = ("text/html", "application/xhtml+xml")
 _HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 """Answers to HEAD that say nothing about GET: URLs signed for GET alone answer 403."""
 
@@ -49,21 +49,10 @@ class HttpStore:
         return redact_path(name)
 
     def join(self, name: str, child: str) -> str:
-        parts = urlsplit(name)
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{child}"))
+        return child_of(name, child)
 
     def link_targets(self, link_name: str, text: str) -> list[str]:
-        link = urlsplit(link_name)
-        if "://" in text:
-            target = urlsplit(text)
-            if (target.scheme, target.netloc) != (link.scheme, link.netloc):
-                raise UnsafeError(
-                    f"{redact_path(link_name)}: the link names another server, {redact_path(text)}",
-                    path=redact_path(link_name),
-                )
-            return [text]
-        paths = [urljoin(link.path, text), f"/{text.lstrip('/')}"]
-        return [urlunsplit(link._replace(path=path)) for path in dict.fromkeys(paths)]
+        return url_link_targets(link_name, text)
 
     def address(self, name: str) -> Address:
         """Where `name` is asked for, with the user's headers. Raises `AccessError` for what is no http(s) URL."""
@@ -74,6 +63,9 @@ class HttpStore:
 
     def stat(self, name: str) -> ObjectInfo | None:
         return whole_attempts(lambda: self._head(name))
+
+    def peek(self, name: str, n_bytes: int) -> bytes | None:
+        return whole_attempts(lambda: self._first(name, n_bytes))
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
@@ -123,7 +115,13 @@ class HttpStore:
             raise status_error(status, headers, b"", self.describe(name), address.credentials)
         self._sums[name] = _sums(followed)
         pin = pin_of(headers, content_length(headers))
-        return ObjectInfo(name=name, size_bytes=pin.size_bytes, version=pin.version)
+        return ObjectInfo(
+            name=name,
+            size_bytes=pin.size_bytes,
+            version=pin.version,
+            may_be_page=headers.get("Content-Type", "").strip().lower().startswith(_PAGES),
+            is_stream=pin.size_bytes is None and headers.get("Accept-Ranges", "").strip().lower() != "bytes",
+        )
 
     def _body(self, name: str, part: str, reports: _Reports, expected: ObjectInfo | None) -> None:
         """Writes the body of one GET into a new file at `part`."""
@@ -158,15 +156,27 @@ class HttpStore:
                     break
         return bytes(data)
 
+    def _first(self, name: str, n_bytes: int) -> bytes:
+        """The first bytes, by one GET for a range, which a server may answer with the whole object."""
+        data = bytearray()
+        with self._got(name, lambda arrived: None, n_bytes) as followed:
+            # 416: it has no byte.
+            if followed.answer.response.status != 416:
+                for piece in followed.answer.pieces(lambda arrived: None, self.describe(name)):
+                    data += piece
+                    if len(data) >= n_bytes:
+                        break
+        return bytes(data[:n_bytes])
+
     @contextlib.contextmanager
-    def _got(self, name: str, arrived: Arrived) -> Iterator[Followed]:
-        """The answer to one GET; the block reads it."""
+    def _got(self, name: str, arrived: Arrived, n_first: int | None = None) -> Iterator[Followed]:
+        """The answer to one GET, for the whole or for the first bytes; the block reads it."""
         address = self.address(name)
-        followed = self._ask("GET", name, address, arrived)
+        followed = self._ask("GET", name, address, arrived, n_first)
         answer = followed.answer
         try:
             status = answer.response.status
-            if status not in _WHOLE:
+            if status not in (_WHOLE if n_first is None else _WHOLE | {206, 416}):
                 raise status_error(
                     status,
                     answer.response.headers,
@@ -181,8 +191,11 @@ class HttpStore:
             else:
                 answer.drop()
 
-    def _ask(self, method: Method, name: str, address: Address, arrived: Arrived) -> Followed:
-        request = Request(method, address.url, self.describe(name))
+    def _ask(
+        self, method: Method, name: str, address: Address, arrived: Arrived, n_first: int | None = None
+    ) -> Followed:
+        headers = {} if n_first is None else {"Range": f"bytes=0-{n_first - 1}"}
+        request = Request(method, address.url, self.describe(name), headers)
         return follow(self._connections, request, address, arrived)
 
 

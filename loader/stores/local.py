@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
+from urllib.parse import unquote
 
-from ..errors import CorruptError
-from ..store_errors import store_error
+from ..errors import AccessError, CorruptError, OptionError, RankloadError
+from ..store_errors import is_not_there, store_error
 from .base import ObjectInfo, OnBytes
 from .sums import StoredSum
 from .transfer import receive
+
+_FILE_URI = re.compile(
+    r"(?:file|local)://(?P<host>[^/]*)(?P<path>/.*|)|file:(?P<single>/(?!/).*)", re.IGNORECASE | re.DOTALL
+)
 
 
 class LocalStore:
@@ -28,10 +34,12 @@ class LocalStore:
     def stat(self, name: str) -> ObjectInfo | None:
         try:
             found = os.stat(name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except ValueError:
+            return None  # no file has a name that the system's encoding cannot express
         except OSError as error:
-            raise store_error(error, name) from error
+            if is_not_there(error):
+                return None
+            raise _local_error(error, name) from error
         is_folder = stat.S_ISDIR(found.st_mode)
         return ObjectInfo(
             name=name,
@@ -47,16 +55,18 @@ class LocalStore:
             size = os.stat(name).st_size
             receive(target_path, name, size, lambda part: _copy(name, part))
         except OSError as error:
-            raise store_error(error, name) from error
+            raise _local_error(error, name) from error
         on_bytes(size)
 
-    def read_small(self, name: str, limit: int) -> bytes:
+    def peek(self, name: str, n_bytes: int) -> bytes | None:
         try:
             with open(name, "rb") as file:
-                data = file.read(limit + 1)
+                return file.read(n_bytes)
         except OSError as error:
-            raise store_error(error, name) from error
-        return within_limit(data, limit, name)
+            raise _local_error(error, name) from error
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        return within_limit(self.peek(name, limit + 1) or b"", limit, name)
 
     def local_path(self, name: str) -> str:
         return name
@@ -73,11 +83,38 @@ class LocalStore:
         """Does nothing: no connection is kept."""
 
 
+def file_uri_path(text: str) -> str | None:
+    """The local path of a ``file:`` URI (RFC 8089); None where `text` is none.
+
+    It is percent-decoded, as ``Path.as_uri`` encodes it, unless there is a file whose name has the percent signs.
+    Raises `OptionError` for a URI of another host.
+    """
+    match = _FILE_URI.fullmatch(text)
+    if match is None:
+        return None
+    host, path = match["host"] or "", match["path"] or match["single"] or ""
+    if not path or host.lower() not in ("", "localhost"):
+        raise OptionError(
+            f"{text!r}: expected file:///absolute/path or a plain path, got the host {host!r}", path=text
+        )
+    return path if "%" not in path or os.path.lexists(path) else unquote(path)
+
+
 def within_limit(data: bytes, limit: int, described: str) -> bytes:
     """`data`. Raises `CorruptError` where it is longer than `limit` bytes."""
     if len(data) > limit:
         raise CorruptError(f"{described}: expected a small text of at most {limit} bytes", path=described)
     return data
+
+
+def _local_error(error: OSError, name: str) -> RankloadError:
+    if isinstance(error, PermissionError):
+        return AccessError(
+            f"{name}: this user may not read it ({error.strerror}); check the permissions of the file and of the "
+            "folders above it",
+            path=name,
+        )
+    return store_error(error, name)
 
 
 def _copy(source: str, target: str) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import AccessError, CorruptError, FormatError, NotFoundError, UnsafeError
+from ..errors import CorruptError, FormatError, UnsafeError
+from .names import file_name, has_query, without_slash
+from .probes import Probes
 
 if TYPE_CHECKING:
     from .base import Store
@@ -79,7 +81,7 @@ class Located:
     first: str
     """Object name of the file to read first: the file itself, or the first rank's model file."""
     tag: str | None = None
-    """The tag folder's own name; None for a file."""
+    """The tag folder's own name, or what ``latest`` holds (which may be nested); None for a file."""
     by_latest: bool = False
     """Whether the folder was named by the ``latest`` of the one above."""
 
@@ -87,74 +89,93 @@ class Located:
 def locate(store: Store, name: str) -> Located:
     """The checkpoint that `name` (expanded for rank 0) names in `store`. One rank calls it, for all.
 
-    Raises `NotFoundError` where it names nothing, `FormatError` where it names a folder or file of a kind that is not
-    read, `CorruptError` or `UnsafeError` where ``latest`` cannot be a folder's name.
+    Raises `NotFoundError` where it names nothing, `AccessError` where nothing was found and the store refused to speak
+    of some names, `FormatError` where it names a folder or file of a kind that is not read, `CorruptError` or
+    `UnsafeError` where ``latest`` cannot be a folder's name.
+
+    A URL with a query is asked for as it is, before any other name: it may be signed for this object alone.
     """
-    looks_like_file = name.endswith(_FILE_SUFFIXES)
+    probes = Probes(store)
+    looks_like_file = has_query(name) or file_name(name).endswith(_FILE_SUFFIXES)
     finders = (_as_file, _as_folder) if looks_like_file else (_as_folder, _as_file)
     for finder in finders:
-        found = finder(store, name)
+        found = finder(probes, name)
         if found is not None:
             return found
-    raise NotFoundError(
+    _refuse_other_kinds(store, name)
+    if name in probes.pages:
+        return Located("file", name, name)  # whoever reads it says what it is
+    raise probes.nothing(
         f"{store.describe(name)} is neither a file nor a DeepSpeed folder: there is no such object, no "
         f"{_LATEST!r} in it, and no {' or '.join(MODEL_STATES)}",
-        path=store.describe(name),
+        store.describe(name),
     )
 
 
-def _as_file(store: Store, name: str) -> Located | None:
-    from .symlinks import resolve
+def _as_file(probes: Probes, name: str) -> Located | None:
+    from .symlinks import search
 
-    found = resolve(store, name)
+    found = search(probes, name)
     if found is None or found.info.is_folder:
         return None
     _refuse_other_files(store, found.info.name)
     return Located("file", found.info.name, found.info.name)
 
 
-def _as_folder(store: Store, name: str) -> Located | None:
+def _as_folder(probes: Probes, name: str) -> Located | None:
+    store = probes.store
     latest = store.join(name, _LATEST)
-    if _exists(store, latest):
+    if probes.exists(latest):
         tag = read_tag(store, latest)
         folder = store.join(name, tag)
-        found = _model_file(store, folder)
+        in_folder = Probes(store)
+        found = _model_file(in_folder, folder)
         if found is None:
             _refuse_other_kinds(store, folder)
-            raise NotFoundError(
+            raise in_folder.nothing(
                 f"{store.describe(latest)} names the tag {tag!r}, but {store.describe(folder)} holds no "
                 f"{' or '.join(MODEL_STATES)}",
-                path=store.describe(folder),
+                store.describe(folder),
             )
         return Located("folder", folder, found, tag, by_latest=True)
-    found = _model_file(store, name)
+    found = _model_file(probes, name)
     if found is not None:
-        return Located("folder", name.rstrip("/"), found, name.rstrip("/").rsplit("/", 1)[-1])
-    _refuse_other_kinds(store, name)
+        return Located("folder", without_slash(name), found, file_name(name))
     return None
 
 
 def read_tag(store: Store, latest: str) -> str:
-    """The tag that the object `latest` names: the name of one folder, never a path.
+    """The tag that the object `latest` names: a folder beside it, or one below that, as DeepSpeed joins them.
 
-    Raises `CorruptError` where it is empty or no text, `UnsafeError` where it is a path.
+    Its parts are joined by one ``/``, without ``.`` and a ``/`` at the end. Raises `CorruptError` where it is empty or
+    no text, `UnsafeError` where it would lead elsewhere.
     """
     shown = store.describe(latest)
     try:
-        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8").strip()
+        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise CorruptError(f"{shown} is not text: {error}", path=shown) from error
     if not tag:
         raise CorruptError(f"{shown} is empty, expected a tag", path=shown)
-    if "/" in tag or "\\" in tag or tag in (".", "..") or any(ord(char) < 32 for char in tag):
-        raise UnsafeError(f"{shown} holds {tag[:80]!r}, expected the name of a folder beside it", path=shown)
-    return tag
+    if any(ord(char) < 32 for char in tag):
+        raise CorruptError(
+            f"{shown} holds {tag[:80]!r}, expected a tag, which is one line of text", path=shown
+        )
+    parts = [part for part in tag.split("/") if part not in ("", ".")]
+    if tag.startswith("/") or "\\" in tag or ".." in parts or not parts:
+        raise UnsafeError(
+            f"{shown} holds {tag[:80]!r}, expected the name of a folder beside it, or below such a one "
+            "(epoch1/step3)",
+            path=shown,
+        )
+    return "/".join(parts)
 
 
-def _model_file(store: Store, folder: str) -> str | None:
+def _model_file(probes: Probes, folder: str) -> str | None:
+    store = probes.store
     for candidate in MODEL_STATES:
         name = store.join(folder, candidate)
-        if _exists(store, name):
+        if probes.exists(name):
             _refuse_universal(store, folder)
             return name
     return None
@@ -167,11 +188,7 @@ def _refuse_universal(store: Store, folder: str) -> None:
     hold the key ``universal_checkpoint_info``, which the conversion needs.
     """
     for marker in UNIVERSAL_MARKERS:
-        try:
-            is_universal = _exists(store, store.join(folder, marker))
-        except AccessError:
-            continue  # some stores refuse access to what is not there
-        if is_universal:
+        if Probes(store).exists(store.join(folder, marker)):
             raise FormatError(
                 f"{store.describe(folder)} is a DeepSpeed universal checkpoint (it holds {marker}), which is not "
                 "supported; pass the native folder that it was converted from",
@@ -181,7 +198,7 @@ def _refuse_universal(store: Store, folder: str) -> None:
 
 def _refuse_other_kinds(store: Store, folder: str) -> None:
     for marker, (kind, remedy) in _OTHER_KINDS.items():
-        if _exists(store, store.join(folder, marker)):
+        if Probes(store).exists(store.join(folder, marker)):
             raise FormatError(
                 f"{store.describe(folder)} is {kind} (it holds {marker}), which is not supported: {remedy}",
                 path=store.describe(folder),
@@ -190,24 +207,8 @@ def _refuse_other_kinds(store: Store, folder: str) -> None:
 
 def _refuse_other_files(store: Store, name: str) -> None:
     for end, (kind, remedy) in _OTHER_FILES.items():
-        if name.endswith(end):
+        if file_name(name).endswith(end):
             raise FormatError(
                 f"{store.describe(name)} is {kind}, which is not supported: {remedy}",
                 path=store.describe(name),
             )
-
-
-def _exists(store: Store, name: str) -> bool:
-    """Whether there is such an object; where the store cannot say, its first bytes are read."""
-    info = store.stat(name)
-    if info is None or info.is_folder:
-        return False
-    if info.certain:
-        return True
-    try:
-        store.read_small(name, _LATEST_LIMIT)
-    except NotFoundError:
-        return False
-    except CorruptError:
-        return True  # longer than the limit, so it is there
-    return True

@@ -3,6 +3,7 @@
     <64 hex digits>  name        two blanks, or a blank and ``*`` for binary
     \\<64 hex digits>  na\\nme     a name with ``\\\\``, ``\\n`` or ``\\r`` in it
     SHA256 (name) = <64 hex digits>
+    <64 hex digits>              alone, in ``NAME.sha256``: of ``NAME``
 
 Blank lines and lines that begin with ``#`` are left out. `find_manifests` looks for them on one rank, and `known_sums`
 decodes on every rank what it found; `parse_manifest` parses one.
@@ -17,12 +18,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
 
-from ..errors import FormatError, RankloadError
+from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError
+from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
 from .fsspec import ONE_CONNECTION
 from .locate import Located
+from .names import child_of, file_name, folder_of, has_query, is_url, path_of
+from .probes import AT_ONCE, is_page
 
 NAMES = ("MANIFEST", "MANIFEST.sha256", "SHA256SUMS", "sha256sum.txt", "checksums.sha256")
 """What is looked for in a checkpoint's folder, in this order; and ``NAME.sha256`` next to a single file ``NAME``."""
@@ -30,9 +33,9 @@ _SIDE = ".sha256"
 _ANY_KIND = "MANIFEST"
 """A name that files of other kinds have too: one that is no manifest is left out, and noted in the receipt."""
 LIMIT_BYTES = 4 << 20
-_AT_ONCE = 6
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
 _TAGGED = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)
+_ALONE = re.compile(rb"[0-9a-fA-F]{64}")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
 
 
@@ -69,7 +72,7 @@ def find_manifests(store: Store, located: Located) -> dict[str, Any]:
             continue
         manifest = _read(store, info, notes)
         if manifest is not None:
-            label = posixpath.basename(_path_of(store, info.name))
+            label = file_name(info.name)
             for name, value in manifest.sums.items():
                 sums.setdefault(key_of(store, _in_folder(store, info.name, name)), (value.hex(), label))
     return {"sums": sums, "notes": notes}
@@ -82,8 +85,7 @@ def known_sums(found: Mapping[str, Any]) -> dict[str, KnownSum]:
 
 def key_of(store: Store, name: str) -> str:
     """The same text for all ways to write the name of one object."""
-    path = _path_of(store, name)
-    return os.path.realpath(path) if store.is_local else posixpath.normpath(path)
+    return os.path.realpath(name) if store.is_local else posixpath.normpath(path_of(name))
 
 
 def is_manifest(data: bytes) -> bool:
@@ -122,22 +124,25 @@ def parse_manifest(data: bytes, described: str) -> Manifest:
 
 
 def _candidates(store: Store, located: Located) -> list[str]:
-    if urlsplit(located.first).query and _is_url(located.first):
-        return []  # it may be a signature, which is of no use for other names
     first = located.first
+    if has_query(first):
+        return []  # it may be a signature, which is of no use for other names
     if located.form == "file":
-        own = [_in_folder(store, first, posixpath.basename(_path_of(store, first)) + _SIDE)]
-        return [*own, *(_in_folder(store, first, name) for name in NAMES)]
+        return [_in_folder(store, first, name) for name in (file_name(first) + _SIDE, *NAMES)]
     inside = [store.join(located.name, name) for name in NAMES]
-    above = [_in_folder(store, located.name, name) for name in NAMES] if located.by_latest else []
-    return [*inside, *above]
+    if not located.by_latest or located.tag is None:
+        return inside
+    below = located.name
+    for _ in located.tag.split("/")[1:]:
+        below = folder_of(below)
+    return [*inside, *(_in_folder(store, below, name) for name in NAMES)]
 
 
 def _stat_all(store: Store, names: list[str]) -> list[ObjectInfo | None]:
     """What the store says of each name; in parallel, except where each thread would have to log in."""
     if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
         return [_stat(store, name) for name in names]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(lambda name: _stat(store, name), names))
 
 
@@ -152,18 +157,35 @@ def _stat(store: Store, name: str) -> ObjectInfo | None:
 
 def _read(store: Store, info: ObjectInfo, notes: list[str]) -> Manifest | None:
     described = store.describe(info.name)
-    any_kind = posixpath.basename(_path_of(store, info.name)) == _ANY_KIND
+    any_kind = file_name(info.name) == _ANY_KIND
+    # Some servers answer 200 to every name, with a page or with anything else.
+    any_answer = is_url(info.name)
     too_long = info.size_bytes is not None and info.size_bytes > LIMIT_BYTES
-    if too_long and not any_kind:
+    if too_long and not any_kind and not any_answer:
         raise FormatError(
             f"{described}: expected checksums of at most {LIMIT_BYTES} bytes, got {info.size_bytes}",
             path=described,
         )
-    data = b"" if too_long else store.read_small(info.name, LIMIT_BYTES)
-    if any_kind and not is_manifest(data):
+    try:
+        data = b"" if too_long else store.read_small(info.name, LIMIT_BYTES)
+    except (AccessError, CorruptError, NotFoundError) as error:
+        if not any_answer or (isinstance(error, AccessError) and not refusals_in(error)):
+            raise
+        notes.append(f"{described} could not be read as a list of checksums, and was not used")
+        return None
+    if (too_long or any_kind or (any_answer and _is_no_list(data))) and not is_manifest(data):
         notes.append(f"{described} is not in sha256sum's format, and was not used")
         return None
+    alone = data.strip()
+    if _ALONE.fullmatch(alone) and file_name(info.name).endswith(_SIDE):
+        # As many tools write it: the file beside it is meant.
+        return Manifest(described, {file_name(info.name).removesuffix(_SIDE): bytes.fromhex(alone.decode())})
     return parse_manifest(data, described)
+
+
+def _is_no_list(data: bytes) -> bool:
+    """Whether this is a page, a JSON document or no text at all, as no damaged list of checksums is."""
+    return is_page(data) or data.lstrip().startswith((b"<", b"{", b"[")) or b"\0" in data
 
 
 def _lines(text: str) -> list[str]:
@@ -189,19 +211,5 @@ def _in_folder(store: Store, other: str, name: str) -> str:
     """The object `name` in the folder that the object `other` lies in."""
     if store.is_local:
         return os.path.join(os.path.dirname(other), name)
-    if _is_url(other):
-        return store.join(urlunsplit(urlsplit(other)._replace(path=_folder(urlsplit(other).path))), name)
-    folder, slash, _ = other.rstrip("/").rpartition("/")
-    return f"{folder}{slash}{name}"
-
-
-def _folder(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[0]
-
-
-def _path_of(store: Store, name: str) -> str:
-    return unquote(urlsplit(name).path) if _is_url(name) else name
-
-
-def _is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    folder = folder_of(other)
+    return child_of(folder, name) if folder else name

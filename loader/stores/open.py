@@ -1,15 +1,19 @@
 """Opens the store that a path belongs to.
 
 explicit object_store  →  http(s)  →  any other URI, through fsspec  →  local path
+
+What has no ``://`` is a local path first of all: ``run::1/last.ckpt`` is a chain of protocols only where there is no
+such file, and ``run`` is a protocol.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import OptionError
 from .base import Store, path_scheme
+from .local import LocalStore, file_uri_path
 
 
 def open_store(
@@ -30,24 +34,15 @@ def open_store(
         from .http import HttpStore
 
         return HttpStore(options), path
-    from .local import LocalStore
-
+    if "://" not in path and os.path.lexists(path):
+        return LocalStore(), path
+    local = file_uri_path(path)
+    if local is not None:
+        return LocalStore(), local
     if scheme is None:
         return LocalStore(), path
-    if scheme in ("file", "local") and path.startswith(f"{scheme}://"):
-        return LocalStore(), _local_part(path)
-    from .fsspec import open_fsspec
+    from .fsspec import is_protocol, open_fsspec
 
+    if "://" not in path and not is_protocol(scheme):
+        return LocalStore(), path
     return open_fsspec(path, options)
-
-
-def _local_part(uri: str) -> str:
-    path = uri.split("://", 1)[1]
-    if not path.startswith("/"):
-        host, slash, rest = path.partition("/")
-        if host == "localhost":
-            return slash + rest
-        raise OptionError(
-            f"{uri!r}: expected file:///absolute/path or a plain path, got the host {host!r}", path=uri
-        )
-    return path

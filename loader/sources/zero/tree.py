@@ -9,9 +9,8 @@ from typing import Any
 from ...formats.pickle.inert import Ordered
 from ...saved.contents import ENGINE, Saved
 from ...saved.demand import Demand
-from ...saved.masters import Groups
 from ...saved.model_parallel import Position
-from ...saved.names import EXTRA_STATE
+from ...saved.names import EXTRA_STATE, match_names
 from ...saved.tensor import SavedTensor
 from ..single_file import rng_list
 from .contents import ZeroContents
