@@ -4,6 +4,10 @@
     <rank>  <local_rank>  <node_rank>  <run_name>      the same, without a spec
     {{  }}                                             a brace itself
 
+In an http(s) or ``file:`` URI, what a variable expands to is percent-encoded, so that a ``#``, ``?`` or ``%`` in a run
+name is a character of the object's name there too; and ``%7Brank%7D``, as ``Path.as_uri`` writes it in a ``file:`` URI,
+is ``{rank}``.
+
 ``<`` and ``>`` may occur in file names, so only ``<word>``, where ``word`` could be a variable's name, is
 taken as a variable (and refused where there is none of that name); any other ``<`` stays as it is. Everything
 else, ``#`` and ``?`` included, is literal. What a variable expands to is never expanded again.
@@ -14,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 from .errors import TemplateError
 from .redaction import redact_path
@@ -22,6 +27,9 @@ VARIABLES = ("rank", "local_rank", "node_rank", "run_name")
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|<(?P<angle>[A-Za-z_][A-Za-z0-9_]*)>|(?P<stray>[{}])")
 _FIELD = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::(?P<spec>.*))?\Z", re.DOTALL)
+_URI = re.compile(r"https?://|(?:file|local):/", re.IGNORECASE)
+_FILE_URI = re.compile(r"(?:file|local):/", re.IGNORECASE)
+_ENCODED_FIELD = re.compile(r"(?:%7B)+[^/]*?(?:%7D)+|%3C[a-z_][a-z0-9_]*%3E", re.IGNORECASE)
 _LONG_NUMBER = re.compile(r"\d{4,}")
 
 
@@ -44,11 +52,13 @@ def expand_path(template: str, *, rank: int, local_rank: int, node_rank: int, ru
         "run_name": run_name,
     }
     parts, neutral = [], []
+    is_uri = _URI.match(template) is not None
     for piece in _pieces(template):
         if isinstance(piece, str):
             text = plain = piece
         else:
             text = _substitute(template, piece, values[piece.name])
+            text = quote(text, safe="/") if is_uri else text
             plain = "x"
         parts.append(text)
         neutral.append(plain)
@@ -73,6 +83,8 @@ def template_variables(template: str) -> frozenset[str]:
 
 
 def _pieces(template: str) -> Iterator[str | _Variable]:
+    if _FILE_URI.match(template):
+        template = _ENCODED_FIELD.sub(lambda match: unquote(match[0]), template)
     position = 0
     for match in _TOKEN.finditer(template):
         if match.start() > position:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +81,23 @@ def test_run_name_cannot_lead_out_of_its_folder(template: str, run_name: str) ->
 
 def test_run_name_is_not_expanded_again() -> None:
     assert expand("{run_name}", run_name="{rank}<rank>") == "{rank}<rank>"
+
+
+def test_in_a_uri_a_run_name_is_percent_encoded() -> None:
+    run_name = "a b#1?/100%"
+    encoded = "a%20b%231%3F/100%25"
+    for start in ("https://host/", "HTTP://host/", "file:///x/", "file:/"):
+        assert (
+            expand(start + "{run_name}/{rank}.pt?s=%2F", run_name=run_name) == f"{start}{encoded}/5.pt?s=%2F"
+        )
+    assert expand("s3://b/{run_name}", run_name=run_name) == f"s3://b/{run_name}"
+
+
+def test_the_uri_of_a_template() -> None:
+    uri = Path("/a b/ck{rank:02d}-<local_rank>.pt").as_uri()
+    assert expand(uri) == "file:///a%20b/ck05-1.pt"
+    assert template_variables(uri) == {"rank", "local_rank"}
+    assert expand("/a/%7Brank%7D") == "/a/%7Brank%7D"
 
 
 def test_rank_zero_for_all() -> None:
