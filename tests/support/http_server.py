@@ -44,6 +44,9 @@ class Served:
     send_length: bool = True
     """Where false, the end of the connection is the end of the body."""
     chunked: bool = False
+    content_type: str | None = None
+    needs_query: str | None = None
+    """403 for a request with any other query, to the letter."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,19 @@ class Request:
     client_port: int
     process: str
     headers: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+    """Path and query, as they came."""
 
 
 class CountingServer:
     def __init__(self, served: dict[str, Served]) -> None:
         self.served = served
+        self.missing = Served(status=404)
+        """The answer to a path that is not served."""
+        self.missing_pause_s = 0.0
+        """Before that answer."""
+        self.in_flight = 0
+        self.most_in_flight = 0
         self.requests: list[Request] = []
         self.bytes_sent: dict[str, int] = {}
         self.ending = threading.Event()
@@ -88,6 +99,15 @@ class CountingServer:
         with self._lock:
             self.requests.append(request)
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        with self._lock:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        yield
+        with self._lock:
+            self.in_flight -= 1
+
     def sent(self, path: str, n_bytes: int) -> None:
         with self._lock:
             self.bytes_sent[path] = self.bytes_sent.get(path, 0) + n_bytes
@@ -98,10 +118,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        with self.owner.answering():
+            self._answer(with_body=False)
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        with self.owner.answering():
+            self._answer(with_body=True)
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -115,11 +137,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.client_address[1],
                 self.headers.get(PROCESS_HEADER, ""),
                 dict(self.headers.items()),
+                self.path,
             )
         )
         served = self.owner.served.get(path)
         if served is None:
-            return self._empty(404)
+            time.sleep(self.owner.missing_pause_s)
+            served = self.owner.missing
+        if served.needs_query is not None and served.needs_query != self.path.partition("?")[2]:
+            return self._empty(403)
         if not with_body and served.head_status is not None:
             return self._empty(served.head_status)
         if with_body and served.failures > 0:
@@ -139,6 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         if served.etag is not None:
             self.send_header("ETag", served.etag)
+        if served.content_type is not None:
+            self.send_header("Content-Type", served.content_type)
         self.end_headers()
         if with_body:
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from http_server import Served, counting_server
@@ -59,14 +60,39 @@ def test_over_http_nothing_is_listed(head: int | None) -> None:
         assert located.first == server.url(f"/run/step3/{MODEL}")
 
 
-@pytest.mark.parametrize("text", ["../elsewhere", "a/b", "..", ".", "/etc", "a\\b", "a\x00b"])
+@pytest.mark.parametrize("text", ["../elsewhere", "a/../b", "..", ".", "/etc", "a\\b"])
 def test_latest_names_a_folder_beside_it_and_nothing_else(tmp_path: Path, text: str) -> None:
     (tmp_path / "latest").write_text(text)
     with pytest.raises(UnsafeError, match="expected the name of a folder beside it"):
         found(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"x" * 5000])
+@pytest.mark.parametrize(
+    ("content", "tag"),
+    [
+        (b"epoch1/step3", "epoch1/step3"),
+        (b"./step3", "step3"),
+        (b"step3/\r\n", "step3"),
+        (b"\xef\xbb\xbfstep3\n", "step3"),
+        (b"epoch1//./step3/", "epoch1/step3"),
+        (b"step #3 100%", "step #3 100%"),
+    ],
+)
+def test_tags_as_deepspeed_and_people_write_them(tmp_path: Path, content: bytes, tag: str) -> None:
+    (tmp_path / tag).mkdir(parents=True)
+    (tmp_path / tag / MODEL).write_bytes(b"x")
+    (tmp_path / "latest").write_bytes(content)
+    assert (found(tmp_path).tag, found(tmp_path).first) == (tag, str(tmp_path / tag / MODEL))
+    path = f"/run/{quote(tag)}/{MODEL}"
+    with counting_server({"/run/latest": Served(content), path: Served(b"x")}) as server:
+        located = found(server.url("/run?sig=a/b.pt"))
+        assert (located.tag, located.first) == (tag, server.url(f"{path}?sig=a/b.pt"))
+        # Its own URL is asked for as it is, before anything is made of it.
+        assert server.requests[0].target == "/run?sig=a/b.pt"
+        assert found(server.url(f"/run/{quote(tag)}/?sig=a/b.pt")).tag == tag.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"x" * 5000, b"\0\0\0", b"a\nb"])
 def test_a_broken_latest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "latest").write_bytes(content)
     with pytest.raises(CorruptError, match="latest"):

@@ -24,6 +24,7 @@ from rankload.loader.errors import (
 )
 from rankload.loader.store_errors import store_error
 from rankload.loader.stores.base import ObjectInfo
+from rankload.loader.stores.local import LocalStore
 from rankload.loader.stores.open import open_store
 from rankload.loader.stores.symlinks import resolve
 
@@ -45,6 +46,62 @@ def test_local_paths(path: str) -> None:
     store, name = open_store(path)
     assert store.is_local
     assert store.local_path(name) == path.removeprefix("file://")
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:/a/b.pt", "/a/b.pt"),
+        ("FILE:///a/b.pt", "/a/b.pt"),
+        ("file://localhost/a%20b.pt", "/a b.pt"),
+        ("local:///a/100%25%23.pt", "/a/100%#.pt"),
+        ("file:b.pt", "file:b.pt"),
+        ("run::1/none.pt", "run::1/none.pt"),
+    ],
+)
+def test_uris_of_local_files(uri: str, path: str) -> None:
+    for given in (None, fsspec.filesystem("file")):
+        store, name = open_store(uri, given)
+        assert store.is_local
+        assert name == path
+
+
+def test_a_uri_of_another_host_is_refused() -> None:
+    for uri in ("file://host/a.pt", "file://a.pt"):
+        with pytest.raises(OptionError, match="expected file:///absolute/path"):
+            open_store(uri)
+
+
+def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # ``memory`` is a protocol of fsspec's.
+    for name in ("run::1/last.ckpt", "memory::a/last.ckpt", "file:/last.ckpt", "50%25.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        store, found = open_store(name)
+        assert (store.is_local, found) == (True, name)
+    # By hand, without encoding: the file is there under these very characters.
+    assert open_store(f"file://{tmp_path}/50%25.pt")[1] == f"{tmp_path}/50%25.pt"
+    assert open_store((tmp_path / "50%25.pt").as_uri())[1] == f"{tmp_path}/50%25.pt"
+    # A URI names its store whatever lies here.
+    (tmp_path / "memory:" / "b").mkdir(parents=True)
+    assert not open_store("memory://b")[0].is_local
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'y' * 300}/a.pt", "\ud800.pt"])
+def test_no_file_has_such_a_name(tmp_path: Path, name: str) -> None:
+    store = LocalStore()
+    assert store.stat(f"{tmp_path}/{name}") is None
+    if "x" in name:
+        with pytest.raises(NotFoundError):
+            store.read_small(f"{tmp_path}/{name}", 1)
+
+
+def test_names_that_are_made_from_one_may_be_too_long(tmp_path: Path) -> None:
+    name = str(tmp_path / ("x" * 250))
+    assert resolve(LocalStore(), name) is None
+    Path(name).write_bytes(b"x")
+    assert resolve(LocalStore(), name) is not None
 
 
 def test_unknown_protocol_is_named() -> None:
