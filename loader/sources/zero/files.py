@@ -46,7 +46,7 @@ class FolderSource:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._naming: OptimNaming | None = None
-        self._held: dict[str, NodeFile] = {files.first.name.rsplit("/", 1)[-1]: files.first}
+        self._held: dict[str, NodeFile] = {files.first.name: files.first}
 
     @property
     def held(self) -> list[NodeFile]:
