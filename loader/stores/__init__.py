@@ -2,7 +2,8 @@
 
 1. `open.open_store` picks the store that a path belongs to: `given`, `http`, `fsspec` or `local`. Each offers the
    interface `base.Store`, and maps its backend's errors to ``loader.errors``.
-2. `locate.locate` finds the checkpoint that the path names: a file, or a DeepSpeed folder by its ``latest``.
+2. `locate.locate` finds the checkpoint that the path names: a file, or a DeepSpeed folder by its ``latest``. It makes
+   names by `names`, and asks for each by `probes`, which tells what is not there from what is refused.
 3. `symlinks.resolve` follows ``NAME.symlink`` objects.
 4. `manifest.find_manifests` reads files of checksums that lie next to the checkpoint.
 5. `Store.download` brings an object into a file. `transfer` reports its progress, and checks its size before the file
