@@ -21,8 +21,9 @@ Groups = Sequence[Sequence[tuple[str, Shape]]]
 def name_masters(saved: Saved, groups: Groups, rename: Mapping[str, str] | None = None) -> Saved:
     """`saved` with its `Saved.unnamed_masters` among its ``masters``, by the names that the weights have in it.
 
-    `groups` are the job's; they are matched by position, and their names with the weights' after `rename`. Without any, or where the weights were left out, `saved` is
-    returned as it is. Raises `LayoutError` where a group's size or a parameter's shape differs.
+    `groups` are the job's. They are matched by position, and their names with those of the weights after `rename`.
+    Without any, or where the weights were left out, `saved` is returned as it is. Raises `LayoutError` where a group's
+    size or a parameter's shape differs.
     """
     model = saved.state.get("model")
     if not saved.unnamed_masters or not groups or not isinstance(model, dict):

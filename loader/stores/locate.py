@@ -118,7 +118,7 @@ def _as_file(probes: Probes, name: str) -> Located | None:
     found = search(probes, name)
     if found is None or found.info.is_folder:
         return None
-    _refuse_other_files(store, found.info.name)
+    _refuse_other_files(probes.store, found.info.name)
     return Located("file", found.info.name, found.info.name)
 
 
