@@ -64,6 +64,7 @@ from .state import AlgorithmPass
 from .targets.base import Plan, RestoreOptions, Target, Work, carry_out
 from .targets.choose import target_of
 from .targets.deepspeed.shared_weights import Sharing, plan_weights, share_weights
+from .torch_modes import default_modes, what_tensors_lack
 from .verify.checks import Checking, deal_checks, verify_after, verify_before
 from .wire import decode, encode
 
@@ -162,7 +163,9 @@ def load(
 ) -> LoadResult:
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns what it did.
 
-    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ).
+    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ). It may be called
+    under ``torch.inference_mode()``, a default device, autocast and the like: it runs outside of them. Meta tensors of
+    the model get memory on the caller's default device.
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
@@ -211,6 +214,7 @@ def load(
     )
     verify = resolved.verify
     with (
+        default_modes(),
         partial_once_begun() as begun,
         open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
@@ -274,6 +278,13 @@ def _agree_on_arguments(
     with stages.stage("arguments"):
         if problem is not None:
             raise problem
+        lacking = what_tensors_lack()
+        if lacking is not None:
+            raise OptionError(
+                f"torch.empty makes {lacking} here: the load was called inside a context that changes what torch's "
+                "constructors give, such as FakeTensorMode, deepspeed.zero.Init or init_empty_weights; build the model "
+                "there, and load outside of it"
+            )
         check_arguments(request)
     session.channel.decide("same arguments", request.comparable(), check_same)
 

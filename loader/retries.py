@@ -37,6 +37,9 @@ MAX_BACKOFF_S = 8.0
 PAUSE_STEP_S = 0.05
 """How often a pause is interrupted, to see whether the work is given up."""
 
+_CHANCE = random.SystemRandom()
+"""Not the global generator: a load leaves the job's random numbers as they are, however often it tries again."""
+
 T = TypeVar("T")
 
 
@@ -74,7 +77,7 @@ class Retries:
                 raise error.error from error.error.__cause__
             self._left -= 1
             self.used += 1
-        jitter = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (attempt - 1)))  # noqa: S311
+        jitter = _CHANCE.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (attempt - 1)))
         return jitter + (error.after_s or 0.0)
 
 

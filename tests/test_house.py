@@ -30,7 +30,7 @@ ROOMS = (
     ("http",),
     ("saved",),
     ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries", "workers"),
-    ("byte_ranges", "redaction"),
+    ("byte_ranges", "redaction", "torch_modes"),
     ("errors",),
 )
 """The rooms of `loader`, from left to right: each may import any room of a later line, and none of its own line."""
@@ -54,6 +54,7 @@ MAY_IMPORT_HEAVY_LATE = {
     "loader.stores": {"fsspec"},
     "loader.state": {"torch"},
     "loader.targets": {"torch"},
+    "loader.torch_modes": {"torch"},
     "distributed": {"torch"},
 }
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""

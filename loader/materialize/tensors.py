@@ -231,7 +231,7 @@ def _staged(
             elements = staging[:nbytes].view(dtype)
             done = 0
             for box in row_major_boxes(shape, first, stop):
-                _narrowed(destination, box).copy_(elements[done : done + box.numel].view(box.sizes))
+                _put(_narrowed(destination, box), elements[done : done + box.numel].view(box.sizes))
                 done += box.numel
 
         yield StorageSlice(start + first * dtype.itemsize, nbytes, use=use)
@@ -247,9 +247,15 @@ def _gathered(
 
         def use(target: torch.Tensor = target, part: Layout = part) -> None:
             elements = staging[: part.span * dtype.itemsize].view(dtype)
-            target.copy_(elements.as_strided(part.shape, part.stride))
+            _put(target, elements.as_strided(part.shape, part.stride))
 
         yield StorageSlice(part.offset * dtype.itemsize, part.span * dtype.itemsize, use=use)
+
+
+def _put(target: torch.Tensor, elements: torch.Tensor) -> None:
+    # What was made under inference_mode can only be changed there.
+    with torch.inference_mode() if target.is_inference() else contextlib.nullcontext():
+        target.copy_(elements)
 
 
 def _narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:

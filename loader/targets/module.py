@@ -9,6 +9,7 @@ what the target holds at the moment.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from ..saved.strided import Layout
 from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.values import kind_of
 from ..state import unwrap
+from ..torch_modes import callers_device
 from .base import Plan, RestoreOptions, Work
 from .buffers import check_read, check_saved, values_place
 from .dtensor import (
@@ -471,10 +473,10 @@ def _plain(hook: Any) -> Any:
 
 
 def allocate_meta(module: nn.Module) -> None:
-    """Gives every meta parameter and buffer memory on the default device (shards: on their mesh's). They stay the same
-    objects, so that an optimizer made before keeps its parameters."""
+    """Gives every meta parameter and buffer memory on the caller's default device (shards: on their mesh's). They stay
+    the same objects, so that an optimizer made before keeps its parameters."""
     give_shards_memory(module)
-    device = torch.get_default_device()
+    device = callers_device()
     for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
         if not tensor.is_meta or is_dtensor(tensor):
             continue
@@ -489,15 +491,18 @@ def load_through_hooks(
 ) -> None:
     """Hands the tensors `real` to the module's own ``load_state_dict``, with the saved versions (`metadata`).
 
-    Names in `excused` may be missing. Raises `PartialRestoreError` where the module raises RuntimeError and, with
+    Names in `excused` may be missing. A module with tensors that were made under ``inference_mode`` is loaded there, as
+    they can only be changed there. Raises `PartialRestoreError` where the module raises RuntimeError and, with
     `strict`, for other names that it reports as missing or unexpected.
     """
     given = OrderedDict(real)
     if metadata is not None:
         given._metadata = metadata  # type: ignore[attr-defined]
     try:
-        # Not strictly: torch would report names that were ignored, or are tied to one that is there.
-        incompatible = module.load_state_dict(given, strict=False)
+        inference = any(tensor.is_inference() for tensor in [*module.parameters(), *module.buffers()])
+        with torch.inference_mode() if inference else contextlib.nullcontext():
+            # Not strictly: torch would report names that were ignored, or are tied to one that is there.
+            incompatible = module.load_state_dict(given, strict=False)
     except RuntimeError as error:
         raise PartialRestoreError(
             f"{type(module).__name__}.load_state_dict failed: {error}", changed=("model",)
