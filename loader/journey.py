@@ -51,7 +51,7 @@ from .receipt import (
     write_trace,
 )
 from .request import LoadRequest, check_arguments, check_same
-from .rng import RngState, check_state, complete_states, decode_each, encode_own
+from .rng import RngState, check_state, complete_states, decode_each, encode_own, normal_form
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore
@@ -359,15 +359,12 @@ def _check(
         extra: dict[str, Any] = {}
         if not request.weights_only:
             if saved.rng is not None:
-                real = materialize(
-                    saved.rng, reader=reader, path="rng", safe_types=safe_types, file=saved.name
-                )
-                for rank in _ignored_ranks(ignored):
-                    real.insert(rank, None)
-                rng = [
-                    None if state is None else check_state(state, f"{saved.name}: rng/{rank}")
-                    for rank, state in enumerate(real)
-                ]
+                rng, lost = _random_states(saved, ignored, reader, safe_types)
+                plan = plan.joined(Plan(not_restored=lost))
+                if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
+                    warnings.warn(
+                        f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3
+                    )
             extra = materialize(saved.extra, reader=reader, safe_types=safe_types, file=saved.name)
     return _Checked(plan, reads, rng, extra)
 
@@ -385,6 +382,29 @@ def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
             f"{len(plan.mismatch.unexpected)} unexpected in it. {sentence}",
             stacklevel=3,
         )
+
+
+def _random_states(
+    saved: Saved, ignored: Ignored, reader: TensorReader, safe_types: Sequence[str | type]
+) -> tuple[list[RngState | None], tuple[str, ...]]:
+    """The checked random states by saved rank, None where ignored or none is left, and what no generator here takes.
+
+    Their lengths and positions are compared before any of them is read. Raises `FormatError` as `check_state`.
+    """
+    entries = list(saved.rng or ())
+    for rank in _ignored_ranks(ignored):
+        entries.insert(rank, None)
+    places = [f"{saved.name}: rng/{rank}" for rank in range(len(entries))]
+    forms = [
+        ({}, ()) if entry is None else normal_form(entry, place)
+        for entry, place in zip(entries, places, strict=True)
+    ]
+    real = materialize(
+        [form for form, _ in forms], reader=reader, path="rng", safe_types=safe_types, file=saved.name
+    )
+    states = [check_state(state, place)[0] or None for state, place in zip(real, places, strict=True)]
+    begin = f"{saved.name}: "
+    return states, tuple(reason.removeprefix(begin) for _, left in forms for reason in left)
 
 
 def _ignored_ranks(ignored: Ignored) -> list[int]:

@@ -21,6 +21,7 @@ from ..formats.pickle.arrays import PickledDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
 from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
 from ..saved.copies import apart, copies_of_tree, shared
+from ..saved.random_states import check_generator_state
 from ..saved.tensor import SavedTensor, StorageRef
 from ..saved.tree import join_path
 from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject
@@ -292,6 +293,7 @@ def _random_generator(value: InertObject) -> Any:
         return value
     state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
     if isinstance(state, dict):
+        check_generator_state(state)
         target = made.bit_generator if isinstance(made, np.random.Generator) else made
         if isinstance(made, np.random.RandomState):
             made.set_state(state)

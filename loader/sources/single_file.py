@@ -18,6 +18,7 @@ from ..saved.contents import Saved
 from ..saved.demand import Demand
 from ..saved.names import EXTRA_STATE
 from ..saved.node_file import NodeFile
+from ..saved.random_states import are_random_states
 from ..saved.tensor import SavedTensor
 from ..saved.values import kind_of
 from .base import Files
@@ -69,8 +70,6 @@ _EXPECTED = {
     "scaler": "a scaler's state_dict",
 }
 """What `_fits` demands of these roles, for messages."""
-
-_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
 
 _Names = tuple[Sequence[str], Sequence[str], str]
 """Class names of this job's optimizers, schedulers and scaler."""
@@ -170,8 +169,11 @@ def _composer(tree: Mapping[str, Any], file: str) -> Saved:
                 raise CorruptError(
                     f"{file}: state/{part} is a list, expected pairs of a name and a state", path=file
                 ) from error
-    extra = {key: value for key, value in tree.items() if key not in ("state", "rng")}
-    return Saved(file, _KIND, "composer", state, rng_list(tree.get("rng")), extra)
+    rng = rng_list(tree.get("rng"))
+    # In a form that is not known: returned to the caller as it is.
+    taken = ("state", "rng") if rng or not tree.get("rng") else ("state",)
+    extra = {key: value for key, value in tree.items() if key not in taken}
+    return Saved(file, _KIND, "composer", state, rng, extra)
 
 
 def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Saved:
@@ -329,10 +331,8 @@ def _by_class(states: list[Any] | dict[str, Any], classes: Sequence[str], kind: 
 
 def rng_list(value: Any) -> list[Any] | None:
     """Random states as a list with one entry for each rank; None where `value` is not of that form."""
-    if isinstance(value, Mapping) and value and set(value) <= _RNG_KEYS:
+    if are_random_states(value):
         return [dict(value)]
-    if isinstance(value, list | tuple) and value:
-        entries = list(value)
-        if all(isinstance(entry, Mapping) and entry and set(entry) <= _RNG_KEYS for entry in entries):
-            return entries
+    if isinstance(value, list | tuple) and value and all(map(are_random_states, value)):
+        return list(value)
     return None
