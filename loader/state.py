@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import LayoutError
+from .torch_modes import default_modes
 
 PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
 """Parts of a `State` that are saved as they are, or as their ``state_dict``."""
@@ -86,21 +89,45 @@ class State:
         self.train_metrics = train_metrics
         self.eval_metrics = eval_metrics
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """The parts in Composer's layout, for ``torch.save({"state": state.state_dict(), "rng": gather_rng()}, path)``.
 
         The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
 
+        Tensors that are sharded over ranks (``fully_shard``), of the model and of its optimizers, are gathered one at a
+        time into full ones on the CPU: then every rank must call. All other tensors are the live ones.
+
+        Args:
+            keep: whether this rank wants the result. A rank that passes False takes part in the gathering, keeps
+                nothing, and gets an empty dict: so only those that write hold the whole model in memory.
+
         Raises `LayoutError` for a DeepSpeed engine, whose weights and optimizer are sharded over the ranks, and for its
-        module or its optimizer where those are.
+        module or its optimizer where those are; for
+        optimizers of FullyShardedDataParallel and for ``ShardedTensor``, which cannot be gathered so; and, on all
+        ranks, where they have different sharded tensors, as the stages of a pipeline have.
         """
         if _in_shards_of_deepspeed(unwrap(self.model), self.optimizers):
             raise LayoutError(
                 "State.state_dict() of a DeepSpeed engine: its weights and optimizer are in shards on all ranks; "
                 "save it with engine.save_checkpoint(folder), which load_checkpoint restores"
             )
-        found: dict[str, Any] = {"model": unwrap(self.model).state_dict()}
+        if self.optimizers and _is_flattened(self.model):
+            raise LayoutError(
+                "State.state_dict() of FullyShardedDataParallel with an optimizer: its state is this rank's part of "
+                f"flattened parameters; {_FULL_STATE}"
+            )
+        # Not in the caller's modes: what is detached under inference_mode could not be gathered.
+        with default_modes():
+            found = self._parts()
+            sharded = dict(_sharded(found, ""))
+            if sharded:
+                _check_same_shards(sharded)
+                found = _gathered(found, "", sharded, keep)
+        return found if keep else {}
+
+    def _parts(self) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.model is None else {"model": unwrap(self.model).state_dict()}
         for part in ("optimizers", "schedulers", "scaler", "callbacks"):
             objects = getattr(self, part)
             if objects:
@@ -129,6 +156,81 @@ def _in_shards_of_deepspeed(model: Any, optimizers: Sequence[Any]) -> bool:
             for base in type(one).__mro__
         )
     )
+
+
+_FULL_STATE = (
+    "gather it with torch.distributed.checkpoint.state_dict.get_state_dict(model, optimizer, options="
+    "StateDictOptions(full_state_dict=True, cpu_offload=True)), and save {'model': ..., 'optimizer': ...}"
+)
+
+
+def _under(path: str, key: Any) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _is_flattened(model: Any) -> bool:
+    # By name: a job without it is spared the time of importing it.
+    parts = model.modules() if callable(getattr(model, "modules", None)) else ()
+    return any(type(part).__name__ == "FullyShardedDataParallel" for part in parts)
+
+
+def _sharded(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The tensors in `value` of which this rank has a shard, by their places, in an order that all ranks share."""
+    kind = type(value).__name__
+    if kind == "ShardedTensor":
+        raise LayoutError(
+            f"State.state_dict(): {path} is a ShardedTensor, this rank's part alone; {_FULL_STATE}"
+        )
+    if kind == "DTensor" and callable(getattr(value, "full_tensor", None)):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _sharded(item, _under(path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _sharded(item, _under(path, index))
+
+
+def _check_same_shards(sharded: Mapping[str, Any]) -> None:
+    """Raises `LayoutError` on all ranks unless each has the same sharded tensors; every rank must call.
+
+    Otherwise their gathering would wait for ever, or the file would have one rank's tensors alone.
+    """
+    from ..distributed.session import open_session
+
+    names = [f"{path} {tuple(tensor.shape)}" for path, tensor in sharded.items()]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    with open_session() as session:
+        digests = session.channel.gather("State.state_dict", digest)
+        if len(set(digests)) == 1:
+            return
+        each = session.channel.gather("State.state_dict names", names)
+    other = next(rank for rank, found in enumerate(digests) if found != digests[0])
+    apart = [name for name in [*each[0], *each[other]] if (name in each[0]) != (name in each[other])]
+    shown = ", ".join(apart[:8]) or "the same ones in another order"
+    raise LayoutError(
+        f"State.state_dict(): rank 0 has {len(each[0])} sharded tensors and rank {other} has {len(each[other])}, and "
+        f"they differ: {shown}. A model whose parts lie on different ranks (a pipeline) does not fit one file: "
+        "save each part's state dict from a rank that has it"
+    )
+
+
+def _gathered(value: Any, path: str, sharded: Mapping[str, Any], keep: bool) -> Any:
+    """`value` with a full tensor on the CPU for each that is sharded; all else as it is. Nothing unless `keep`."""
+    if path in sharded:
+        full = sharded[path].detach().full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(value, Mapping):
+        found: Any = OrderedDict() if isinstance(value, OrderedDict) else {}
+        for key, item in value.items():
+            found[key] = _gathered(item, _under(path, key), sharded, keep)
+        if hasattr(value, "_metadata"):
+            found._metadata = value._metadata
+        return found
+    if isinstance(value, list | tuple) and any(place.startswith(f"{path}/") for place in sharded):
+        items = [_gathered(item, _under(path, index), sharded, keep) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def as_list(value: Any) -> list[Any]:
