@@ -27,7 +27,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..distributed.channel import Channel
@@ -39,7 +39,7 @@ from .fetch.whole_checks import NOTHING
 from .materialize.objects import materialize
 from .materialize.safe_types import require_safe
 from .materialize.tensors import TensorReader
-from .opening import open_files
+from .opening import open_files, other_ranks_files
 from .options import LoadOptions, resolve_options
 from .receipt import (
     FileReport,
@@ -227,6 +227,11 @@ def load(
             target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
         saved = source_of(files).open(files, demand)
+        not_read = other_ranks_files(request, files, saved)
+        if not_read is not None:
+            saved = replace(saved, notes=(*saved.notes, not_read))
+            if session.topology.rank == 0:
+                warnings.warn(not_read, stacklevel=2)
         fetch_now(files, small_parts(saved), "fetch small parts")
         saved, ignored = _leave_out(request, saved, stages)
         reader = TensorReader(

@@ -7,16 +7,19 @@ import contextlib
 from ..distributed.session import Session
 from .cache.node import NodeCache
 from .context import LoadContext
+from .errors import CorruptError, RankloadError
 from .fetch.checkpoint_files import CheckpointFiles, NamedPath
 from .fetch.progress import JobProgress
 from .fetch.remote_files import RemoteFiles
 from .fetch.whole_checks import WholeChecks
 from .request import LoadRequest
+from .saved.contents import Saved
 from .stages import Stages
+from .stores.base import Store
 from .stores.locate import Located, locate
 from .stores.manifest import find_manifests, known_sums
 from .stores.open import open_store
-from .template import expand_for_rank_zero
+from .template import expand_for_rank_zero, expand_for_second_rank, template_variables
 from .wire import decode, encode
 
 
@@ -53,6 +56,45 @@ def open_files(
     remote = leaving.enter_context(RemoteFiles(_whole_checks(context, located)))
     path = NamedPath(request.path, request.run_name, lambda path: open_store(path, *opening)[1])
     return CheckpointFiles(context, remote, located, path)
+
+
+def other_ranks_files(request: LoadRequest, files: CheckpointFiles, saved: Saved) -> str | None:
+    """A sentence for where the path names a file for each rank, and one of another rank is there that nobody reads.
+
+    So it is where `saved`, the first rank's file, is no part of a set. Every rank must call; rank 0 sends one probe.
+    """
+    by_rank = template_variables(request.path) & {"rank", "local_rank", "node_rank"}
+    if saved.kind != "monolithic" or not by_rank:
+        return None
+    context, found = files.context, files.name
+
+    def probe(_: object) -> str | None:
+        path = expand_for_second_rank(request.path, run_name=request.run_name)
+        name = open_store(path, request.object_store, request.options.storage_options)[1]
+        return context.store.describe(name) if _is_there(context.store, name) else None
+
+    with context.stages.timed("locate"):
+        other = context.session.channel.decide("other ranks' files", None, probe)
+    if other is None:
+        return None
+    return (
+        f"every rank is restored from {found}, which is no part of a set; {other} is there too, and is not read. If "
+        f"that is meant, pass {found} as the path; if each rank's file is its own, get it on each rank with read(path) "
+        "and hand its parts to their load_state_dict"
+    )
+
+
+def _is_there(store: Store, name: str) -> bool:
+    """Whether there certainly is such an object; what the store refuses to say is not."""
+    try:
+        info = store.stat(name)
+        if info is not None and not info.certain:
+            store.read_small(name, 1)
+    except CorruptError:
+        return True  # longer than the limit, so it is there
+    except RankloadError:
+        return False
+    return info is not None and not info.is_folder
 
 
 def _whole_checks(context: LoadContext, located: Located) -> WholeChecks:

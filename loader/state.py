@@ -103,9 +103,9 @@ class State:
                 nothing, and gets an empty dict: so only those that write hold the whole model in memory.
 
         Raises `LayoutError` for a DeepSpeed engine, whose weights and optimizer are sharded over the ranks, and for its
-        module or its optimizer where those are; for
-        optimizers of FullyShardedDataParallel and for ``ShardedTensor``, which cannot be gathered so; and, on all
-        ranks, where they have different sharded tensors, as the stages of a pipeline have.
+        module or its optimizer where those are; for optimizers of FullyShardedDataParallel and for ``ShardedTensor``,
+        which cannot be gathered so; and, on all ranks, where they have different sharded tensors, as the stages of a
+        pipeline have.
         """
         if _in_shards_of_deepspeed(unwrap(self.model), self.optimizers):
             raise LayoutError(

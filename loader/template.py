@@ -77,6 +77,12 @@ def expand_for_rank_zero(template: str, *, run_name: str | None) -> str:
     return expand_path(template, rank=0, local_rank=0, node_rank=0, run_name=run_name)
 
 
+def expand_for_second_rank(template: str, *, run_name: str | None) -> str:
+    """`template` expanded for rank 1, or where it names the node alone, for node 1: the file after the first."""
+    node = int(not template_variables(template) & {"rank", "local_rank"})
+    return expand_path(template, rank=1, local_rank=1 - node, node_rank=node, run_name=run_name)
+
+
 def template_variables(template: str) -> frozenset[str]:
     """Names of the variables that `template` uses. Raises `TemplateError` as `expand_path` does."""
     return frozenset(piece.name for piece in _pieces(template) if isinstance(piece, _Variable))
