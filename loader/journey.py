@@ -54,7 +54,7 @@ from .request import LoadRequest, check_arguments, check_same
 from .rng import RngState, check_state, complete_states, decode_each, encode_own, normal_form
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
-from .saved.ignore import Ignored, IgnoreKeys, ignore
+from .saved.ignore import Ignored, IgnoreKeys, ignore, nearest
 from .saved.names import unused_renames
 from .saved.tensor import StorageRef
 from .saved.tree import storages
@@ -314,9 +314,14 @@ def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOpt
 def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Saved, Ignored]:
     """The checkpoint without what ``ignore_keys`` names; warns of globs that match nothing."""
     with stages.stage("ignore"):
-        ignored = ignore(saved.as_tree(), request.ignore_keys)
+        tree = saved.as_tree()
+        ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
-            warnings.warn(f"ignore_keys: {glob!r} matches nothing in {saved.name}", stacklevel=3)
+            near = ", ".join(map(repr, nearest(tree, glob))) or "none: the checkpoint is empty"
+            warnings.warn(
+                f"ignore_keys: {glob!r} matches nothing in {saved.name}; the nearest keys: {near}",
+                stacklevel=3,
+            )
         return saved.with_tree(ignored.tree), ignored
 
 

@@ -10,10 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import translate
+from itertools import islice
 from typing import Any
 
 from ..errors import OptionError
+
+_NEAREST = 3
+"""Paths that `nearest` gives at most."""
+_COMPARED = 20_000
+"""Keys of one dict that are compared with a glob: that takes about a second."""
 
 IgnoreKeys = Sequence[str] | Callable[[dict[str, Any]], None]
 
@@ -53,6 +60,35 @@ def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignore
     return Ignored(kept, tuple(removed), unmatched)
 
 
+def nearest(tree: dict[str, Any], glob: str) -> list[str]:
+    """Up to three paths in `tree` that are likest to `glob`, which matches none; for messages.
+
+    Those that hold its text come first (``model/*`` lacks its ``state/``, ``head`` its stars). Otherwise it is followed
+    key by key, each time by the likest one; where none is alike, the keys at that place are given.
+    """
+    text = glob.strip("*/")
+    if text:
+        holding = re.compile(translate(f"*{text}*"))
+        found = list(islice((path for path in _paths(tree, "") if holding.match(path)), _NEAREST))
+        if found:
+            return found
+    node: Any = tree
+    path = ""
+    parts = glob.strip("/").split("/")
+    for position, part in enumerate(parts):
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        below = {str(key): item for key, item in islice(items, _COMPARED)}
+        if not below:
+            return [path] if path else []
+        alike = (
+            [part] if part in below else get_close_matches(part.strip("*?"), below, n=_NEAREST, cutoff=0.5)
+        )
+        if not alike or position == len(parts) - 1:
+            return [f"{path}/{key}" if path else key for key in alike or list(below)[:_NEAREST]]
+        node, path = below[alike[0]], f"{path}/{alike[0]}" if path else alike[0]
+    return []
+
+
 def _copy_containers(value: Any) -> Any:
     """`value` with its dicts and lists copied; tuples and leaves are the same objects."""
     if isinstance(value, dict):
@@ -86,7 +122,7 @@ def _paths(node: Any, path: str) -> Iterator[str]:
     if not isinstance(node, dict | list):
         return
     for key, item in node.items() if isinstance(node, dict) else enumerate(node):
-        child = f"{path}/{key}"
+        child = f"{path}/{key}" if path else str(key)
         yield child
         yield from _paths(item, child)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.errors import OptionError
-from rankload.loader.saved.ignore import ignore
+from rankload.loader.saved.ignore import ignore, nearest
 
 
 def tree() -> dict[str, Any]:
@@ -62,6 +62,34 @@ def test_what_matched_nothing_is_told_once_each() -> None:
     found = ignore(tree(), ["state/modle", "rng", "state/model", "state/model/layer1.bias"])
     assert found.unmatched == ("state/modle",)
     assert found.paths == ("state/model", "rng")
+
+
+@pytest.mark.parametrize(
+    ("glob", "expected"),
+    [
+        ("model/layer2.*", ["state/model/layer2.weight"]),
+        ("model", ["state/model", "state/model/layer1.weight", "state/model/layer1.bias"]),
+        ("layer1", ["state/model/layer1.weight", "state/model/layer1.bias"]),
+        ("exp_avg", ["state/optimizers/Adam/state/0/exp_avg", "state/optimizers/Adam/state/a/b/exp_avg"]),
+        ("state/modle", ["state/model"]),
+        ("state/modle/*.bias", ["state/model/layer1.bias"]),
+        ("state/optimizer/AdamW/*", ["state/optimizers/Adam/state"]),
+        ("state/model/module.layer1.bias", ["state/model/layer1.bias"]),
+        ("/state/model", ["state/model"]),
+        ("rank", ["state/rank_zero_seed"]),
+        ("rng/7", ["rng/0", "rng/1", "rng/2"]),
+        ("zzz/*", ["state", "rng"]),
+    ],
+)
+def test_the_nearest_keys_of_a_glob_that_matches_nothing(glob: str, expected: list[str]) -> None:
+    found = nearest(tree(), glob)
+    assert found[: len(expected)] == expected
+    assert len(found) <= 3
+    assert ignore(tree(), found).unmatched == ()
+
+
+def test_an_empty_checkpoint_has_no_nearest_key() -> None:
+    assert nearest({}, "state/model/*") == []
 
 
 def test_a_callable_changes_a_copy() -> None:
