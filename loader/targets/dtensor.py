@@ -98,8 +98,6 @@ def unfillable(tensor: torch.Tensor) -> str | None:
             f"is a {type(local).__qualname__}, which keeps its data in other tensors and cannot be filled in place: "
             "load before the module is changed that way"
         )
-    if local.is_inference() and not torch.is_inference_mode_enabled():
-        return "was made under torch.inference_mode(), so that it cannot be changed: make the module outside of it"
     if not local.is_meta and _repeats_memory(local):
         return (
             f"has several elements in one place of memory (shape {tuple(local.shape)}, strides {local.stride()}), so "

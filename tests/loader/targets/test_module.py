@@ -233,11 +233,6 @@ class Named(torch.Tensor):
     """Holds plain data."""
 
 
-def made_for_inference() -> torch.Tensor:
-    with torch.inference_mode():
-        return torch.zeros(2, 3)
-
-
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -247,7 +242,6 @@ def made_for_inference() -> torch.Tensor:
         (lambda: torch.zeros(2, 3).to_sparse(), "of layout sparse_coo"),
         (lambda: torch.quantize_per_tensor(torch.zeros(2, 3), 0.1, 0, torch.qint8), "quantized"),
         (lambda: Wrapping(torch.zeros(2, 3)), "a Wrapping, which keeps its data in other tensors"),
-        (made_for_inference, "inference_mode"),
     ],
 )
 def test_what_cannot_be_filled_is_found_before_anything_changes(tmp_path: Path, make: Any, why: str) -> None:

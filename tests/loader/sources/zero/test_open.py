@@ -330,7 +330,8 @@ def test_stage_0_for_an_engine_of_other_names_has_the_checkpoints(
     )
     assert list(zero_saved(contents, alias, name="z").state["optimizers"]["AdamW"]["state"]) == ["a", "b"]
     apart = replace(demand, parameters=None)
-    assert zero_saved(contents, apart, name="z").masters == {"a": masters[0], "b": masters[1]}
+    named = name_masters(zero_saved(contents, apart, name="z"), groups, rename)
+    assert named.masters == {"a": masters[0], "b": masters[1]}
 
 
 def test_stage_0_for_another_target_keeps_its_numbers_and_gives_masters() -> None:
