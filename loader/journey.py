@@ -262,10 +262,10 @@ def load(
         _agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _complete_rng(request, saved, checked.rng, session, stages)
         report = _report(files, done, ignored, restored, derived, notes)
+        # Before the ranks part: the last one that uses a cache folder removes it.
+        about = _about(request, files, saved, done)
         everybody = session.channel.gather("receipt", encode(report))
-        receipt = join_reports(
-            [decode(RankReport, one) for one in everybody], _about(request, files, saved, done)
-        )
+        receipt = join_reports([decode(RankReport, one) for one in everybody], about)
     if session.topology.rank == 0:
         try:
             log_receipt(receipt, request.logger)
