@@ -79,8 +79,8 @@ def other_ranks_files(request: LoadRequest, files: CheckpointFiles, saved: Saved
         return None
     return (
         f"every rank is restored from {found}, which is no part of a set; {other} is there too, and is not read. If "
-        f"that is meant, pass {found} as the path; if each rank's file is its own, get it on each rank with read(path) "
-        "and hand its parts to their load_state_dict"
+        f"that is meant, pass {found} as the path; if each rank's file is its own, read it on each rank with "
+        "torch.load(path, weights_only=True) and hand its parts to their load_state_dict"
     )
 
 
