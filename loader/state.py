@@ -269,14 +269,23 @@ def unwrap(model: Any) -> Any:
     """The module inside DataParallel, DistributedDataParallel and torch.compile wrappers, at any depth.
 
     Only those wrappers are taken off: a module of the user's that keeps another one in an attribute named
-    ``module`` (as Composer's models do) stays as it is.
+    ``module`` (as Composer's models do) stays as it is, and so does a DeepSpeed engine.
     """
+    *_, inner = layers_of(model)
+    return inner
+
+
+def layers_of(model: Any) -> Iterator[Any]:
+    """`model`, and what each of its wrappers holds, as `unwrap` takes them off: at last an engine, or the module."""
     from torch.nn.parallel import DataParallel, DistributedDataParallel
 
     while True:
+        yield model
+        if hasattr(type(model), "zero_optimization_stage"):
+            return  # a DeepSpeed engine, which answers for its module's attributes
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            return model
+            return

@@ -13,6 +13,7 @@ from modules_worker import full, sharded_job, train
 from places import SUPPORT
 from processes import run_ranks
 from rankload.loader import LayoutError, State, load
+from rankload.loader.state import unwrap
 from torch import nn
 from zero_model import TinyModel
 
@@ -77,6 +78,28 @@ def test_without_shards_the_tensors_are_the_live_ones() -> None:
     assert isinstance(found["model"], OrderedDict)
     assert found["model"]["weight"].data_ptr() == model.weight.data_ptr()
     assert State(model).state_dict(keep=False) == {}
+
+
+def test_an_engine_keeps_its_wrapper_of_a_compiled_module() -> None:
+    class Engine(nn.Module):
+        """Like DeepSpeed's, it answers for what its module has."""
+
+        zero_optimization_stage = 1
+
+        def __init__(self, module: Any) -> None:
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name: str) -> Any:
+            module = self.__dict__["_modules"]["module"]
+            return module if name == "module" else getattr(module, name)
+
+    inner = nn.Linear(1, 1)
+    compiled = torch.compile(inner)
+    engine = Engine(compiled)
+    assert engine._orig_mod is inner
+    assert unwrap(compiled) is inner
+    assert unwrap(engine) is engine
 
 
 def test_what_cannot_be_gathered_is_refused_with_what_can_be_done() -> None:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...errors import LayoutError
+from ...state import layers_of
 from .live import engine_class, is_deepspeed_engine, optimizer_kind
 
 _ADVICE = (
@@ -36,7 +36,7 @@ def engine_behind(model: Any, optimizers: Sequence[Any]) -> Any | None:
     """
     if "deepspeed" not in sys.modules:
         return None
-    layers = list(_layers(model))
+    layers = list(layers_of(model))
     if is_deepspeed_engine(layers[-1]):
         return layers[-1]
     engines = _engines()
@@ -73,19 +73,6 @@ def is_part_of(engine: Any, optimizer: Any) -> bool:
     return any(one is other for one in _wrapped(optimizer) for other in own)
 
 
-def _layers(model: Any) -> Iterator[Any]:
-    """`model`, and what its wrappers hold: at last an engine, or the module itself."""
-    yield model
-    while not is_deepspeed_engine(model):
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return
-        yield model
-
-
 def _engines() -> list[Any]:
     """This process's engines that were initialised and not destroyed."""
     kind = engine_class()
@@ -118,7 +105,7 @@ def _is_removed(handle: Any) -> bool:
 
 
 def _is_module_of(engine: Any, layers: Sequence[Any]) -> bool:
-    return any(one is other for one in _layers(engine.module) for other in layers)
+    return any(one is other for one in layers_of(engine.module) for other in layers)
 
 
 def _has_own_tensors(engine: Any) -> bool:
