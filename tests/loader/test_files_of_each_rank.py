@@ -41,11 +41,13 @@ def test_a_file_of_another_rank_that_nobody_reads_is_told(
         warnings.simplefilter("always")
         result = load(tmp_path / template, State(target), progress_bar=False)
     assert torch.equal(target.weight, models[0].weight)
-    told = [str(one.message) for one in caught] + list(result.receipt.notes)
+    # Garbage of earlier tests may be warned of meanwhile: a ResourceWarning for a socket, say.
+    said = [str(one.message) for one in caught if one.category is UserWarning]
+    told = said + list(result.receipt.notes)
     expected = (
         f"every rank is restored from {tmp_path / first}, which is no part of a set; {tmp_path / second} is"
     )
-    assert len(told) == 2 * there
+    assert len(told) == 2 * there, told
     assert all(sentence.startswith(expected) for sentence in told)
     assert all(
         "torch.load(path, weights_only=True)" in sentence and f"pass {tmp_path / first}" in sentence
@@ -76,7 +78,8 @@ def test_a_store_is_asked_once_and_what_it_refuses_to_say_is_no_error(tmp_path: 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             load(server.url("/ck{rank}.pt"), State(nn.Linear(2, 2)), progress_bar=False)
-        assert ["is there too" in str(one.message) for one in caught] == [True] * (not refused)
+        said = [str(one.message) for one in caught if one.category is UserWarning]
+        assert ["is there too" in sentence for sentence in said] == [True] * (not refused)
         # Where HEAD is refused, the store asks once more by GET.
         methods = [one.method for one in server.requests if one.path == "/ck1.pt"]
         assert methods == ["HEAD", "GET"][: 1 + refused]
