@@ -148,7 +148,7 @@ def after_first_change(name: str, changed: Sequence[str] | None = None) -> Itera
         if changed is not None:
             what = f"; changed: {', '.join(changed) or 'nothing on this rank, but others may have begun'}"
         partial = PartialRestoreError(
-            f"the restore of {name} failed after it began{what}. {message} "
+            f"the restore of {name} failed after it began{what}. {message.rstrip('.')}. "
             "Take the model, optimizer and state as undefined until a load succeeds",
             path=name,
             changed=changed or (),

@@ -49,8 +49,12 @@ class Mismatch:
             ways.append("a State without the objects that the checkpoint lacks")
         return f"{', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"{ways[0]}."
 
-    def raise_if_any(self, path: str, *, strict: bool, allow_missing_frozen: bool = False) -> None:
+    def raise_if_any(
+        self, path: str, *, strict: bool, allow_missing_frozen: bool = False, before: bool = True
+    ) -> None:
         """Raises one `MismatchError` with everything; missing and unexpected names only where `strict`.
+
+        With `before` it says that nothing was changed: so it is until the restore begins.
 
         With `allow_missing_frozen`, missing names in `frozen` are none. Where nothing but those does not fit, the error
         is a `MissingFrozenError`.
@@ -62,8 +66,8 @@ class Mismatch:
             return
         details = {"missing": list(missing), "unexpected": list(self.unexpected), "wrong": list(self.wrong)}
         if not (needed or self.unexpected or self.wrong):
-            raise _missing_frozen(path, details)
-        lines = [f"{path} does not fit the model and optimizer; nothing was changed."]
+            raise _missing_frozen(path, details, before=before)
+        lines = [f"{path} does not fit the model and optimizer{'; nothing was changed' * before}."]
         lines += _listed("missing from the checkpoint", missing)
         lines += _listed("unexpected in the checkpoint", self.unexpected)
         lines += _listed("wrong", self.wrong)
@@ -80,13 +84,13 @@ def _is_entry(name: str) -> bool:
     return name.startswith("model") or name.partition(":")[0].count("/") > 1
 
 
-def _missing_frozen(path: str, details: Mapping[str, list[str]]) -> MissingFrozenError:
+def _missing_frozen(path: str, details: Mapping[str, list[str]], *, before: bool) -> MissingFrozenError:
     missing = details["missing"]
     error = MissingFrozenError(
         "\n".join(
             [
                 f"{path} has every trained weight of the model and lacks {len(missing)} frozen "
-                f"parameter{'s' * (len(missing) != 1)} (requires_grad=False); nothing was changed.",
+                f"parameter{'s' * (len(missing) != 1)} (requires_grad=False){'; nothing was changed' * before}.",
                 *_listed("missing from the checkpoint, and frozen here", missing),
                 "It was saved without them, as adapters are, or with exclude_frozen_parameters. Load the base model's "
                 "weights first, then this checkpoint with LoadOptions(allow_missing_frozen=True): frozen parameters "

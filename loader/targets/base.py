@@ -213,6 +213,7 @@ def carry_out(plan: Plan, work: Work) -> list[str]:
             work.options.file,
             strict=work.options.strict,
             allow_missing_frozen=work.options.allow_missing_frozen,
+            before=False,
         )
         restored += carry_out(rest, work)
     return restored
