@@ -17,8 +17,9 @@ its parameters are called. `parts` tells which schedulers, scalers and callbacks
 
 Guaranteed: what is read is what the plan's copies said beforehand. Not guaranteed: a rollback. From the first call of
 ``note_change`` on, a failure leaves the target partly restored, and the caller raises `PartialRestoreError`. Planning
-reads no tensor but an optimizer's numbers; no function here waits for another rank, but `Plan.finish`, a foreign
-state's own loading and `deepspeed.shared_weights`.
+reads no tensor but an optimizer's numbers, and buffers that are cast to another kind of dtype, where their file is
+whole on the node; no function here waits for another rank, but `Plan.finish`, a foreign state's own loading and
+`deepspeed.shared_weights`.
 
 May import torch, and the rooms of a later line in ``docs/map.md``.
 """

@@ -102,7 +102,7 @@ class _WithEngine:
         engine = self.engine.plan(saved.only(parts | own))
         others = saved.only(parts, without=True).without_schedulers(schedulers)
         rest = replace(self.rest, by_engine=self.scheduler if schedulers else None)
-        return join([self._told(), engine, told, rest.plan(others)])
+        return join([self._told(saved), engine, told, rest.plan(others)])
 
     def _scheduler(self, saved: Saved) -> tuple[Plan, frozenset[str]]:
         """What there is to tell of the engine's scheduler, and the keys of the saved ones that are for it."""
@@ -125,7 +125,7 @@ class _WithEngine:
         warn_of_parts(told, saved, strict=self.options.strict)
         return told, keys
 
-    def _told(self) -> Plan:
+    def _told(self, saved: Saved) -> Plan:
         """What the state holds besides or in place of the engine."""
         missing = [
             f"optimizers/{name}: it is not the engine's, whose own optimizer is all that is restored with it; load it "
@@ -133,7 +133,9 @@ class _WithEngine:
             for name in (() if self.options.weights_only else self.others)
         ]
         note = f"{self.inner} is the module of a DeepSpeed engine, or wraps one: the engine was restored"
-        return Plan(mismatch=Mismatch(missing), notes=(note,) if self.inner else ())
+        told = Plan(mismatch=Mismatch(missing), notes=(note,) if self.inner else ())
+        warn_of_parts(told, saved, strict=self.options.strict)
+        return told
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..saved.demand import Demand, Shape
 from ..saved.model_parallel import Position
 from ..state import as_list, by_class_name, unwrap
 from .base import RestoreOptions
+from .dtensor import shape_of
 from .module import parameter_names
 
 
@@ -40,10 +41,6 @@ def optimizer_groups(state: Any) -> tuple[tuple[tuple[str, Shape], ...], ...]:
         return ()
     names = parameter_names(model)
     return tuple(
-        tuple((names.get(id(one), "(unnamed)"), _shape(one)) for one in group["params"]) for group in groups
+        tuple((names.get(id(one), "(unnamed)"), shape_of(one) or ()) for one in group["params"])
+        for group in groups
     )
-
-
-def _shape(parameter: torch.Tensor) -> Shape:
-    """() for a parameter that has no shape yet."""
-    return () if isinstance(parameter, torch.nn.UninitializedParameter) else tuple(parameter.shape)

@@ -16,6 +16,7 @@ from ..errors import LayoutError
 from ..saved.copies import Memory
 from ..saved.regions import Laid, whole_box
 from ..saved.strided import Box
+from ..torch_modes import callers_device
 
 TORCH_OWN = ("torch.distributed.",)
 """Modules of the hooks that sharding puts on a module: these run none of the user's own code."""
@@ -139,10 +140,16 @@ def kept_part(tensor: Any, key: str, *, new: torch.dtype | None = None) -> tuple
     elif is_dtensor(tensor):
         device = tensor.device_mesh.device_type
     else:
-        device = torch.get_default_device().type
+        device = callers_device().type
     plain = device == "cpu" and (made or not (local.is_conj() or local.is_neg()))
     memory = Memory(key, dtype_name(layout.dtype), tuple(layout.shape), layout.stride(), plain)
     return Laid(box, 0, memory.stride), memory
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The shape of the whole tensor; None for a lazy module's, which has none yet."""
+    lazy = isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
+    return None if lazy else tuple(tensor.shape)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -92,7 +92,8 @@ class ForeignTarget:
         if self.with_model:
             named = name_masters(saved, optimizer_groups(self.state), options.rename)
             module = plan_module(self.state.model, named, options)
-            spread = "model" in handed_on and module.spread
+            # Buffers whose values are still to be compared are compared by the step that fills the module.
+            spread = "model" in handed_on and (module.spread or bool(module.unchecked))
             model = module.as_plan(filled=spread)
             complete = "model" in handed_on and module.complete
             if spread:
@@ -102,14 +103,14 @@ class ForeignTarget:
         optimizers = Plan()
         if options.weights_only:
             handed_on = {key: handed_on[key] for key in ("model", "algorithms") if key in handed_on}
-        elif "optimizers" in handed_on and isinstance(getattr(self.state, "optimizers", None), list | tuple):
+        elif self.with_model and isinstance(getattr(self.state, "optimizers", None), list | tuple):
             optimizers, filled = self._optimizers(saved)
             if filled:
-                del handed_on["optimizers"]
+                handed_on.pop("optimizers", None)
         if not options.weights_only:
             for part in ("schedulers", "scaler"):
                 told = told.joined(self._objects(saved, part, handed_on))
-            warn_of_parts(told, saved, strict=options.strict)
+            warn_of_parts(told.joined(optimizers), saved, strict=options.strict)
         own = Plan((ForeignStep(self.state, {_PLACE: handed_on}, complete),))
         return join([told, model, own, optimizers])
 
@@ -142,8 +143,8 @@ class ForeignTarget:
         Composer's ``State`` passes it to torch, which needs an entry for every parameter, keyed by name.
         """
         plans, rest = plan_optimizers(self.state, saved, self.options)
-        whole = saved.whole.state["optimizers"] or {}
-        left, names = saved.state["optimizers"] or {}, parameter_names(self.state.model)
+        whole = saved.whole.state.get("optimizers") or {}
+        left, names = saved.state.get("optimizers") or {}, parameter_names(self.state.model)
         told = join([*(plan.as_plan() for plan in plans), rest])
         if told.mismatch.wrong or (
             not rest.not_restored

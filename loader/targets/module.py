@@ -48,6 +48,7 @@ from .dtensor import (
     is_dtensor,
     kept_part,
     local_part,
+    shape_of,
     show_shards,
     unfillable,
 )
@@ -238,8 +239,8 @@ def _explain(plan: ModulePlan, whole: Mapping[str, Any], match: NameMatch, optio
     plan.mismatch.frozen.extend(_key(name) for name in frozen if _key(name) in missing)
     if options.allow_missing_frozen:
         plan.excused |= frozenset(frozen)
-    if match.missing and match.unexpected:
-        shapes = {name: None if one is None else tuple(one.shape) for name, one in targets.items()}
+    if plan.mismatch.missing and plan.mismatch.unexpected:
+        shapes = {name: None if one is None else shape_of(one) for name, one in targets.items()}
         plan.mismatch.advice.extend(rename_advice(whole, shapes, options.rename))
 
 
@@ -386,14 +387,14 @@ def _check_tensor(
 ) -> None:
     if target is None:
         return  # extra state, which only the submodule itself can check
-    if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
+    shape, buffer = shape_of(target), not isinstance(target, nn.Parameter)
+    if shape is None:
         plan.mismatch.wrong.append(f"model/{name}: {NOT_INITIALISED}")
         return
     problem = unfillable(target)
     if problem:
         plan.mismatch.wrong.append(f"model/{name}: {problem}")
         return
-    shape, buffer = tuple(target.shape), not isinstance(target, nn.Parameter)
     if fits(value, _key(name), shape, dtype_name(target.dtype), plan.mismatch, plan.cast, buffer=buffer):
         plan.sources[name] = of_one_element(value, shape)
         if not keeps_values(value.dtype, dtype_name(target.dtype)):

@@ -24,7 +24,7 @@ from ..saved.tree import join_path
 from ..saved.values import kind_of
 from ..state import as_list, by_class_name
 from .base import Plan, RestoreOptions, Work
-from .dtensor import dtype_name, is_dtensor, kept_part, local_part
+from .dtensor import dtype_name, is_dtensor, kept_part, local_part, shape_of
 from .module import NOT_INITIALISED, parameter_names
 from .optimizer_kinds import (
     STEP,
@@ -257,8 +257,6 @@ def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[
     mismatch.missing.extend(refused.values())
     rest = [name for name in left if name not in restored]
     warn_of_state([name for name in rest if left[name] and name not in refused], own, saved.name)
-    for problem in () if options.strict else refused.values():
-        warnings.warn(f"{saved.name}: {problem}", stacklevel=2)
     return plans, Plan(mismatch=mismatch, not_restored=tuple(f"state/optimizers/{name}" for name in rest))
 
 
@@ -480,7 +478,7 @@ def _entries(
         return None
     entries: dict[str, Any] = {}
     current = plan.optimizer.state.get(parameter, {})
-    shape = _shape(parameter)
+    shape = shape_of(parameter)
     for name, value in whole.items():
         if name != STEP and isinstance(value, SavedTensor) and shape is not None:
             value = of_one_element(value, shape)
@@ -508,7 +506,7 @@ def _shape_problem(value: Any, key: str, parameter: torch.Tensor) -> str | None:
     """Why a saved `value`, which should have the shape of `parameter`, cannot be its entry `key`; else None."""
     if not isinstance(value, SavedTensor):
         return None
-    in_pieces, shape = value.whole is None, _shape(parameter)
+    in_pieces, shape = value.whole is None, shape_of(parameter)
     if shape is None:
         return NOT_INITIALISED if in_pieces else None
     if value.shape == shape:
@@ -521,11 +519,6 @@ def _shape_problem(value: Any, key: str, parameter: torch.Tensor) -> str | None:
     if in_pieces or (key in ELEMENTWISE and not parameter.is_meta):
         return f"expected shape {shape}, got {value.shape}"
     return None
-
-
-def _shape(parameter: torch.Tensor) -> tuple[int, ...] | None:
-    """Of the whole parameter; None where it has none yet."""
-    return None if isinstance(parameter, torch.nn.UninitializedParameter) else tuple(parameter.shape)
 
 
 def _cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
@@ -555,7 +548,7 @@ def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
             return True
         if not is_dtensor(parameter):
             return False
-    return key != STEP and isinstance(value, SavedTensor | Zeros) and value.shape == _shape(parameter)
+    return key != STEP and isinstance(value, SavedTensor | Zeros) and value.shape == shape_of(parameter)
 
 
 def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.dtype:

@@ -120,7 +120,12 @@ def missing_part(place: str, others: Iterable[Any]) -> str:
 def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool) -> None:
     """Warns of parts that `plan` does not restore: those that the job has no place for, and without `strict` those that
     the checkpoint lacks."""
-    left = _of_parts(name.removeprefix("state/") for name in plan.not_restored)
+    # What is left of optimizers is told by `optimizer_kinds.warn_of_state`, which knows what to do about it.
+    left = [
+        name
+        for name in _of_parts(name.removeprefix("state/") for name in plan.not_restored)
+        if not name.startswith("optimizers/")
+    ]
     if left:
         warnings.warn(
             f"{saved.name} holds {', '.join(f'state/{name}' for name in left)}, for which this job has no "
@@ -130,10 +135,12 @@ def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool) -> None:
         )
     lacking = [] if strict else _of_parts(plan.mismatch.missing)
     if lacking:
-        warnings.warn(
-            f"{saved.name} lacks parts of this job, which stay as they are: {'; '.join(lacking)}",
-            stacklevel=2,
-        )
+        warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
+
+
+def lacking_parts(file: str, parts: Iterable[str]) -> str:
+    """The warning for `parts`, entries in `Mismatch.missing`, which may be missing."""
+    return f"{file} lacks parts of this job, which stay as they are: {'; '.join(parts)}"
 
 
 def _of_parts(names: Iterable[str]) -> Sequence[str]:

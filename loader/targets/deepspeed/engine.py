@@ -20,6 +20,7 @@ from ...saved.mismatch import Mismatch
 from ...saved.model_parallel import describe_layers
 from ...saved.values import InertObject, kind_of
 from ..base import Plan, RestoreOptions
+from ..parts import lacking_parts, missing_part
 from .live import LiveEngine, is_deepspeed_engine, live_engine
 from .parallel import is_pipeline, layer_files
 from .plan import plan_model
@@ -109,7 +110,10 @@ class EngineTarget:
             mismatch.extend(optimizer.mismatch)
             own_rates = options.hyperparameters == "job"
             step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch, own_rates))
-            not_restored = _without_counterpart(live, saved, mismatch)
+            lacking, not_restored = _without_counterpart(live, saved)
+            mismatch.missing += lacking
+            if lacking and not options.strict:
+                warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
             notes = optimizer.notes
             refused = optimizer.refused
             if refused and not options.strict:
@@ -151,8 +155,8 @@ def _refuse_parts(live: LiveEngine) -> None:
         )
     if live.position.layout.split:
         raise LayoutError(
-            f"the engine has {live.position.layout}, and the checkpoint is a single file of a whole model: it takes "
-            "none"
+            f"the engine has {live.position.layout}, and the checkpoint is a single file of a whole model, which "
+            "cannot be restored into a part of one"
         )
 
 
@@ -193,16 +197,14 @@ def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch, own_rates: 
     )
 
 
-def _without_counterpart(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> tuple[str, ...]:
-    """The checkpoint's loss scaler and objects that this engine has no place for; warns of them.
-
-    `mismatch` is told of those that the engine has and the checkpoint lacks.
-    """
+def _without_counterpart(live: LiveEngine, saved: Saved) -> tuple[list[str], tuple[str, ...]]:
+    """The loss scaler and objects that the engine has and the checkpoint lacks, and those of the checkpoint that this
+    engine has no place for; warns of the latter."""
     whole, left = saved.whole.state.get(ENGINE), saved.state.get(ENGINE)
     known: Mapping[str, Any] = whole if isinstance(whole, Mapping) else {}
     kept: Mapping[str, Any] = left if isinstance(left, Mapping) else {}
     own = objects_of(live.engine)
-    mismatch.missing += [f"engine/{key}: the checkpoint has none" for key in own if key not in known]
+    lacking = [missing_part(f"engine/{key}", ()) for key in own if key not in known]
     found = [key for key in ("random_ltd", "data_sampler") if key in kept and key not in own]
     scaler = known.get("loss_scaler")
     theirs = scaler.global_name.rpartition(".")[2] if isinstance(scaler, InertObject) else "none"
@@ -210,7 +212,7 @@ def _without_counterpart(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> 
     if live.kind != "unfused" and mine != theirs:
         # A scaler that is not dynamic holds nothing that is learned.
         if mine == _DYNAMIC:
-            mismatch.missing.append(f"engine/loss_scaler {mine}: the checkpoint has {theirs}")
+            lacking.append(f"engine/loss_scaler {mine}: the checkpoint has {theirs}")
         if theirs == _DYNAMIC and "loss_scaler" in kept:
             found.append("loss_scaler")
     if found:
@@ -219,7 +221,7 @@ def _without_counterpart(live: LiveEngine, saved: Saved, mismatch: Mismatch) -> 
             "counterpart; it is not restored",
             stacklevel=2,
         )
-    return tuple(f"state/{ENGINE}/{key}" for key in found)
+    return lacking, tuple(f"state/{ENGINE}/{key}" for key in found)
 
 
 def finish_engine(live: LiveEngine) -> None:

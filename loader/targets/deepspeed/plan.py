@@ -16,7 +16,7 @@ from ...saved.contents import Saved
 from ...saved.copies import Copy, copies_into
 from ...saved.dtypes import keeps_values
 from ...saved.mismatch import Mismatch, fits
-from ...saved.names import NameMatch, match_names
+from ...saved.names import match_names
 from ...saved.partitions import Slot
 from ...saved.tensor import SavedTensor, of_one_element
 from ..buffers import check_saved
@@ -108,7 +108,7 @@ def plan_model(
             if name in wanted and not _tied(saved, name).intersection(match.target_of)
         ],
     )
-    _explain(live, whole, match, rename, mismatch)
+    _explain(live, whole, rename, mismatch)
     # The first name of tied parameters comes before the others in `LiveEngine.names`, and counts before them.
     saved_names: dict[str, list[str]] = {}
     for name, first in first_of.items():
@@ -164,14 +164,13 @@ def plan_model(
 def _explain(
     live: LiveEngine,
     whole: Mapping[str, Any],
-    match: NameMatch,
     rename: Mapping[str, str],
     mismatch: Mismatch,
 ) -> None:
     """Notes which missing names are frozen parameters, and the ``rename`` that makes names match, if there is one."""
     missing = set(mismatch.missing)
     mismatch.frozen.extend(f"model/{name}" for name in live.frozen if f"model/{name}" in missing)
-    if match.missing and match.unexpected:
+    if mismatch.missing and mismatch.unexpected:
         shapes: dict[str, tuple[int, ...] | None] = {
             name: live.shapes.get(live.aliases.get(name, name)) for name in live.names
         }

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rankload.loader import MismatchError, OptionError, load, register_algorithm
+from rankload.loader import MismatchError, OptionError, PartialRestoreError, load, register_algorithm
 from rankload.loader.targets import algorithms
+from rankload.loader.targets.base import RestoreOptions
 from torch import nn
 
 
@@ -247,6 +248,47 @@ def test_what_it_could_not_load_of_an_optimizer_is_filled_for_it(tmp_path: Path)
     assert job.model.body.bias not in job.optimizers[0].state
     assert torch.equal(job.optimizers[0].state[job.model.body.weight]["exp_avg_sq"], torch.full((2, 3), 3.0))
     assert_model(job, state["model"])
+
+
+def test_an_optimizer_that_the_checkpoint_lacks_is_told(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["state"]["optimizers"]
+    torch.save(checkpoint, path)
+    with pytest.raises(MismatchError, match="optimizers/Adam: the checkpoint has none"):
+        load(path, Job())
+    job = Job()
+    with pytest.warns(UserWarning, match="optimizers/Adam: the checkpoint has none"):
+        result = load(path, job, strict_model_weights=False)
+    assert result.receipt.missing == ("optimizers/Adam: the checkpoint has none",)
+    load(path, Job(), load_weights_only=True)
+
+
+def test_a_buffer_that_loses_values_is_found_before_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = saved(tmp_path)
+    job = Job()
+    job.model.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["state"]["model"]["count"] = torch.tensor([1.0, 2.0])
+    torch.save(checkpoint, path)
+    load(path, job)
+    assert job.model.get_buffer("count").tolist() == [1, 2]
+    checkpoint["state"]["model"]["count"] = torch.tensor([1.0, 2.5])
+    torch.save(checkpoint, path)
+    with pytest.raises(MismatchError, match=r"model/count: .*with the value 2\.5, which"):
+        load(path, job)
+    # So it is of a file of which the node keeps only a part: the values are not there when it is planned.
+    monkeypatch.setattr(RestoreOptions, "readable", lambda options, tensor: False)
+    checkpoint["state"]["model"]["body.weight"] = torch.full((2, 3), 7.0)
+    torch.save(checkpoint, path)
+    with pytest.raises(PartialRestoreError, match=r"model/count: .*with the value 2\.5, which") as caught:
+        load(path, job)
+    assert not caught.value.changed
+    assert "nothing was changed" not in str(caught.value)
+    assert job.model.get_buffer("count").tolist() == [1, 2]
+    assert not (job.model.body.weight == 7).any()
 
 
 def test_weights_only(tmp_path: Path) -> None:

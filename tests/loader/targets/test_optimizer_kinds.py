@@ -42,12 +42,12 @@ def written(folder: Path, form: str, model: nn.Module, optimizer: Any) -> str:
 
 
 def restored(path: str, *state: Any, told: str | None = None, **options: Any) -> LoadResult:
-    """Loads; where `told` is None nothing may be warned of."""
+    """Loads; one warning, with `told`, is expected, and none where that is None."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", UserWarning)
         result = load(path, State(*state), progress_bar=False, **options)
-    said = " ".join(str(one.message) for one in heard if one.category is UserWarning)
-    assert (told in said) if told is not None else not said, said
+    said = [str(one.message) for one in heard if one.category is UserWarning]
+    assert [told in sentence for sentence in said] == [True] if told is not None else not said, said
     return result
 
 
