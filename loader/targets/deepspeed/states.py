@@ -24,6 +24,7 @@ from ...saved.regions import Run
 from ...saved.tensor import SavedTensor, same_shape
 from ..dtensor import kept_part
 from ..optimizer_kinds import class_note, kind_problem, lacking_state, merged_groups, taken, uneven_groups
+from ..parts import missing_part
 from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
 from .plan import ModelPart
 
@@ -44,7 +45,7 @@ class OptimizerPart:
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """This job's parameter group to the hyperparameters that it gets, as saved."""
     refused: bool = False
-    """Whether the checkpoint's optimizer is of another kind; nothing of it is restored then."""
+    """Whether the checkpoint has no optimizer, or one of another kind; nothing is restored of it then."""
     notes: tuple[str, ...] = ()
     mismatch: Mismatch = field(default_factory=Mismatch)
 
@@ -79,12 +80,16 @@ def plan_states(
     neither a number nor lies element by element along its parameter, or lies in files that were not read.
     """
     whole = _first(saved.whole.state.get("optimizers"))
-    if not whole:
-        return OptimizerPart()
-    kept = _first(saved.state.get("optimizers"))
     at = f"optimizers/{optimizer_class}"
     mismatch = Mismatch()
-    if live.optimizer is not None and kept:
+    if not whole:
+        if live.optimizer is not None:
+            mismatch.missing.append(missing_part(at, ()))
+        return OptimizerPart(refused=bool(mismatch.missing), mismatch=mismatch)
+    kept = _first(saved.state.get("optimizers"))
+    if not kept:
+        return OptimizerPart()
+    if live.optimizer is not None:
         problem = kind_problem(live.optimizer, whole, None)
         if problem is not None:
             mismatch.missing.append(
@@ -276,7 +281,7 @@ def _plan_groups(
     mismatch: Mismatch,
 ) -> dict[int, dict[str, Any]]:
     """The hyperparameters that each of this job's groups gets: those of the saved group with its parameters."""
-    if not any(groups.whole):
+    if live.optimizer is None or not any(groups.whole):
         return {}
     group_from: list[int | None] = []
     gets: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from rankload.loader.targets.base import RestoreOptions
 from rankload.loader.targets.deepspeed.engine import EngineTarget
 from rankload.loader.targets.deepspeed.flats import MasterFlat
 from rankload.loader.targets.deepspeed.live import LiveEngine, LowSlot
-from rankload.loader.targets.deepspeed.plan import plan_model
+from rankload.loader.targets.deepspeed.plan import ModelPart, plan_model
 from rankload.loader.targets.deepspeed.states import OptimizerPart, plan_states
 from zero_trees import tensor
 
@@ -407,18 +407,41 @@ def test_a_loss_scaler_without_counterpart_is_told(
     engine.optimizer.loss_scaler = type(mine, (), {})()
     engine.random_ltd_scheduler = SimpleNamespace(load_state_dict=print) if not left else None
     model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "head.weight": tensor(3, 2)}
-    saved = saved_with({**model, "count": tensor(dtype="int64")})
+    none_yet = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1, 2]}]}
+    saved = saved_with({**model, "count": tensor(dtype="int64")}, none_yet)
     scaler = InertObject(f"deepspeed.runtime.fp16.loss_scaler.{theirs}", known=True)
     saved.state[ENGINE] = {"loss_scaler": scaler, "random_ltd": {"step": 1}}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         plan = EngineTarget(engine, RestoreOptions()).plan(saved)
-    assert plan.mismatch.missing == missing
+    assert [one for one in plan.mismatch.missing if not one.startswith("optimizers/")] == missing
     assert plan.not_restored == (("state/engine/random_ltd", *left) if left else ())
     assert ["no counterpart" in str(one.message) for one in told] == [True] * bool(left)
     del saved.state[ENGINE]["random_ltd"]
     missing_too = EngineTarget(engine, RestoreOptions(strict=False)).plan(saved).mismatch.missing
-    assert missing_too[:1] == (["engine/random_ltd: the checkpoint has none"] if not left else [])
+    assert [one for one in missing_too if "random_ltd" in one] == (
+        ["engine/random_ltd: the checkpoint has none"] if not left else []
+    )
+
+
+def test_an_optimizer_that_the_checkpoint_lacks_is_missing_and_one_that_was_ignored_is_not() -> None:
+    live = stage_3()
+    part = plan_model(live, saved_with({"w": sharded(5, 3)}), {})
+    lacking = plan_states(live, saved_with({"w": sharded(5, 3)}), part, "AdamW")
+    assert lacking.refused
+    assert lacking.mismatch.missing == ["optimizers/AdamW: the checkpoint has none"]
+    saved = saved_with({"w": sharded(5, 3)}, {"state": {}, "param_groups": [{"lr": 0.2, "params": ["w"]}]})
+    without = saved.with_tree({"state": {"model": saved.state["model"]}})
+    ignored = plan_states(live, without, part, "AdamW")
+    assert (ignored.refused, ignored.mismatch.missing, ignored.groups) == (False, [], {})
+
+
+def test_an_engine_without_an_optimizer_takes_nothing_of_the_checkpoints() -> None:
+    live = replace(stage_3(), engine=SimpleNamespace(optimizer=None), flats=(), slots_of={}, groups=())
+    saved = saved_with({"w": sharded(5, 3)}, {"state": {}, "param_groups": [{"lr": 0.2, "params": ["w"]}]})
+    planned = plan_states(live, saved, ModelPart(), "AdamW")
+    assert (planned.refused, planned.mismatch.missing, planned.groups) == (False, [], {})
+    assert plan_states(live, saved_with({}), ModelPart(), "AdamW").mismatch.missing == []
 
 
 def test_an_engines_frozen_parameters_may_lack_and_a_prefix_is_explained() -> None:
