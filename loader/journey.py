@@ -103,7 +103,7 @@ def load_checkpoint(
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns the random states.
 
     It is `load` under the name, and with the result, of Composer's function. Every rank of the job must call it, with
-    the same arguments (``options.cache_dir`` may differ).
+    the same arguments (the three ``cache_`` options may differ).
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
@@ -163,9 +163,9 @@ def load(
 ) -> LoadResult:
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns what it did.
 
-    Every rank of the job must call it, with the same arguments (``options.cache_dir`` may differ). It may be called
-    under ``torch.inference_mode()``, a default device, autocast and the like: it runs outside of them. Meta tensors of
-    the model get memory on the caller's default device.
+    Every rank of the job must call it, with the same arguments (the three ``cache_`` options may differ). It may be
+    called under ``torch.inference_mode()``, a default device, autocast and the like: it runs outside of them. Meta
+    tensors of the model get memory on the caller's default device.
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
@@ -427,7 +427,7 @@ def _wanted_parts(saved: Saved, *, weights_only: bool) -> dict[str, Any]:
     """The parts of the checkpoint whose types must be safe, since they will be made real, by key."""
     if weights_only:
         return {"state/model": saved.state.get("model")}
-    return {"state": saved.state, "rng": saved.rng, **saved.extra}
+    return {**saved.extra, "state": saved.state, "rng": saved.rng}
 
 
 def _restore(

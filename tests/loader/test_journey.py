@@ -20,7 +20,7 @@ from http_server import CountingServer, Served, counting_server
 from journey_runs import WORKER, run
 from places import DATA
 from processes import free_port, kill_session, run_ranks
-from rankload.loader import NotFoundError, State, load
+from rankload.loader import NotFoundError, State, UnsafeError, load
 from squeezing_model import Squeezing
 from zero_folders import unpack_zero
 
@@ -294,6 +294,25 @@ def test_files_without_checksums_are_said_to_be_unverified(plain: Path) -> None:
     torch.save(contents, plain)
     assert load(str(plain), plain_state()).receipt.unverified == ()
     assert load(str(plain), plain_state(), options={"verify": "off"}).receipt.unverified == (str(plain),)
+
+
+def test_an_entry_of_the_files_own_called_state_hides_no_unknown_type(tmp_path: Path) -> None:
+    """A hand-written file may hold an entry of this name, which is no part of the state."""
+    model = torch.nn.Linear(2, 2)
+    target = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(target.parameters())
+    unknown = {"state": {0: {"step": Unknown()}}, "param_groups": [{"params": [0, 1], "lr": 0.1}]}
+    torch.save(
+        {"model": model.state_dict(), "optimizer": unknown, "state": {"ready": True}}, tmp_path / "a.pt"
+    )
+    before = target.weight.detach().clone()
+    with pytest.raises(UnsafeError, match="Unknown"):
+        load(tmp_path / "a.pt", State(target, optimizer), progress_bar=False)
+    assert torch.equal(target.weight, before)
+
+
+class Unknown:
+    """A type that is neither known nor declared safe."""
 
 
 def test_any_fsspec_uri_and_an_object_store(plain: Path) -> None:

@@ -45,7 +45,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     extra: dict[str, Any] = {}
     if not demand.weights_only:
         state.update(_training_state(zero, model, made, demand))
-        extra = {key: value for key, value in model.client_state.items() if key != "state"}
+        extra = dict(model.client_state)
         rng = rng_list(extra.get("rng"))
         if rng is not None:
             del extra["rng"]
