@@ -7,7 +7,7 @@ import contextlib
 from ..distributed.session import Session
 from .cache.node import NodeCache
 from .context import LoadContext
-from .errors import CorruptError, RankloadError
+from .errors import RankloadError
 from .fetch.checkpoint_files import CheckpointFiles, NamedPath
 from .fetch.progress import JobProgress
 from .fetch.remote_files import RemoteFiles
@@ -19,6 +19,7 @@ from .stores.base import Store
 from .stores.locate import Located, locate
 from .stores.manifest import find_manifests, known_sums
 from .stores.open import open_store
+from .stores.probes import Probes
 from .template import expand_for_rank_zero, expand_for_second_rank, template_variables
 from .wire import decode, encode
 
@@ -85,16 +86,12 @@ def other_ranks_files(request: LoadRequest, files: CheckpointFiles, saved: Saved
 
 
 def _is_there(store: Store, name: str) -> bool:
-    """Whether there certainly is such an object; what the store refuses to say is not."""
+    """Whether there certainly is such an object, and no page; what the store refuses to say is not."""
     try:
-        info = store.stat(name)
-        if info is not None and not info.certain:
-            store.read_small(name, 1)
-    except CorruptError:
-        return True  # longer than the limit, so it is there
+        info = Probes(store).look(name)
     except RankloadError:
         return False
-    return info is not None and not info.is_folder
+    return info is not None and info.certain and not info.is_folder
 
 
 def _whole_checks(context: LoadContext, located: Located) -> WholeChecks:

@@ -21,7 +21,7 @@ from .transfer import Meter, bytes_on_disk, receive, run_watched
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
     "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
-    "hf": "hf", "http": "http", "https": "http",
+    "hf": "hf", "http": "http", "https": "http", "sftp": "sftp", "ssh": "sftp",
 }  # fmt: skip
 """The extra of this distribution that installs the backend of a protocol."""
 _WITH_BUCKETS = frozenset(

@@ -67,7 +67,7 @@ def find_manifests(store: Store, located: Located) -> dict[str, Any]:
     sums: dict[str, tuple[str, str]] = {}
     notes: list[str] = []
     candidates = _candidates(store, located)
-    for info in _stat_all(store, candidates):
+    for info in _stat_all(store, candidates, notes):
         if info is None:
             continue
         manifest = _read(store, info, notes)
@@ -138,19 +138,21 @@ def _candidates(store: Store, located: Located) -> list[str]:
     return [*inside, *(_in_folder(store, below, name) for name in NAMES)]
 
 
-def _stat_all(store: Store, names: list[str]) -> list[ObjectInfo | None]:
+def _stat_all(store: Store, names: list[str], notes: list[str]) -> list[ObjectInfo | None]:
     """What the store says of each name; in parallel, except where each thread would have to log in."""
     if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
-        return [_stat(store, name) for name in names]
+        return [_stat(store, name, notes) for name in names]
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(lambda name: _stat(store, name), names))
+        return list(threads.map(lambda name: _stat(store, name, notes), names))
 
 
-def _stat(store: Store, name: str) -> ObjectInfo | None:
+def _stat(store: Store, name: str, notes: list[str]) -> ObjectInfo | None:
     try:
         info = store.stat(name)
-    except RankloadError:
+    except RankloadError as error:
         # Some stores refuse access to what is not there, to users who may not list.
+        if not refusals_in(error):
+            notes.append(f"{store.describe(name)} could not be asked for, and was not used: {error.message}")
         return None
     return info if info is not None and info.certain and not info.is_folder else None
 

@@ -48,7 +48,9 @@ def child_of(name: str, child: str) -> str:
 def folder_of(name: str) -> str:
     """The name of the folder that the object or folder `name` lies in; empty where it lies in none."""
     server, path, rest = _parts(name)
-    return f"{server}{path.rstrip('/').rpartition('/')[0]}{rest}"
+    folder, slash, _ = path.rstrip("/").rpartition("/")
+    # Of a file system whose names begin with a slash, that is its root.
+    return f"{server}{folder or ('' if server else slash)}{rest}"
 
 
 def without_slash(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -83,3 +84,26 @@ def test_a_store_is_asked_once_and_what_it_refuses_to_say_is_no_error(tmp_path: 
         # Where HEAD is refused, the store asks once more by GET.
         methods = [one.method for one in server.requests if one.path == "/ck1.pt"]
         assert methods == ["HEAD", "GET"][: 1 + refused]
+
+
+def test_a_page_for_every_name_is_no_file_of_another_rank(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "ck0.pt")
+    page = Served(b"<!DOCTYPE html><html>not here</html>", content_type="text/html")
+    with counting_server({"/ck0.pt": Served((tmp_path / "ck0.pt").read_bytes()), "/ck1.pt": page}) as server:
+        result = load(server.url("/ck{rank}.pt"), State(nn.Linear(2, 2)), progress_bar=False)
+    assert not [note for note in result.receipt.notes if "is there too" in note]
+
+
+def test_a_file_of_another_rank_is_not_downloaded_to_know_of_it(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "ck0.pt")
+    shutil.copy(tmp_path / "ck0.pt", tmp_path / "ck1.pt")
+    asked: list[str] = []
+
+    class Given:
+        def download_file(self, remote: str, destination: str, **_: object) -> None:
+            asked.append(remote)
+            shutil.copy(tmp_path / remote, destination)
+
+    load("ck{rank}.pt", State(nn.Linear(2, 2)), object_store=Given(), progress_bar=False)
+    assert "ck0.pt" in asked
+    assert "ck1.pt" not in asked

@@ -31,7 +31,7 @@ def test_what_is_made_of_a_url_keeps_its_query_to_the_letter() -> None:
     assert child_of("HTTP://host", "a.pt") == "HTTP://host/a.pt"
 
 
-@pytest.mark.parametrize("name", ["/data/run#1/100%?.pt", "bucket/run#1/100%?.pt"])
+@pytest.mark.parametrize("name", ["/data/run#1/100%?.pt", "bucket/run#1/100%?.pt", "/100%?.pt"])
 def test_in_other_names_nothing_is_special(name: str) -> None:
     assert (path_of(name), file_name(name), has_query(name)) == (name, "100%?.pt", False)
     assert with_suffix(name, ".sha256") == f"{name}.sha256"

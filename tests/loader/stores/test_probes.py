@@ -243,6 +243,18 @@ def test_what_answers_to_a_manifests_name_is_left_out_and_noted(answer: Served) 
     assert all("was not used" in note for note in found["notes"])
 
 
+def test_a_manifest_that_could_not_be_asked_for_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
+    with counting_server({}) as server:
+        server.missing = Served(status=500)
+        found = manifests(server)
+        assert found["sums"] == {}
+        assert len(found["notes"]) == 1 + len(NAMES)
+        assert all("could not be asked for, and was not used" in note for note in found["notes"])
+        server.missing = Served(status=403)  # so some stores answer for what is not there
+        assert manifests(server)["notes"] == []
+
+
 def test_a_damaged_manifest_is_no_page() -> None:
     with (
         counting_server({"/d/SHA256SUMS": Served(b"0" * 64 + b"  a.pt\n<html>\n")}) as server,
