@@ -104,18 +104,15 @@ class LoadOptions:
             if getattr(self, name) is not None:
                 what = "folder" if name == "cache_dir" else "file"
                 object.__setattr__(self, name, _path(name, getattr(self, name), what))
-        if self.verify is not None and self.verify not in VERIFY_CHOICES:
-            raise OptionError(f"verify={self.verify!r}: expected one of {', '.join(VERIFY_CHOICES)}")
-        if self.hyperparameters is not None and self.hyperparameters not in HYPERPARAMETERS_CHOICES:
-            raise OptionError(
-                f"hyperparameters={self.hyperparameters!r}: expected one of {', '.join(HYPERPARAMETERS_CHOICES)}"
-            )
-        if self.mode is not None and self.mode not in MODE_CHOICES:
-            raise OptionError(f"mode={self.mode!r}: expected one of {', '.join(MODE_CHOICES)}")
-        if self.cache_home is not None and self.cache_home not in CACHE_HOME_CHOICES:
-            raise OptionError(
-                f"cache_home={self.cache_home!r}: expected one of {', '.join(CACHE_HOME_CHOICES)}"
-            )
+        for name, choices in (
+            ("verify", VERIFY_CHOICES),
+            ("hyperparameters", HYPERPARAMETERS_CHOICES),
+            ("mode", MODE_CHOICES),
+            ("cache_home", CACHE_HOME_CHOICES),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise OptionError(f"{name}={value!r}: expected one of {', '.join(choices)}")
         if self.cache_size is not None:
             object.__setattr__(self, "cache_size", parse_size("cache_size", self.cache_size))
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):

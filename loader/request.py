@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import OptionError
@@ -205,18 +205,15 @@ def _attribute(state: Any, name: str) -> Any:
 
 def _comparable_options(options: Options) -> dict[str, str]:
     """All but the three ``cache_`` fields, as text: each node may have its own of those."""
-    secrets = _digest(repr(_plain(options.storage_options)))
+    found = {
+        one.name: repr(_plain(getattr(options, one.name)))
+        for one in fields(options)
+        if not one.name.startswith("cache_")
+    }
+    secrets = _digest(found["storage_options"])
     return {
-        "stall_timeout_s": repr(options.stall_timeout_s),
-        "safe_types": repr(_plain(options.safe_types)),
+        **found,
         "storage_options": f"a mapping with digest {secrets}" if options.storage_options else "{}",
-        "rename": repr(_plain(options.rename)),
-        "allow_missing_frozen": repr(options.allow_missing_frozen),
-        "layout": repr(_plain(options.layout)),
-        "hyperparameters": repr(options.hyperparameters),
-        "verify": repr(options.verify),
-        "mode": repr(options.mode),
-        "trace": repr(options.trace),
     }
 
 

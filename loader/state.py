@@ -54,7 +54,7 @@ class State:
         callbacks: anything else with a state, restored by class name.
         timestamp: an object with ``load_state_dict``, or None. Left at None, this part and each one below takes the
             checkpoint's plain values: ``state.timestamp["batch"]``. The parts above are not restored when None.
-        rank_zero_seed: rank 0's seed; missing random states are derived from it.
+        rank_zero_seed: rank 0's seed; a load derives missing random states from the one that was saved.
         run_name: stands for ``{run_name}`` in the path.
         dataset_state: the position in the data.
         train_metrics: metrics of the training set.

@@ -29,8 +29,6 @@ from .whole import obtain, whole_bytes
 if TYPE_CHECKING:
     from .remote_files import RemoteFiles
 
-PARALLEL_FILES = 4
-
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
 

@@ -13,6 +13,7 @@ from ..errors import LayoutError
 from .contents import Saved
 from .demand import Shape
 from .names import match_names
+from .tensor import same_shape
 
 Groups = Sequence[Sequence[tuple[str, Shape]]]
 """For each of an optimizer's groups, the name and shape of each parameter."""
@@ -42,7 +43,7 @@ def name_masters(saved: Saved, groups: Groups, rename: Mapping[str, str] | None 
         strict=True,
     )
     for position, (master, (name, shape)) in enumerate(pairs):
-        if master.shape != shape:
+        if not same_shape(master.shape, shape):
             raise LayoutError(
                 f"{saved.name}: fp32 of the optimizer's parameter {position} has shape {master.shape}, but {name}, "
                 f"which is at this position here, has {shape}. Stage 0 does not keep names: give the optimizer its "

@@ -60,8 +60,8 @@ class Piece(Laid):
 class SavedTensor:
     """A tensor of a checkpoint that was not read.
 
-    The code that makes one checks that every piece lies inside its storage, and, where there are several, that they
-    hold each element once (`check_cover`); they are in the order of their first elements.
+    The code that makes one makes sure that every piece lies inside its storage, and that several hold each element
+    once (`in_pieces` checks that); they are in the order of their first elements.
     """
 
     dtype: str

@@ -134,7 +134,8 @@ def _generic(tree: Mapping[Any, Any], file: str, model_keys: tuple[str, ...]) ->
     keys = ", ".join(repr(key) for key in list(tree)[:20]) or "none"
     near = next((f" ({key!r} is {describe(tree[key])})" for key in model_keys if key in tree), "")
     return (
-        f"{file}: its layout is not known: no dict of names and tensors is in it{near}; top-level keys: {keys}. "
+        f"{file}: its layout is not known: no dict of names and tensors was found in its first levels{near}; "
+        f"top-level keys: {keys}. "
         'Say where things are with LoadOptions(layout={"model": "KEY", "optimizer": "KEY", ...}), '
         "where KEY may be nested, as in 'trainer/weights'"
     )

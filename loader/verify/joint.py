@@ -14,14 +14,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..byte_ranges import ByteRange
-from ..checksums import crc32_joined
+from ..checksums import CELL_BYTES, crc32_joined
 from ..errors import CorruptError
-
-CELL_BYTES = 8 << 20
-"""Storages are cut at multiples of this, so that ranks that read the same bytes share the summing."""
-
-StorageId = tuple[str, str]
-"""The file's name, the same on all ranks, and the storage's key in it."""
+from ..saved.tensor import StorageId
 
 
 @dataclass(frozen=True, slots=True)

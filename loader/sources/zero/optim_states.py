@@ -169,8 +169,8 @@ def read_whole_optimizer(tree: Any, *, file: str) -> OptimStates:
     if "optimizer_state_dict" in outer:
         if "fp32_groups" not in outer:
             raise LayoutError(
-                f"{file}: stage 0 with a fused fp16 optimizer (fp32_groups_flat) is not supported; resume it with "
-                "the configuration that saved it",
+                f"{file}: stage 0 with a fused fp16 optimizer (fp32_groups_flat) is not supported: load the "
+                "weights only, and save at stage 1 from then on",
                 path=file,
             )
         groups_place = top.at("fp32_groups")

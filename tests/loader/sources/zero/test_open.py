@@ -342,6 +342,12 @@ def test_stage_0_for_another_target_keeps_its_numbers_and_gives_masters() -> Non
     assert (saved.masters, saved.unnamed_masters) == ({}, ((masters[0], masters[1]),))
     # Only the job's optimizer knows their names, as it is when the restore is planned.
     assert name_masters(saved, GROUPS).masters == {"a": masters[0], "b": masters[1]}
+    # A master of one element may have been kept with a dimension less.
+    small = replace(
+        saved, unnamed_masters=((SavedTensor.in_storage(masters[0].storages[0], "float32", (1,), (1,)),),)
+    )
+    scalar = {**saved.state, "model": {"a": small.unnamed_masters[0][0]}}
+    assert list(name_masters(replace(small, state=scalar), [[("a", ())]]).masters) == ["a"]
     assert name_masters(saved, ()) is saved
     without = saved.with_tree({"state": {"optimizers": saved.state["optimizers"]}})
     assert name_masters(without, [[("c", (1,))]]) is without
