@@ -1,4 +1,4 @@
-"""Reads a torch file's index: the tree that it holds, and where every storage lies. Free of torch.
+"""Reads the index of a torch file, or of a plain pickle: its tree, and where every storage lies. Free of torch.
 
 That takes the file's directory and pickle, never a storage: `materialize.tensors` reads those, once it is known which
 of them are wanted.
@@ -17,6 +17,7 @@ from ..saved.tree import check_tree
 from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
+from .plain_pickle import read_plain
 from .sniff import HEAD_BYTES, KINDS, sniff
 from .storage_ids import read_storage_id
 from .torch_legacy import read_legacy
@@ -41,9 +42,9 @@ class FileIndex:
     """Whether the file keeps checksums that its storages can be compared with."""
     storages: tuple[StorageRef, ...]
     """Every storage that the tree refers to, once, by offset."""
-    format: Literal["zip", "legacy"]
+    format: Literal["zip", "legacy", "pickle"]
     archive: ZipRecords | None = None
-    """The zip's directory; None for the older format."""
+    """The zip's directory; None for the other formats."""
 
     def check_headers(self, storages: Iterable[StorageRef], open_file: OpenFile = open_local) -> None:
         """Compares these storages' local headers with the zip's directory, where that was put off.
@@ -93,6 +94,11 @@ def read_index(
         tree, storages = read_legacy(path, name=name, memory_limit=_memory_limit(size, size // 2))
         check_tree(tree, name=name)
         return FileIndex(path, name, tree, size, False, storages, "legacy")
+    if kind == "pickle" and not partial:
+        limit = _memory_limit(size, size // 2)
+        tree, storages = read_plain(path, name=name, memory_limit=limit, largest=_LARGEST_PICKLE)
+        check_tree(tree, name=name)
+        return FileIndex(path, name, tree, size, False, storages, "pickle")
     raise _other_kind(kind, name, size)
 
 

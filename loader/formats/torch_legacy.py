@@ -7,6 +7,7 @@ checksums. The format is that of ``_legacy_save`` in ``torch/serialization.py``.
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -40,30 +41,40 @@ def read_legacy(path: str, *, name: str, memory_limit: int) -> tuple[Any, tuple[
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        data, pickles = _scan_pickles(file, size, name, memory_limit)
+        return _read(file, _ElementTypes(path, size), name, memory_limit)
 
-        def load(index: int, **options: Any) -> Any:
-            one = pickles[index]
-            return read_pickle(
-                data, one.scan, name=name, memory_limit=memory_limit, start=one.start, **options
-            )
 
-        if load(0) != LEGACY_MAGIC or load(1) != _PROTOCOL_VERSION:
-            raise FormatError(f"{name}: a torch file of an unknown legacy version.", path=name)
-        system = load(2)
-        if isinstance(system, dict) and system.get("little_endian") is False:
-            raise FormatError(
-                f"{name}: written on a big-endian machine, which is not supported. Save it again on a "
-                "little-endian one.",
-                path=name,
-            )
-        keys = load(4)
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise CorruptError(f"{name}: its list of storage keys is no list of text.", path=name)
-        # A storage's count gives its bytes only with its element type, which only the object's pickle names.
-        types = _ElementTypes(path, size)
-        load(3, find_storage=types.note)
-        places = _place_storages(file, keys, types, pickles[4].scan.end, name)
+def read_legacy_inside(
+    data: bytes, path: str, base: int, *, name: str, memory_limit: int
+) -> tuple[Any, tuple[StorageRef, ...]]:
+    """As `read_legacy`, for a legacy torch file `data` that is part of the file at `path`, from byte `base` on."""
+    return _read(io.BytesIO(data), _ElementTypes(path, len(data), base), name, memory_limit)
+
+
+def _read(
+    file: BinaryIO, types: _ElementTypes, name: str, memory_limit: int
+) -> tuple[Any, tuple[StorageRef, ...]]:
+    data, pickles = _scan_pickles(file, types.size, name, memory_limit)
+
+    def load(index: int, **options: Any) -> Any:
+        one = pickles[index]
+        return read_pickle(data, one.scan, name=name, memory_limit=memory_limit, start=one.start, **options)
+
+    if load(0) != LEGACY_MAGIC or load(1) != _PROTOCOL_VERSION:
+        raise FormatError(f"{name}: a torch file of an unknown legacy version.", path=name)
+    system = load(2)
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise FormatError(
+            f"{name}: written on a big-endian machine, which is not supported. Save it again on a "
+            "little-endian one.",
+            path=name,
+        )
+    keys = load(4)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CorruptError(f"{name}: its list of storage keys is no list of text.", path=name)
+    # A storage's count gives its bytes only with its element type, which only the object's pickle names.
+    load(3, find_storage=types.note)
+    places = _place_storages(file, keys, types, pickles[4].scan.end, name)
     tree = load(3, find_storage=_Places(places).find)
     return tree, tuple(places.values())
 
@@ -98,9 +109,11 @@ def _scan_pickles(
 class _ElementTypes:
     """Collects the bytes per element of each storage from a first reading of the object's pickle."""
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str, size: int, base: int = 0) -> None:
+        """`size` is the torch file's, which begins at byte `base` of the file at `path`."""
         self.path = path
         self.size = size
+        self.base = base
         self.itemsize: dict[str, int] = {}
 
     def note(self, pid: tuple[Any, ...]) -> PickledTensor:
@@ -136,7 +149,9 @@ def _place_storages(
                 f"ends at {size:,}. The file is truncated; fetch it again.",
                 path=name,
             )
-        places[key] = StorageRef(path, key, position + 8, nbytes, None)
+        # Torch files inside one file may use the same key.
+        unique = f"{key} at byte {types.base}" if types.base else key
+        places[key] = StorageRef(path, unique, types.base + position + 8, nbytes, None)
         position += 8 + nbytes
     if position != size:
         raise UnsafeError(

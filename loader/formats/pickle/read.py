@@ -28,6 +28,12 @@ from .scan import PickleScan
 StorageFinder = Callable[[tuple[Any, ...]], PickledTensor]
 """Returns the one-dimensional tensor over the storage that a persistent id ``("storage", ...)`` names."""
 
+StorageLoader = Callable[[bytes], PickledTensor]
+"""Returns the one-dimensional tensor over the storage that a torch file, given as bytes, is."""
+
+_LOAD_STORAGE = "torch.storage._load_from_bytes"
+"""The function that a plain pickle calls for a tensor's storage."""
+
 _NEW_AS_PERSISTENT = {
     pickle.NEWOBJ[0]: pickle.TUPLE2 + pickle.BINPERSID,
     pickle.NEWOBJ_EX[0]: pickle.TUPLE3 + pickle.BINPERSID,
@@ -41,20 +47,21 @@ def read_pickle(
     name: str,
     memory_limit: int,
     find_storage: StorageFinder | None = None,
+    load_storage: StorageLoader | None = None,
     start: int = 0,
 ) -> Any:
     """The tree that the pickle at ``data[start:scan.end]`` describes: plain values, tensors and `saved.values`.
 
     ``scan`` is what `scan_pickle` returned for the same bytes, ``name`` what messages call the file. Without
-    ``find_storage``, a pickle that holds tensors is refused. Nothing that the file names is imported, looked up or
-    called.
+    ``find_storage``, a pickle that holds tensors is refused, but a plain one (which `torch.save` did not write), for
+    whose storages there is ``load_storage``. Nothing that the file names is imported, looked up or called.
 
     Raises `CorruptError` where it is malformed or describes impossible values, `UnsafeError` where its calls copy or
     hash more than ``memory_limit`` allows, where a global's name is too long, or where it sets the state of something
     that must not change.
     """
     source = io.BytesIO(_without_new_calls(data, scan, start))
-    reader = _InertUnpickler(source, Budget(memory_limit), find_storage)
+    reader = _InertUnpickler(source, Budget(memory_limit), find_storage, load_storage)
     try:
         return reader.load()
     except RankloadError as error:
@@ -81,10 +88,17 @@ def _without_new_calls(data: bytes, scan: PickleScan, start: int) -> bytes:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    def __init__(self, source: io.BytesIO, budget: Budget, find_storage: StorageFinder | None) -> None:
+    def __init__(
+        self,
+        source: io.BytesIO,
+        budget: Budget,
+        find_storage: StorageFinder | None,
+        load_storage: StorageLoader | None,
+    ) -> None:
         super().__init__(source, fix_imports=False, encoding="utf-8")
         self._make = functools.partial(make, budget)
         self._find_storage = find_storage
+        self._load_storage = load_storage
         self._globals: dict[tuple[str, str], PickledGlobal] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -94,9 +108,16 @@ class _InertUnpickler(pickle.Unpickler):
             if len(module) > MAX_NAME or len(name) > MAX_NAME:
                 raise UnsafeError(f"a class or function whose name has {len(module) + len(name)} characters")
             full = canonical(module, name)
-            found = PickledGlobal(full, full in KNOWN_VALUES, self._make)
+            make_it = self._make_storage if full == _LOAD_STORAGE and self._load_storage else self._make
+            found = PickledGlobal(full, full in KNOWN_VALUES, make_it)
             self._globals[module, name] = found
         return found
+
+    def _make_storage(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], via_new: bool) -> Any:
+        """What stands for the call of the function that a plain pickle loads a storage by."""
+        if self._load_storage is None or len(args) != 1 or kwargs or not isinstance(args[0], bytes):
+            raise CorruptError("a storage that is no bytes of a torch file")
+        return self._load_storage(args[0])
 
     def persistent_load(self, pid: Any) -> Any:
         """The tensor over a storage that torch's id names, or the object of a replaced ``NEWOBJ``."""
