@@ -7,7 +7,6 @@ come before all others: they change the model.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -88,18 +87,13 @@ class _WithEngine:
         """Both plans as one: the engine takes its own parts of `saved`, and the rest all others.
 
         Of the schedulers, the engine takes the one that DeepSpeed saved: Composer keeps its own outside the engine's
-        files. An engine without a scheduler leaves that one to the rest too.
+        files. Where no engine saved the checkpoint, it takes the one of its scheduler's class. An engine without a
+        scheduler leaves that one to the rest too.
         """
-        if saved.data_parallel_size is None and not self.options.weights_only:
-            warnings.warn(
-                f"{saved.name} is a single file, of which a DeepSpeed engine takes the weights alone: its "
-                "optimizer state, lr scheduler and counters stay as they are. Say so with load_weights_only=True",
-                stacklevel=2,
-            )
         told, schedulers = self._scheduler(saved)
         parts = frozenset({"model", "optimizers", ENGINE})
         own = frozenset({"schedulers"}) if schedulers and not told.mismatch.missing else frozenset()
-        engine = self.engine.plan(saved.only(parts | own))
+        engine = self.engine.plan(replace(saved.only(parts | own), engine_schedulers=schedulers))
         others = saved.only(parts, without=True).without_schedulers(schedulers)
         rest = replace(self.rest, by_engine=self.scheduler if schedulers else None)
         return join([self._told(saved), engine, told, rest.plan(others)])
@@ -107,16 +101,17 @@ class _WithEngine:
     def _scheduler(self, saved: Saved) -> tuple[Plan, frozenset[str]]:
         """What there is to tell of the engine's scheduler, and the keys of the saved ones that are for it."""
         own = self.scheduler
-        if own is None or saved.data_parallel_size is None or self.options.weights_only:
+        if own is None or self.options.weights_only:
             return Plan(), frozenset()
         name = f"schedulers/{type(own).__name__}"
         whole, left = saved.whole.state.get("schedulers") or {}, saved.state.get("schedulers") or {}
+        beside = any(one is own for one in as_list(getattr(self.state, "schedulers", None)))
         keys = frozenset(key for key in whole if key in saved.engine_schedulers)
+        if saved.data_parallel_size is None and not beside:
+            keys = frozenset({type(own).__name__}.intersection(whole))
         told = Plan()
-        if not keys:
-            beside = as_list(getattr(self.state, "schedulers", None))
-            if not any(one is own for one in beside):
-                told = Plan(mismatch=Mismatch([missing_part(name, ())]))
+        if not keys and not beside:
+            told = Plan(mismatch=Mismatch([missing_part(name, whole)]))
         for key in sorted(keys & left.keys()):
             problem = kind_problem(own, left[key], named=False)
             if problem:

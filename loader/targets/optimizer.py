@@ -37,7 +37,7 @@ from .optimizer_kinds import (
     uneven_groups,
     warn_of_state,
 )
-from .optimizer_names import matched_by_place, names_of_own, names_of_saved
+from .optimizer_names import matched_by_place, names_of_own, names_of_saved, unplaced
 
 ELEMENTWISE = frozenset(
     {
@@ -431,10 +431,7 @@ def _match_by_position(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]])
     expected = [len(group["params"]) for group in plan.own_groups]
     got = [len(group["params"]) for group in groups]
     if expected != got:
-        plan.mismatch.wrong.append(
-            f"{plan.at}: expected parameter groups of {expected} parameters, got {got}; the checkpoint does not name "
-            "its optimizer's parameters, so they can only be matched by position"
-        )
+        plan.mismatch.wrong.append(f"{plan.at}: {unplaced(expected, got)}")
         return
     plan.group_from = list(range(len(groups)))
     plan.keys = dict(enumerate(key for group in groups for key in group["params"]))

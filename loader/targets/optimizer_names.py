@@ -70,3 +70,11 @@ def matched_by_place(
                     found[own_names[position]] = source
             position += 1
     return found
+
+
+def unplaced(expected: Sequence[int], got: Sequence[int]) -> str:
+    """What is wrong where a checkpoint without names has groups of `got` parameters, and this job of `expected`."""
+    return (
+        f"expected parameter groups of {list(expected)} parameters, got {list(got)}; the checkpoint does not name its "
+        "optimizer's parameters, so they can only be matched by position"
+    )

@@ -20,11 +20,13 @@ from ...saved.mismatch import Mismatch
 from ...saved.model_parallel import describe_layers
 from ...saved.values import InertObject, kind_of
 from ..base import Plan, RestoreOptions
+from ..optimizer_kinds import warn_of_state
 from ..parts import lacking_parts, missing_part
 from .live import LiveEngine, is_deepspeed_engine, live_engine
+from .named_optimizer import name_optimizer
 from .parallel import is_pipeline, layer_files
-from .plan import plan_model
-from .states import lacks_learning_rates, plan_states
+from .plan import ModelPart, plan_model
+from .states import OptimizerPart, lacks_learning_rates, plan_states
 from .step import EnginePart, EngineStep, objects_of
 
 __all__ = ["EngineTarget", "engine_classes", "is_deepspeed_engine"]
@@ -88,9 +90,9 @@ class EngineTarget:
     def plan(self, saved: Saved) -> Plan:
         """Matches the engine's parts of `saved` with it and plans which elements go where; changes nothing.
 
-        Of a single file, an engine takes the weights alone. What does not fit is in the plan's ``mismatch``. Raises
-        `LayoutError` where files are missing, or a whole model does not tell which part of it is this rank's;
-        `CorruptError` where a counter is of another type than DeepSpeed's.
+        Of a checkpoint that no engine saved, DeepSpeed's counters and loss scale stay as they are here. What does not
+        fit is in the plan's ``mismatch``. Raises `LayoutError` where files are missing, or a whole model does not tell
+        which part of it is this rank's; `CorruptError` where a counter is of another type than DeepSpeed's.
         """
         live, options = self._live, self._options
         by_deepspeed = saved.data_parallel_size is not None
@@ -102,26 +104,18 @@ class EngineTarget:
         mismatch.extend(model.mismatch)
         not_restored: tuple[str, ...] = ()
         notes: tuple[str, ...] = ()
-        refused = False
-        if by_deepspeed and not options.weights_only and model.found:
-            optimizer = plan_states(
-                live, saved, model, engine_classes(self._engine)[0], options.hyperparameters
-            )
+        if not options.weights_only and model.found:
+            named, optimizer = self._plan_optimizer(saved, model, by_deepspeed=by_deepspeed)
             mismatch.extend(optimizer.mismatch)
             own_rates = options.hyperparameters == "job"
-            step = EngineStep(live, saved, model, optimizer, _plan_engine(live, saved, mismatch, own_rates))
-            lacking, not_restored = _without_counterpart(live, saved)
-            mismatch.missing += lacking
-            if lacking and not options.strict:
-                warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
+            step = EngineStep(live, named, model, optimizer, _plan_engine(live, named, mismatch, own_rates))
             notes = optimizer.notes
-            refused = optimizer.refused
-            if refused and not options.strict:
-                warnings.warn(f"{saved.name}: {optimizer.mismatch.missing[0]}", stacklevel=2)
-        elif not by_deepspeed and not options.weights_only:
-            refused = True
-        if refused:
-            not_restored += tuple(f"state/optimizers/{name}" for name in saved.state.get("optimizers") or {})
+            if by_deepspeed:
+                lacking, not_restored = _without_counterpart(live, saved)
+                mismatch.missing += lacking
+                if lacking and not options.strict:
+                    warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
+            not_restored += self._optimizers_left(saved, named, optimizer)
         for note in notes:
             warnings.warn(f"{saved.name}: {note}", stacklevel=2)
         return Plan(
@@ -133,6 +127,36 @@ class EngineTarget:
             notes=notes,
             finish=partial(finish_engine, live),
         )
+
+    def _plan_optimizer(
+        self, saved: Saved, model: ModelPart, *, by_deepspeed: bool
+    ) -> tuple[Saved, OptimizerPart]:
+        """What the engine's optimizer gets, and `saved` with the one state that is for it."""
+        live, options = self._live, self._options
+        if live.optimizer is None:
+            return saved, OptimizerPart(refused=True)
+        name = engine_classes(self._engine)[0]
+        if by_deepspeed:
+            return saved, plan_states(live, saved, model, name, options.hyperparameters)
+        named, unnamed = name_optimizer(live, saved, model, name, options.rename)
+        if unnamed.missing or unnamed.wrong:
+            return named, OptimizerPart(refused=True, mismatch=unnamed)
+        part = plan_states(live, named, model, name, options.hyperparameters)
+        part.mismatch.extend(unnamed)
+        return named, part
+
+    def _optimizers_left(self, saved: Saved, named: Saved, planned: OptimizerPart) -> tuple[str, ...]:
+        """The checkpoint's optimizers that are not restored; warns of them where no error will tell."""
+        kept = saved.state.get("optimizers") or {}
+        taken = () if planned.refused else named.state.get("optimizers") or {}
+        left = [name for name in kept if name not in taken]
+        if planned.mismatch.missing and planned.refused:
+            if not self._options.strict:
+                warnings.warn(f"{saved.name}: {planned.mismatch.missing[0]}", stacklevel=2)
+        else:
+            own = () if self._live.optimizer is None else engine_classes(self._engine)[:1]
+            warn_of_state([name for name in left if kept[name]], own, saved.name)
+        return tuple(f"state/optimizers/{name}" for name in left)
 
 
 def engine_classes(engine: Any) -> tuple[str, str]:
@@ -146,17 +170,17 @@ def engine_classes(engine: Any) -> tuple[str, str]:
 
 
 def _refuse_parts(live: LiveEngine) -> None:
-    """Raises `LayoutError` for an engine that has a part of the model, which a single file of a whole one does not
-    tell."""
+    """Raises `LayoutError` for an engine that has a part of the model, which a checkpoint of a whole one does
+    not tell."""
     if any(layer.ep_size > 1 for layer in live.experts):
         raise LayoutError(
-            f"the engine's experts are spread over ranks ({describe_layers(live.experts)}), and a single file does "
-            "not tell which rank's they are: restore it from the folder that DeepSpeed saved"
+            f"the engine's experts are spread over ranks ({describe_layers(live.experts)}), and a checkpoint "
+            "that no engine saved does not tell which rank's they are: restore it from the folder that DeepSpeed saved"
         )
     if live.position.layout.split:
         raise LayoutError(
-            f"the engine has {live.position.layout}, and the checkpoint is a single file of a whole model, which "
-            "cannot be restored into a part of one"
+            f"the engine has {live.position.layout}, and the checkpoint has a whole model, which cannot be restored "
+            "into a part of one"
         )
 
 

@@ -74,7 +74,7 @@ def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:
 def plan_states(
     live: LiveEngine, saved: Saved, model: ModelPart, optimizer_class: str, hyperparameters: str | None = None
 ) -> OptimizerPart:
-    """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`.
+    """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`, for its one optimizer.
 
     `optimizer_class` is for messages, `hyperparameters` as in `RestoreOptions`. Raises `LayoutError` for state that is
     neither a number nor lies element by element along its parameter, or lies in files that were not read.
@@ -90,7 +90,8 @@ def plan_states(
     if not kept:
         return OptimizerPart()
     if live.optimizer is not None:
-        problem = kind_problem(live.optimizer, whole, None)
+        (name,) = saved.whole.state["optimizers"]
+        problem = kind_problem(live.optimizer, whole, name if name != optimizer_class else None)
         if problem is not None:
             mismatch.missing.append(
                 f"{at}: the checkpoint's optimizer is of {problem}; use the optimizer that was saved, or ignore "

@@ -154,15 +154,21 @@ def test_the_engine_knows_its_parts_and_the_state_its_other_classes(engine: Engi
     assert target_of(State(engine), RestoreOptions()).demand(1, 2).schedulers == ("Its",)
 
 
-def test_a_single_file_is_told_to_give_an_engine_its_weights_alone(engine: Engine) -> None:
-    one = Saved("a file", "monolithic", "composer", {"model": {}})
-    with pytest.warns(
-        UserWarning, match="a file is a single file, of which a DeepSpeed engine takes the weights alone"
-    ):
-        target_of(State(engine), RestoreOptions()).plan(one)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        target_of(State(engine), RestoreOptions(weights_only=True)).plan(one)
+def test_an_engine_takes_the_scheduler_of_its_class_that_no_engine_saved(engine: Engine) -> None:
+    engine.lr_scheduler = Schedule(4)
+    one = saved(data_parallel_size=None)
+    plan, labels, told = planned(State(engine), one)
+    assert set(Taking.taken.state) == {*ENGINES, "schedulers"}
+    assert Taking.taken.engine_schedulers == {"Schedule"}
+    assert (labels, told, plan.mismatch.missing) == (["timestamp"], [], [])
+    # One that the state holds too is restored there.
+    plan, labels, _ = planned(State(engine, schedulers=engine.lr_scheduler), one)
+    assert set(Taking.taken.state) == set(ENGINES)
+    assert (labels, plan.mismatch.missing) == (["scheduler Schedule", "timestamp"], [])
+    one.state["schedulers"] = {"StepLR": {"value": 3}}
+    plan, _, _ = planned(State(engine), one)
+    assert plan.mismatch.missing == ["schedulers/Schedule: the checkpoint has StepLR"]
+    assert "state/schedulers/StepLR" in plan.not_restored
 
 
 def test_an_engines_module_stands_for_it_and_says_so(engine: Engine) -> None:

@@ -294,7 +294,7 @@ def test_at_another_data_parallel_size_each_node_fetches_its_part_once(saved: Pa
         errors[4], "LayoutError", "with 2 pipeline stages", "1 pipeline stage and tensor-parallel size 2"
     )
     same_error(errors[5], "LayoutError", "with neither pipeline stages nor tensor parallelism")
-    same_error(errors[6], "LayoutError", "2 pipeline stages", "single file")
+    same_error(errors[6], "LayoutError", "2 pipeline stages", "has a whole model")
     same_error(errors[7], "LayoutError", "2 pipeline stages", "no DeepSpeed engine")
     same_error(errors[8], "LayoutError", "tensor-parallel size 2", "no DeepSpeed engine")
     partly = told[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -299,25 +300,102 @@ def test_a_parameter_whose_memory_is_not_contiguous_is_filled_by_its_strides() -
     assert {one.name for one in plan.copies} == {f"model/{name}" for name in (*model, "count")}
 
 
-def test_a_single_file_gives_its_weights_alone_and_to_whole_models_alone() -> None:
+def numbered(*groups: int, lr: float = 0.2) -> dict[str, Any]:
+    """An optimizer's state by numbers, with groups of so many parameters of the shapes of `MODEL`."""
+    shapes = [(3, 2, 2, 2), (3,), (3, 2), (1,)]
+    numbers = list(range(sum(groups)))
+    return {
+        "state": {
+            number: {"step": 3, "exp_avg": tensor(*shapes[number]), "exp_avg_sq": tensor(*shapes[number])}
+            for number in numbers
+        },
+        "param_groups": [
+            {"lr": lr, "betas": (0, 0), "eps": 1e-8, "params": [numbers.pop(0) for _ in range(size)]}
+            for size in groups
+        ],
+    }
+
+
+MODEL = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "tied.weight": tensor(3, 2)}
+
+
+def test_a_file_that_no_engine_saved_gives_its_optimizer_by_the_order_of_the_groups() -> None:
     engine = plain_engine()
-    model = {"conv.weight": tensor(3, 2, 2, 2), "conv.bias": tensor(3), "tied.weight": tensor(3, 2)}
-    saved = saved_with(
-        {**model, "count": tensor(dtype="complex64")},
-        {"state": {}, "param_groups": []},
-        data_parallel_size=None,
+    saved = saved_with({**MODEL, "count": tensor(dtype="int64")}, numbered(3), data_parallel_size=None)
+    saved.state["optimizers"]["SGD"] = {"state": {}, "param_groups": []}
+    with pytest.warns(UserWarning, match=r"has optimizer state \(SGD\), and this State has AdamW"):
+        plan = EngineTarget(engine, RestoreOptions()).plan(saved)
+    assert (plan.mismatch.missing, plan.mismatch.unexpected, plan.mismatch.wrong) == ([], [], [])
+    assert plan.not_restored == ("state/optimizers/SGD",)
+    assert {one.name for one in plan.copies if "exp_avg" in one.name} == {
+        f"{key}/{name}"
+        for key in ("exp_avg", "exp_avg_sq")
+        for name in ("conv.weight", "conv.bias", "head.weight")
+    }
+    kept = EngineTarget(engine, RestoreOptions()).plan(
+        saved.with_tree({"state": {**saved.state, "optimizers": {}}})
     )
-    target = EngineTarget(engine, RestoreOptions())
-    plan = target.plan(saved)
-    assert plan.not_restored == ("state/optimizers/AdamW",)
-    assert plan.mismatch.wrong == ["model/count: expected int64, got complex64"]
-    assert plan.mismatch.missing == []
-    assert {one.name for one in plan.copies} == {"model/conv.weight", "model/conv.bias", "model/head.weight"}
+    assert (kept.mismatch.missing, kept.not_restored) == ([], ())
+    assert not [one for one in kept.copies if "exp_avg" in one.name]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "missing", "wrong"),
+    [
+        ({}, "optimizers/AdamW: the checkpoint has none", None),
+        (
+            {"SGD": numbered(3), "Adamax": numbered(3)},
+            "optimizers/AdamW: the checkpoint has SGD, Adamax",
+            None,
+        ),
+        (
+            {"AdamW": numbered(2, 1)},
+            None,
+            "optimizers/AdamW: expected parameter groups of [3] parameters, got [2, 1]; the checkpoint does not name "
+            "its optimizer's parameters, so they can only be matched by position",
+        ),
+        (
+            {"AdamW": {"state": {}}},
+            None,
+            "optimizers/AdamW/param_groups: expected a list of dicts with params",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_be_the_engines_is_told(
+    optimizers: dict[str, Any], missing: str | None, wrong: str | None
+) -> None:
+    saved = saved_with({**MODEL, "count": tensor(dtype="int64")}, data_parallel_size=None)
+    saved.state["optimizers"] = optimizers
+    plan = EngineTarget(plain_engine(), RestoreOptions()).plan(saved)
+    assert plan.mismatch.missing == ([missing] if missing else [])
+    assert plan.mismatch.wrong == ([wrong] if wrong else [])
+    assert plan.not_restored == tuple(f"state/optimizers/{name}" for name in optimizers)
+    if missing:
+        with pytest.warns(UserWarning, match=re.escape(missing)):
+            EngineTarget(plain_engine(), RestoreOptions(strict=False)).plan(saved)
+
+
+def test_an_engine_without_an_optimizer_leaves_the_checkpoints_and_says_so() -> None:
+    engine = plain_engine()
+    engine.optimizer = None
+    saved = saved_with({**MODEL, "count": tensor(dtype="int64")}, numbered(3))
+    for size in (1, None):
+        with pytest.warns(UserWarning, match="this State has no optimizer"):
+            plan = EngineTarget(engine, RestoreOptions()).plan(replace(saved, data_parallel_size=size))
+        assert plan.not_restored == ("state/optimizers/AdamW",)
+        assert (plan.mismatch.missing, plan.mismatch.unexpected) == ([], [])
+
+
+def test_a_file_of_a_whole_model_goes_to_whole_models_alone() -> None:
+    engine = plain_engine()
+    saved = saved_with({**MODEL, "count": tensor(dtype="complex64")}, data_parallel_size=None)
+    target = EngineTarget(engine, RestoreOptions(weights_only=True))
+    assert target.plan(saved).mismatch.wrong == ["model/count: expected int64, got complex64"]
     for change, message in (
         ({"experts": (ExpertLayer("moe", 0, 4, 2, 0),)}, "experts are spread over ranks"),
-        ({"position": Position(0, 1, 0, ParallelLayout(2, 1, 2))}, "a single file of a whole model"),
+        ({"position": Position(0, 1, 0, ParallelLayout(2, 1, 2))}, "the checkpoint has a whole model"),
     ):
-        split = EngineTarget(engine, RestoreOptions())
+        split = EngineTarget(engine, RestoreOptions(weights_only=True))
         split.__dict__["_live"] = replace(target._live, **change)
         with pytest.raises(LayoutError, match=message):
             split.plan(saved)
