@@ -65,7 +65,7 @@ class CorruptError(RankloadError):
 
 
 class UnsafeError(RankloadError):
-    """Reading on would run code, write outside a folder, or take memory beyond reason."""
+    """Reading on would run code, write outside a folder, or exceed a bound of memory or work (``docs/safety.md``)."""
 
 
 class FormatError(RankloadError):

@@ -18,7 +18,14 @@ from .values import UNSUPPORTED, GlobalName, InertArray, InertObject
 
 MAX_DEPTH = 200
 MAX_UNSHARED = 1_000_000
-"""How many values a tree may have, plus 16 for each container, when shared ones count wherever they appear."""
+"""How many values a tree may have, plus 16 for each that the file holds, where shared ones count as often as they
+appear."""
+
+BOUND = (
+    "which is more than rankload takes on for a file of its size (docs/safety.md states the bounds). Such a file can "
+    "be sound: save long lists, and dicts of very many values, as tensors, or leave them out of the checkpoint."
+)
+"""How a message goes on that says which bound a file exceeds."""
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -33,7 +40,7 @@ def check_tree(tree: Any, *, name: str) -> None:
     sizes: dict[int, tuple[int, int]] = {}
     roots: list[Any] = [tree]
     seen_objects: set[int] = set()
-    total = 0
+    total = held = 0
     while roots:
         root = roots.pop()
         if isinstance(root, InertObject):
@@ -41,11 +48,13 @@ def check_tree(tree: Any, *, name: str) -> None:
                 seen_objects.add(id(root))
                 roots.extend((root.args, root.kwargs, root.state, root.items, root.entries))
             continue
-        total += _measure(root, sizes, roots, name)
-    if total > MAX_UNSHARED + 16 * len(sizes):
+        values, own = _measure(root, sizes, roots, name)
+        total += values
+        held += own
+    if total > MAX_UNSHARED + 16 * held:
         raise UnsafeError(
-            f"{name}: shared parts make it a tree of {float(min(total, 1 << 1000)):.3g} values, from "
-            f"{len(sizes):,} containers. No checkpoint is written that way: do not trust this file.",
+            f"{name}: shared parts make it a tree of {float(min(total, 1 << 1000)):.3g} values, of which the file "
+            f"holds {held:,}, {BOUND}",
             path=name,
         )
 
@@ -98,15 +107,18 @@ def _key_text(key: Any) -> str:
     return key if isinstance(key, str) else short_repr(key)
 
 
-def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], name: str) -> int:
-    """How many values `root` has, shared ones counted wherever they appear; 1 for a container measured before.
+def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], name: str) -> tuple[int, int]:
+    """How many values `root` has, shared ones counted wherever they appear, and how many that are counted once.
+
+    For a container measured before: 1, and 0.
 
     Adds each container's (values, depth) to `sizes`, by id, and each `InertObject` met to `objects`.
     """
     if not isinstance(root, _CONTAINERS):
-        return 1
+        return 1, 1
     if id(root) in sizes:
-        return 1
+        return 1, 0
+    held = 1
     stack: list[tuple[Any, Iterator[Any]]] = [(root, _children(root))]
     sizes[id(root)] = (0, 0)
     counts = [[1, 1]]
@@ -132,20 +144,20 @@ def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], n
                     objects.append(child)
         else:
             values, depth = counts.pop()
+            held += len(node)
             if depth > MAX_DEPTH:
                 raise _too_deep(name)
             sizes[id(node)] = (values, depth)
             stack.pop()
             if not stack:
-                return values
+                return values, held
             counts[-1][0] += values
             counts[-1][1] = max(counts[-1][1], depth + 1)
 
 
 def _too_deep(name: str) -> UnsafeError:
     return UnsafeError(
-        f"{name}: its containers nest deeper than {MAX_DEPTH} levels. No checkpoint is written that way: do "
-        "not trust this file.",
+        f"{name}: its containers nest deeper than {MAX_DEPTH} levels, {BOUND}",
         path=name,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UnsafeError
+from ...saved.tree import BOUND
 
 MAX_CRAFTED_KEYS = 10_000
 """Dict keys and set members whose hashes a file can make collide: floats, integers of many digits ..."""
@@ -24,10 +25,7 @@ class Budget:
         """Counts bytes that a call copies, or work worth as much. Raises `UnsafeError` beyond the limit."""
         self.copied += nbytes
         if self.copied > self.memory_limit:
-            raise UnsafeError(
-                f"the pickle's calls copy more than {self.memory_limit:,} bytes. No checkpoint is written "
-                "that way: do not trust this file."
-            )
+            raise UnsafeError(f"the calls in its pickle copy more than {self.memory_limit:,} bytes, {BOUND}")
 
     def charge_keys(self, keys: Iterable[Any]) -> None:
         """Counts what hashing `keys` takes, before any of them is hashed.
@@ -40,10 +38,10 @@ class Budget:
             self.charge(50)
             if isinstance(key, tuple):
                 pending.extend(key)
-            elif not isinstance(key, (str, bytes)) and not (isinstance(key, int) and key.bit_length() < 60):
+            elif not isinstance(key, (str, bytes)) and not (isinstance(key, int) and key.bit_length() <= 64):
                 self.crafted_keys += 1
                 if self.crafted_keys > MAX_CRAFTED_KEYS:
                     raise UnsafeError(
-                        "the pickle's sets and dicts have too many members that are neither strings nor "
-                        "small integers. Do not trust this file."
+                        f"its sets and dicts have more than {MAX_CRAFTED_KEYS:,} members whose hashes a file can "
+                        f"choose (floats, large integers ...), {BOUND}"
                     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ...errors import CorruptError, UnsafeError
+from ...saved.tree import BOUND
 from .budget import MAX_CRAFTED_KEYS
 from .opcodes import (
     ARGUMENT_SIZE,
@@ -111,7 +112,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
         step = step_of[op]
         memory += cost[op]
         if memory > memory_limit:
-            faults.unsafe(
+            faults.beyond(
                 at,
                 f"its objects would take more than {memory_limit:,} bytes, for {size:,} bytes of pickle",
             )
@@ -138,7 +139,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
                 grown = index + 1 - len(memo)
                 memory += 24 * grown
                 if memory > memory_limit:
-                    faults.unsafe(at, f"memo index {index:,} would take more than {memory_limit:,} bytes")
+                    faults.beyond(at, f"memo index {index:,} would take more than {memory_limit:,} bytes")
                 memo.extend([-1] * grown)
                 memo[index] = stack[-1]
                 memo_length += 1
@@ -164,8 +165,8 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
             if length > size - pos:
                 faults.truncated(at, length)
             memory += length if length < 64 or op in b"BC\x8e\x96" else arguments.text_memory(pos, length)
-            # Long integers hash to themselves modulo a known prime: their collisions can be chosen.
-            stack.append(CRAFTED if op in b"\x8a\x8b" and length > 7 else pushed[op])
+            # Integers hash to themselves modulo a prime of 61 bits: more than a few collide only where they are longer.
+            stack.append(CRAFTED if op in b"\x8a\x8b" and length > 8 else pushed[op])
             pos += length
 
         elif step == Step.TUPLE:
@@ -323,7 +324,7 @@ class _Entries:
         inside = (deepest >> _DEPTH_SHIFT) << _DEPTH_SHIFT if deepest > 0 else 0
         result = inside + _DEPTH_ONE + outer
         if result >= _TOO_DEEP:
-            self.faults.unsafe(at, f"it nests deeper than {MAX_DEPTH} levels")
+            self.faults.beyond(at, f"it nests deeper than {MAX_DEPTH} levels")
         return result
 
     def fill(self, at: int, stack: list[int], first: int, op: int) -> int:
@@ -367,7 +368,7 @@ class _Entries:
                 self.hash_work += 1 + ((key >> _WEIGHT_SHIFT) & _WEIGHT_MASK)
                 self.crafted_keys += bool(key & CRAFTED)
         if self.hash_work > 1_000_000 + 16 * self.faults.size or self.crafted_keys > MAX_CRAFTED_KEYS:
-            self.faults.unsafe(at, "its dict keys or set members would take beyond reason to hash")
+            self.faults.beyond(at, "its dict keys or set members would take too long to hash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +427,9 @@ class _Faults:
             "The file is truncated or damaged; fetch it again.",
             path=self.name,
         )
+
+    def beyond(self, pos: int, text: str) -> NoReturn:
+        raise UnsafeError(f"{self.where(pos)}: {text}, {BOUND}", path=self.name)
 
     def unsafe(self, pos: int, text: str) -> NoReturn:
         raise UnsafeError(

@@ -32,7 +32,14 @@ from rankload.loader.saved.tree import check_tree, iterate
 from rankload.loader.saved.values import InertObject
 from torch_files import fixture_files, legacy_with, outcome, read_whole, zip_with
 
-SPARE = 64 << 20
+SPARE = 32 << 20
+"""What a process takes besides, such as modules that it imports."""
+
+
+def most(path: Path) -> int:
+    """The bytes that reading the file may take, by docs/safety.md."""
+    size = path.stat().st_size
+    return max(64 << 20, 24 * size) + 2 * size + SPARE
 
 
 class Call:
@@ -254,7 +261,7 @@ def test_bombs(tmp_path: Path, bomb: str, kind: str) -> None:
     path = (zip_with if kind == "zip" else legacy_with)(BOMBS[bomb], tmp_path / "f.pt")
     said, grown, seconds = measured(path)
     assert said in ("UnsafeError", "CorruptError", "read")
-    assert grown <= 2 * path.stat().st_size + SPARE, f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
+    assert grown <= most(path), f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
     assert seconds < 30
 
 
@@ -309,7 +316,7 @@ def test_tensors_without_end(tmp_path: Path, count: int, shape: bytes, expected:
     path = zip_with(many_tensors(count, shape), tmp_path / "f.pt", storages={"0": bytes(16)})
     said, grown, _ = measured(path)
     assert said == expected
-    assert grown <= 2 * path.stat().st_size + SPARE, f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
+    assert grown <= most(path), f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
 
 
 def test_storages_without_end(tmp_path: Path) -> None:
@@ -319,9 +326,7 @@ def test_storages_without_end(tmp_path: Path) -> None:
         path = zip_with(data, tmp_path / "f.pt", storages={"0": bytes(16)})
         said, grown, _ = measured(path)
         assert said == expected
-        assert grown <= 2 * path.stat().st_size + SPARE, (
-            f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
-        )
+        assert grown <= most(path), f"{grown >> 20} MiB for {path.stat().st_size:,} bytes"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +412,7 @@ def test_a_directory_of_millions(tmp_path: Path) -> None:
     path.write_bytes(b"PK\3\4" + directory + end)
     said, grown, _ = measured(path)
     assert said in ("UnsafeError", "CorruptError")
-    assert grown <= 2 * path.stat().st_size + SPARE
+    assert grown <= most(path)
 
 
 def real_pickles(folder: Path) -> list[bytes]:
@@ -485,7 +490,7 @@ def bounded(path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak <= 2 * path.stat().st_size + SPARE
+    assert peak <= most(path)
     assert time.monotonic() - begun < 20
     grown = {name for name in set(sys.modules) - modules if not name.startswith(("torch", "numpy"))}
     assert not grown

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rankload.loader.errors import CorruptError, FormatError, NotFoundError, RankloadError
+from rankload.loader.errors import CorruptError, FormatError, NotFoundError, RankloadError, UnsafeError
 from rankload.loader.formats.sniff import sniff
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.saved.dtypes import ITEMSIZE
@@ -318,3 +318,36 @@ def test_tensors_are_found_with_their_paths(tmp_path: Path) -> None:
     torch.save({"state": {"model": {"a.weight": torch.ones(2)}, "list": [torch.ones(1)]}}, tmp_path / "f.pt")
     found = tensors(read_index(tmp_path / "f.pt").tree)
     assert [name for name, _ in found] == ["state/model/a.weight", "state/list/0"]
+
+
+def test_bounds_follow_what_torch_save_writes(tmp_path: Path) -> None:
+    """Twenty thousand parameters of one element with AdamW's state, and a list of two million numbers."""
+    one = torch.zeros(1)
+    state = {
+        n: {"step": one[0].clone(), "exp_avg": one.clone(), "exp_avg_sq": one.clone()} for n in range(20_000)
+    }
+    torch.save({"state": state, "groups": [{"params": list(range(20_000))}]}, tmp_path / "f.pt")
+    assert len(read_index(tmp_path / "f.pt").tree["state"]) == 20_000
+    torch.save({"order": list(range(2_000_000))}, tmp_path / "g.pt")
+    assert read_index(tmp_path / "g.pt").tree["order"][-1] == 1_999_999
+
+
+@pytest.mark.parametrize("form", ["legacy", "plain"])
+def test_bounds_where_the_file_does_not_say_how_long_its_pickle_is(tmp_path: Path, form: str) -> None:
+    counts = {index: index for index in range(400_000)}
+    if form == "legacy":
+        torch.save(counts, tmp_path / "f.pt", _use_new_zipfile_serialization=False)
+    else:
+        (tmp_path / "f.pt").write_bytes(pickle.dumps(counts, 4))
+    assert len(read_index(tmp_path / "f.pt").tree) == 400_000
+
+
+def test_a_bound_that_is_hit_accuses_nobody(tmp_path: Path) -> None:
+    torch.save([{} for _ in range(400_000)], tmp_path / "f.pt")
+    with pytest.raises(UnsafeError) as caught:
+        read_index(tmp_path / "f.pt")
+    message = str(caught.value)
+    assert "docs/safety.md" in message
+    assert "can be sound" in message
+    assert "trust" not in message
+    assert "attack" not in message
