@@ -7,8 +7,10 @@ from typing import Any
 
 from ..errors import CorruptError
 from ..saved.dtypes import ITEMSIZE
-from ..saved.values import GlobalName
-from .pickle.known import STORAGES
+from ..saved.tensor import StorageRef
+from ..saved.values import GlobalName, InertObject, kind_of
+from .pickle.inert import PickledInertTensor, PickledTensor, QuantizedStorage
+from .pickle.known import QUANTIZED_STORAGES, STORAGES
 
 _LARGEST = 1 << 62
 """Elements; no storage has more."""
@@ -25,6 +27,10 @@ class PersistentId:
     """Elements of ``dtype``."""
     view: tuple[int, int] | None = None
     """First element and count, where a legacy file names a part of the storage."""
+    quantized: str = ""
+    """The dtype of a quantized tensor's storage, whose integers are of ``dtype``."""
+    unknown: str = ""
+    """The storage's class, where it is not known; ``dtype`` says nothing then."""
 
     @property
     def itemsize(self) -> int:
@@ -38,19 +44,40 @@ class PersistentId:
 def read_storage_id(pid: tuple[Any, ...]) -> PersistentId:
     """The parsed ``("storage", class, key, location, numel)``; legacy files add a view, mostly None.
 
-    The form is that of ``persistent_id`` in ``torch/serialization.py``. Raises `CorruptError` where `pid` is not of it,
-    or its class is no storage class.
+    The form is that of ``persistent_id`` in ``torch/serialization.py``. Raises `CorruptError` where `pid` is not of it.
+    A class that is not known damages nothing: only what uses the storage cannot be restored.
     """
     if len(pid) not in (5, 6):
         raise CorruptError("a storage that is not named by class, key, location and size")
     kind, key, _, numel = pid[1:5]
-    if not isinstance(kind, GlobalName) or kind.name not in STORAGES:
-        raise CorruptError(f"a storage of unknown class {getattr(kind, 'name', '')[:80]}")
+    if not isinstance(kind, GlobalName | InertObject):
+        raise CorruptError("a storage that is not named by class, key, location and size")
+    if isinstance(kind, GlobalName) and not kind.name.endswith("Storage"):
+        raise CorruptError(f"a storage of the class {kind.name[:80]}, which is none")
     if isinstance(key, bytes):
         key = key.decode("ascii", "replace")
     if not isinstance(key, str) or len(key) > _LONGEST_KEY or not _is_count(numel):
         raise CorruptError("a storage that is not named by class, key, location and size")
-    return PersistentId(STORAGES[kind.name], key, numel, _view(pid[5]) if len(pid) == 6 else None)
+    view = _view(pid[5]) if len(pid) == 6 else None
+    name = kind_of(kind)
+    if name in STORAGES:
+        return PersistentId(STORAGES[name], key, numel, view)
+    if name in QUANTIZED_STORAGES:
+        quantized, dtype = QUANTIZED_STORAGES[name]
+        return PersistentId(dtype, key, numel, view, quantized)
+    return PersistentId("uint8", key, numel, view, unknown=name)
+
+
+def tensor_over(named: PersistentId, storage: StorageRef, numel: int) -> PickledTensor:
+    """The one-dimensional tensor over `storage`, of `numel` elements of the dtype that it was named with."""
+    if named.quantized:
+        return QuantizedStorage(storage, named.dtype, (numel,), quantized=named.quantized)
+    return PickledTensor(storage, named.dtype, (numel,), (1,))
+
+
+def unknown_storage(named: PersistentId) -> PickledInertTensor:
+    """What stands for a storage whose class is not known."""
+    return PickledInertTensor.unmade(f"storage of class {named.unknown[:200]}")
 
 
 def _view(view: Any) -> tuple[int, int] | None:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
 from ..saved.tensor import StorageRef
 from ..saved.tree import check_tree
-from .pickle.inert import PickledTensor
+from .pickle.inert import PickledInertTensor, PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
 from .plain_pickle import read_plain
 from .sniff import HEAD_BYTES, KINDS, sniff
-from .storage_ids import read_storage_id
+from .storage_ids import read_storage_id, tensor_over, unknown_storage
 from .torch_legacy import read_legacy
 from .torch_zip import OpenFile, ZipRecords, open_local, read_zip
 
@@ -143,8 +143,10 @@ class _ZipStorages:
         self.archive = archive
         self.found: dict[str, StorageRef] = {}
 
-    def find(self, pid: tuple[Any, ...]) -> PickledTensor:
+    def find(self, pid: tuple[Any, ...]) -> PickledTensor | PickledInertTensor:
         named = read_storage_id(pid)
+        if named.unknown:
+            return unknown_storage(named)
         storage = self.found.get(named.key)
         if storage is None:
             record = self.archive.records.get(f"data/{named.key}")
@@ -164,7 +166,7 @@ class _ZipStorages:
                 f"storage {named.key!r} is used as {named.numel:,} elements of {named.dtype}, but has "
                 f"{storage.nbytes:,} bytes"
             )
-        return PickledTensor(storage, named.dtype, (named.numel,), (1,))
+        return tensor_over(named, storage, named.numel)
 
 
 def _memory_limit(file_size: int, pickle_size: int) -> int:

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 from ..errors import CorruptError, FormatError, UnsafeError
 from ..saved.tensor import StorageRef
-from .pickle.inert import PickledTensor
+from .pickle.inert import PickledInertTensor, PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import PickleScan, scan_beginning, scan_pickle
 from .sniff import LEGACY_MAGIC
-from .storage_ids import read_storage_id
+from .storage_ids import read_storage_id, tensor_over, unknown_storage
 
 _PROTOCOL_VERSION = 1001
 _FIRST_WINDOW = 1 << 20
@@ -115,16 +115,21 @@ class _ElementTypes:
         self.size = size
         self.base = base
         self.itemsize: dict[str, int] = {}
+        self.unknown: dict[str, str] = {}
+        """Storages whose class is not known, and so their bytes per element: the class."""
 
-    def note(self, pid: tuple[Any, ...]) -> PickledTensor:
+    def note(self, pid: tuple[Any, ...]) -> PickledTensor | PickledInertTensor:
         named = read_storage_id(pid)
+        if named.unknown:
+            self.unknown.setdefault(named.key, named.unknown)
+            return unknown_storage(named)
         self.itemsize.setdefault(named.key, named.itemsize)
         whole = StorageRef(self.path, named.key, 0, self.size, None)
         if named.nbytes > self.size:
             raise CorruptError(
                 f"storage {named.key!r} claims {named.nbytes:,} bytes, in a file of {self.size:,}"
             )
-        return PickledTensor(whole, named.dtype, (named.numel,), (1,))
+        return tensor_over(named, whole, named.numel)
 
 
 def _place_storages(
@@ -136,6 +141,14 @@ def _place_storages(
     position = start
     for key in keys:
         itemsize = types.itemsize.get(key)
+        if itemsize is None and key in types.unknown:
+            raise FormatError(
+                f"{name}: storage {key[:80]!r} is of class {types.unknown[key][:200]}, whose bytes per element are not "
+                "known. The format before torch 1.6 states no sizes in bytes, so that nothing after it can be found: "
+                "load the file with the torch that wrote it, and save it again in the format of torch 1.6 or newer, or "
+                "without that tensor.",
+                path=name,
+            )
         if itemsize is None or key in places:
             raise CorruptError(
                 f"{name}: it lists storage {key[:80]!r}, which no tensor uses once.", path=name
@@ -166,8 +179,10 @@ class _Places:
     def __init__(self, places: dict[str, StorageRef]) -> None:
         self.places = places
 
-    def find(self, pid: tuple[Any, ...]) -> PickledTensor:
+    def find(self, pid: tuple[Any, ...]) -> PickledTensor | PickledInertTensor:
         named = read_storage_id(pid)
+        if named.unknown:
+            return unknown_storage(named)
         place = self.places.get(named.key)
         if place is None:
             raise CorruptError(f"a tensor's storage {named.key!r} is not in the file")
@@ -185,4 +200,4 @@ class _Places:
                 count * named.itemsize,
                 None,
             )
-        return PickledTensor(place, named.dtype, (count,), (1,))
+        return tensor_over(named, place, count)

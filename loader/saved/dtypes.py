@@ -12,6 +12,7 @@ ITEMSIZE: dict[str, int] = {
     "float8_e4m3fnuz": 1,
     "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
     "complex32": 4,
     "complex64": 8,
     "complex128": 16,
@@ -24,6 +25,11 @@ ITEMSIZE: dict[str, int] = {
     "uint32": 4,
     "uint64": 8,
     "bool": 1,
+    "bits8": 1,
+    "bits16": 2,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
 }
 """Bytes per element, by dtype: the name that follows ``torch.``."""
 
@@ -44,6 +50,12 @@ STORAGE_DTYPE: dict[str, str] = {
 }
 """The dtype of each storage class that torch's pickles name."""
 
+QUANTIZED_STORAGE: dict[str, tuple[str, str]] = {
+    "QInt8Storage": ("qint8", "int8"),
+    "QUInt8Storage": ("quint8", "uint8"),
+    "QInt32Storage": ("qint32", "int32"),
+}
+"""Of the storage classes of quantized tensors: the dtype of the tensor, and that of the integers which it keeps."""
 
 _EXACT_INTEGERS: dict[str, int] = {
     "float64": 53,
@@ -65,7 +77,7 @@ _EXACT_INTEGERS: dict[str, int] = {
 
 def dtype_kind(dtype: str) -> str:
     """``float``, ``complex``, ``integer`` (``bool`` too), or the dtype itself where it is of no such kind."""
-    if dtype.startswith(("float", "bfloat")):
+    if dtype.startswith(("float", "bfloat")) and dtype != "float4_e2m1fn_x2":  # two numbers in each element
         return "float"
     if dtype.startswith("complex"):
         return "complex"

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CorruptError, UnsafeError
 from .tensor import SavedTensor, StorageRef
-from .values import UNSUPPORTED, GlobalName, InertArray, InertObject
+from .values import UNSUPPORTED, GlobalName, InertArray, InertObject, kind_of
 
 MAX_DEPTH = 200
 MAX_UNSHARED = 1_000_000
@@ -86,15 +86,20 @@ def storages(tree: Any) -> list[StorageRef]:
     return list(dict.fromkeys(each for _, tensor in tensors(tree) for each in tensor.storages))
 
 
-def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
-    """(path, global name) of every value whose class or function is not known, in order."""
-    found = []
+def unknown_values(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that cannot be made real, with its path, in order: of an unknown class, or a tensor or array of a
+    kind that is not restored."""
     for where, value in iterate(tree, path=path):
-        if isinstance(value, (InertObject, GlobalName)) and not value.known:
-            found.append((where, value.name if isinstance(value, GlobalName) else value.global_name))
+        if isinstance(value, InertObject | GlobalName):
+            if not value.known:
+                yield where, value
         elif isinstance(value, InertArray) and value.dtype == UNSUPPORTED:
-            found.append((where, "numpy.ndarray of objects"))
-    return found
+            yield where, value
+
+
+def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
+    """(path, what it is) of every value of `unknown_values`: the name of its class or function, where it has one."""
+    return [(where, kind_of(value)) for where, value in unknown_values(tree, path=path)]
 
 
 def join_path(path: str, key: Any) -> str:

@@ -20,8 +20,8 @@ class InertObject:
     """An object as its pickle describes it: the class or function that the pickle calls, which is never called here.
 
     ``global_name`` is ``module.qualified_name``. ``known`` is True for those that real checkpoints hold
-    (`formats.pickle.known`). Any other that is still in the tree after ``ignore_keys`` is an error, unless
-    ``safe_types`` allows its name.
+    (`formats.pickle.known`). Any other is an error where it would be restored, unless ``safe_types`` allows its
+    name, and stays as it is elsewhere.
     """
 
     global_name: str
@@ -35,6 +35,23 @@ class InertObject:
     known: bool = False
     via_new: bool = False
     """Whether the pickle makes it by ``cls.__new__(cls, *args)`` instead of ``cls(*args)``."""
+
+
+@dataclass(slots=True, eq=False)
+class InertTensor(InertObject):
+    """A tensor whose values are not the bytes of one storage: sparse, quantized, conjugated, a shard, of a subclass ...
+
+    Where ``known``, `materialize.objects` makes it as a whole of the saved tensors in ``args``, as the torch function
+    ``global_name`` does; `dtype`, `shape` and `layout` are checked against what they hold. Others cannot be made, and
+    only `kind` says what they are.
+    """
+
+    kind: str = "tensor of an unknown kind"
+    """What messages call it, after "a"."""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    layout: str = "strided"
+    """``strided``, ``sparse_coo``, ``sparse_csr`` and so on, or ``quantized``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +80,22 @@ def kind_of(value: Any) -> str:
     """What `value` was to whoever saved it, for messages: ``tensor``, ``NumPy array``, or the name of its class."""
     if isinstance(value, SavedTensor):
         return "tensor"
+    if isinstance(value, InertTensor):
+        return value.kind
     if isinstance(value, InertArray):
-        return "NumPy array"
+        return "NumPy array" if value.dtype != UNSUPPORTED else "NumPy array of Python objects"
     if isinstance(value, InertObject):
         return value.global_name
     if isinstance(value, GlobalName):
         return value.name
     return type(value).__name__
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` was a tensor when it was saved, whether or not it can be restored."""
+    return isinstance(value, SavedTensor | InertTensor)
+
+
+def can_be_restored(value: Any) -> bool:
+    """Whether `value` is a tensor that can be restored, piece by piece or made as a whole."""
+    return isinstance(value, SavedTensor) or (isinstance(value, InertTensor) and value.known)

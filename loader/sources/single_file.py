@@ -19,8 +19,7 @@ from ..saved.demand import Demand
 from ..saved.names import EXTRA_STATE
 from ..saved.node_file import NodeFile
 from ..saved.random_states import are_random_states
-from ..saved.tensor import SavedTensor
-from ..saved.values import kind_of
+from ..saved.values import can_be_restored, is_tensor, kind_of
 from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, not_a_dict, obstacle
 
@@ -289,18 +288,18 @@ def _fits(role: str, value: Any) -> bool:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Whether `value` can be a module's state dict: its keys are strings, and some of its values tensors."""
+    """Whether `value` can be a module's state dict: its keys are strings, and some values tensors."""
     return (
         isinstance(value, Mapping)
         and bool(value)
         and all(isinstance(key, str) for key in value)
-        and any(isinstance(item, SavedTensor) for item in value.values())
+        and any(can_be_restored(item) for item in value.values())
     )
 
 
 def _is_weight(key: Any, value: Any) -> bool:
     """Whether a state dict can hold `value` under `key`: a tensor, or a module's extra state."""
-    return isinstance(key, str) and (isinstance(value, SavedTensor) or key.rpartition(".")[2] == EXTRA_STATE)
+    return isinstance(key, str) and (is_tensor(value) or key.rpartition(".")[2] == EXTRA_STATE)
 
 
 def _is_optimizer_state(value: Any) -> bool:

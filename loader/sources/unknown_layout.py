@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..saved.tensor import SavedTensor
-from ..saved.values import GlobalName, InertArray, InertObject, kind_of
+from ..saved.values import GlobalName, InertArray, InertObject, InertTensor, can_be_restored, kind_of
 
 __all__ = ["describe", "is_emptied_by_zero", "is_one_file_of_zero", "kind_name", "not_a_dict", "obstacle"]
 
@@ -109,7 +109,7 @@ def _at_model_key(tree: Mapping[Any, Any], file: str, model_keys: tuple[str, ...
 
 def _at_root(tree: Mapping[Any, Any], file: str) -> str | None:
     """For a state dict in which some values are no tensors, or all are arrays or the like."""
-    tensors = [key for key, value in tree.items() if isinstance(value, SavedTensor)]
+    tensors = [key for key, value in tree.items() if can_be_restored(value)]
     others = [f"{key!r} ({kind_name(value)})" for key, value in tree.items() if key not in set(tensors)]
     if tensors:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
@@ -173,11 +173,9 @@ def describe(value: Any) -> str:
 
 
 def kind_name(value: Any) -> str:
-    """`kind_of`, but for a tensor that torch rebuilds through a function the name of the tensor's class."""
-    if isinstance(value, InertObject) and value.global_name.startswith(("torch._utils.", "torch._tensor.")):
-        for one in value.args:
-            if isinstance(one, GlobalName) and one.name.rpartition(".")[2][:1].isupper():
-                return one.name
+    """`kind_of`, but for a tensor that cannot be restored the name of its class, where it has one of its own."""
+    if isinstance(value, InertTensor) and not value.known and value.global_name:
+        return value.global_name
     return kind_of(value)
 
 
@@ -222,7 +220,7 @@ def _state_dicts(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, i
     """Where dicts of names and tensors lie below `value`, and how many tensors each has; optimizers' state left out."""
     if not isinstance(value, Mapping) or depth > _DEPTH or _is_optimizer(value):
         return
-    count = sum(isinstance(one, SavedTensor) for one in value.values())
+    count = sum(can_be_restored(one) for one in value.values())
     if path and count and all(isinstance(key, str) for key in value):
         yield path, count
         return

@@ -92,6 +92,10 @@ def _scalar(budget: Any, dtype: Any, data: Any = b"") -> PickledArray:
 def _set(
     array: PickledArray, dtype: Any, shape: Any, data: Any, fortran_order: bool, *, scalar: bool
 ) -> None:
+    if isinstance(dtype, PickledObject) and not isinstance(dtype, PickledDtype):
+        # Of a class of its own, as numpy.dtypes.StringDType and those of other packages are.
+        array.set(UNSUPPORTED, (), b"", False, scalar)
+        return
     if not isinstance(dtype, PickledDtype):
         raise CorruptError("a NumPy array without a dtype")
     if isinstance(shape, int):

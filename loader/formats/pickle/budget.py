@@ -20,12 +20,25 @@ class Budget:
     memory_limit: int
     copied: int = 0
     crafted_keys: int = 0
+    rebuilt: int = 0
 
     def charge(self, nbytes: int) -> None:
         """Counts bytes that a call copies, or work worth as much. Raises `UnsafeError` beyond the limit."""
         self.copied += nbytes
         if self.copied > self.memory_limit:
             raise UnsafeError(f"the calls in its pickle copy more than {self.memory_limit:,} bytes, {BOUND}")
+
+    def charge_rebuilt(self, nbytes: int) -> None:
+        """Counts the bytes of a tensor that will be made of others, such as a sparse one.
+
+        Those of a sound file have storages of their own, so that all of them together are no more than the file. Raises
+        `UnsafeError` beyond the limit.
+        """
+        self.rebuilt += nbytes
+        if self.rebuilt > self.memory_limit:
+            raise UnsafeError(
+                f"its sparse and quantized tensors would take more than {self.memory_limit:,} bytes, {BOUND}"
+            )
 
     def charge_keys(self, keys: Iterable[Any]) -> None:
         """Counts what hashing `keys` takes, before any of them is hashed.

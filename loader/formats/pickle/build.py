@@ -3,8 +3,9 @@ Free of torch.
 
 `BUILDERS` has the stand-ins by name: this module's own for Python's types (dicts, sets, bytes, dates), and those of
 `tensors` and `arrays`. A stand-in checks its arguments, which are the file's, and raises `CorruptError` where they do
-not fit; none runs anything of the file's choosing. The call of a name without a stand-in becomes a `PickledObject`:
-nothing is refused here for being unknown.
+not fit; none runs anything of the file's choosing. The call of a name without a stand-in, or with arguments that it
+does not know, becomes a `PickledObject`, or a `PickledInertTensor` where it rebuilds a tensor: nothing is refused here
+for being unknown.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import CorruptError
-from ...saved.values import GlobalName
+from ...saved.values import GlobalName, InertObject
 from .arrays import NUMPY_BUILDERS
 from .budget import Budget
 from .inert import Ordered, PickledGlobal, PickledObject, Text
 from .known import KNOWN_OBJECTS
-from .tensors import TENSOR_BUILDERS
+from .tensors import TENSOR_BUILDERS, rebuilds_tensors, rebuilt_by, torch_size
 
 _TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
 
@@ -31,7 +32,16 @@ def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     function = BUILDERS.get(name)
     if function is not None and not kwargs:
-        return function(budget, *args)
+        try:
+            return function(budget, *args)
+        except CorruptError:
+            # What an argument that cannot be made would have been, the stand-in cannot know.
+            if not any(isinstance(arg, InertObject) and not arg.known for arg in args):
+                raise
+        except TypeError:
+            pass  # a call in a form that this version does not know, as of a newer torch's function
+    if name in TENSOR_BUILDERS or rebuilds_tensors(name):
+        return rebuilt_by(name)
     return PickledObject(
         global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
     )
@@ -127,8 +137,10 @@ def _bytearray(budget: Budget, value: Any = b"", encoding: Any = None) -> bytear
 
 
 def _encode(budget: Budget, text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
-        raise CorruptError("bytes in an encoding other than latin1")
+    if not isinstance(text, str):
+        raise CorruptError("bytes that are made from something other than text")
+    if encoding not in ("latin1", "latin-1", "iso-8859-1"):
+        raise TypeError("an encoding that no pickler uses")
     budget.charge(len(text))
     return text.encode("latin1")
 
@@ -163,6 +175,7 @@ def _time(kind: type) -> Callable[..., Any]:
 BUILDERS: dict[str, Callable[..., Any]] = {
     **TENSOR_BUILDERS,
     **NUMPY_BUILDERS,
+    "torch.Size": torch_size,
     "torch.torch_version.TorchVersion": _text,
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": _defaultdict,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ...errors import UnsafeError
 from ...saved.regions import whole_box
 from ...saved.tensor import Piece, SavedTensor, StorageRef
-from ...saved.values import GlobalName, InertArray, InertObject
+from ...saved.values import GlobalName, InertArray, InertObject, InertTensor
 
 
 class PickledGlobal(GlobalName):
@@ -126,11 +126,64 @@ class PickledTensor(SavedTensor):
             self.storage, self.dtype, self.shape, self._stride, self._offset, requires_grad=requires_grad
         )
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it has more elements than its storage, some of them several times (``expand``)."""
+        return self.nbytes > self.storage.nbytes
+
     def __setstate__(self, state: Any) -> None:
         _refuse("a tensor")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SavedTensor, (self.dtype, self.shape, self.pieces, self.requires_grad)
+
+
+class QuantizedStorage(PickledTensor):
+    """The integers in the storage of a quantized tensor, and the `quantized` dtype that the storage's class names."""
+
+    __slots__ = ("quantized",)
+    quantized: str
+
+    def __init__(self, storage: StorageRef, dtype: str, shape: tuple[int, ...], *, quantized: str) -> None:
+        super().__init__(storage, dtype, shape, (1,))
+        object.__setattr__(self, "quantized", quantized)
+
+
+class PickledInertTensor(InertTensor):
+    """A tensor that is not the bytes of one storage; it can no longer be changed."""
+
+    __slots__ = ()
+
+    @classmethod
+    def unmade(cls, kind: str, global_name: str = "") -> PickledInertTensor:
+        """One that cannot be made real; `global_name` is its class, where it has one of its own.
+
+        It keeps none of its fields: they may be gigabytes that nobody asked for.
+        """
+        return cls(global_name=global_name, kind=kind)
+
+    def __setstate__(self, state: Any) -> None:
+        if self.known:
+            _refuse("a tensor")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_tensor, (
+            self.global_name,
+            self.args,
+            self.known,
+            self.kind,
+            self.dtype,
+            self.shape,
+            self.layout,
+        )
+
+
+def _inert_tensor(
+    name: str, args: tuple[Any, ...], known: bool, kind: str, dtype: str, shape: tuple[int, ...], layout: str
+) -> InertTensor:
+    return InertTensor(
+        global_name=name, args=args, known=known, kind=kind, dtype=dtype, shape=shape, layout=layout
+    )
 
 
 class PickledArray(InertArray):

@@ -7,7 +7,7 @@ holds. A name off the list is kept as unknown; `materialize.safe_types.require_s
 
 from __future__ import annotations
 
-from ...saved.dtypes import ITEMSIZE, STORAGE_DTYPE
+from ...saved.dtypes import ITEMSIZE, QUANTIZED_STORAGE, STORAGE_DTYPE
 
 DTYPES: dict[str, str] = {f"torch.{name}": name for name in ITEMSIZE}
 """``torch.float32`` to ``float32``."""
@@ -17,6 +17,10 @@ STORAGES: dict[str, str] = {f"torch.{name}": dtype for name, dtype in STORAGE_DT
 }
 """Storage classes to the names of their element types."""
 
+QUANTIZED_STORAGES: dict[str, tuple[str, str]] = {
+    f"torch.{name}": dtypes for name, dtypes in QUANTIZED_STORAGE.items()
+}
+
 TENSOR_CLASSES = frozenset(
     {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch._tensor.Tensor"}
 )
@@ -24,7 +28,7 @@ TENSOR_CLASSES = frozenset(
 PLAIN_TYPES = frozenset(
     f"builtins.{name}"
     for name in ("int", "float", "str", "bool", "bytes", "complex", "list", "dict", "tuple", "set", "object")
-)
+) | {"typing.Any"}
 """Classes that may be values of a tree themselves, as a defaultdict's factory is."""
 
 NUMPY_TYPES = frozenset(
@@ -88,6 +92,7 @@ STANDARD = frozenset(
         "types.SimpleNamespace",
         "builtins.range",
         "builtins.slice",
+        "_io.BytesIO",
         "collections.deque",
         *(
             f"pathlib.{name}"
@@ -133,7 +138,7 @@ _PYTHON_2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
 
 def canonical(module: str, name: str) -> str:
     """``module.name`` as it is spelt today, for names that have moved since an older Python, NumPy or Lightning."""
-    if module == "torch.cuda" and name not in STORAGE_DTYPE:
+    if module == "torch.cuda" and name not in STORAGE_DTYPE and name not in QUANTIZED_STORAGE:
         return f"{module}.{name}"
     if module == "__builtin__":
         name = _PYTHON_2_NAMES.get(name, name)

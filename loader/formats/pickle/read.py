@@ -20,12 +20,12 @@ from typing import Any
 from ...errors import CorruptError, RankloadError, UnsafeError
 from .budget import Budget
 from .build import make, new_object
-from .inert import PickledGlobal, PickledObject, PickledTensor
+from .inert import PickledGlobal, PickledInertTensor, PickledObject, PickledTensor
 from .known import KNOWN_VALUES, canonical
 from .opcodes import MAX_NAME
 from .scan import PickleScan
 
-StorageFinder = Callable[[tuple[Any, ...]], PickledTensor]
+StorageFinder = Callable[[tuple[Any, ...]], PickledTensor | PickledInertTensor]
 """Returns the one-dimensional tensor over the storage that a persistent id ``("storage", ...)`` names."""
 
 StorageLoader = Callable[[bytes], PickledTensor]

@@ -10,7 +10,7 @@ from rankload.loader import State, load
 from rankload.loader.errors import CorruptError, FormatError
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.tensor import SavedTensor, StorageRef
-from rankload.loader.saved.values import GlobalName, InertArray, InertObject
+from rankload.loader.saved.values import InertArray, InertObject, InertTensor
 from rankload.loader.sources.single_file import read_layout
 
 
@@ -106,9 +106,7 @@ def test_a_whole_pickled_model_is_refused_by_name() -> None:
 
 ARRAY = InertArray("<f4", (1,), b"\0\0\0\0")
 MODULE = InertObject("my.Net", state={"_modules": {}, "_parameters": {}})
-DTENSOR = InertObject(
-    "torch._utils._rebuild_wrapper_subclass", (GlobalName("torch.distributed.tensor.DTensor"), "float32")
-)
+DTENSOR = InertTensor("torch.distributed.tensor.DTensor", kind="DTensor, one rank's shard of a tensor")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +146,8 @@ DTENSOR = InertObject(
             r"1 tensor at its top level, .*'epoch' \(int\).*\"model\": \"/\"",
         ),
         (
-            {"w": tensor(), "v": DTENSOR},
-            r"'v' \(torch\.distributed\.tensor\.DTensor\)\. .*full_state_dict=True",
+            {"w": tensor(), "v": DTENSOR, "epoch": 3},
+            r"'v' \(torch\.distributed\.tensor\.DTensor\), 'epoch' .*full_state_dict=True",
         ),
         ([tensor(), 3], "holds a list without names: 1 of type tensor, 1 of type int, expected a dict"),
         (tensor(), "f holds a tensor, expected a dict"),
