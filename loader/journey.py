@@ -78,7 +78,8 @@ class LoadResult:
             checkpoint has none, or when ``rng`` is ignored.
         receipt: what was restored, from which bytes, and what was not; the same on every rank.
         extra: top-level entries of the checkpoint that are no part of `State`, as real values: a hand-written file's
-            ``epoch``, DeepSpeed's ``client_state``.
+            ``epoch``, DeepSpeed's ``client_state``. What cannot be made real there stays a description: an object of a
+            type that is neither known nor in ``safe_types`` is an ``InertObject`` with its ``global_name`` and fields.
     """
 
     rng_states: list[RngState] | None
@@ -355,9 +356,8 @@ def _check(
     """
     safe_types = request.options.safe_types
     with files.context.stages.stage("check"):
-        for part, tree in _wanted_parts(saved, weights_only=request.weights_only).items():
-            require_safe(tree, path=part, safe_types=safe_types, file=files.file_of(tree))
         plan = target.plan(saved)
+        _refuse_unknown(plan, saved, request, files)
         plan.mismatch.raise_if_any(
             saved.name,
             strict=request.strict,
@@ -375,7 +375,9 @@ def _check(
                     warnings.warn(
                         f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3
                     )
-            extra = materialize(saved.extra, reader=reader, safe_types=safe_types, file=saved.name)
+            extra = materialize(
+                saved.extra, reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
+            )
     return _Checked(plan, reads, rng, extra)
 
 
@@ -423,11 +425,16 @@ def _ignored_ranks(ignored: Ignored) -> list[int]:
     return sorted(int(position) for position in found if position.isdigit())
 
 
-def _wanted_parts(saved: Saved, *, weights_only: bool) -> dict[str, Any]:
-    """The parts of the checkpoint whose types must be safe, since they will be made real, by key."""
-    if weights_only:
-        return {"state/model": saved.state.get("model")}
-    return {**saved.extra, "state": saved.state, "rng": saved.rng}
+def _refuse_unknown(plan: Plan, saved: Saved, request: LoadRequest, files: CheckpointFiles) -> None:
+    """Raises as `require_safe` for what `plan` makes real. Parts that the job has no place for may hold anything."""
+    trees = dict(plan.trees)
+    if plan.rest is not None:
+        # What algorithms bring is planned after the first change, which would be too late to refuse it.
+        trees.update(
+            {"state/model": saved.state.get("model")} if request.weights_only else {"state": saved.state}
+        )
+    file = files.file_of(list(trees.values()))
+    require_safe(trees, safe_types=request.options.safe_types, file=file)
 
 
 def _restore(

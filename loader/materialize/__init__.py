@@ -6,8 +6,8 @@
 - `storages.StorageReader` does the reading below it: each storage once and in order, from the node's file or directly
   from the store. It waits for bytes that have not landed, and sums bytes for the checksums.
 - `objects.materialize` makes a whole tree real: random states, schedulers, ``extra``. `safe_types.require_safe` refuses
-  the tree first if it holds a type that is neither known nor allowed; then its storages are read, by the same
-  `saved.copies.copies_of_tree` as they were planned by, and its values made.
+  the tree first if it holds a type that is neither known nor allowed (in ``extra``, such values stay inert); then its
+  storages are read, by the same `saved.copies.copies_of_tree` as they were planned by, and its values made.
 
 Not guaranteed: a rollback. When `CorruptError` is raised, destinations may have been written. A storage that several
 ranks sum together is not compared here (`verify.checks` does that). A reader is for one thread; nothing here waits for

@@ -16,23 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
+from ..errors import CorruptError, FormatError, RankloadError
 from ..formats.pickle.arrays import PickledDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
 from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
 from ..saved.copies import apart, copies_of_tree, shared
 from ..saved.random_states import check_generator_state
 from ..saved.tensor import SavedTensor, StorageRef
-from ..saved.tree import join_path
+from ..saved.tree import join_path, unknown_values
 from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject
-from .safe_types import SafeTypes, require_safe, unsafe
+from .safe_types import SafeTypes, require_safe
 from .tensors import TensorReader, torch_dtype
 
 MAX_DEPTH = 300
 """More than `saved.tree.MAX_DEPTH`, which does not count the levels of objects' fields."""
-_PLAIN_TYPES: dict[str, type] = {
-    f"builtins.{kind.__name__}": kind
-    for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
+_PLAIN_TYPES: dict[str, Any] = {
+    **{
+        f"builtins.{kind.__name__}": kind
+        for kind in (int, float, str, bool, bytes, complex, list, dict, tuple, set, object)
+    },
+    "typing.Any": Any,
 }
 
 
@@ -44,6 +47,7 @@ def materialize(
     path: str = "",
     file: str = "",
     device: str | torch.device = "cpu",
+    keep_unknown: bool = False,
 ) -> Any:
     """`tree` as real objects, with its tensors read by `reader` onto `device`.
 
@@ -52,13 +56,18 @@ def materialize(
     become their values; other known objects stay `InertObject`, with real fields. A type in `safe_types` is constructed
     as its pickle asks. `file` and `path` (the tree's own place in the file) are for messages.
 
-    Raises `UnsafeError`, before anything is read, where the tree holds a type that is neither known nor allowed;
-    `CorruptError` where bytes are missing or differ from their checksum, or a known object's fields do not fit it;
-    `FormatError` where constructing an allowed type fails; `LayoutError` where elements were saved in files not read.
+    With `keep_unknown`, what cannot be made real stays what it is, with real fields: an `InertObject`, a `GlobalName`,
+    an `InertTensor` or `InertArray`.
+
+    Raises as `require_safe`, before anything is read, unless `keep_unknown`; `CorruptError` where bytes are missing or
+    differ from their checksum, or a known object's fields do not fit it; `FormatError` where constructing an allowed
+    type fails; `LayoutError` where elements were saved in files not read.
     """
     allowed = SafeTypes(safe_types)
-    require_safe(tree, safe_types=allowed, file=file, path=path)
-    return _Materializer(_read(tree, path, reader, device), allowed, file, device).real(tree, path, 0)
+    if not keep_unknown:
+        require_safe({path: tree}, safe_types=allowed, file=file)
+    made = _Materializer(_read(tree, path, reader, device), allowed, file, device, keep_unknown)
+    return made.real(tree, path, 0)
 
 
 def _read(
@@ -85,8 +94,10 @@ class _Materializer:
         allowed: SafeTypes,
         file: str,
         device: str | torch.device,
+        keep_unknown: bool,
     ) -> None:
         self.read = read
+        self.keep_unknown = keep_unknown
         self.device = device
         self.allowed = allowed
         self.file = file
@@ -99,6 +110,8 @@ class _Materializer:
             return value
         if id(value) in self.made:
             return self.made[id(value)]
+        if self.keep_unknown and depth > MAX_DEPTH:
+            return value
         if id(value) in self.open or depth > MAX_DEPTH:
             raise CorruptError(
                 f"{self.file}: {path} contains itself, or nests deeper than {MAX_DEPTH} levels",
@@ -116,7 +129,11 @@ class _Materializer:
         if isinstance(value, TorchSize):
             return torch.Size(value)
         if isinstance(value, (list, tuple)):
-            items = [self.real(item, join_path(path, index), depth) for index, item in enumerate(value)]
+            items: list[Any] = []
+            if isinstance(value, list):
+                # As for dicts, an object among its items may refer to it.
+                self.made[id(value)] = items
+            items.extend(self.real(item, join_path(path, index), depth) for index, item in enumerate(value))
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, (set, frozenset)):
             members = [self.real(item, path, depth) for item in value]
@@ -126,7 +143,7 @@ class _Materializer:
         if isinstance(value, InertArray):
             return _array(value)
         if isinstance(value, GlobalName):
-            return self._global(value, path)
+            return self._global(value)
         if isinstance(value, InertObject):
             return self._object(value, path, depth)
         return str(value) if isinstance(value, Text) else value
@@ -156,37 +173,36 @@ class _Materializer:
             result.set_(memory.untyped_storage(), offset, value.shape, piece.stride)
         return result.requires_grad_(value.requires_grad)
 
-    def _global(self, value: GlobalName, path: str) -> Any:
+    def _global(self, value: GlobalName) -> Any:
         if value.name in self.allowed:
             return self.allowed.type(value.name)
         if value.name in DTYPES:
             return torch_dtype(DTYPES[value.name])
-        if value.name in PLAIN_TYPES:
-            return _PLAIN_TYPES[value.name]
-        if not value.known:
-            raise unsafe(path, value.name, self.file)
-        return value
+        return _PLAIN_TYPES[value.name] if value.name in PLAIN_TYPES else value
 
     def _object(self, value: InertObject, path: str, depth: int) -> Any:
         name = value.global_name
-        if name in self.allowed:
+        if name in self.allowed and not (self.keep_unknown and self._holds_unknown(value)):
             return self._construct(value, path, depth)
-        if not value.known:
-            raise unsafe(path, name, self.file)
-        if isinstance(value, PickledDtype):
-            if value.text == UNSUPPORTED:
-                raise unsafe(path, "numpy.dtype of objects", self.file)
+        if isinstance(value, PickledDtype) and value.text != UNSUPPORTED:
             return np.dtype(value.text)
-        fields = InertObject(
-            name,
-            self.real(value.args, path, depth),
-            self.real(value.kwargs, path, depth),
-            self.real(value.state, path, depth),
-            self.real(value.items, path, depth),
-            self.real(value.entries, path, depth),
-            known=True,
-            via_new=value.via_new,
-        )
+        if isinstance(value, PickledDtype) and not self.keep_unknown:
+            raise FormatError(
+                f"{self.file}: {path} holds a numpy.dtype of Python objects or of several fields, which is not "
+                f"restored; leave it out with ignore_keys=[{path!r}]",
+                path=self.file,
+            )
+        fields = InertObject(name, known=value.known, via_new=value.via_new)
+        if not value.known:
+            # Nothing is made of it, so that what it holds may refer to it.
+            self.made[id(value)] = fields
+        fields.args = self.real(value.args, path, depth)
+        fields.kwargs = self.real(value.kwargs, path, depth)
+        fields.state = self.real(value.state, path, depth)
+        fields.items = self.real(value.items, path, depth)
+        fields.entries = self.real(value.entries, path, depth)
+        if not value.known:
+            return fields
         try:
             make = _KNOWN_OBJECTS.get(name)
             return fields if make is None else make(fields)
@@ -198,6 +214,11 @@ class _Materializer:
                 f"{str(error)[:200]})",
                 path=self.file,
             ) from error
+
+    def _holds_unknown(self, value: InertObject) -> bool:
+        """Whether an object of an allowed type holds what cannot be made real, so that it cannot either."""
+        fields = (value.args, value.kwargs, value.state, value.items, value.entries)
+        return any(not self.allowed.allows(each) for _, each in unknown_values(fields))
 
     def _construct(self, value: InertObject, path: str, depth: int) -> Any:
         """An object of an allowed type, made as Python's unpickler would make it."""
@@ -241,7 +262,7 @@ def _set_state(target: Any, state: Any) -> None:
 
 def _array(value: InertArray) -> Any:
     if value.dtype == UNSUPPORTED:
-        raise UnsafeError("an array of Python objects cannot be made")
+        return value
     array = np.frombuffer(bytearray(value.data), dtype=np.dtype(value.dtype))
     array = array.reshape(value.shape, order="F" if value.fortran_order else "C")
     return array[()] if value.scalar else array

@@ -113,6 +113,11 @@ class Plan:
             )
         )
 
+    @property
+    def trees(self) -> dict[str, Any]:
+        """Everything that the steps make real, by place."""
+        return {path: tree for step in self.steps for path, tree in step.trees.items()}
+
     def joined(self, other: Plan) -> Plan:
         """Both plans as one: the steps of `other` come after."""
         mismatch = Mismatch()

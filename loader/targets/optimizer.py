@@ -21,7 +21,7 @@ from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
 from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.tree import join_path
-from ..saved.values import kind_of
+from ..saved.values import InertTensor, kind_of
 from ..state import as_list, by_class_name
 from .base import Plan, RestoreOptions, Work
 from .dtensor import dtype_name, is_dtensor, kept_part, local_part, shape_of
@@ -298,6 +298,9 @@ def plan_optimizer(
     """
     plan = OptimizerPlan(optimizer, name, own_name or name, hyperparameters)
     own = plan.parameters
+    if not isinstance(whole, Mapping) or not isinstance(saved, Mapping):
+        plan.mismatch.wrong.append(f"{plan.at}: expected a dict, got a {kind_of(whole)}")
+        return plan
     for state in (saved.get("state", {}), whole.get("state", {})):
         if not isinstance(state, Mapping):
             plan.mismatch.wrong.append(f"{plan.at}/state: expected a dict, got a {kind_of(state)}")
@@ -479,6 +482,12 @@ def _entries(
     for name, value in whole.items():
         if name != STEP and isinstance(value, SavedTensor) and shape is not None:
             value = of_one_element(value, shape)
+        if isinstance(value, InertTensor) and not value.known and (name in left or name not in current):
+            plan.mismatch.wrong.append(
+                f"{at}/{name}: a {value.kind}, which is not restored; to load without the optimizer's state, pass "
+                f"ignore_keys=['state/{plan.at}/state']"
+            )
+            continue
         if name in left:
             entries[name] = value
         elif name in current:

@@ -92,7 +92,7 @@ def flip_a_storage_byte(data: bytes) -> bytes:
 
 def poisoned(canary: Path) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"state": {"model": {"w": torch.zeros(2)}, "callbacks": Payload(canary)}, "rng": None}, buffer)
+    torch.save({"state": {"model": {"w": torch.zeros(2)}, "timestamp": Payload(canary)}, "rng": None}, buffer)
     return buffer.getvalue()
 
 
@@ -114,7 +114,8 @@ def test_faults_of_a_single_file(plain: Path, tmp_path: Path) -> None:
         return path
 
     hostile = tmp_path / "hostile.pt"
-    torch.save({**contents, "callbacks": {"nested": [Payload(canary)]}}, hostile)
+    groups = [{**contents["optimizer"]["param_groups"][0], "foreach": [Payload(canary)]}]
+    torch.save({**contents, "optimizer": {**contents["optimizer"], "param_groups": groups}}, hostile)
     flipped = variant("flipped", flip_a_storage_byte(data))
     served = {
         "/short.pt": Served(data, truncate_to=len(data) // 2),
@@ -147,7 +148,10 @@ def test_faults_of_a_single_file(plain: Path, tmp_path: Path) -> None:
             "cut in the index": ("CorruptError", ("cut1.pt",)),
             "cut in half": ("CorruptError", ("cut2.pt",)),
             "cut early": ("CorruptError", ("cut3.pt",)),
-            "hostile": ("UnsafeError", ("hostile.pt", "callbacks/nested/0", "posix.system", "safe_types")),
+            "hostile": (
+                "UnsafeError",
+                ("hostile.pt", "param_groups/0/foreach/0", "posix.system", "safe_types"),
+            ),
             "flipped, before": ("CorruptError", ("flipped.pt", "CRC")),
             "flipped, during": ("PartialRestoreError", ("flipped.pt", "CRC", "changed: model")),
             "short download": ("CorruptError", ("short.pt", str(len(data)))),
@@ -160,11 +164,12 @@ def test_faults_of_a_single_file(plain: Path, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def test_a_hostile_part_that_is_ignored_does_no_harm(plain: Path, tmp_path: Path) -> None:
+def test_a_hostile_part_that_is_ignored_or_not_restored_does_no_harm(plain: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     contents = torch.load(plain, weights_only=True)
     torch.save({**contents, "callbacks": [Payload(canary)]}, plain)
     run("restores_ignoring", 1, plain, "callbacks")
+    run("restores_ignoring", 1, plain, "")
     run("restores_ignoring", 1, plain, "", "weights")
     assert not canary.exists()
 
@@ -209,7 +214,7 @@ def test_faults_of_archives(tmp_path: Path) -> None:
             "missing": ("NotFoundError", ("ep1-ba4-rank1.pt.tar", "needed by rank 1")),
             "cut archive": ("CorruptError", ("ep1-ba4-rank1.pt.tar",)),
             "cut inside": ("CorruptError", ("ep1-ba4-rank1.pt.tar", "optim_states")),
-            "hostile": ("UnsafeError", ("composer_states.pt", "callbacks", "safe_types")),
+            "hostile": ("UnsafeError", ("composer_states.pt", "state/timestamp", "safe_types")),
             "no template": ("LayoutError", ("ep1-ba4-rank0.pt.tar", "{rank}")),
             "flipped": ("PartialRestoreError", ("optim_states", "CRC")),
         },

@@ -91,7 +91,7 @@ def test_unknown_types_need_to_be_allowed(tmp_path: Path) -> None:
     for part in ("s3://b/f.pt", "state/callbacks/mine", f"{__name__}.Callback", "safe_types", "ignore_keys"):
         assert part in message
     with pytest.raises(UnsafeError, match="state/callbacks/mine/values/1"):
-        require_safe(index.tree, safe_types=[Callback], file="f")
+        require_safe({"": index.tree}, safe_types=[Callback], file="f")
     for allowed in ([Callback, Point], [f"{__name__}.Callback", f"{__name__}.Point"]):
         got = materialize(index.tree, reader=TensorReader(), safe_types=allowed)
         mine = got["state"]["callbacks"]["mine"]
@@ -101,7 +101,7 @@ def test_unknown_types_need_to_be_allowed(tmp_path: Path) -> None:
         assert mine.values[1].x == 3
         assert got["state"]["kind"] is Point
     ignored = {"state": {"x": index.tree["state"]["callbacks"]["mine"].state["values"][0]}}
-    require_safe(ignored)
+    require_safe({"": ignored})
     torch.save({"a": Point(1)}, tmp_path / "g.pt")
     hostile = read_index(tmp_path / "g.pt").tree
     hostile["a"].global_name = "no_such_package.Type"
