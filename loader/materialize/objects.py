@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import pathlib
 import types
 from collections.abc import Callable, Sequence
@@ -19,12 +20,20 @@ import torch
 from ..errors import CorruptError, FormatError, RankloadError
 from ..formats.pickle.arrays import PickledDtype
 from ..formats.pickle.inert import Ordered, Text, TorchSize
-from ..formats.pickle.known import ATTRIBUTE_DICT, BIT_GENERATORS, DTYPES, ENUMS, NUMPY_RANDOM, PLAIN_TYPES
+from ..formats.pickle.known import (
+    ATTRIBUTE_DICT,
+    BIT_GENERATORS,
+    DTYPES,
+    ENUMS,
+    NUMPY_RANDOM,
+    PLAIN_TYPES,
+)
+from ..formats.pickle.tensors import REBUILD_FROM_DEVICE, REBUILD_QUANTIZED, REBUILD_SPARSE, REBUILD_VIEW
 from ..saved.copies import apart, copies_of_tree, shared
 from ..saved.random_states import check_generator_state
 from ..saved.tensor import SavedTensor, StorageRef
 from ..saved.tree import join_path, unknown_values
-from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject
+from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, InertTensor
 from .safe_types import SafeTypes, require_safe
 from .tensors import TensorReader, torch_dtype
 
@@ -54,7 +63,8 @@ def materialize(
     Tensors that share a storage share memory, one in several pieces has its own, and a value that the file holds once
     is made once. Arrays become NumPy's, ``torch.Size``, dtypes and devices torch's; enumerations of known classes
     become their values; other known objects stay `InertObject`, with real fields. A type in `safe_types` is constructed
-    as its pickle asks. `file` and `path` (the tree's own place in the file) are for messages.
+    as its pickle asks. Sparse and quantized tensors, and conjugated and negated views, are what they were. `file` and
+    `path` (the tree's own place in the file) are for messages.
 
     With `keep_unknown`, what cannot be made real stays what it is, with real fields: an `InertObject`, a `GlobalName`,
     an `InertTensor` or `InertArray`.
@@ -144,6 +154,8 @@ class _Materializer:
             return _array(value)
         if isinstance(value, GlobalName):
             return self._global(value)
+        if isinstance(value, InertTensor):
+            return self._inert_tensor(value, path, depth)
         if isinstance(value, InertObject):
             return self._object(value, path, depth)
         return str(value) if isinstance(value, Text) else value
@@ -172,6 +184,20 @@ class _Materializer:
             offset = piece.offset - low // value.itemsize
             result.set_(memory.untyped_storage(), offset, value.shape, piece.stride)
         return result.requires_grad_(value.requires_grad)
+
+    def _inert_tensor(self, value: InertTensor, path: str, depth: int) -> Any:
+        make = _TENSORS.get(value.global_name)
+        if make is None or not value.known:
+            return value
+        try:
+            return make(*(self.real(arg, path, depth) for arg in value.args))
+        except RankloadError:
+            raise
+        except Exception as error:
+            raise CorruptError(
+                f"{self.file}: {path} holds a {value.kind} whose parts do not fit each other ({str(error)[:200]})",
+                path=self.file,
+            ) from error
 
     def _global(self, value: GlobalName) -> Any:
         if value.name in self.allowed:
@@ -291,6 +317,16 @@ def _deque(value: InertObject) -> collections.deque[Any]:
     return collections.deque([*start, *value.items], value.args[1] if len(value.args) > 1 else None)
 
 
+def _bytes_io(value: InertObject) -> io.BytesIO:
+    """What torch's modules of extra state, and Transformer Engine's, saved as a file in memory."""
+    data, position = value.state[:2] if value.state else (b"", 0)
+    if not isinstance(data, bytes) or type(position) is not int or not 0 <= position <= len(data):
+        raise CorruptError("a BytesIO without its bytes")
+    stream = io.BytesIO(data)
+    stream.seek(position)
+    return stream
+
+
 def _layout(value: InertObject) -> torch.layout:
     found = getattr(torch, str(value.args[0]).removeprefix("torch."), None)
     if not isinstance(found, torch.layout):
@@ -332,12 +368,60 @@ def _bit_generator(kind: Any) -> Any:
     return getattr(np.random, name)()
 
 
+def _sparse(layout: str, *parts: Any) -> torch.Tensor:
+    """A sparse tensor; torch checks that every index lies inside its shape."""
+    if layout == "sparse_coo":
+        indices, values, shape, coalesced = parts
+        return torch.sparse_coo_tensor(
+            indices, values, shape, check_invariants=True, is_coalesced=coalesced or None
+        )
+    return torch.sparse_compressed_tensor(*parts, layout=getattr(torch, layout), check_invariants=True)
+
+
+def _quantized(integers: torch.Tensor, scheme: str, dtype: str, *quantizer: Any) -> torch.Tensor:
+    """A quantized tensor over the memory of `integers`."""
+    # Made without elements, then laid over them: torch would allocate a tensor of the shape that the file claims.
+    element = torch_dtype(dtype)
+    if scheme == "per_tensor_affine":
+        scale, zero_point = quantizer
+        made = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=element)
+    else:
+        scales, zero_points, axis = quantizer
+        empty = [0] * integers.dim()
+        empty[axis] = integers.shape[axis]
+        made = torch._empty_per_channel_affine_quantized(
+            empty, scales=scales, zero_points=zero_points, axis=axis, dtype=element
+        )
+    return made.set_(integers.untyped_storage(), integers.storage_offset(), integers.shape, integers.stride())
+
+
+def _conjugated_or_negated(tensor: torch.Tensor, conjugated: bool, negated: bool) -> torch.Tensor:
+    """A view as it was saved; it takes no memory of its own."""
+    view = tensor.detach()
+    view = view.conj() if conjugated else view
+    view = torch._neg_view(view) if negated else view
+    return view.requires_grad_(tensor.requires_grad)
+
+
+def _from_device(array: Any, dtype: str, requires_grad: bool) -> torch.Tensor:
+    native = np.asarray(array, dtype=array.dtype.newbyteorder("="))
+    return torch.from_numpy(native).to(torch_dtype(dtype)).requires_grad_(requires_grad)
+
+
+_TENSORS: dict[str, Callable[..., torch.Tensor]] = {
+    REBUILD_SPARSE: _sparse,
+    REBUILD_QUANTIZED: _quantized,
+    REBUILD_VIEW: _conjugated_or_negated,
+    REBUILD_FROM_DEVICE: _from_device,
+}
+
 _KNOWN_OBJECTS: dict[str, Callable[[InertObject], Any]] = {
     "argparse.Namespace": lambda value: argparse.Namespace(**_attributes(value)),
     "types.SimpleNamespace": lambda value: types.SimpleNamespace(**_attributes(value)),
     "builtins.range": lambda value: range(*value.args),
     "builtins.slice": _slice,
     "collections.deque": _deque,
+    "_io.BytesIO": _bytes_io,
     "torch.device": lambda value: torch.device(*value.args),
     "torch.serialization._get_layout": _layout,
     ATTRIBUTE_DICT: lambda value: dict(value.entries),

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import MismatchError, MissingFrozenError
 from .dtypes import dtype_kind, keeps_values
 from .tensor import SavedTensor, same_shape
-from .values import kind_of
+from .values import InertTensor, can_be_restored, kind_of
 
 _SHOWN = 20
 """How many names of a kind a message lists; the receipt and ``MismatchError.details`` have all of them."""
@@ -122,15 +122,18 @@ def fits(
     cast: dict[str, str],
     *,
     buffer: bool = False,
+    made: bool = False,
 ) -> bool:
     """Whether `value` is a saved tensor of `shape` that can be restored as `dtype`.
 
     A tensor of shape (1,) fits a number, and a number a tensor of shape (1,): the caller restores `of_one_element`.
-    `buffer` says that it is a buffer, no parameter: see `dtype_problem`. `mismatch` is told where it does not fit, and
-    `cast` where its dtype changes; `name` is its place in both.
+    `buffer` says that it is a buffer, no parameter: see `dtype_problem`; `made`, that the caller restores tensors that
+    are made as a whole (`InertTensor`) too. `mismatch` is told where it does not fit, and `cast` where its dtype
+    changes; `name` is its place in both.
     """
-    if not isinstance(value, SavedTensor):
-        mismatch.wrong.append(f"{name}: expected a tensor, got a {kind_of(value)}")
+    if not (can_be_restored(value) if made else isinstance(value, SavedTensor)):
+        expected = "an ordinary tensor" if isinstance(value, InertTensor) else "a tensor"
+        mismatch.wrong.append(f"{name}: expected {expected}, got a {kind_of(value)}")
         return False
     if not same_shape(value.shape, shape):
         mismatch.wrong.append(f"{name}: expected shape {shape}, got {value.shape}")

@@ -11,9 +11,10 @@
    other parts, each read straight into the memory that it is for.
 
 `module` and `optimizer` plan and fill torch's own objects, `dtensor` finds the shard of each that this rank keeps.
-`optimizer_kinds` says which saved state and hyperparameters an optimizer takes, an engine's too, `optimizer_names` what
-its parameters are called. `parts` tells which schedulers, scalers and callbacks have a counterpart of their kind,
-`buffers` whether the values of a buffer survive its cast.
+`made_tensors` fills those that are made as a whole, such as sparse ones; `buffers` tells whether the values of a buffer
+survive its cast. `optimizer_kinds` says which saved state and hyperparameters an optimizer takes, an engine's too,
+`optimizer_names` what its parameters are called. `parts` tells which schedulers, scalers and callbacks have a
+counterpart of their kind.
 
 Guaranteed: what is read is what the plan's copies said beforehand. Not guaranteed: a rollback. From the first call of
 ``note_change`` on, a failure leaves the target partly restored, and the caller raises `PartialRestoreError`. Planning

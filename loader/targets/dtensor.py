@@ -83,23 +83,23 @@ def dtensor_box(tensor: Any, name: str) -> Box:
     return Box(tuple(starts), tuple(sizes))
 
 
-def unfillable(tensor: torch.Tensor) -> str | None:
+def unfillable(tensor: torch.Tensor, *, whole: bool = False) -> str | None:
     """Why a checkpoint's elements cannot be copied into `tensor`; None where they can be.
 
-    Such are tensors of which several elements share memory, those without an element for each index, and those that
-    keep their data in other tensors.
+    Such are tensors of which several elements share memory, those that keep their data in other tensors and, unless
+    `tensor` is filled as a `whole` from one of its layout, those without an element for each index.
     """
     local = getattr(tensor, "_local_tensor", tensor) if is_dtensor(tensor) else tensor
-    if local.layout != torch.strided:
+    if local.layout != torch.strided and not whole:
         return f"is a tensor of layout {str(local.layout).removeprefix('torch.')}, which cannot be filled in place"
-    if local.is_quantized:
+    if local.is_quantized and not whole:
         return "is a quantized tensor, which cannot be filled in place: load before the module is quantized"
     if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (
             f"is a {type(local).__qualname__}, which keeps its data in other tensors and cannot be filled in place: "
             "load before the module is changed that way"
         )
-    if not local.is_meta and _repeats_memory(local):
+    if local.layout == torch.strided and not local.is_meta and _repeats_memory(local):
         return (
             f"has several elements in one place of memory (shape {tuple(local.shape)}, strides {local.stride()}), so "
             "that they cannot all be restored: make it contiguous"

@@ -35,7 +35,7 @@ from ..saved.names import (
 from ..saved.regions import row_major_stride
 from ..saved.strided import Layout
 from ..saved.tensor import SavedTensor, of_one_element
-from ..saved.values import kind_of
+from ..saved.values import InertTensor, kind_of
 from ..state import unwrap
 from ..torch_modes import callers_device
 from .base import Plan, RestoreOptions, Work
@@ -50,8 +50,8 @@ from .dtensor import (
     local_part,
     shape_of,
     show_shards,
-    unfillable,
 )
+from .made_tensors import layout_problem, set_whole
 
 __all__ = [
     "NOT_INITIALISED",
@@ -125,7 +125,8 @@ class ModuleStep:
     plan: ModulePlan
     copies: tuple[Copy, ...]
     trees: Mapping[str, Any]
-    """Extra state; with hooks also tensors that repeat elements, which need no memory for each."""
+    """Extra state, and tensors that are made as a whole; with hooks also those that repeat elements, which need no
+    memory for each."""
 
     def apply(self, work: Work) -> list[str]:
         """Gives meta tensors memory first, as the same objects. Extra state is read before `Work.note_change`, and
@@ -156,7 +157,11 @@ class ModuleStep:
             work.fill(self.copies, memories)
             takers = extra_states(plan.module)
             for name, value in real.items():
-                takers[name].set_extra_state(value)
+                target = targets[name]
+                if target is None:
+                    takers[name].set_extra_state(value)
+                else:
+                    set_whole(target, value)
         nbytes = sum(value.nbytes for value in plan.sources.values() if isinstance(value, SavedTensor))
         return [f"model ({len(plan.sources)} entries, {nbytes:,} bytes)"]
 
@@ -391,9 +396,12 @@ def _check_tensor(
     if shape is None:
         plan.mismatch.wrong.append(f"model/{name}: {NOT_INITIALISED}")
         return
-    problem = unfillable(target)
+    problem = layout_problem(value, target)
     if problem:
         plan.mismatch.wrong.append(f"model/{name}: {problem}")
+        return
+    if isinstance(value, InertTensor):
+        fits(value, _key(name), shape, dtype_name(target.dtype), plan.mismatch, plan.cast, made=True)
         return
     if fits(value, _key(name), shape, dtype_name(target.dtype), plan.mismatch, plan.cast, buffer=buffer):
         plan.sources[name] = of_one_element(value, shape)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
+from rankload.loader.errors import CorruptError, FormatError, RankloadError, UnsafeError
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.objects import materialize
 from rankload.loader.materialize.tensors import TensorReader
@@ -350,6 +350,110 @@ def test_sizes_that_lie(tmp_path: Path, numel: bytes, offset: bytes, shape: byte
     zip_with(bad, tmp_path / "f.pt", storages={"0": struct.pack("<4f", 1, 2, 3, 4)})
     with pytest.raises(CorruptError):
         read_index(tmp_path / "f.pt")
+
+
+def shared_tensor(dtype: str, shape: bytes, stride: bytes, numel: int = 4) -> bytes:
+    """A tensor over storage "0", of that storage class."""
+    pid = b"(" + text("storage") + b"ctorch\n" + dtype.encode() + b"\n" + text("0") + text("cpu")
+    args = pid + b"K" + bytes([numel]) + b"tQK\x00" + shape + stride + b"\x89}tR"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + args
+
+
+def sparse(indices: bytes, values: bytes, shape: bytes) -> bytes:
+    """A pickle of a sparse COO tensor of those parts."""
+    layout = b"ctorch.serialization\n_get_layout\n" + text("torch.sparse_coo") + b"\x85R"
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n"
+        + layout
+        + b"("
+        + indices
+        + values
+        + shape
+        + b"t\x86R."
+    )
+
+
+INDICES = shared_tensor("LongStorage", b"K\x01K\x02\x86", b"K\x02K\x01\x86", 2)
+VALUES = shared_tensor("FloatStorage", b"K\x02\x85", b"K\x01\x85")
+QUANTIZED = (
+    b"\x80\x02ctorch._utils\n_rebuild_qtensor\n(("
+    + text("storage")
+    + b"ctorch\nQInt8Storage\n"
+    + text("0")
+    + text("cpu")
+    + b"K\x04tQK\x00"
+)
+
+
+def test_sparse_tensors_that_lie(tmp_path: Path) -> None:
+    storage = {"0": struct.pack("<2q", 0, 5)}
+    good = zip_with(sparse(INDICES, VALUES, b"K\x06\x85"), tmp_path / "g.pt", storages=storage)
+    assert read_whole(good).shape == (6,)
+    huge = zip_with(sparse(INDICES, VALUES, b"J\xff\xff\xff\x7f\x85"), tmp_path / "h.pt", storages=storage)
+    assert read_whole(huge)._nnz() == 2
+    expanded = shared_tensor("FloatStorage", b"J\xff\xff\xff\x7f\x85", b"K\x00\x85")
+    many = shared_tensor("LongStorage", b"K\x01J\xff\xff\xff\x7f\x86", b"K\x00K\x00\x86", 2)
+    for name, data, error in (
+        ("beyond its shape", sparse(INDICES, VALUES, b"K\x05\x85"), CorruptError),
+        ("of other dimensions", sparse(INDICES, VALUES, b"K\x06K\x06\x86"), CorruptError),
+        ("without its shape", sparse(INDICES, VALUES, b"N"), CorruptError),
+        ("of repeated elements", sparse(many, expanded, b"K\x06\x85"), FormatError),
+    ):
+        path = zip_with(data, tmp_path / "f.pt", storages=storage)
+        with pytest.raises(error):
+            pytest.fail(f"{name}: {read_whole(path)}")
+
+
+def test_one_storage_for_very_many_sparse_tensors(tmp_path: Path) -> None:
+    size = 1 << 20
+    values = shared_tensor("ByteStorage", b"J" + struct.pack("<i", size) + b"\x85", b"K\x01\x85")
+    values = values.replace(b"K\x04tQ", b"J" + struct.pack("<i", size) + b"tQ")
+    indices = shared_tensor(
+        "LongStorage", b"K\x00J" + struct.pack("<i", size) + b"\x86", b"K\x01K\x01\x86", 2
+    )
+    one = sparse(indices, values, b")")[2:-1]
+    data = b"\x80\x02(" + one * 200 + b"l."
+    path = zip_with(data, tmp_path / "f.pt", storages={"0": bytes(size)})
+    with pytest.raises(UnsafeError, match="sparse and quantized tensors would take"):
+        read_index(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "scheme", "error"),
+    [
+        (b"K\x04\x85", b"K\x01\x85", b"ctorch\nper_tensor_affine\nG?\xf0\0\0\0\0\0\0K\x00\x87", None),
+        (b"K\x11\x85", b"K\x01\x85", b"ctorch\nper_tensor_affine\nG?\xf0\0\0\0\0\0\0K\x00\x87", CorruptError),
+        (b"K\x04\x85", b"K\x01\x85", b"ctorch\nper_tensor_affine\nNN\x87", CorruptError),
+        (b"K\x04\x85", b"K\x01\x85", b"(ctorch\nper_channel_affine\n" + VALUES * 2 + b"K\x07t", CorruptError),
+        (b"K\x04\x85", b"K\x01\x85", b"(ctorch\nper_channel_affine\n" + VALUES * 2 + b"K\x00t", CorruptError),
+        (
+            b"J\xff\xff\xff\x7f\x85",
+            b"K\x00\x85",
+            b"ctorch\nper_tensor_affine\nG?\xf0\0\0\0\0\0\0K\x00\x87",
+            FormatError,
+        ),
+    ],
+)
+def test_quantized_tensors_that_lie(
+    tmp_path: Path, shape: bytes, stride: bytes, scheme: bytes, error: type[RankloadError] | None
+) -> None:
+    data = QUANTIZED + shape + stride + scheme + b"\x89}tR."
+    path = zip_with(data, tmp_path / "f.pt", storages={"0": bytes(range(16))})
+    if error is None:
+        assert read_whole(path).int_repr().tolist() == [0, 1, 2, 3]
+    else:
+        with pytest.raises(error):
+            read_whole(path)
+
+
+def test_a_file_in_memory_at_a_place_beyond_its_end(tmp_path: Path) -> None:
+    stream = io.BytesIO(b"abc")
+    torch.save(stream, tmp_path / "g.pt")
+    assert read_whole(tmp_path / "g.pt").getvalue() == b"abc"
+    stream.seek(1 << 60)
+    torch.save(stream, tmp_path / "f.pt")
+    with pytest.raises(CorruptError):
+        read_whole(tmp_path / "f.pt")
 
 
 def test_a_storage_that_is_not_there(tmp_path: Path) -> None:
