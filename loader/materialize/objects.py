@@ -26,6 +26,7 @@ from ..formats.pickle.known import (
     DTYPES,
     ENUMS,
     NUMPY_RANDOM,
+    OWN_FUNCTIONS,
     PLAIN_TYPES,
 )
 from ..formats.pickle.tensors import REBUILD_FROM_DEVICE, REBUILD_QUANTIZED, REBUILD_SPARSE, REBUILD_VIEW
@@ -33,7 +34,7 @@ from ..saved.copies import apart, copies_of_tree, shared
 from ..saved.random_states import check_generator_state
 from ..saved.tensor import SavedTensor, StorageRef
 from ..saved.tree import join_path, unknown_values
-from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, InertTensor
+from ..saved.values import UNSUPPORTED, GlobalName, InertArray, InertObject, InertTensor, kind_of
 from .safe_types import SafeTypes, require_safe
 from .tensors import TensorReader, torch_dtype
 
@@ -165,6 +166,8 @@ class _Materializer:
         # Set before its items are made, because an object among them may refer to it.
         self.made[id(value)] = result
         for key, item in value.items():
+            if isinstance(item, GlobalName | InertObject) and kind_of(item) in OWN_FUNCTIONS:
+                continue
             result[self.real(key, path, depth)] = self.real(item, join_path(path, key), depth)
         metadata = getattr(value, "_metadata", None)
         if metadata is not None:

@@ -11,15 +11,17 @@ for being unknown.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import CorruptError
-from ...saved.values import GlobalName, InertObject
+from ...errors import CorruptError, UnsafeError
+from ...saved.values import GlobalName, InertObject, kind_of
 from .arrays import NUMPY_BUILDERS
 from .budget import Budget
 from .inert import Ordered, PickledGlobal, PickledObject, Text
-from .known import KNOWN_OBJECTS
+from .known import KNOWN_OBJECTS, KNOWN_VALUES
+from .opcodes import MAX_NAME
 from .tensors import TENSOR_BUILDERS, rebuilds_tensors, rebuilt_by, torch_size
 
 _TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
@@ -40,11 +42,28 @@ def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
                 raise
         except TypeError:
             pass  # a call in a form that this version does not know, as of a newer torch's function
+    if name == "builtins.getattr" and len(args) == 2 and not kwargs:
+        return _attribute(budget, *args)
     if name in TENSOR_BUILDERS or rebuilds_tensors(name):
         return rebuilt_by(name)
     return PickledObject(
         global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
     )
+
+
+def _attribute(budget: Budget, owner: Any, name: Any) -> PickledGlobal | PickledObject:
+    """A class inside another, or a function of a class or an object, by its name: so pickles before protocol 4 name
+    them."""
+    if not isinstance(owner, GlobalName | InertObject) or not isinstance(name, str):
+        raise CorruptError("an attribute of something that has none")
+    full = f"{kind_of(owner)}.{name}"
+    budget.charge(100 + len(full))
+    if len(full) > 4 * MAX_NAME:
+        raise UnsafeError(f"a class or function whose name has {len(full)} characters")
+    known = full in KNOWN_VALUES
+    if isinstance(owner, GlobalName):
+        return PickledGlobal(full, known, functools.partial(make, budget))
+    return PickledObject(global_name=full, args=() if known else (owner,), known=known)
 
 
 def new_object(kind: Any, args: Any, kwargs: Any) -> Any:

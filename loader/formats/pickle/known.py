@@ -86,6 +86,14 @@ LIGHTNING = frozenset(
     }
 )
 
+OWN_FUNCTIONS = frozenset(
+    f"torch.optim.lr_scheduler.OneCycleLR.{name}" for name in ("_annealing_cos", "_annealing_linear")
+)
+"""Functions that an object saved as attributes of its own, and that the job's object has itself.
+
+Torch before 2.4 put OneCycleLR's into its state. A dict that is made real leaves such entries out.
+"""
+
 STANDARD = frozenset(
     {
         "argparse.Namespace",
@@ -105,7 +113,7 @@ STANDARD = frozenset(
 """Kept as inert objects by the unpickler, and made real by `materialize.objects`."""
 
 KNOWN_OBJECTS: frozenset[str] = (
-    STANDARD | NUMPY_RANDOM | ENUMS | DEEPSPEED | COMPOSER | LIGHTNING | {"numpy.dtype"}
+    STANDARD | OWN_FUNCTIONS | NUMPY_RANDOM | ENUMS | DEEPSPEED | COMPOSER | LIGHTNING | {"numpy.dtype"}
 )
 """Classes whose objects are kept as `InertObject` with ``known=True``."""
 

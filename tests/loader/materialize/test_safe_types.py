@@ -22,6 +22,8 @@ from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.values import GlobalName, InertArray, InertObject
 from torch_files import read_whole, zip_with
 
+from rankload import State, load
+
 
 class Setting:
     """Stands for a class of the user's."""
@@ -154,3 +156,39 @@ def test_what_safe_types_can_name(monkeypatch: pytest.MonkeyPatch, name: str, of
     before = set(sys.modules)
     assert can_be_allowed(name) is offered
     assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("function", ["_annealing_cos", "_annealing_linear"])
+def test_a_function_that_is_bound_to_its_scheduler_is_left_out(tmp_path: Path, function: str) -> None:
+    """So torch 1 saved it: with the whole scheduler, which holds the function too."""
+    scheduler: Any = object.__new__(torch.optim.lr_scheduler.OneCycleLR)
+    bound = Called(getattr, scheduler, function)
+    vars(scheduler).update(optimizer=Setting(scheduler), anneal_func=bound)
+    torch.save({"s": {"last_epoch": 3, "anneal_func": bound}}, tmp_path / "f.pt")
+    assert read_whole(tmp_path / "f.pt")["s"] == {"last_epoch": 3}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_one_cycle_of_older_torch_leaves_its_function_out(tmp_path: Path, protocol: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def schedule() -> torch.optim.lr_scheduler.OneCycleLR:
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+
+    saved = schedule()
+    saved.optimizer.step()
+    saved.step()
+    state = {**saved.state_dict(), "anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos}
+    del state["_anneal_func_type"]
+    model = torch.nn.Module()
+    model.w = parameter
+    contents = {"model": model.state_dict(), "scheduler": state}
+    torch.save(contents, tmp_path / "f.pt", pickle_protocol=protocol)
+    mine = schedule()
+    load(tmp_path / "f.pt", State(model, schedulers=[mine]), progress_bar=False)
+    assert "anneal_func" not in vars(mine)
+    for each in (saved, mine):
+        each.optimizer.step()
+        each.step()
+    assert mine.get_last_lr() == saved.get_last_lr()

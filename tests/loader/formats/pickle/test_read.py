@@ -234,6 +234,7 @@ def test_calls_that_do_not_fit(data: bytes) -> None:
         b"c__builtin__\nset\n](]e\x85R.",
         b"cdatetime\ndatetime\nC\x01a\x85R.",
         b"cdatetime\ndatetime\n(C\x0a\x07\xe8\x01\x01\x00\x00\x00\x00\x00\x00cpkg\nZone\n)RtR.",
+        b"c__builtin__\ngetattr\ncpkg\nOuter\nX\x05\x00\x00\x00Inner\x86R.",
     ],
 )
 def test_calls_in_forms_that_are_not_known_are_objects_of_unknown_types(data: bytes) -> None:
