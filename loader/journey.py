@@ -1,10 +1,10 @@
 """Runs a load from end to end: `load` is the way of a checkpoint, from its path to the receipt, on one page.
 
-    arguments      _agree_on_arguments     each rank's arguments are checked, and compared over all ranks
+    arguments      request                 each rank's arguments are checked, and compared over all ranks
     path           opening.open_files      the path is located and its first file fetched: `CheckpointFiles`
     target         targets.choose          what the job's state is; it says what it needs: `Demand`
     source         sources.kinds           the kind of checkpoint; its files are fetched and read: `Saved`
-    ignore         _leave_out              what ``ignore_keys`` names is taken out of it
+    ignore         _leave_out              what ``leave_out`` and ``ignore_keys`` name is taken out of it
     check          _check                  types, names, shapes and dtypes; the restore is planned: `Plan`
     agree          targets.deepspeed, verify, fetch
                                            which rank provides which weights, sums which bytes, fetches which ranges
@@ -32,15 +32,15 @@ from typing import Any
 
 from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
-from .errors import OptionError, TimestampError, after_first_change, partial_once_begun
+from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
-from .fetch.parts import fetch_now, fetch_storages, fetching, restore_parts, small_parts
+from .fetch.parts import SMALL_STORAGE_BYTES, fetch_now, fetch_storages, fetching, restore_parts, small_parts
 from .fetch.whole_checks import NOTHING
 from .materialize.objects import materialize
-from .materialize.safe_types import require_safe
+from .materialize.safe_types import SafeTypes, require_safe
 from .materialize.tensors import TensorReader
 from .opening import open_files, other_ranks_files
-from .options import LoadOptions, resolve_options
+from .options import LoadOptions
 from .receipt import (
     FileReport,
     RankReport,
@@ -50,21 +50,21 @@ from .receipt import (
     trace_events,
     write_trace,
 )
-from .request import LoadRequest, check_arguments, check_same
+from .request import LoadRequest, agree_on_arguments, settle_options
 from .rng import RngState, check_state, complete_states, decode_each, encode_own, normal_form
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore, nearest
 from .saved.names import unused_renames
 from .saved.tensor import StorageRef
-from .saved.tree import storages
+from .saved.tree import find_unknown, storages
 from .sources.kinds import source_of
 from .stages import Stages
 from .state import AlgorithmPass
 from .targets.base import Plan, RestoreOptions, Target, Work, carry_out
 from .targets.choose import target_of
 from .targets.deepspeed.shared_weights import Sharing, plan_weights, share_weights
-from .torch_modes import default_modes, what_tensors_lack
+from .torch_modes import default_modes
 from .verify.checks import Checking, deal_checks, verify_after, verify_before
 from .wire import decode, encode
 
@@ -80,6 +80,8 @@ class LoadResult:
         extra: top-level entries of the checkpoint that are no part of `State`, as real values: a hand-written file's
             ``epoch``, DeepSpeed's ``client_state``. What cannot be made real there stays a description: an object of a
             type that is neither known nor in ``safe_types`` is an ``InertObject`` with its ``global_name`` and fields.
+            With ``load_weights_only`` those that cost nothing beside the weights: counters, versions, settings; no
+            entry with more than 64 KiB of tensors or with a type that ``safe_types`` would have to allow.
     """
 
     rng_states: list[RngState] | None
@@ -195,11 +197,7 @@ def load(
         RankloadError: one of its subclasses, the same on every rank (``docs/errors.md`` lists them). Unless it is a
             `PartialRestoreError`, or a `TimestampError` after the restore, nothing was changed.
     """
-    try:
-        resolved, problem = resolve_options(options), None
-    except OptionError as error:
-        # Raised in the first stage, on all ranks: they are about to enter the session, and would wait for this one.
-        resolved, problem = resolve_options(None, {}), error
+    resolved, problem = settle_options(options)
     request = LoadRequest(
         path,  # type: ignore[arg-type]  # made text there, or refused by `check_arguments`
         state,
@@ -221,7 +219,7 @@ def load(
         contextlib.ExitStack() as leaving,
     ):
         stages = Stages(session.channel)
-        _agree_on_arguments(request, problem, session, stages)
+        agree_on_arguments(request, problem, session, stages)
         files = open_files(request, session, stages, leaving)
         restore = _restore_options(request, files)
         with stages.stage("target"):
@@ -233,7 +231,8 @@ def load(
             saved = replace(saved, notes=(*saved.notes, not_read))
             if session.topology.rank == 0:
                 warnings.warn(not_read, stacklevel=2)
-        fetch_now(files, small_parts(saved), "fetch small parts")
+        early = replace(saved.without(resolved.leave_out), extra=_extra(request, saved))
+        fetch_now(files, small_parts(early), "fetch small parts")
         saved, ignored = _leave_out(request, saved, stages)
         reader = TensorReader(
             verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
@@ -277,24 +276,6 @@ def load(
     return LoadResult(rng_states, receipt, checked.extra)
 
 
-def _agree_on_arguments(
-    request: LoadRequest, problem: OptionError | None, session: Session, stages: Stages
-) -> None:
-    """Raises `OptionError` on all ranks where one has arguments that do not fit, or where they differ between ranks."""
-    with stages.stage("arguments"):
-        if problem is not None:
-            raise problem
-        lacking = what_tensors_lack()
-        if lacking is not None:
-            raise OptionError(
-                f"torch.empty makes {lacking} here: the load was called inside a context that changes what torch's "
-                "constructors give, such as FakeTensorMode, deepspeed.zero.Init or init_empty_weights; build the model "
-                "there, and load outside of it"
-            )
-        check_arguments(request)
-    session.channel.decide("same arguments", request.comparable(), check_same)
-
-
 def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:
     return RestoreOptions(
         weights_only=request.weights_only,
@@ -302,6 +283,7 @@ def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOpt
         rename=request.options.rename,
         allow_missing_frozen=request.options.allow_missing_frozen,
         layout=request.options.layout,
+        leave_out=frozenset(request.options.leave_out),
         exclude_algorithms=request.exclude_algorithms,
         algorithm_passes=request.algorithm_passes,
         logger=request.logger,
@@ -313,7 +295,7 @@ def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOpt
 
 
 def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Saved, Ignored]:
-    """The checkpoint without what ``ignore_keys`` names; warns of globs that match nothing."""
+    """The checkpoint without what ``leave_out`` and ``ignore_keys`` name; warns of globs that match nothing."""
     with stages.stage("ignore"):
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
@@ -323,7 +305,26 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
                 f"ignore_keys: {glob!r} matches nothing in {saved.name}; the nearest keys: {near}",
                 stacklevel=3,
             )
-        return saved.with_tree(ignored.tree), ignored
+        kept, left_out = saved.with_tree(ignored.tree), request.options.leave_out
+        paths = (*saved.paths_of(left_out), *ignored.paths)
+        return kept.without(left_out), replace(ignored, paths=tuple(dict.fromkeys(paths)))
+
+
+def _extra(request: LoadRequest, saved: Saved) -> dict[str, Any]:
+    """The top-level entries of `saved` that `LoadResult.extra` gets.
+
+    With ``load_weights_only`` those that cost nothing beside the weights: no tensors but small ones, and no type that
+    would have to be allowed, since the caller wants the weights and cannot be refused for anything else.
+    """
+    if not request.weights_only:
+        return saved.extra
+    allowed = SafeTypes(request.options.safe_types)
+    return {
+        key: value
+        for key, value in saved.extra.items()
+        if sum(storage.nbytes for storage in storages(value)) <= SMALL_STORAGE_BYTES
+        and all(name in allowed for _, name in find_unknown(value))
+    }
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ class _Checked:
     """By saved rank, None at those that were ignored; None as a whole where the checkpoint has none, or with
     ``load_weights_only``."""
     extra: dict[str, Any]
-    """Top-level entries that are no part of a `State`, as real values."""
+    """Top-level entries that are no part of a `State`, as real values; with ``load_weights_only`` the cheap ones."""
 
 
 def _check(
@@ -366,18 +367,16 @@ def _check(
         _warn_of_names(request, saved, plan)
         reads = reads_of(plan.copies)
         rng: list[RngState | None] | None = None
-        extra: dict[str, Any] = {}
-        if not request.weights_only:
-            if saved.rng is not None:
-                rng, lost = _random_states(saved, ignored, reader, safe_types)
-                plan = plan.joined(Plan(not_restored=lost))
-                if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
-                    warnings.warn(
-                        f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3
-                    )
-            extra = materialize(
-                saved.extra, reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
-            )
+        if not request.weights_only and saved.rng is not None:
+            rng, lost = _random_states(saved, ignored, reader, safe_types)
+            plan = plan.joined(Plan(not_restored=lost))
+            if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
+                warnings.warn(
+                    f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3
+                )
+        extra = materialize(
+            _extra(request, saved), reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
+        )
     return _Checked(plan, reads, rng, extra)
 
 

@@ -24,6 +24,13 @@ Hyperparameters = Literal["checkpoint", "job"]
 HYPERPARAMETERS_CHOICES: tuple[str, ...] = ("checkpoint", "job")
 LAYOUT_ROLES = ("model", "optimizer", "scheduler", "scaler", "rng", "timestamp")
 """The roles that `LoadOptions.layout` can give to keys of a hand-written file."""
+_PART_OF_ROLE = {"optimizer": "optimizers", "scheduler": "schedulers"}
+"""What a `State` calls the parts that have another name as a role."""
+PARTS = (
+    "model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", "rank_zero_seed", "run_name",
+    "dataset_state", "train_metrics", "eval_metrics", "rng",
+)  # fmt: skip
+"""The parts of a checkpoint that `LoadOptions.leave_out` can name."""
 
 _FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
 """Fields that a variable ``RANKLOAD_<FIELD>`` can set."""
@@ -71,6 +78,10 @@ class LoadOptions:
             the optimizers has afterwards. ``checkpoint``: those of the saved group with its parameters. ``job``: its
             own; a restored lr scheduler may still set its learning rate. Not given: as ``checkpoint``, and a
             `MismatchError` where groups of this job that differ from each other would all get one saved group's.
+        leave_out: parts that are not restored, and not missed where the checkpoint lacks them: ``model``,
+            ``optimizer``, ``scheduler``, ``scaler``, ``rng``, ``timestamp``, or any other part of `State` by its name
+            there. The job keeps its own. A DeepSpeed engine's ``optimizer`` is its state and hyperparameters; its fp32
+            masters are weights, and are restored with the model, which cannot be left out of an engine.
         verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
             then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all.
         mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
@@ -95,6 +106,7 @@ class LoadOptions:
     allow_missing_frozen: bool = False
     layout: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: Hyperparameters | None = None
+    leave_out: Collection[str] = ()
     verify: Verify | None = None
     mode: Mode | None = None
     trace: str | None = None
@@ -129,6 +141,7 @@ class LoadOptions:
             raise OptionError(
                 f"layout names {', '.join(sorted(unknown))}: expected some of {', '.join(LAYOUT_ROLES)}"
             )
+        _parts(self.leave_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +160,8 @@ class Options:
     layout: Mapping[str, str]
     hyperparameters: Hyperparameters | None
     """None: the checkpoint's, and an error where groups that differ would all get one saved group's."""
+    leave_out: tuple[str, ...]
+    """Of `PARTS`, in their order."""
     verify: Verify
     mode: Mode
     trace: str | None
@@ -174,6 +189,7 @@ def resolve_options(
         allow_missing_frozen=given.allow_missing_frozen,
         layout=given.layout,
         hyperparameters=given.hyperparameters,
+        leave_out=_parts(given.leave_out),
         verify=given.verify or "during",
         mode=given.mode or "node",
         trace=given.trace,
@@ -281,6 +297,21 @@ def _check_safe_types(value: Any) -> None:
             raise OptionError(
                 f"safe_types holds {item!r}: expected types, or their names as in 'package.module.Type'"
             )
+
+
+def _parts(leave_out: Any) -> tuple[str, ...]:
+    """The parts that `leave_out` names, in the order of `PARTS`; a string is one name."""
+    named = [leave_out] if isinstance(leave_out, str) else leave_out
+    if not isinstance(named, list | tuple | set | frozenset):
+        raise OptionError(
+            f"leave_out={leave_out!r}: expected a list of names such as 'optimizer', got one {type(leave_out).__name__}"
+        )
+    found = {_PART_OF_ROLE.get(one, one) if isinstance(one, str) else one for one in named}
+    unknown = sorted(repr(one) for one in found if one not in PARTS)
+    if unknown:
+        known = dict.fromkeys((*LAYOUT_ROLES, *PARTS))
+        raise OptionError(f"leave_out names {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return tuple(part for part in PARTS if part in found)
 
 
 def _check_mapping(name: str, value: Any, *, to_names: bool = False) -> None:

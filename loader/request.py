@@ -1,6 +1,7 @@
 """Holds the arguments of a load, checks them on each rank, and compares them over all ranks.
 
-`check_arguments` runs on each rank; then rank 0 passes every rank's `LoadRequest.comparable` to `check_same`.
+`agree_on_arguments` does both: `check_arguments` runs on each rank; then rank 0 passes every rank's
+`LoadRequest.comparable` to `check_same`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..distributed.session import Session
 from .errors import OptionError
-from .options import Options
+from .options import LoadOptions, Options, resolve_options
 from .redaction import redact_path
 from .saved.ignore import IgnoreKeys
+from .stages import Stages
 from .state import AlgorithmPass, ForeignState, State, as_list
+from .torch_modes import what_tensors_lack
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,40 @@ class LoadRequest:
         }
 
 
+def settle_options(
+    options: LoadOptions | Mapping[str, Any] | None,
+) -> tuple[Options, OptionError | None]:
+    """The options to go by, and what is wrong with those given: `agree_on_arguments` raises it, on all ranks.
+
+    All ranks are about to enter a session, in which they would wait for one that raised it at once.
+    """
+    try:
+        return resolve_options(options), None
+    except OptionError as error:
+        return resolve_options(None, {}), error
+
+
+def agree_on_arguments(
+    request: LoadRequest, problem: OptionError | None, session: Session, stages: Stages
+) -> None:
+    """Raises `OptionError` on all ranks where one has arguments that do not fit, or where they differ between ranks.
+
+    `problem` is what this rank found before it entered the session. Every rank must call.
+    """
+    with stages.stage("arguments"):
+        if problem is not None:
+            raise problem
+        lacking = what_tensors_lack()
+        if lacking is not None:
+            raise OptionError(
+                f"torch.empty makes {lacking} here: the load was called inside a context that changes what torch's "
+                "constructors give, such as FakeTensorMode, deepspeed.zero.Init or init_empty_weights; build the model "
+                "there, and load outside of it"
+            )
+        check_arguments(request)
+    session.channel.decide("same arguments", request.comparable(), check_same)
+
+
 def as_path(path: Any) -> str:
     """`path` (text, or any ``os.PathLike`` of text) as text. Raises `OptionError` for anything else."""
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
@@ -87,6 +125,12 @@ def check_arguments(request: LoadRequest) -> None:
     as_path(request.path)
     check_logger(request.logger)
     _check_state(request.state)
+    if request.weights_only and "model" in request.options.leave_out:
+        raise OptionError(
+            "load_weights_only=True with leave_out=['model'] restores nothing: drop one of them"
+        )
+    if request.weights_only and isinstance(request.state, State) and request.state.model is None:
+        raise OptionError("load_weights_only=True with State(model=None) restores nothing: pass the model")
     for name, flag in (
         ("load_weights_only", request.weights_only),
         ("strict_model_weights", request.strict),
@@ -136,11 +180,14 @@ def _check_state(state: Any) -> None:
         )
     if not isinstance(state, State):
         return
+    if state.model is None:
+        return
     if isinstance(state.model, Mapping) or not all(
         callable(getattr(state.model, name, None)) for name in ("state_dict", "load_state_dict")
     ):
         raise OptionError(
-            f"state.model is {_shown(state.model)}: expected State(model=...) with a module or a DeepSpeed engine"
+            f"state.model is {_shown(state.model)}: expected State(model=...) with a module or a DeepSpeed engine, or "
+            "None for a state without one"
         )
 
 

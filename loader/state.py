@@ -44,7 +44,8 @@ class State:
 
     Attributes:
         model: a module (plain, DDP-wrapped, compiled, sharded with ``fully_shard``, on the meta device), or a DeepSpeed
-            engine, which brings its optimizer, lr scheduler and loss scaler with it.
+            engine, which brings its optimizer, lr scheduler and loss scaler with it. None: the other parts are restored
+            alone.
         optimizers: one, or a list. So are `schedulers`, `scaler` and `callbacks`: objects with ``state_dict`` and
             ``load_state_dict``.
         schedulers: lr schedulers.

@@ -5,7 +5,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,19 @@ from .tensor import SavedTensor
 
 ENGINE = "engine"
 """The part of a checkpoint's state that only a DeepSpeed engine can take: counters, loss scale and the like."""
+
+_ENGINE_SCALER = frozenset(
+    {
+        "loss_scaler",
+        "dynamic_loss_scale",
+        "cur_scale",
+        "cur_iter",
+        "last_overflow_iter",
+        "scale_factor",
+        "scale_window",
+    }
+)
+"""What of it is the loss scaler's."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,28 @@ class Saved:
         state = {**self.state, "schedulers": kept}
         before = None if self.unfiltered is None else self.unfiltered.without_schedulers(keys)
         return replace(self, state=state, unfiltered=before)
+
+    def without(self, parts: Collection[str]) -> Saved:
+        """The same without those `parts`, as if the checkpoint lacked them.
+
+        ``rng`` is one too. An engine's loss scaler goes with ``scaler``.
+        """
+        state = {key: value for key, value in self.state.items() if key not in parts}
+        if "scaler" in parts and isinstance(state.get(ENGINE), Mapping):
+            state[ENGINE] = {key: one for key, one in state[ENGINE].items() if key not in _ENGINE_SCALER}
+        before = None if self.unfiltered is None else self.unfiltered.without(parts)
+        left = replace(self, state=state, unfiltered=before)
+        return replace(left, rng=None, rng_per_rank=False) if "rng" in parts else left
+
+    def paths_of(self, parts: Collection[str]) -> tuple[str, ...]:
+        """The places of what `without` takes out, as ``ignore_keys`` writes them."""
+        engine = self.state.get(ENGINE) if "scaler" in parts else None
+        scaler = [key for key in engine if key in _ENGINE_SCALER] if isinstance(engine, Mapping) else []
+        return (
+            *(f"state/{part}" for part in self.state if part in parts),
+            *(f"state/{ENGINE}/{key}" for key in scaler),
+            *(("rng",) if "rng" in parts and self.rng is not None else ()),
+        )
 
     @property
     def rank_zero_seed(self) -> int | None:

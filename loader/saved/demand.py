@@ -35,6 +35,10 @@ class Demand:
     position: Position
     """This rank's part of the model, and its place among the ranks that partition this part."""
     weights_only: bool = False
+    model: bool = True
+    """Whether a model is restored; without one, a file may have other parts alone."""
+    optimizer: bool = True
+    """Whether optimizers' state is restored. Their fp32 masters are weights, and are with the model."""
     optimizers: tuple[str, ...] = ()
     """Class names of the job's optimizers, in order; files that keep none take these. So with the next two."""
     schedulers: tuple[str, ...] = ()

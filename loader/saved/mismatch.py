@@ -46,7 +46,9 @@ class Mismatch:
         if self.unexpected:
             ways.append("ignore_keys to leave parts of the checkpoint out")
         if not all(map(_is_entry, self.missing)):
-            ways.append("a State without the objects that the checkpoint lacks")
+            ways.append(
+                "a State without the objects that the checkpoint lacks, or LoadOptions(leave_out=...) with their part"
+            )
         return f"{', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"{ways[0]}."
 
     def raise_if_any(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CorruptError, FormatError
+from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
 from ..saved.demand import Demand
 from ..saved.names import EXTRA_STATE
@@ -23,7 +24,7 @@ from ..saved.values import can_be_restored, is_tensor, kind_of
 from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, not_a_dict, obstacle
 
-__all__ = ["COMPOSER_STATES", "SingleFile", "read_layout", "rng_list"]
+__all__ = ["COMPOSER_STATES", "SingleFile", "file_tree", "read_layout", "rng_list"]
 
 COMPOSER_STATES = "composer_states.pt"
 """The member of Composer's archives that holds the checkpoint, or of a ZeRO job everything but ZeRO's files."""
@@ -83,7 +84,7 @@ class SingleFile:
     def open(self, files: Files, demand: Demand) -> Saved:
         file = files.first
         with files.stage("read"):
-            index = files.index(file, _single_member(file) if file.kind == "archive" else "")
+            index = _index(files, file)
             found = read_layout(
                 index.tree,
                 file=file.source,
@@ -91,6 +92,7 @@ class SingleFile:
                 optimizer_classes=demand.optimizers,
                 scheduler_classes=demand.schedulers,
                 scaler_class=demand.scaler,
+                with_model=demand.model,
             )
             if is_one_file_of_zero(index.tree) and not demand.weights_only:
                 warnings.warn(
@@ -99,6 +101,21 @@ class SingleFile:
                     stacklevel=2,
                 )
             return replace(found, name=files.name)
+
+
+def file_tree(files: Files) -> Mapping[Any, Any]:
+    """The dict that the one file of `files` holds, as it was saved: nothing of it was read but its index.
+
+    Raises `FormatError` where it holds something else, or is an archive of several files, and as `Files.index`.
+    """
+    index = _index(files, files.first)
+    if not isinstance(index.tree, Mapping):
+        raise FormatError(not_a_dict(index.tree, files.first.source), path=files.first.source)
+    return index.tree
+
+
+def _index(files: Files, file: NodeFile) -> FileIndex:
+    return files.index(file, _single_member(file) if file.kind == "archive" else "")
 
 
 def _single_member(file: NodeFile) -> str:
@@ -121,11 +138,13 @@ def read_layout(
     optimizer_classes: Sequence[str] = (),
     scheduler_classes: Sequence[str] = (),
     scaler_class: str = "GradScaler",
+    with_model: bool = True,
 ) -> Saved:
     """The parts of a checkpoint file, given the `tree` of its pickle; `file` is what messages call it.
 
     `layout` is `LoadOptions.layout`. The class names are those of this job's objects: optimizers, schedulers and a
-    scaler that the file keeps without class names get them, in order.
+    scaler that the file keeps without class names get them, in order. `with_model`: whether a model is restored; a file
+    that lacks one is of no known layout then.
 
     Raises `FormatError` where the layout is not known, saying what stands in the way, and `CorruptError` where a known
     layout's part is of another type than it must be.
@@ -141,7 +160,7 @@ def read_layout(
         return _lightning(tree, file, names)
     if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
         return Saved(file, _KIND, "state dict", {"model": tree})
-    found = None if is_emptied_by_zero(tree) else _hand_written(tree, file, names)
+    found = None if is_emptied_by_zero(tree) else _hand_written(tree, file, names, with_model=with_model)
     if found is not None:
         return found
     raise FormatError(obstacle(tree, file, _ROLE_KEYS["model"]), path=file)
@@ -203,7 +222,7 @@ def _tensors(value: Any, key: str, file: str) -> Mapping[str, Any]:
     return value  # not copied: a copy would lose the ``_metadata`` attribute of torch's state dicts
 
 
-def _hand_written(tree: Mapping[str, Any], file: str, names: _Names) -> Saved | None:
+def _hand_written(tree: Mapping[str, Any], file: str, names: _Names, *, with_model: bool) -> Saved | None:
     roles: dict[str, str] = {}
     for role, keys in _ROLE_KEYS.items():
         fitting = [key for key in keys if key in tree and _fits(role, tree[key])]
@@ -212,11 +231,28 @@ def _hand_written(tree: Mapping[str, Any], file: str, names: _Names) -> Saved | 
             fitting.sort(key=lambda key: not _is_optimizer_state(tree[key]))
         if fitting:
             roles[role] = fitting[0]
-    if "model" not in roles:
+    if "model" not in roles and with_model:
         return None
+    if not roles:
+        return _one_part(tree, file, names)
     state, rng, extra = _parts(
         {role: tree[key] for role, key in roles.items()}, tree, set(roles.values()), names
     )
+    return Saved(file, _KIND, "hand-written", state, rng, extra)
+
+
+def _one_part(tree: Mapping[str, Any], file: str, names: _Names) -> Saved | None:
+    """A file that is the state of one optimizer, scheduler or scaler, where no model is restored."""
+    optimizers, schedulers, _ = names
+    if set(tree) == {"state", "param_groups"} and len(optimizers) == 1:
+        parts = {"optimizer": tree}
+    elif "last_epoch" in tree and len(schedulers) == 1:
+        parts = {"scheduler": tree}
+    elif {"scale", "_growth_tracker"} <= set(tree):
+        parts = {"scaler": tree}
+    else:
+        return None
+    state, rng, extra = _parts(parts, tree, set(tree), names)
     return Saved(file, _KIND, "hand-written", state, rng, extra)
 
 
@@ -230,6 +266,8 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
             weights = {key: tree[key] for key in tree if key not in taken and _is_weight(key, tree[key])}
             taken.update(weights)
             node = weights if len(weights) < len(tree) else tree
+        elif at_root:
+            taken.update(tree)
         for key in [] if at_root else key_path.split("/"):
             if not isinstance(node, Mapping) or key not in node:
                 keys = ", ".join(repr(k) for k in list(node)[:20]) if isinstance(node, Mapping) else "none"

@@ -78,18 +78,19 @@ def _without_weights(tree: Mapping[Any, Any], file: str) -> str | None:
     """For a file of one other part of a job."""
     keys = {key for key in tree if isinstance(key, str)}
     if {"state", "param_groups"} <= keys and isinstance(tree["param_groups"], list):
-        what = "an optimizer's state_dict"
+        what, part = "an optimizer's state_dict", "optimizers=..."
     elif "last_epoch" in keys and not any(isinstance(value, SavedTensor) for value in tree.values()):
-        what = "a learning-rate scheduler's state_dict"
+        what, part = "a learning-rate scheduler's state_dict", "schedulers=..."
     elif keys >= _SCALER:
-        what = "a gradient scaler's state_dict"
+        what, part = "a gradient scaler's state_dict", "scaler=..."
     elif keys and keys <= _RANDOM and keys & {"python", "numpy"}:
-        what = "a rank's random states"
+        what, part = "a rank's random states", None
     else:
         return None
+    alone = "read it with rankload.read" if part is None else f"restore it with State(model=None, {part})"
     return (
         f"{file} is {what} alone, and no model's weights are in it: its layout is not known as a checkpoint's. Pass "
-        "the file that has the weights, or one that has all parts in a dict"
+        f"the file that has the weights, or one that has all parts in a dict; or {alone}"
     )
 
 

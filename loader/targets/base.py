@@ -37,6 +37,8 @@ class RestoreOptions:
     rename: Mapping[str, str] = field(default_factory=dict)
     allow_missing_frozen: bool = False
     layout: Mapping[str, str] = field(default_factory=dict)
+    leave_out: frozenset[str] = frozenset()
+    """Parts of the state that stay as they are (``LoadOptions.leave_out``)."""
     exclude_algorithms: Collection[str] | None = None
     algorithm_passes: Sequence[AlgorithmPass] | None = None
     logger: Any = None

@@ -36,6 +36,11 @@ def target_of(state: Any, options: RestoreOptions) -> Target:
     model, optimizers = getattr(state, "model", None), as_list(getattr(state, "optimizers", None))
     engine = engine_behind(model, optimizers)
     live = engine is not None
+    if live and "model" in options.leave_out:
+        raise OptionError(
+            "leave_out=['model'] with a DeepSpeed engine: its optimizer updates the weights in fp32, so that the one "
+            "cannot be restored without the other. To restore other parts alone, load into State(model=None, ...)"
+        )
     target: Target
     if isinstance(state, State):
         target = StateTarget(state, options, with_model=not live)
@@ -69,6 +74,10 @@ class _WithEngine:
         own = getattr(self.live, "lr_scheduler", None)
         return own if loads_state(own) else None
 
+    @property
+    def _without_optimizers(self) -> bool:
+        return self.options.weights_only or "optimizers" in self.options.leave_out
+
     def demand(self, rank: int, world_size: int) -> Demand:
         """The engine's, with the names of the other parts' classes."""
         engine, rest = self.engine.demand(rank, world_size), self.rest.demand(rank, world_size)
@@ -101,7 +110,8 @@ class _WithEngine:
     def _scheduler(self, saved: Saved) -> tuple[Plan, frozenset[str]]:
         """What there is to tell of the engine's scheduler, and the keys of the saved ones that are for it."""
         own = self.scheduler
-        if own is None or self.options.weights_only:
+        options = self.options
+        if own is None or options.weights_only or "schedulers" in options.leave_out:
             return Plan(), frozenset()
         name = f"schedulers/{type(own).__name__}"
         whole, left = saved.whole.state.get("schedulers") or {}, saved.state.get("schedulers") or {}
@@ -125,7 +135,7 @@ class _WithEngine:
         missing = [
             f"optimizers/{name}: it is not the engine's, whose own optimizer is all that is restored with it; load it "
             "by a State of its own model"
-            for name in (() if self.options.weights_only else self.others)
+            for name in (() if self._without_optimizers else self.others)
         ]
         note = f"{self.inner} is the module of a DeepSpeed engine, or wraps one: the engine was restored"
         told = Plan(mismatch=Mismatch(missing), notes=(note,) if self.inner else ())
@@ -153,9 +163,11 @@ class _WithAlgorithms:
         Raises `OptionError` where they cannot be added.
         """
         present = getattr(self.state, "algorithms", None)
-        if not isinstance(present, list):
-            return self.target.plan(saved)
         options = self.options
+        if not isinstance(present, list) or {"model", "algorithms"} & options.leave_out:
+            return self.target.plan(saved)
+        if getattr(self.state, "model", None) is None:
+            return self.target.plan(saved)
         missing = required_algorithms(saved.state.get("algorithms"), present, options.exclude_algorithms)
         if missing and not self.changeable:
             names = [type(algorithm).__qualname__ for algorithm in missing]

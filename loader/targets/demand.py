@@ -19,6 +19,8 @@ def demand_of(state: Any, options: RestoreOptions, rank: int, world_size: int) -
     return Demand(
         Position(rank, world_size),
         weights_only=options.weights_only,
+        model=getattr(state, "model", None) is not None and "model" not in options.leave_out,
+        optimizer="optimizers" not in options.leave_out,
         optimizers=_classes(state, "optimizers"),
         schedulers=_classes(state, "schedulers"),
         scaler=next(iter(_classes(state, "scaler")), "GradScaler"),

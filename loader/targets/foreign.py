@@ -89,7 +89,10 @@ class ForeignTarget:
                 self.state, handed_on["algorithms"], options.exclude_algorithms
             )
         model, complete = Plan(), False
-        if self.with_model:
+        if self.with_model and getattr(self.state, "model", None) is None:
+            if handed_on.pop("model", None) is not None:
+                told = told.joined(Plan(not_restored=("state/model",)))
+        elif self.with_model and "model" not in options.leave_out:
             named = name_masters(saved, optimizer_groups(self.state), options.rename)
             module = plan_module(self.state.model, named, options)
             # Buffers whose values are still to be compared are compared by the step that fills the module.
@@ -103,7 +106,11 @@ class ForeignTarget:
         optimizers = Plan()
         if options.weights_only:
             handed_on = {key: handed_on[key] for key in ("model", "algorithms") if key in handed_on}
-        elif self.with_model and isinstance(getattr(self.state, "optimizers", None), list | tuple):
+        elif (
+            self.with_model
+            and "optimizers" not in options.leave_out
+            and isinstance(getattr(self.state, "optimizers", None), list | tuple)
+        ):
             optimizers, filled = self._optimizers(saved)
             if filled:
                 handed_on.pop("optimizers", None)
@@ -117,6 +124,8 @@ class ForeignTarget:
     def _objects(self, saved: Saved, part: str, handed_on: dict[str, Any]) -> Plan:
         """Tells of the part's objects for which the checkpoint has nothing, or a state of another kind; takes that out
         of `handed_on`. The object loads all others itself, and knows what it does not hold."""
+        if part in self.options.leave_out:
+            return Plan()
         whole = saved.whole.state.get(part)
         states = dict(handed_on[part]) if isinstance(handed_on.get(part), Mapping) else {}
         known: Mapping[Any, Any] = whole if isinstance(whole, Mapping) else {}
@@ -144,7 +153,8 @@ class ForeignTarget:
         """
         plans, rest = plan_optimizers(self.state, saved, self.options)
         whole = saved.whole.state.get("optimizers") or {}
-        left, names = saved.state.get("optimizers") or {}, parameter_names(self.state.model)
+        left = saved.state.get("optimizers") or {}
+        names = parameter_names(getattr(self.state, "model", None))
         told = join([*(plan.as_plan() for plan in plans), rest])
         if told.mismatch.wrong or (
             not rest.not_restored

@@ -568,5 +568,7 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 def parameter_names(model: Any) -> dict[int, str]:
-    """Each parameter's name by its ``id``; the first name of tied ones."""
+    """Each parameter's name by its ``id``; the first name of tied ones. Without a model there are none."""
+    if model is None:
+        return {}
     return {id(parameter): name for name, parameter in unwrap(model).named_parameters()}

@@ -220,7 +220,7 @@ def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[
     this job has no place for; of that it warns. Changes nothing, and no rank waits.
     """
     left, whole = saved.state.get("optimizers") or {}, saved.whole.state.get("optimizers") or {}
-    names = parameter_names(state.model)
+    names = parameter_names(getattr(state, "model", None))
     own = by_class_name(as_list(state.optimizers))
     plans: list[OptimizerPlan] = []
     mismatch = Mismatch()
@@ -256,7 +256,8 @@ def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[
             plans.append(plan)
     mismatch.missing.extend(refused.values())
     rest = [name for name in left if name not in restored]
-    warn_of_state([name for name in rest if left[name] and name not in refused], own, saved.name)
+    if getattr(state, "model", None) is not None:  # without one, some parts were asked for alone
+        warn_of_state([name for name in rest if left[name] and name not in refused], own, saved.name)
     return plans, Plan(mismatch=mismatch, not_restored=tuple(f"state/optimizers/{name}" for name in rest))
 
 
@@ -312,10 +313,17 @@ def plan_optimizer(
     found = SavedState(whole.get("state", {}), groups, saved)
     _note_class(plan, groups)
     saved_names = names_of_saved(groups, found.state)
-    if saved_names is not None:
+    named = bool(names) or any(group.get("param_names") for group in plan.own_groups)
+    if saved_names is None or (not named and _has_positions(groups)):
+        _match_by_position(plan, groups)
+    elif named or not own:
         _match_by_name(plan, saved_names, groups, names, rename)
     else:
-        _match_by_position(plan, groups)
+        plan.mismatch.wrong.append(
+            f"{plan.at}: the checkpoint names its optimizer's parameters, and this job has no model that names its "
+            "own: pass the model too, and keep it as it is with LoadOptions(leave_out=['model'])"
+        )
+        return plan
     if "param_groups" not in saved:
         plan.param_groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     elif not plan.mismatch.wrong:
@@ -388,6 +396,11 @@ def _note_class(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> Non
         plan.notes.append(note)
     if plan.notes:
         warnings.warn(f"{plan.at}: {'; '.join(plan.notes)}", stacklevel=2)
+
+
+def _has_positions(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the saved groups list their parameters by position, as torch does, whether or not it adds names."""
+    return all(isinstance(key, int) for group in groups for key in group["params"])
 
 
 def _match_by_name(

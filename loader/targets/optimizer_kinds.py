@@ -71,7 +71,8 @@ def warn_of_state(names: Collection[str], own: Collection[str], file: str) -> No
         engine = "; for a DeepSpeed engine load after deepspeed.initialize, with State(model=engine)"
     warnings.warn(
         f"{file} has optimizer state ({', '.join(map(str, names))}), and {lack}: it is not restored. Pass "
-        f"State(model, optimizers=...), or load_weights_only=True for weights alone{engine}",
+        "State(model, optimizers=...), or leave it out with LoadOptions(leave_out=['optimizer']) or "
+        f"load_weights_only=True{engine}",
         stacklevel=3,
     )
 

@@ -117,20 +117,20 @@ def missing_part(place: str, others: Iterable[Any]) -> str:
     return f"{place}: the checkpoint has {', '.join(map(str, others)) or 'none'}"
 
 
-def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool) -> None:
+def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool, alone: bool = False) -> None:
     """Warns of parts that `plan` does not restore: those that the job has no place for, and without `strict` those that
-    the checkpoint lacks."""
+    the checkpoint lacks. With `alone`, for a job that asked for some parts alone, only of the latter."""
     # What is left of optimizers is told by `optimizer_kinds.warn_of_state`, which knows what to do about it.
     left = [
         name
         for name in _of_parts(name.removeprefix("state/") for name in plan.not_restored)
         if not name.startswith("optimizers/")
     ]
-    if left:
+    if left and not alone:
         warnings.warn(
             f"{saved.name} holds {', '.join(f'state/{name}' for name in left)}, for which this job has no "
-            "counterpart; it is not restored. Pass the object in State(...), or leave it out with ignore_keys, or "
-            "with load_weights_only=True",
+            "counterpart; it is not restored. Pass the object in State(...), or leave it out with "
+            "LoadOptions(leave_out=...) or load_weights_only=True",
             stacklevel=2,
         )
     lacking = [] if strict else _of_parts(plan.mismatch.missing)

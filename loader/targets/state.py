@@ -99,17 +99,19 @@ class StateTarget:
         """
         plan = join(self._parts(saved))
         if not self.options.weights_only:
-            warn_of_parts(plan, saved, strict=self.options.strict)
+            warn_of_parts(plan, saved, strict=self.options.strict, alone=self.state.model is None)
         return replace(plan, steps=tuple(sorted(plan.steps, key=lambda step: _ORDER.index(type(step)))))
 
     def _parts(self, saved: Saved) -> Iterator[Plan]:
         options = self.options
-        if self.with_model:
+        if self.with_model and self.state.model is None:
+            yield Plan(not_restored=("state/model",) if "model" in saved.state else ())
+        elif self.with_model and "model" not in options.leave_out:
             named = name_masters(saved, optimizer_groups(self.state), options.rename)
             yield plan_module(self.state.model, named, options).as_plan()
         if options.weights_only:
             return
-        if self.with_model:
+        if self.with_model and "optimizers" not in options.leave_out:
             yield from self._optimizers(saved)
         yield self._objects(saved, "schedulers", "scheduler")
         yield self._objects(saved, "scaler", "scaler")
@@ -139,6 +141,8 @@ class StateTarget:
 
     def _objects(self, saved: Saved, part: str, kind: str) -> Plan:
         """Restores each of the part's objects that the checkpoint has a state for, of the object's kind."""
+        if part in self.options.leave_out:
+            return Plan()
         whole, states = saved.whole.state.get(part), saved.state.get(part)
         if whole is not None and not isinstance(whole, Mapping):
             return Plan(not_restored=(f"state/{part}",))
@@ -180,7 +184,11 @@ class StateTarget:
         """Tells of the parts with one object, for which the checkpoint has nothing."""
         parts = ("timestamp", *PLAIN_PARTS)
         lacking = [
-            part for part in parts if part not in saved.whole.state and holds_state(getattr(self.state, part))
+            part
+            for part in parts
+            if part not in saved.whole.state
+            and part not in self.options.leave_out
+            and holds_state(getattr(self.state, part))
         ]
         return Plan(mismatch=Mismatch([missing_part(part, ()) for part in lacking]))
 

@@ -250,6 +250,12 @@ def test_every_stage_that_deepspeed_saves(tmp_path: Path) -> None:
     assert receipts[0]["saved_world_size"] == 2
 
 
+@needs_deepspeed
+def test_an_engine_is_restored_without_its_optimizer_and_scheduler(tmp_path: Path) -> None:
+    (refused,) = run("left_out_of_engine", 1, tmp_path, deadline_s=240)
+    assert "leave_out=['model'] with a DeepSpeed engine" in refused
+
+
 @pytest.mark.parametrize(
     "name", ["ep2-ba8-rank0.pt", "ep2-ba8-rank{rank}.pt", "manual-ep2-ba8-rank0.tar", "weights-ba8-rank0.pt"]
 )

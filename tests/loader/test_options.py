@@ -22,6 +22,7 @@ def test_argument_comes_before_environment_before_default() -> None:
         allow_missing_frozen=False,
         layout={},
         hyperparameters=None,
+        leave_out=(),
         verify="during",
         mode="node",
         trace=None,
@@ -42,12 +43,19 @@ def test_every_option_that_is_given_is_taken() -> None:
         "allow_missing_frozen": True,
         "layout": {"model": "x"},
         "hyperparameters": "job",
+        "leave_out": ("optimizers", "rng"),
         "verify": "before",
         "mode": "auto",
         "trace": "trace.json",
     }
     assert set(given) == {one.name for one in fields(LoadOptions)}
     assert resolve_options(given, {}) == resolve_options(LoadOptions(**given), {}) == Options(**given)
+
+
+def test_parts_are_left_out_by_role_or_by_name_in_one_order() -> None:
+    for given in (["scheduler", "optimizer"], {"schedulers", "optimizers"}, ("optimizers", "scheduler")):
+        assert resolve_options({"leave_out": given}, {}).leave_out == ("optimizers", "schedulers")
+    assert resolve_options({"leave_out": "optimizer"}, {}).leave_out == ("optimizers",)
 
 
 def test_safe_types_have_one_order_in_every_process() -> None:
@@ -61,6 +69,8 @@ def test_safe_types_have_one_order_in_every_process() -> None:
         ({"chache_dir": "x"}, {}, "unknown option chache_dir; known ones: cache_dir"),
         (None, {"RANKLOAD_STALL_TIMEOUT": "1"}, "unknown environment variable RANKLOAD_STALL_TIMEOUT;"),
         (None, {"RANKLOAD_STALL_TIMEOUT_S": "soon"}, "expected a number of seconds"),
+        ({"leave_out": ["optimiser"]}, {}, "leave_out names 'optimiser': expected some of model, optimizer,"),
+        ({"leave_out": 3}, {}, "leave_out=3: expected a list of names such as 'optimizer', got one int"),
         ({"verify": "later"}, {}, "expected one of before, during, off"),
         ({"stall_timeout_s": 0}, {}, "expected seconds above 0"),
         ({"safe_types": "a.b"}, {}, "expected a list"),

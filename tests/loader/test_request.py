@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
-from rankload.loader.options import Options, resolve_options
+from rankload.loader.options import LoadOptions, Options, resolve_options
 from rankload.loader.request import LoadRequest, as_path, check_arguments, check_same
 from rankload.loader.state import State
 
@@ -59,7 +59,14 @@ def test_paths() -> None:
         ({"path": b"a"}, "path is of type bytes: expected a string"),
         ({"path": ""}, "path is empty"),
         ({"state": Model()}, "state is of type Model: expected a rankload.State"),
-        ({"state": State(None)}, r"state.model is None: expected State\(model=...\)"),
+        (
+            {"state": State(None), "weights_only": True},
+            r"State\(model=None\) restores nothing: pass the model",
+        ),
+        (
+            {"weights_only": True, "options": resolve_options(LoadOptions(leave_out=["model"]), {})},
+            r"leave_out=\['model'\] restores nothing: drop one of them",
+        ),
         ({"state": State({"w": 1})}, r"state.model is of type dict: expected State\(model=...\)"),
         ({"weights_only": "no"}, "load_weights_only is 'no': expected True or False"),
         ({"strict": None}, "strict_model_weights is None: expected True or False"),

@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from rankload.loader import RankloadError, State, load, load_checkpoint
+from rankload.loader import LoadOptions, RankloadError, State, load, load_checkpoint
 from torch import nn
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -475,6 +475,55 @@ def saves_and_restores(folder: str, stages: str) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), stage
         assert train(first, 2, RANK, 5) == train(second, 2, RANK, 5)
     print(json.dumps(result.receipt.as_dict()))
+
+
+def left_out_of_engine(folder: str) -> None:
+    """An engine of each stage keeps its optimizer and scheduler; weights, fp32 masters and counters are restored.
+
+    Another kind of optimizer is left out as well. Prints the error of a model that is left out.
+    """
+    from zero_model import full_state, make_engine, module_state, train
+
+    def kept(engine: Any) -> str:
+        optimizer = engine.basic_optimizer
+        groups = [{**group, "params": None} for group in optimizer.param_groups]
+        return repr((list(optimizer.state.values()), groups, engine.lr_scheduler.state_dict()))
+
+    def weights(engine: Any) -> dict[str, torch.Tensor]:
+        found = full_state(engine) if engine.zero_optimization_stage() else module_state(engine)
+        return {name: value for name, value in found.items() if not name.startswith("exp_avg")}
+
+    start_deepspeed()
+    torch.set_printoptions(threshold=10**6)
+    options = LoadOptions(leave_out=["optimizer", "scheduler"])
+    for stage in range(4):
+        dtype, root = "bf16" if stage else "fp32", f"{folder}/stage{stage}"
+        saver = make_engine(stage, dtype, seed=0)
+        train(saver, 2, RANK)
+        saver.save_checkpoint(root, client_state={"epoch": 4})
+        own = make_engine(stage, dtype, seed=1)
+        train(own, 3, RANK)
+        before, wanted = kept(own), weights(saver)
+        assert before != kept(saver)
+        result = load(root, State(own), options=options)
+        found = weights(own)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), stage
+        assert kept(own) == before
+        assert own.global_steps == 2
+        assert result.extra == {"epoch": 4}
+        assert result.receipt.ignored == ("state/optimizers", "state/schedulers"), result.receipt.ignored
+        assert result.receipt.missing == result.receipt.not_restored == ()
+        other = make_engine(
+            stage, dtype, seed=1, optimizer="SGD", config={"zero_allow_untested_optimizer": True}
+        )
+        load(root, State(other), options=options)
+        found = module_state(other)
+        assert all(torch.equal(found[name], wanted[name]) for name in found), stage
+        assert load(root, State(other), load_weights_only=True).extra == {"epoch": 4}
+    try:
+        load(root, State(own), options={"leave_out": ["model"]})
+    except RankloadError as error:
+        print(json.dumps(str(error)))
 
 
 if __name__ == "__main__":

@@ -53,10 +53,12 @@ def _of_archives(files: Files, saved: Saved, demand: Demand) -> Saved:
     """DeepSpeed's parts and Composer's own; of a part that both have, DeepSpeed's, and Composer's random states."""
     # Composer gathers all ranks' random states into the first archive.
     saved = replace(saved, kind="composer-zero", rng_per_rank=False)
-    if COMPOSER_STATES not in files.first.members or demand.weights_only:
+    if COMPOSER_STATES not in files.first.members:
         return saved
     index = files.index(files.first, COMPOSER_STATES)
     composer = read_layout(index.tree, file=index.name)
+    if demand.weights_only:
+        return replace(saved, extra={**saved.extra, **composer.extra})
     schedulers = {**composer.state.get("schedulers", {}), **saved.state.get("schedulers", {})}
     return replace(
         saved,

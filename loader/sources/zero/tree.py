@@ -27,7 +27,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     """The checkpoint `name` in Composer's layout, with the caller's client_state as ``extra``.
 
     The class names are those of the job, since DeepSpeed saves none. Counters, loss scale and the like are in
-    ``state/engine``. With ``demand.weights_only`` there is ``state/model`` alone.
+    ``state/engine``. With ``demand.weights_only`` there are ``state/model`` and ``extra`` alone.
 
     Stage 0 keeps the optimizer's parameters by position. Where ``demand.in_parts``, they get the checkpoint's names
     for those in ``demand.groups``; else they keep their numbers, as torch saves them, and the masters have no names.
@@ -41,14 +41,14 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
     model = zero.model_of(position.rank)
     made = _partitioned(zero, weights_only=demand.weights_only)
     state: dict[str, Any] = {"model": _model(zero, model, made)}
-    rng: list[Any] | None = None
-    extra: dict[str, Any] = {}
-    if not demand.weights_only:
+    extra = dict(model.client_state)
+    rng = rng_list(extra.get("rng"))
+    if rng is not None:
+        del extra["rng"]
+    if demand.weights_only:
+        rng = None
+    else:
         state.update(_training_state(zero, model, made, demand))
-        extra = dict(model.client_state)
-        rng = rng_list(extra.get("rng"))
-        if rng is not None:
-            del extra["rng"]
     return Saved(
         name,
         "deepspeed",
@@ -77,6 +77,8 @@ def _named(zero: ZeroContents, demand: Demand) -> ZeroContents:
     optim = zero.any_optim
     if zero.checkpoint.stage or optim is None:
         return zero
+    if not demand.optimizer and MASTER not in optim.tensors:
+        return zero  # nothing of it is restored, so that its groups need not be this job's
     saved = zero.model_of(demand.position.rank).module
     target_of = match_names(saved, demand.names, demand.rename).target_of
     saved_of = {new: old for old, new in target_of.items()}

@@ -9,7 +9,7 @@ parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -66,6 +66,7 @@ class EngineTarget:
         return Demand(
             live.position,
             weights_only=options.weights_only,
+            optimizer="optimizers" not in options.leave_out,
             optimizers=(optimizer,),
             schedulers=(scheduler,),
             engine_scheduler=scheduler,
@@ -111,7 +112,7 @@ class EngineTarget:
             step = EngineStep(live, named, model, optimizer, _plan_engine(live, named, mismatch, own_rates))
             notes = optimizer.notes
             if by_deepspeed:
-                lacking, not_restored = _without_counterpart(live, saved)
+                lacking, not_restored = _without_counterpart(live, saved, options.leave_out)
                 mismatch.missing += lacking
                 if lacking and not options.strict:
                     warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
@@ -133,6 +134,8 @@ class EngineTarget:
     ) -> tuple[Saved, OptimizerPart]:
         """What the engine's optimizer gets, and `saved` with the one state that is for it."""
         live, options = self._live, self._options
+        if "optimizers" in options.leave_out:
+            return saved, OptimizerPart()
         if live.optimizer is None:
             return saved, OptimizerPart(refused=True)
         name = engine_classes(self._engine)[0]
@@ -221,7 +224,9 @@ def _plan_engine(live: LiveEngine, saved: Saved, mismatch: Mismatch, own_rates: 
     )
 
 
-def _without_counterpart(live: LiveEngine, saved: Saved) -> tuple[list[str], tuple[str, ...]]:
+def _without_counterpart(
+    live: LiveEngine, saved: Saved, leave_out: Collection[str]
+) -> tuple[list[str], tuple[str, ...]]:
     """The loss scaler and objects that the engine has and the checkpoint lacks, and those of the checkpoint that this
     engine has no place for; warns of the latter."""
     whole, left = saved.whole.state.get(ENGINE), saved.state.get(ENGINE)
@@ -233,7 +238,7 @@ def _without_counterpart(live: LiveEngine, saved: Saved) -> tuple[list[str], tup
     scaler = known.get("loss_scaler")
     theirs = scaler.global_name.rpartition(".")[2] if isinstance(scaler, InertObject) else "none"
     mine = type(getattr(live.engine.optimizer, "loss_scaler", None)).__name__
-    if live.kind != "unfused" and mine != theirs:
+    if live.kind != "unfused" and mine != theirs and "scaler" not in leave_out:
         # A scaler that is not dynamic holds nothing that is learned.
         if mine == _DYNAMIC:
             lacking.append(f"engine/loss_scaler {mine}: the checkpoint has {theirs}")

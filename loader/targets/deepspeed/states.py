@@ -94,8 +94,8 @@ def plan_states(
         problem = kind_problem(live.optimizer, whole, name if name != optimizer_class else None)
         if problem is not None:
             mismatch.missing.append(
-                f"{at}: the checkpoint's optimizer is of {problem}; use the optimizer that was saved, or ignore "
-                "state/optimizers"
+                f"{at}: the checkpoint's optimizer is of {problem}; use the optimizer that was saved, or leave it out "
+                "with LoadOptions(leave_out=['optimizer'])"
             )
             return OptimizerPart(refused=True, mismatch=mismatch)
     groups = _Groups(saved, whole, kept)

@@ -207,7 +207,7 @@ def test_ignore_keys_see_composers_layout(tmp_path: Path, stage: int) -> None:
     assert "overflow" in saved.state["engine"]
     assert "overflow" not in wanted.state["engine"]
     only = zero_saved(contents, Demand(Position(0, 4), weights_only=True), name="z")
-    assert set(only.as_tree()) == {"state"}
+    assert set(only.as_tree()) == {"state", "epoch"}
     assert set(only.state) == {"model"}
     assert only.engine_schedulers == frozenset()
 

@@ -113,7 +113,7 @@ def test_weights_alone(stage: int, tmp_path: Path) -> None:
     files = LocalFiles(unpack_zero(stage, tmp_path) / "step3")
     saved = Zero().open(files, Demand(Position(1, 2), weights_only=True))
     assert set(saved.state) == {"model"}
-    assert (saved.rng, saved.extra, saved.engine_schedulers) == (None, {}, frozenset())
+    assert (saved.rng, saved.extra, saved.engine_schedulers) == (None, {"epoch": 3}, frozenset())
     assert bool(files.fetched) == (stage == 3)
     assert bool(saved.masters) == (stage == 3)
     assert bool(saved.notes) == (stage == 3)
@@ -359,6 +359,11 @@ def test_stage_0_for_another_target_keeps_its_numbers_and_gives_masters() -> Non
     plain = zero_contents({0: stage_0(with_masters=False)[0]}, {}, weights_only=False)
     assert zero_saved(plain, EVERYTHING, name="z").unnamed_masters == ()
     assert zero_saved(plain, replace(EVERYTHING, parameters={}, groups=GROUPS), name="z").masters == {}
+    # Where the optimizer is left out, its groups may be others than this job's; masters still need them.
+    left_out = replace(EVERYTHING, parameters={}, groups=((("b", (5,)),),), optimizer=False)
+    assert list(zero_saved(plain, left_out, name="z").state["optimizers"]["AdamW"]["state"]) == [0, 1]
+    with pytest.raises(LayoutError, match=r"groups of \[2\] parameters, this job's of \[1\]"):
+        zero_saved(contents, left_out, name="z")
 
 
 def test_masters_stand_in_for_what_no_layer_file_has() -> None:
