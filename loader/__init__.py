@@ -12,6 +12,8 @@
 5. The plan is carried out: `materialize` copies bytes into the live tensors, while others are still fetched.
 6. `rng` completes the random states, and `receipt` says what was done.
 
+`reading.read` goes the same way for one file, which becomes a dict and is restored into nothing.
+
 All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
 
 Not guaranteed: a rollback. Before the restore a failure changes nothing; after its first change it is a
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     )
     from .journey import LoadResult, load, load_checkpoint
     from .options import LoadOptions
+    from .reading import read
     from .receipt import Receipt
     from .rng import capture_rng, gather_rng, restore_rng
     from .state import State
@@ -79,6 +82,7 @@ _HOME = {
     ),
     "journey": ("LoadResult", "load", "load_checkpoint"),
     "options": ("LoadOptions",),
+    "reading": ("read",),
     "receipt": ("Receipt",),
     "rng": ("capture_rng", "gather_rng", "restore_rng"),
     "state": ("State",),
@@ -115,6 +119,7 @@ __all__ = [
     "gather_rng",
     "load",
     "load_checkpoint",
+    "read",
     "register_algorithm",
     "restore_rng",
 ]

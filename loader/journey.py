@@ -54,7 +54,7 @@ from .request import LoadRequest, agree_on_arguments, settle_options
 from .rng import RngState, check_state, complete_states, decode_each, encode_own, normal_form
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
-from .saved.ignore import Ignored, IgnoreKeys, ignore, nearest
+from .saved.ignore import Ignored, IgnoreKeys, ignore, unmatched_glob
 from .saved.names import unused_renames
 from .saved.tensor import StorageRef
 from .saved.tree import find_unknown, storages
@@ -201,15 +201,15 @@ def load(
     request = LoadRequest(
         path,  # type: ignore[arg-type]  # made text there, or refused by `check_arguments`
         state,
-        logger,
-        object_store,
-        load_weights_only,
-        strict_model_weights,
-        progress_bar,
-        ignore_keys,
-        exclude_algorithms,
-        algorithm_passes,
         resolved,
+        logger=logger,
+        object_store=object_store,
+        weights_only=load_weights_only,
+        strict=strict_model_weights,
+        progress_bar=progress_bar,
+        ignore_keys=ignore_keys,
+        exclude_algorithms=exclude_algorithms,
+        algorithm_passes=algorithm_passes,
     )
     verify = resolved.verify
     with (
@@ -300,11 +300,7 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
-            near = ", ".join(map(repr, nearest(tree, glob))) or "none: the checkpoint is empty"
-            warnings.warn(
-                f"ignore_keys: {glob!r} matches nothing in {saved.name}; the nearest keys: {near}",
-                stacklevel=3,
-            )
+            warnings.warn(unmatched_glob(tree, glob, saved.name), stacklevel=3)
         kept, left_out = saved.with_tree(ignored.tree), request.options.leave_out
         paths = (*saved.paths_of(left_out), *ignored.paths)
         return kept.without(left_out), replace(ignored, paths=tuple(dict.fromkeys(paths)))

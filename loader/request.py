@@ -31,15 +31,15 @@ class LoadRequest:
 
     path: str
     state: Any
-    logger: Any
-    object_store: Any
-    weights_only: bool
-    strict: bool
-    progress_bar: bool
-    ignore_keys: IgnoreKeys | str | None
-    exclude_algorithms: Collection[str] | None
-    algorithm_passes: Sequence[AlgorithmPass] | None
     options: Options
+    logger: Any = None
+    object_store: Any = None
+    weights_only: bool = False
+    strict: bool = True
+    progress_bar: bool = True
+    ignore_keys: IgnoreKeys | str | None = None
+    exclude_algorithms: Collection[str] | None = None
+    algorithm_passes: Sequence[AlgorithmPass] | None = None
 
     def __post_init__(self) -> None:
         # What is no path stays as it is: `check_arguments` refuses it, in a stage that raises it on all ranks.

@@ -133,7 +133,8 @@ def _substitute(template: str, variable: _Variable, value: int | str | None) -> 
     if value is None:
         raise _error(
             template,
-            f"it uses {{{variable.name}}}, but the state has no run name; set it with State(run_name=...)",
+            f"it uses {{{variable.name}}}, but no run name was given; set it with State(run_name=...), or as read's "
+            "argument run_name",
         )
     try:
         if _LONG_NUMBER.search(variable.spec):

@@ -18,7 +18,7 @@ from places import REPOSITORY
 PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
-    ("journey",),
+    ("journey", "reading"),
     ("opening",),
     ("request", "receipt", "rng"),
     ("targets", "sources", "verify", "fetch"),
@@ -59,7 +59,7 @@ MAY_IMPORT_HEAVY_LATE = {
 }
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""
 WITH_TORCH = {
-    *MAY_IMPORT_HEAVY, "loader.journey", "loader.fetch.parts",
+    *MAY_IMPORT_HEAVY, "loader.journey", "loader.reading", "loader.fetch.parts",
 }  # fmt: skip
 """What may have torch once it is imported. Everything else loads without: it reads, plans, lists and speaks."""
 LIGHT_IN_THERE = {
@@ -97,6 +97,7 @@ PUBLIC = {
     "gather_rng",
     "load",
     "load_checkpoint",
+    "read",
     "register_algorithm",
     "restore_rng",
 }
@@ -290,11 +291,12 @@ def test_resolving_load_imports_no_store_no_deepspeed_and_no_framework():
 
 
 def test_help_explains_every_argument_in_place():
-    from rankload import LoadOptions, State, load, load_checkpoint
+    from rankload import LoadOptions, State, load, load_checkpoint, read
 
     for documented, names in (
         (load, inspect.signature(load).parameters),
         (load_checkpoint, inspect.signature(load_checkpoint).parameters),
+        (read, inspect.signature(read).parameters),
         (LoadOptions, LoadOptions.__dataclass_fields__),
         (State, inspect.signature(State).parameters),
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
@@ -33,6 +34,13 @@ def small_parts(saved: Saved) -> WantedRanges:
     held = storages([saved.state, saved.masters, saved.unnamed_masters])
     _add_whole(wanted, (storage for storage in held if storage.nbytes <= SMALL_STORAGE_BYTES))
     _add_whole(wanted, storages([saved.rng, saved.extra]))
+    return wanted
+
+
+def all_parts(tree: Any) -> WantedRanges:
+    """The ranges of all storages in `tree`."""
+    wanted: WantedRanges = {}
+    _add_whole(wanted, storages(tree))
     return wanted
 
 

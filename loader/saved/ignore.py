@@ -8,7 +8,8 @@ Paths are those of Composer's ``ignore_keys``: ``state/model/NAME``, ``state/opt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
@@ -60,6 +61,12 @@ def ignore(tree: dict[str, Any], ignore_keys: IgnoreKeys | str | None) -> Ignore
     return Ignored(kept, tuple(removed), unmatched)
 
 
+def unmatched_glob(tree: dict[str, Any], glob: str, file: str) -> str:
+    """The warning where `glob` matches nothing in `tree`, which `file` holds."""
+    near = ", ".join(map(repr, nearest(tree, glob))) or "none: the checkpoint is empty"
+    return f"ignore_keys: {glob!r} matches nothing in {file}; the nearest keys: {near}"
+
+
 def nearest(tree: dict[str, Any], glob: str) -> list[str]:
     """Up to three paths in `tree` that are likest to `glob`, which matches none; for messages.
 
@@ -92,7 +99,7 @@ def nearest(tree: dict[str, Any], glob: str) -> list[str]:
 def _copy_containers(value: Any) -> Any:
     """`value` with its dicts and lists copied; tuples and leaves are the same objects."""
     if isinstance(value, dict):
-        return {key: _copy_containers(item) for key, item in value.items()}
+        return _with_items(value, [(key, _copy_containers(item)) for key, item in value.items()])
     if isinstance(value, list):
         return [_copy_containers(item) for item in value]
     return value
@@ -115,7 +122,15 @@ def _without(
                 matched.update(i for i, pattern in enumerate(patterns) if pattern.match(below))
         else:
             kept.append((key, _without(item, child, patterns, matched, removed)))
-    return dict(kept) if isinstance(node, dict) else [item for _, item in kept]
+    return _with_items(node, kept) if isinstance(node, dict) else [item for _, item in kept]
+
+
+def _with_items(node: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """`items` in a dict of the type of `node`, with its attributes: a state dict has ``_metadata``."""
+    made = copy(node)
+    made.clear()
+    made.update(items)
+    return made
 
 
 def _paths(node: Any, path: str) -> Iterator[str]:

@@ -103,13 +103,13 @@ class SingleFile:
             return replace(found, name=files.name)
 
 
-def file_tree(files: Files) -> Mapping[Any, Any]:
+def file_tree(files: Files) -> dict[Any, Any]:
     """The dict that the one file of `files` holds, as it was saved: nothing of it was read but its index.
 
     Raises `FormatError` where it holds something else, or is an archive of several files, and as `Files.index`.
     """
     index = _index(files, files.first)
-    if not isinstance(index.tree, Mapping):
+    if not isinstance(index.tree, dict):
         raise FormatError(not_a_dict(index.tree, files.first.source), path=files.first.source)
     return index.tree
 

@@ -62,7 +62,7 @@ _OTHER_FILES = {
 }
 """Ends of the names of files of such kinds."""
 _FILE_SUFFIXES = (
-    ".pt", ".pth", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
+    ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
     ".safetensors", ".distcp", ".json",
 )  # fmt: skip
 _LATEST = "latest"

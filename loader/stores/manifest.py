@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +57,10 @@ class KnownSum:
     """The manifest's own name, without its folder."""
 
 
-def find_manifests(store: Store, located: Located) -> dict[str, Any]:
+def find_manifests(store: Store, located: Located, *, only_beside: bool = False) -> dict[str, Any]:
     """Reads the manifests next to the checkpoint; one rank calls it, for all.
+
+    With `only_beside`, only the one of a single file ``NAME``, which is ``NAME.sha256``.
 
     Returns JSON for `known_sums`: ``sums`` by `key_of`, and ``notes`` for the receipt. Looks in the folder of the
     checkpoint's first file, and where ``latest`` named that, in the one above. Raises `FormatError` as
@@ -66,7 +68,7 @@ def find_manifests(store: Store, located: Located) -> dict[str, Any]:
     """
     sums: dict[str, tuple[str, str]] = {}
     notes: list[str] = []
-    candidates = _candidates(store, located)
+    candidates = _candidates(store, located, () if only_beside else NAMES)
     for info in _stat_all(store, candidates, notes):
         if info is None:
             continue
@@ -123,19 +125,19 @@ def parse_manifest(data: bytes, described: str) -> Manifest:
     return Manifest(described, sums)
 
 
-def _candidates(store: Store, located: Located) -> list[str]:
+def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[str]:
     first = located.first
     if has_query(first):
         return []  # it may be a signature, which is of no use for other names
     if located.form == "file":
-        return [_in_folder(store, first, name) for name in (file_name(first) + _SIDE, *NAMES)]
-    inside = [store.join(located.name, name) for name in NAMES]
+        return [_in_folder(store, first, name) for name in (file_name(first) + _SIDE, *names)]
+    inside = [store.join(located.name, name) for name in names]
     if not located.by_latest or located.tag is None:
         return inside
     below = located.name
     for _ in located.tag.split("/")[1:]:
         below = folder_of(below)
-    return [*inside, *(_in_folder(store, below, name) for name in NAMES)]
+    return [*inside, *(_in_folder(store, below, name) for name in names)]
 
 
 def _stat_all(store: Store, names: list[str], notes: list[str]) -> list[ObjectInfo | None]:

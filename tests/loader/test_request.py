@@ -38,10 +38,7 @@ class Foreign:
 
 
 def request(**changes: Any) -> LoadRequest:
-    plain = LoadRequest(
-        "ep1-rank{rank}.tar", State(Model()), None, None, False, True, True, None, None, None,
-        resolve_options(None, {}),
-    )  # fmt: skip
+    plain = LoadRequest("ep1-rank{rank}.tar", State(Model()), resolve_options(None, {}))
     return replace(plain, **changes)
 
 

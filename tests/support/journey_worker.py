@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from rankload.loader import LoadOptions, RankloadError, State, load, load_checkpoint
+from rankload.loader import LoadOptions, RankloadError, State, load, load_checkpoint, read
 from torch import nn
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -470,11 +470,24 @@ def saves_and_restores(folder: str, stages: str) -> None:
         assert [str(state["python"]) for state in result.rng_states] == [str(s["python"]) for s in states]
         assert result.receipt.derived == ()
         assert second.global_steps == 2
-        read = module_state if stage == 0 else full_state
-        wanted, found = read(first), read(second)
+        state_of = module_state if stage == 0 else full_state
+        wanted, found = state_of(first), state_of(second)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), stage
         assert train(first, 2, RANK, 5) == train(second, 2, RANK, 5)
     print(json.dumps(result.receipt.as_dict()))
+
+
+def read_files(root: str, folder: str) -> None:
+    """Reads a file that all ranks share, and each rank's own; prints the errors where the last rank's is bad."""
+    assert read(f"{root}/checkpoint-8/optimizer.pt")["param_groups"][0]["lr"] == 0.5
+    assert read(f"{root}/checkpoint-8/rng_state_{{rank}}.pth")["python"] == RANK
+    told = []
+    for path in (f"{root}/damaged_{{rank}}.pt", f"{root}/hostile_{{rank}}.pt", f"{folder}/gone_{{rank}}.pt"):
+        try:
+            read(path)
+        except RankloadError as error:
+            told.append([type(error).__name__, str(error), error.rank])
+    print(json.dumps(told))
 
 
 def left_out_of_engine(folder: str) -> None:
