@@ -231,9 +231,10 @@ def load(
             saved = replace(saved, notes=(*saved.notes, not_read))
             if session.topology.rank == 0:
                 warnings.warn(not_read, stacklevel=2)
-        early = replace(saved.without(resolved.leave_out), extra=_extra(request, saved))
-        fetch_now(files, small_parts(early), "fetch small parts")
         saved, ignored = _leave_out(request, saved, stages)
+        # The check compares numbers that were ignored too.
+        early = replace(saved.whole, rng=saved.rng, extra=_extra(request, saved))
+        fetch_now(files, small_parts(early), "fetch small parts")
         reader = TensorReader(
             verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_server import Behaviour, bad_server
 from rankload.loader import FormatError, LoadOptions, MismatchError, State, load
 
 Job = tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]
@@ -191,6 +192,30 @@ def test_weights_alone_bring_what_is_cheap(saved: Job, tmp_path: Path) -> None:
     result = load(path, State(job(0.3)[0]), load_weights_only=True)
     assert result.extra.pop("mean").tolist() == [0, 1, 2, 3]
     assert result.extra == {"epoch": 3, "version": "2.1"}
+
+
+def test_bytes_of_what_is_left_out_are_not_fetched(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1500, 1000)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 1500)).sum().backward()
+    optimizer.step()
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    average = {"weight": torch.zeros(1500, 1000)}
+    torch.save({**saved, "average": average, "mean": torch.arange(4)}, tmp_path / "a.pt")
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
+    weights = 1500 * 1000 * 4
+    with bad_server({"/a.pt": Behaviour((tmp_path / "a.pt").read_bytes())}) as server:
+        path = server.url("/a.pt")
+        result = load(path, State(model), load_weights_only=True, options=options)
+        assert result.extra.keys() == {"epoch", "mean"}
+        first = server.sent_bytes
+        load(path, State(None, optimizer), ignore_keys=["average"], options=options)
+        second = server.sent_bytes - first
+        left = {**options, "leave_out": ["optimizer"]}
+        load(path, State(model, optimizer), ignore_keys=["average"], options=left)
+        third = server.sent_bytes - first - second
+    for sent, needed in ((first, weights), (second, 2 * weights), (third, weights)):
+        assert needed < sent < needed + (1 << 20)
 
 
 class Custom:
