@@ -80,7 +80,8 @@ class LoadOptions:
             `MismatchError` where groups of this job that differ from each other would all get one saved group's.
         leave_out: parts that are not restored, and not missed where the checkpoint lacks them: ``model``,
             ``optimizer``, ``scheduler``, ``scaler``, ``rng``, ``timestamp``, or any other part of `State` by its name
-            there. The job keeps its own. A DeepSpeed engine's ``optimizer`` is its state and hyperparameters; its fp32
+            there. The job keeps its own; the receipt has them among ``ignored``. Of a DeepSpeed engine, ``optimizer``
+            is its state and hyperparameters, ``scheduler`` its lr scheduler, ``scaler`` its loss scaler. Its fp32
             masters are weights, and are restored with the model, which cannot be left out of an engine.
         verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
             then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all.

@@ -22,7 +22,7 @@ from ..saved.node_file import NodeFile
 from ..saved.random_states import are_random_states
 from ..saved.values import can_be_restored, is_tensor, kind_of
 from .base import Files
-from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, not_a_dict, obstacle
+from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, lone_part, not_a_dict, obstacle
 
 __all__ = ["COMPOSER_STATES", "SingleFile", "file_tree", "read_layout", "rng_list"]
 
@@ -242,17 +242,13 @@ def _hand_written(tree: Mapping[str, Any], file: str, names: _Names, *, with_mod
 
 
 def _one_part(tree: Mapping[str, Any], file: str, names: _Names) -> Saved | None:
-    """A file that is the state of one optimizer, scheduler or scaler, where no model is restored."""
-    optimizers, schedulers, _ = names
-    if set(tree) == {"state", "param_groups"} and len(optimizers) == 1:
-        parts = {"optimizer": tree}
-    elif "last_epoch" in tree and len(schedulers) == 1:
-        parts = {"scheduler": tree}
-    elif {"scale", "_growth_tracker"} <= set(tree):
-        parts = {"scaler": tree}
-    else:
+    """A file that is the state of one optimizer, scheduler or scaler, where the job has such a one and no model."""
+    optimizers, schedulers, scaler = names
+    own = {"optimizer": optimizers, "scheduler": schedulers, "scaler": scaler}
+    role = lone_part(tree)
+    if role is None or not own.get(role):
         return None
-    state, rng, extra = _parts(parts, tree, set(tree), names)
+    state, rng, extra = _parts({role: tree}, tree, set(tree), names)
     return Saved(file, _KIND, "hand-written", state, rng, extra)
 
 

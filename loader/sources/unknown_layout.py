@@ -9,13 +9,25 @@ from typing import Any
 from ..saved.tensor import SavedTensor
 from ..saved.values import GlobalName, InertArray, InertObject, InertTensor, can_be_restored, kind_of
 
-__all__ = ["describe", "is_emptied_by_zero", "is_one_file_of_zero", "kind_name", "not_a_dict", "obstacle"]
+__all__ = [
+    "describe", "is_emptied_by_zero", "is_one_file_of_zero", "kind_name", "lone_part", "not_a_dict", "obstacle",
+]  # fmt: skip
 
 _DEPTH = 4
 """How deep state dicts are looked for."""
 _SHOWN = 3
 """How many of them, or of other names, a message lists."""
 _SCALER = frozenset({"scale", "growth_factor", "backoff_factor", "growth_interval"})
+_LONE_PARTS = {
+    "optimizer": ("an optimizer's state_dict", "restore it with State(model=None, optimizers=...)"),
+    "scheduler": (
+        "a learning-rate scheduler's state_dict",
+        "restore it with State(model=None, schedulers=...)",
+    ),
+    "scaler": ("a gradient scaler's state_dict", "restore it with State(model=None, scaler=...)"),
+    "rng": ("a rank's random states", "read it with rankload.read"),
+}
+"""By role: what a file of this part alone is, and what to do with it."""
 _RANDOM = frozenset({"python", "numpy", "torch", "cpu", "cuda", "xla", "npu", "mlu", "musa", "hpu"})
 
 
@@ -74,20 +86,24 @@ def _of_deepspeed(tree: Mapping[Any, Any], file: str) -> str | None:
     return None
 
 
-def _without_weights(tree: Mapping[Any, Any], file: str) -> str | None:
-    """For a file of one other part of a job."""
+def lone_part(tree: Mapping[Any, Any]) -> str | None:
+    """The role of the one part of a job, other than its model, whose state `tree` is; None where it is none."""
     keys = {key for key in tree if isinstance(key, str)}
     if {"state", "param_groups"} <= keys and isinstance(tree["param_groups"], list):
-        what, part = "an optimizer's state_dict", "optimizers=..."
-    elif "last_epoch" in keys and not any(isinstance(value, SavedTensor) for value in tree.values()):
-        what, part = "a learning-rate scheduler's state_dict", "schedulers=..."
-    elif keys >= _SCALER:
-        what, part = "a gradient scaler's state_dict", "scaler=..."
-    elif keys and keys <= _RANDOM and keys & {"python", "numpy"}:
-        what, part = "a rank's random states", None
-    else:
+        return "optimizer"
+    if "last_epoch" in keys and not any(isinstance(value, SavedTensor) for value in tree.values()):
+        return "scheduler"
+    if keys >= _SCALER:
+        return "scaler"
+    return "rng" if keys and keys <= _RANDOM and keys & {"python", "numpy"} else None
+
+
+def _without_weights(tree: Mapping[Any, Any], file: str) -> str | None:
+    """For a file of one other part of a job."""
+    role = lone_part(tree)
+    if role is None:
         return None
-    alone = "read it with rankload.read" if part is None else f"restore it with State(model=None, {part})"
+    what, alone = _LONE_PARTS[role]
     return (
         f"{file} is {what} alone, and no model's weights are in it: its layout is not known as a checkpoint's. Pass "
         f"the file that has the weights, or one that has all parts in a dict; or {alone}"
