@@ -122,7 +122,7 @@ class RemoteFiles:
         )
 
     def begin(self, objects: ObjectCache, info: ObjectInfo, on_bytes: OnBytes) -> InParts | None:
-        """Opens a torch zip, or a tar that may hold some, and fetches its index.
+        """Opens a torch zip, a safetensors file, or a tar that may hold torch zips, and fetches its index.
 
         None for any other object, and where the store does no ranges: it has to come whole then. An object that was
         begun before is returned with 0 `fetched_bytes`. May be called from several threads. Raises as the store,
@@ -158,8 +158,9 @@ class RemoteFiles:
             file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
             kind = sniff(file.read(0, HEAD_BYTES))
             in_parts = None
-            if kind == "torch-zip":
-                file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
+            if kind in ("torch-zip", "safetensors"):
+                if kind == "torch-zip":
+                    file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
                 index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
                 with self._lock:
                     self._files[file.path], self._indexes[file.path] = file, index

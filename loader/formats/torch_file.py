@@ -1,14 +1,14 @@
-"""Reads the index of a torch file, or of a plain pickle: its tree, and where every storage lies. Free of torch.
+"""Reads the index of a file of tensors: its tree, and where every storage lies. Free of torch.
 
-That takes the file's directory and pickle, never a storage: `materialize.tensors` reads those, once it is known which
-of them are wanted.
+Such a file is a torch file, a plain pickle or a safetensors file. The index takes its directory and pickle, or its
+header, never a storage: `materialize.tensors` reads those, once it is known which of them are wanted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
@@ -18,6 +18,7 @@ from .pickle.inert import PickledInertTensor, PickledTensor
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
 from .plain_pickle import read_plain
+from .safetensors import read_safetensors
 from .sniff import HEAD_BYTES, KINDS, sniff
 from .storage_ids import read_storage_id, tensor_over, unknown_storage
 from .torch_legacy import read_legacy
@@ -36,7 +37,7 @@ _LARGEST_PICKLE = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class FileIndex:
-    """What a torch file holds, before any storage is read."""
+    """What a file of tensors holds, before any storage is read."""
 
     path: str
     name: str
@@ -48,9 +49,11 @@ class FileIndex:
     """Whether the file keeps checksums that its storages can be compared with."""
     storages: tuple[StorageRef, ...]
     """Every storage that the tree refers to, once, by offset."""
-    format: Literal["zip", "legacy", "pickle"]
+    format: Literal["zip", "legacy", "pickle", "safetensors"]
     archive: ZipRecords | None = None
     """The zip's directory; None for the other formats."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What a safetensors file says of itself; empty for the other formats."""
 
     def check_headers(self, storages: Iterable[StorageRef], open_file: OpenFile = open_local) -> None:
         """Compares these storages' local headers with the zip's directory, where that was put off.
@@ -70,13 +73,13 @@ def read_index(
     open_file: OpenFile = open_local,
     partial: bool = False,
 ) -> FileIndex:
-    """The index of the torch file at the local `path`; ``name`` is what messages call it, the path by default.
+    """The index of the file of tensors at the local `path`; ``name`` is what messages call it, the path by default.
 
     `partial`: the file is still being fetched; only what the index takes is there, and is read through `open_file`.
 
     Nothing that the file names is imported or called. Takes memory in proportion to the file's pickle: 12 times its
     bytes for what torch.save writes; for any file at most 24 times, or 64 MiB where that is more, and twice the bytes
-    of the file's storages.
+    of the file's storages. Of a safetensors file, in proportion to the values in its header, which is bounded.
 
     Raises `NotFoundError`, `AccessError`, `CorruptError` (truncated, damaged, contradicts itself), `UnsafeError`
     (asks for more memory or work than a checkpoint can need) or `FormatError` (another kind of file, which the message
@@ -107,6 +110,11 @@ def read_index(
         tree, storages = read_plain(path, name=name, memory_limit=limit, largest=_LARGEST_PICKLE)
         check_tree(tree, name=name)
         return FileIndex(path, name, tree, size, False, storages, "pickle")
+    if kind == "safetensors":
+        header = read_safetensors(path, size, name=name, open_file=open_file)
+        return FileIndex(
+            path, name, header.tensors, size, False, header.storages, "safetensors", metadata=header.metadata
+        )
     raise _other_kind(kind, name, size)
 
 
@@ -181,10 +189,12 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     described = KINDS[kind]
     if kind in ("empty", "html", "xml", "text", "unknown"):
         return CorruptError(
-            f"{name}: expected a file that torch.save wrote, but it is {described} ({size:,} bytes). The "
-            "transfer may have failed; look at the file and fetch it again.",
+            f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
+            f"({size:,} bytes). The transfer may have failed; look at the file and fetch it again.",
             path=name,
         )
     return FormatError(
-        f"{name}: expected a file that torch.save wrote, but it is {described} ({size:,} bytes).", path=name
+        f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
+        f"({size:,} bytes).",
+        path=name,
     )

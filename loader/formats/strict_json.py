@@ -1,0 +1,49 @@
+"""Parses JSON that a file holds: within bounds, with no key twice and no number that JSON lacks. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from ..errors import CorruptError, UnsafeError
+
+_MOST_VALUES = 4_000_000
+"""How many values a text may have: each takes up to some hundred bytes of memory once it is parsed."""
+
+
+def parse_json(data: bytes, *, name: str, what: str) -> Any:
+    """The value of the JSON text `data`, which messages call `what` of the file `name`.
+
+    Raises `CorruptError` where it is no JSON in UTF-8, or an object has a key twice, and `UnsafeError` where it has
+    more values than a checkpoint can need.
+    """
+    # Every value but the first follows one of these bytes, which strings may hold too.
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > _MOST_VALUES:
+        raise UnsafeError(
+            f"{name}: {what} has more than {_MOST_VALUES:,} values. No checkpoint is written that way: do not trust "
+            "this file.",
+            path=name,
+        )
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        problem = "it nests too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise CorruptError(
+            f"{name}: {what} is no JSON that can be read: {problem}. The file is damaged; fetch it again.",
+            path=name,
+        ) from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} occurs twice in one object")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
