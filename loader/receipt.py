@@ -103,7 +103,7 @@ class Receipt:
 
     path: str
     kind: str
-    """``monolithic``, ``composer-zero`` or ``deepspeed``."""
+    """``monolithic``, ``sharded``, ``slices``, ``composer-zero`` or ``deepspeed``."""
     layout: str
     saved_world_size: int | None
     world_size: int

@@ -21,7 +21,7 @@ from ..stores.locate import Located
 from ..stores.names import file_name
 from ..stores.probes import Probes
 from ..template import expand_path, template_variables
-from .files import FetchedFile, fetch_files
+from .files import FetchedFile, FileNeed, fetch_files
 from .remote_files import RemoteFiles
 
 
@@ -72,22 +72,22 @@ class CheckpointFiles:
         """What was fetched for this rank, each file or archive once."""
         return list(self._fetched.values())
 
-    def fetch(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
         store = self.context.store
         objects = {
             name: store.join(self._located.name, name) if self.in_folder else name
             for name in names
             if name not in self._fetched
         }
-        fetched = self._fetch(list(objects.values()), stage)
-        self._fetched.update({name: fetched[path] for name, path in objects.items()})
-        return {name: self._fetched[name] for name in names}
+        fetched = self._fetch([FileNeed(path, optional) for path in objects.values()], stage)
+        self._fetched.update({name: fetched[path] for name, path in objects.items() if path in fetched})
+        return {name: self._fetched[name] for name in names if name in self._fetched}
 
-    def _fetch(self, names: list[str], stage: str) -> dict[str, FetchedFile]:
+    def _fetch(self, needs: Sequence[str | FileNeed], stage: str) -> dict[str, FetchedFile]:
         """Every rank must call, whatever it names. The stage's bytes are counted on the node's first rank."""
         session = self.context.session
         with self.context.stages.timed(stage) as timing:
-            fetched = fetch_files(self.context, names, self.remote, stage=stage)
+            fetched = fetch_files(self.context, needs, self.remote, stage=stage)
             if session.topology.local_rank == 0:
                 timing.bytes += fetched.fetched_bytes
         return dict(fetched.files)

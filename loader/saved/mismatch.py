@@ -29,6 +29,8 @@ class Mismatch:
     """Those of `missing` that are parameters which this job does not train."""
     advice: list[str] = field(default_factory=list)
     """Sentences on what makes names fit, each of them tried."""
+    weights_alone: bool = False
+    """Whether the checkpoint has a model's weights and nothing else."""
 
     def extend(self, other: Mismatch) -> None:
         """Adds what `other` collected."""
@@ -37,6 +39,7 @@ class Mismatch:
         self.wrong.extend(other.wrong)
         self.frozen.extend(other.frozen)
         self.advice.extend(one for one in other.advice if one not in self.advice)
+        self.weights_alone |= other.weights_alone
 
     def _advice(self) -> str:
         """What can help against missing and unexpected names."""
@@ -46,6 +49,11 @@ class Mismatch:
         if self.unexpected:
             ways.append("ignore_keys to leave parts of the checkpoint out")
         if not all(map(_is_entry, self.missing)):
+            if self.weights_alone:
+                ways.insert(
+                    0, "The checkpoint has weights alone: pass load_weights_only=True to restore them"
+                )
+                ways[1] = "strict_model_weights=False to load what fits"
             ways.append(
                 "a State without the objects that the checkpoint lacks, or LoadOptions(leave_out=...) with their part"
             )

@@ -6,8 +6,10 @@ Whatever wrote the checkpoint, its parts come out as ``state/model``, ``state/op
 ``state/schedulers/CLASS`` and so on, so that ``ignore_keys`` and the targets know one vocabulary.
 
 - `zero`: a DeepSpeed checkpoint, whose parameters lie in partitions on the ranks that saved it.
+- `sharded`: a model in several files, of safetensors or of torch, which an index lists.
+- `slices`: safetensors files of each rank's slices of a model, as torch's writer saves them.
 - `single_file`: a file that holds everything, as Composer, Lightning or a training script saved it, or a bare state
-  dict. It takes what no other source recognises.
+  dict, also of safetensors. It takes what no other source recognises.
 
 A further kind of checkpoint is a class with `recognises` and `open` in a module of its own, and an entry in
 `kinds.SOURCES`.
@@ -16,5 +18,5 @@ Not guaranteed: no tensor is read and no checksum compared; whether the parts fi
 find; elements that lie in files which were not fetched are in the tensors all the same, as `Unread`; classes that are
 not known stay in the parts until `materialize.safe_types` refuses them.
 
-Imports `formats`, `saved` and `errors`; neither torch nor how files are fetched.
+Imports `formats`, `saved`, `errors` and the names of files in `stores.locate`; neither torch nor how files are fetched.
 """

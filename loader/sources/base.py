@@ -31,10 +31,11 @@ class Files(Protocol):
     def first(self) -> NodeFile:
         """The file that the path names; of a folder, the first one that shows what it is."""
 
-    def fetch(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
         """Brings the files `names` to this node, and gives them by these names. Every rank must call.
 
-        Raises `NotFoundError` on all ranks where one is missing. `stage` is the fetch's name in messages and timings.
+        Raises `NotFoundError` on all ranks where one is missing; with `optional`, it is left out. `stage` is the
+        fetch's name in messages and timings.
         """
 
     def find(self, names: Sequence[str], what: str) -> str:
@@ -47,7 +48,7 @@ class Files(Protocol):
         """The name of saved rank `rank`'s file, by the path's template. Raises `LayoutError` where it has none."""
 
     def index(self, file: NodeFile, member: str = "") -> FileIndex:
-        """The index of a torch file that was fetched; of an archive, of its `member`."""
+        """The index of a file of tensors that was fetched; of an archive, of its `member`."""
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
         """A timed block that all ranks leave together, or all with the same error. Every rank must enter."""

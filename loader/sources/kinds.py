@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ..errors import FormatError
 from .base import Files, Source
+from .sharded import Sharded
 from .single_file import SingleFile
+from .slices import Slices
 from .zero.open import Zero
 
-SOURCES: tuple[Source, ...] = (Zero(), SingleFile())
+SOURCES: tuple[Source, ...] = (Zero(), Sharded(), Slices(), SingleFile())
 """In the order in which they are asked."""
 
 

@@ -1,9 +1,9 @@
 """Opens a checkpoint that is one file for all ranks: recognises its layout, and finds the checkpoint's parts in it.
 
 Every layout becomes Composer's nested dict, ``{"state": {"model": ..., "optimizers": {CLASS: ...}, ...},
-"rng": [...]}``. `read_layout` tries, in this order: the caller's ``LoadOptions.layout``, Composer's
-(``State.state_dict``), Lightning's (``dump_checkpoint``), a bare state dict, and keys that training scripts use
-(`_ROLE_KEYS`, after PyTorch's tutorials on saving and loading).
+"rng": [...]}``. A safetensors file is a model's state dict. Of a torch file, `read_layout` tries, in this order: the
+caller's ``LoadOptions.layout``, Composer's (``State.state_dict``), Lightning's (``dump_checkpoint``), a bare state
+dict, and keys that training scripts use (`_ROLE_KEYS`, after PyTorch's tutorials on saving and loading).
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from ..saved.values import can_be_restored, is_tensor, kind_of
 from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, lone_part, not_a_dict, obstacle
 
-__all__ = ["COMPOSER_STATES", "SingleFile", "file_tree", "read_layout", "rng_list"]
+__all__ = [
+    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "file_tree", "read_layout", "rng_list", "state_dict_of",
+]  # fmt: skip
 
 COMPOSER_STATES = "composer_states.pt"
 """The member of Composer's archives that holds the checkpoint, or of a ZeRO job everything but ZeRO's files."""
 
+STATE_DICT = "state dict"
+"""The layout of a file that is a module's state dict alone."""
 _KIND = "monolithic"
 _COMPOSER_KEYS = frozenset(
     {
@@ -76,7 +80,7 @@ _Names = tuple[Sequence[str], Sequence[str], str]
 
 
 class SingleFile:
-    """One torch file for all ranks, as it is or in an archive."""
+    """One torch file or safetensors file for all ranks, as it is or in an archive."""
 
     def recognises(self, files: Files) -> bool:
         return not files.in_folder
@@ -85,6 +89,9 @@ class SingleFile:
         file = files.first
         with files.stage("read"):
             index = _index(files, file)
+            if index.format == "safetensors" and not demand.layout:
+                extra = {"metadata": dict(index.metadata)} if index.metadata else {}
+                return Saved(files.name, _KIND, "safetensors", {"model": index.tree}, extra=extra)
             found = read_layout(
                 index.tree,
                 file=file.source,
@@ -116,6 +123,19 @@ def file_tree(files: Files) -> dict[Any, Any]:
 
 def _index(files: Files, file: NodeFile) -> FileIndex:
     return files.index(file, _single_member(file) if file.kind == "archive" else "")
+
+
+def state_dict_of(index: FileIndex) -> Mapping[str, Any]:
+    """The state dict that a safetensors file or a torch file is. Raises `FormatError` where it is something else."""
+    if index.format == "safetensors":
+        return dict(index.tree)
+    found = read_layout(index.tree, file=index.name)
+    if found.layout != STATE_DICT:
+        raise FormatError(
+            f"{index.name} is no state dict, as each file of a model in several files is: its layout is {found.layout}",
+            path=index.name,
+        )
+    return dict(found.state["model"])
 
 
 def _single_member(file: NodeFile) -> str:
@@ -159,7 +179,7 @@ def read_layout(
     if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
         return _lightning(tree, file, names)
     if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
-        return Saved(file, _KIND, "state dict", {"model": tree})
+        return Saved(file, _KIND, STATE_DICT, {"model": tree})
     found = None if is_emptied_by_zero(tree) else _hand_written(tree, file, names, with_model=with_model)
     if found is not None:
         return found

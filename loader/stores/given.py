@@ -43,7 +43,7 @@ class GivenStore:
             return f"{type(self._backend).__name__}:{name}"
 
     def join(self, name: str, child: str) -> str:
-        return f"{name.rstrip('/')}/{child}"
+        return f"{name.rstrip('/')}/{child}" if name else child
 
     def link_targets(self, link_name: str, text: str) -> list[str]:
         folder = link_name.rpartition("/")[0]

@@ -1,15 +1,17 @@
-"""Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, or one of its tag folders.
+"""Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, one of its tag folders, or the
+folder of a model in one or several files.
 
 Names are derived, and the store is asked for each, so that stores that cannot list do as well as those that can.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import CorruptError, FormatError, UnsafeError
-from .names import file_name, has_query, without_slash
+from .names import file_name, folder_of, has_query, without_slash
 from .probes import Probes
 
 if TYPE_CHECKING:
@@ -17,13 +19,28 @@ if TYPE_CHECKING:
 
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 """The first rank's model file: of stages 0 to 2, and of stage 3."""
+MODEL_INDEX = ".index.json"
+"""The end of the name of an index of a model in several files."""
+MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Files of Hugging Face's libraries that have a model's weights, or say where those are; the first that is there is
+taken."""
+SLICES_FILE = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
+"""A file in which torch's HuggingFaceStorageWriter saved one rank's slices; all its numbers count from 1."""
+_SLICES_PARTS = 8
+"""Up to how many files a rank its first one is looked for."""
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
 """Files, relative to the tag folder, that only a universal checkpoint has; its model files look like native ones."""
 _CONVERT_DCP = (
     "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` makes a torch file of such a "
     "folder"
 )
-_SAVE_WHOLE = "load it with the library that wrote it, and torch.save() the model's state_dict() as one file"
 _OTHER_KINDS = {
     ".metadata": ("a torch.distributed.checkpoint (DCP) folder", _CONVERT_DCP),
     "__0_0.distcp": (
@@ -35,14 +52,10 @@ _OTHER_KINDS = {
         "a DeepSpeed universal checkpoint",
         "pass the native folder that it was converted from",
     ),
-    "model.safetensors.index.json": ("a safetensors model in several files", _SAVE_WHOLE),
-    "pytorch_model.bin.index.json": ("a model in several torch files", _SAVE_WHOLE),
     "adapter_config.json": (
         "a PEFT adapter's folder",
-        "pass its file adapter_model.bin, if it has one; else " + _SAVE_WHOLE,
+        "pass its file adapter_model.safetensors or adapter_model.bin",
     ),
-    "model.safetensors": ("a safetensors model", _SAVE_WHOLE),
-    "pytorch_model.bin": ("a folder of Hugging Face's transformers", "pass the file pytorch_model.bin in it"),
 }
 """Files by which a folder of a kind that is not read is recognised, the most telling first; what it is, and what to
 do."""
@@ -51,13 +64,9 @@ _OTHER_FILES = {
         "a shard of a torch.distributed.checkpoint (DCP) folder",
         _CONVERT_DCP,
     ),
-    ".index.json": (
-        "the index of a model in several files, and holds no weights itself",
-        _SAVE_WHOLE,
-    ),
     "adapter_config.json": (
         "the settings of a PEFT adapter, and holds no weights itself",
-        "pass adapter_model.bin beside it, if there is one; else " + _SAVE_WHOLE,
+        "pass adapter_model.safetensors or adapter_model.bin beside it",
     ),
 }
 """Ends of the names of files of such kinds."""
@@ -79,7 +88,7 @@ class Located:
     name: str
     """The file's object name, or the tag folder's."""
     first: str
-    """Object name of the file to read first: the file itself, or the first rank's model file."""
+    """Object name of the file to read first: the file itself, the first rank's model file, or a model's index."""
     tag: str | None = None
     """The tag folder's own name, or what ``latest`` holds (which may be nested); None for a file."""
     by_latest: bool = False
@@ -98,7 +107,7 @@ def locate(store: Store, name: str) -> Located:
     probes = Probes(store)
     looks_like_file = has_query(name) or file_name(name).endswith(_FILE_SUFFIXES)
     finders = (_as_file, _as_folder) if looks_like_file else (_as_folder, _as_file)
-    for finder in finders:
+    for finder in (*finders, _as_model):
         found = finder(probes, name)
         if found is not None:
             return found
@@ -107,7 +116,8 @@ def locate(store: Store, name: str) -> Located:
         return Located("file", name, name)  # whoever reads it says what it is
     raise probes.nothing(
         f"{store.describe(name)} is neither a file nor a DeepSpeed folder: there is no such object, no "
-        f"{_LATEST!r} in it, and no {' or '.join(MODEL_STATES)}",
+        f"{_LATEST!r} in it, and no {' or '.join(MODEL_STATES)}; nor has it a model's file, such as "
+        f"{MODEL_FILES[0]} or {MODEL_FILES[1]}",
         store.describe(name),
     )
 
@@ -119,7 +129,26 @@ def _as_file(probes: Probes, name: str) -> Located | None:
     if found is None or found.info.is_folder:
         return None
     _refuse_other_files(probes.store, found.info.name)
-    return Located("file", found.info.name, found.info.name)
+    return _model(probes.store, found.info.name)
+
+
+def _as_model(probes: Probes, name: str) -> Located | None:
+    store = probes.store
+    # A rank's files have their number in their names.
+    slices = (f"shard-00001-model-00001-of-{parts:05}.safetensors" for parts in range(1, _SLICES_PARTS + 1))
+    for candidate in (*MODEL_FILES, *slices):
+        found = store.join(name, candidate)
+        if probes.exists(found):
+            return _model(store, found)
+    return None
+
+
+def _model(store: Store, name: str) -> Located:
+    """Where the checkpoint of the file `name` lies: in the folder, where it is one of several files."""
+    own = file_name(name)
+    if not (own.endswith(MODEL_INDEX) or SLICES_FILE.fullmatch(own)):
+        return Located("file", name, name)
+    return Located("folder", folder_of(name) or ("." if store.is_local else ""), name)
 
 
 def _as_folder(probes: Probes, name: str) -> Located | None:

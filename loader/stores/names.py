@@ -40,7 +40,9 @@ def file_name(name: str) -> str:
 
 
 def child_of(name: str, child: str) -> str:
-    """The name of `child` (may hold ``/``) in the folder `name`."""
+    """The name of `child` (may hold ``/``) in the folder `name`; where that is empty, in none."""
+    if not name:
+        return child
     server, path, rest = _parts(name)
     return f"{server}{path.rstrip('/')}/{_encoded(child) if server else child}{rest}"
 

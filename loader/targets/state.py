@@ -98,6 +98,7 @@ class StateTarget:
         `Target`.
         """
         plan = join(self._parts(saved))
+        plan.mismatch.weights_alone = saved.whole.state.keys() == {"model"}
         if not self.options.weights_only:
             warn_of_parts(plan, saved, strict=self.options.strict, alone=self.state.model is None)
         return replace(plan, steps=tuple(sorted(plan.steps, key=lambda step: _ORDER.index(type(step)))))

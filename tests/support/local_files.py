@@ -34,10 +34,11 @@ class LocalFiles:
         name = next(one for one in first if (path / one).exists()) if self.in_folder else str(path)
         self.first = self._file(name)
 
-    def fetch(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
         self.stages.append(stage)
-        self.fetched += names
-        return {name: self._file(name) for name in names}
+        there = [name for name in names if not optional or self._place(name).exists()]
+        self.fetched += there
+        return {name: self._file(name) for name in there}
 
     def find(self, names: Sequence[str], what: str) -> str:
         self.stages.append(f"find {what}")

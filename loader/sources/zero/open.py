@@ -14,6 +14,7 @@ from ...errors import NotFoundError
 from ...saved.contents import Saved
 from ...saved.demand import Demand
 from ...saved.model_parallel import Position
+from ...stores.locate import MODEL_STATES
 from ..base import Files
 from ..single_file import COMPOSER_STATES, read_layout
 from .contents import zero_contents
@@ -34,7 +35,7 @@ class Zero:
 
     def recognises(self, files: Files) -> bool:
         first = files.first
-        return files.in_folder or (
+        return (files.in_folder and first.name in MODEL_STATES) or (
             first.kind == "archive" and any(member.startswith(f"{ZERO_FOLDER}/") for member in first.members)
         )
 

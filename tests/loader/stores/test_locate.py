@@ -132,8 +132,6 @@ def test_a_store_that_refuses_to_say_has_no_universal_checkpoint() -> None:
     ("name", "kind"),
     [
         ("__3_0.distcp", "a shard of a torch.distributed.checkpoint .*format_utils dcp_to_torch"),
-        ("model.safetensors.index.json", "the index of a model in several files"),
-        ("pytorch_model.bin.index.json", "the index of a model in several files"),
         ("adapter_config.json", "the settings of a PEFT adapter"),
     ],
 )
@@ -151,11 +149,7 @@ def test_files_that_are_no_checkpoint_say_what_they_are(tmp_path: Path, name: st
     [
         (".metadata", "DCP"),
         ("latest_universal", "universal"),
-        ("model.safetensors", "safetensors"),
-        ("model.safetensors.index.json", "safetensors"),
         ("__0_0.distcp", "DCP.* not finished.* older checkpoint"),
-        ("pytorch_model.bin.index.json", "a model in several torch files"),
-        ("pytorch_model.bin", "transformers.* pass the file pytorch_model.bin"),
         ("adapter_config.json", "a PEFT adapter's folder.* adapter_model.bin"),
     ],
 )
@@ -163,3 +157,55 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, marker: str, kind: str)
     (tmp_path / marker).write_text("{}")
     with pytest.raises(FormatError, match=kind):
         found(tmp_path)
+
+
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+LISTED = tuple(f"{name}.index.json" for name in SINGLE)
+SLICES = "shard-00001-model-00001-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("name", [*SINGLE, *LISTED, SLICES])
+def test_a_folder_of_a_model_by_the_file_that_shows_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"x")
+    form, place = ("file", path) if name in SINGLE else ("folder", tmp_path)
+    expected = Located(form, str(place), str(path))
+    assert found(tmp_path) == expected
+    assert found(path) == expected
+
+
+def test_the_index_comes_before_the_file_and_safetensors_before_pickles(tmp_path: Path) -> None:
+    order = [LISTED[0], SINGLE[0], LISTED[1], SINGLE[1], LISTED[2], SINGLE[2], SLICES]
+    for name in reversed(order):
+        (tmp_path / name).write_bytes(b"x")
+        assert found(tmp_path).first == str(tmp_path / name)
+    (tmp_path / MODEL).write_bytes(b"x")
+    assert found(tmp_path).first == str(tmp_path / MODEL)
+
+
+def test_any_index_and_any_ranks_slices_mean_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ema.safetensors.index.json", "shard-00012-model-00002-of-00040.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+        assert found(tmp_path / name) == Located("folder", str(tmp_path), str(tmp_path / name))
+        monkeypatch.chdir(tmp_path)
+        assert found(name) == Located("folder", ".", name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_models_folder_over_http(name: str) -> None:
+    with counting_server({f"/m/{name}": Served(b"x")}) as server:
+        located = found(server.url("/m"))
+        assert located.first == server.url(f"/m/{name}")
+        assert located.name == (server.url("/m") if name.endswith("json") else located.first)
+
+
+def test_what_is_asked_of_a_deepspeed_folder_stays_the_same() -> None:
+    with counting_server({f"/step3/{MODEL}": Served(b"x")}) as server:
+        found(server.url("/step3"))
+        assert [one.path for one in server.requests] == [
+            "/step3/latest",
+            f"/step3/{MODEL}",
+            "/step3/zero/optimizer_state.pt",
+        ]
