@@ -19,6 +19,7 @@ from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..cache.holes import Landed
 from ..errors import CorruptError
+from ..formats.safetensors import index_bytes
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
 from ..http.connections import Connections
@@ -159,8 +160,9 @@ class RemoteFiles:
             kind = sniff(file.read(0, HEAD_BYTES))
             in_parts = None
             if kind in ("torch-zip", "safetensors"):
-                if kind == "torch-zip":
-                    file.ensure([ByteRange(size - HEAD_AND_TAIL_BYTES, size)], on_bytes)
+                at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
+                at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
+                file.ensure([at_end if kind == "torch-zip" else at_start], on_bytes)
                 index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
                 with self._lock:
                     self._files[file.path], self._indexes[file.path] = file, index

@@ -63,6 +63,13 @@ class SafetensorsHeader:
     """Texts of whoever wrote the file; empty where it has none."""
 
 
+def index_bytes(head: bytes, size: int) -> int:
+    """How many bytes hold the index of a file of `size` bytes that begins with `head`; its length alone where that is
+    more than the file or the format allows."""
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    return _LENGTH_BYTES + (length if length <= min(LARGEST_HEADER, size - _LENGTH_BYTES) else 0)
+
+
 def read_safetensors(path: str, size: int, *, name: str, open_file: OpenFile) -> SafetensorsHeader:
     """The header of the safetensors file at `path`, which has `size` bytes; messages call it `name`.
 

@@ -28,6 +28,7 @@ from rankload.loader import (
     load,
 )
 from rankload.loader.cache import homes as cache_homes
+from safetensors_files import as_safetensors
 from wide_model import MODEL_BYTES, a_module, load_local
 
 
@@ -320,3 +321,41 @@ def test_a_killed_load_goes_on_where_it_was(
     assert landed > 1 << 20, "nothing of the first load was used"
     assert again <= 3 * MODEL_BYTES + 800_000 - landed + (1 << 20)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("rankload-")] == []
+
+
+# --- safetensors files, whose index is at their beginning ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("long", [0, 700_000])
+def test_a_safetensors_file_takes_one_request_more_where_its_header_is_long(long: int) -> None:
+    weights = a_module(seed=7).state_dict()
+    wanted = sum(tensor.nbytes for tensor in weights.values())
+    unwanted = {"other": torch.ones(2, 1024, 1024)}
+    data = as_safetensors({**unwanted, **weights}, {"a": "x" * long})
+    header = 8 + int.from_bytes(data[:8], "little")
+    module = a_module(seed=1)
+    with bad_server({"/model.safetensors": Behaviour(data)}) as server:
+        receipt = load(
+            server.url("/model.safetensors"),
+            State(module),
+            load_weights_only=True,
+            ignore_keys=["state/model/other"],
+        ).receipt
+        sent = server.sent_bytes
+        first_bytes = [
+            int(one.range.removeprefix("bytes=").split("-")[0]) for one in server.asked if one.range
+        ]
+    assert all(torch.equal(one, weights[name]) for name, one in module.state_dict().items())
+    # One byte for the object's version, the first 256 KiB, and then what is left of the header.
+    assert [start for start in first_bytes if start < header] == [0, 0, *([256 << 10] * bool(long))]
+    assert wanted + long <= sent <= wanted + long + (384 << 10)
+    assert abs(receipt.fetched_bytes - sent) <= 2 * 65536
+    assert receipt.unverified == (server.url("/model.safetensors"),)
+
+
+def test_a_safetensors_file_whose_header_is_too_long_is_not_fetched() -> None:
+    data = (99_000_000).to_bytes(8, "little") + b"{" + b" " * (2 << 20)
+    with bad_server({"/model.safetensors": Behaviour(data)}) as server:
+        with pytest.raises(CorruptError, match="truncated: its header ends at byte 99,000,008"):
+            weights(server.url("/model.safetensors"))
+        assert server.sent_bytes <= 512 << 10

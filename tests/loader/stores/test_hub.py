@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, hub_server
+from hub_server import REVISION, Hub, hub_server
 from rankload.loader import AccessError, CorruptError, NotFoundError, State, load
+from safetensors_files import as_safetensors
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
@@ -81,3 +83,41 @@ def test_what_is_not_there_and_who_is_not_let_in(hub: Hub, module: torch.nn.Line
             f"hf://{REPO}/{PARTS}", State(torch.nn.Linear(512, 512)), load_weights_only=True, options=options
         )
     assert "hf_wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{REVISION}"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_models_repository_by_its_name(
+    hub: Hub, module: torch.nn.Linear, tmp_path: Path, revision: str, listed: bool
+) -> None:
+    state = {name: value.detach() for name, value in module.state_dict().items()}
+    hub.files["config.json"] = b"{}"
+    others = {"unwanted": torch.ones(512, 512)}
+    if listed:
+        one, two = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        hub.files |= {
+            one: as_safetensors({"weight": state.pop("weight"), **others}),
+            two: as_safetensors(state),
+        }
+        weight_map = {"weight": one, "unwanted": one, "bias": two}
+        hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    else:
+        hub.files["model.safetensors"] = as_safetensors({**others, **state})
+    target = torch.nn.Linear(512, 512)
+    storage = {"endpoint": hub.url, "token": False, "skip_instance_cache": True}
+    receipt = load(
+        f"hf://{REPO}{revision}",
+        State(target),
+        load_weights_only=True,
+        ignore_keys=["state/model/unwanted"],
+        progress_bar=False,
+        options={"cache_dir": str(tmp_path / "cache"), "storage_options": storage},
+    ).receipt
+    assert torch.equal(target.weight, module.weight)
+    assert torch.equal(target.bias, module.bias)
+    assert (receipt.kind, receipt.layout) == ("sharded" if listed else "monolithic", "safetensors")
+    weights = next(file for file in receipt.files if file.size_bytes > 1 << 20)
+    assert weights.fetched_bytes < weights.size_bytes * 0.7
+    # What came whole was compared with the store's own checksum; what came in parts has none.
+    assert weights.verified_by == ()
+    assert receipt.unverified == (weights.name,)
