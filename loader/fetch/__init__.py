@@ -4,8 +4,8 @@
    they need (`needs`). The lowest rank of each node, its leader, finds them, checks that there is room (`space_check`),
    and obtains each into the node's cache (`whole.obtain`). Tars are unpacked (`archive`) and compressed files expanded
    (`decompress`); local files are used where they are.
-2. A torch file in a store that does ranges "comes in parts" (`remote_files`): at first only its index is fetched,
-   into a file with holes (`remote_file`). Large torch files inside a tar come so, too (`tars`).
+2. A torch file or safetensors file in a store that does ranges "comes in parts" (`remote_files`): at first only its
+   index is fetched, into a file with holes (`remote_file`). Large torch files inside a tar come so, too (`tars`).
 3. Once the index is read, `parts.small_parts` and `parts.restore_parts` collect the ranges that this rank will read.
 4. `rounds.plan_round` sends them to rank 0, where `plan.plan_fetch` decides which rank fetches which bytes: from the
    store or from another node, into the node's file or directly into its own memory.

@@ -1,7 +1,7 @@
 """Gives a source the files of the checkpoint that a load was asked for: `sources.base.Files`, for all ranks together.
 
-Each file is fetched once per node (`files.fetch_files`); of remote torch files that is their index alone, and `parts`
-brings the rest. What was fetched and read is kept here, for the stages after the source and for the receipt.
+Each file is fetched once per node (`files.fetch_files`); of one that comes in parts that is its index alone, and
+`parts` brings the rest. What was fetched and read is kept here, for the stages after the source and for the receipt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CheckpointFiles:
         self.remote = remote
         """The files that come in parts: at first their index alone."""
         self.indexes: list[FileIndex] = []
-        """Of the torch files that the source read, in its order."""
+        """Of the files of tensors that the source read, in its order."""
         self._located = located
         self._path = path
         self._fetched: dict[str, FetchedFile] = {}

@@ -76,9 +76,10 @@ def fetch_files(
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    With `remote`, only the index is fetched of torch files in stores that do ranges, and of large ones in tars there;
-    `remote` knows them afterwards. Without it they come whole. Files in the node's cache last until its context ends:
-    end it only when all ranks have read them. What an earlier call with the same cache fetched is not fetched again.
+    With `remote`, only the index is fetched of torch files and safetensors files in stores that do ranges, and of large
+    torch files in tars there; `remote` knows them afterwards. Without it they come whole. Files in the node's cache
+    last until its context ends: end it only when all ranks have read them. What an earlier call with the same cache
+    fetched is not fetched again.
 
     Raises, on every rank alike: `NotFoundError` that names each file that is missing on any node, the ranks that need
     it, and for local paths the nodes that have it; `AccessError` also where a node lacks room; `CorruptError`,

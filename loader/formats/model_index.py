@@ -13,6 +13,7 @@ from ..errors import CorruptError, UnsafeError
 from .strict_json import parse_json
 
 _LARGEST = 100_000_000
+_MOST_FILES = 10_000
 _SHOWN = 80
 
 
@@ -34,7 +35,8 @@ class ModelIndex:
 def read_model_index(path: str, *, name: str) -> ModelIndex:
     """The index in the local file at `path`; messages call it `name`.
 
-    Raises `CorruptError` where it is none, and `UnsafeError` where it names a file outside of its folder.
+    Raises `CorruptError` where it is none, and `UnsafeError` where it names a file outside of its folder, or more files
+    than a model has.
     """
     with open(path, "rb") as file:
         data = file.read(_LARGEST + 1)
@@ -50,7 +52,13 @@ def read_model_index(path: str, *, name: str) -> ModelIndex:
                 f"{name}: weight_map has {str(value)[:_SHOWN]!r} for {key[:_SHOWN]!r}, expected a file's name.",
                 path=name,
             )
-    for value in set(weight_map.values()):
+    names = set(weight_map.values())
+    if len(names) > _MOST_FILES:
+        raise UnsafeError(
+            f"{name}: weight_map names {len(names):,} files, expected at most {_MOST_FILES:,}: do not trust this file.",
+            path=name,
+        )
+    for value in names:
         parts = value.split("/")
         if value.startswith("/") or "\\" in value or {"", ".", ".."} & set(parts) or not value.isprintable():
             raise UnsafeError(

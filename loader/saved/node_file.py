@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class NodeFile:
-    """One file on this node: all of it, or of a remote torch file its index."""
+    """One file on this node: all of it, or its index alone where it is remote and comes in parts."""
 
     name: str
     """As it was asked for."""

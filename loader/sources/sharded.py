@@ -1,8 +1,8 @@
 """Opens a model in several files, of safetensors or of torch, with an index that says which file has which weight.
 
-The files are those that the index names. Of each, every rank reads its own index, which is small: that of a file states
-the shapes and dtypes, and whether the file is the one that the model's index was written for. Which bytes of weights
-are fetched follows from what the rank keeps, as for any other source.
+Every rank reads the index of each file, whatever it keeps: that is small, and it alone states the shapes and dtypes,
+and whether the file is the one that the model's index was written for. Which bytes of weights are fetched follows from
+what the rank keeps, as for any other source.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ as far as its slices do, and they must hold each of its elements once, which tel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CorruptError, FormatError, LayoutError, NotFoundError
@@ -15,7 +16,6 @@ from ..formats.strict_json import parse_json
 from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
 from ..saved.demand import Demand
-from ..saved.node_file import NodeFile
 from ..saved.regions import CoverageError, row_major_stride
 from ..saved.strided import Box
 from ..saved.tensor import Piece, SavedTensor
@@ -25,7 +25,7 @@ from .base import Files
 _OFFSETS = "DCP_SHARDING_INFO"
 """The metadata that have the offsets, as JSON: ``{NAME: {"saved_offsets": [...]}}``."""
 _FIRST_RANKS = 8
-"""How many ranks' files are asked for at first; each further time twice as many."""
+"""How many ranks' files are asked for at least; else twice as many as there are, so that a gap shows."""
 _MOST_DIMENSIONS = 8
 """Of a tensor in slices: whether these cover it takes time that doubles with each dimension."""
 _LARGEST = (1 << 63) - 1
@@ -38,15 +38,13 @@ class Slices:
         return files.in_folder and SLICES_FILE.fullmatch(files.first.name) is not None
 
     def open(self, files: Files, demand: Demand) -> Saved:
-        by_rank = _fetched(files)
+        by_rank = _slices_of_ranks(files)
         with files.stage("read"):
-            slices: dict[str, list[tuple[tuple[int, ...], SavedTensor, str]]] = {}
+            slices: dict[str, list[_Slice]] = {}
             for of_rank in by_rank.values():
-                for file in of_rank:
-                    index = files.index(file)
-                    for name, (start, tensor) in _slices_of(index).items():
-                        slices.setdefault(name, []).append((start, tensor, index.name))
-            model = {name: _whole(name, found, files.name) for name, found in slices.items()}
+                for one in of_rank:
+                    slices.setdefault(one.name, []).append(one)
+            model = {name: _whole(found, files.name) for name, found in slices.items()}
             note = (
                 f"{files.name} does not say how many ranks saved it: files of {len(by_rank)} were found, and what "
                 "further ones held would be missing from the ends of tensors"
@@ -56,26 +54,38 @@ class Slices:
             )
 
 
-def _fetched(files: Files) -> dict[int, list[NodeFile]]:
-    """The files of all saved ranks, by rank, fetched to this node. Every rank must call.
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """What one file has of a tensor."""
 
-    Raises `NotFoundError` where a rank has none, and one after it has.
+    name: str
+    start: tuple[int, ...]
+    """Where it begins in the whole tensor."""
+    tensor: SavedTensor
+    file: str
+
+
+def _slices_of_ranks(files: Files) -> dict[int, list[_Slice]]:
+    """What the files of all saved ranks have, by rank; they are fetched to this node. Every rank must call.
+
+    Raises `NotFoundError` where a rank has no file, and one after it has.
     """
     match = SLICES_FILE.fullmatch(files.first.name)
     parts = int(match["parts"]) if match else 0
-    found: dict[int, list[NodeFile]] = {}
-    first, count = 1, _FIRST_RANKS
-    while first == 1 or first - 1 in found:
-        ranks = range(first, first + count)
+    found: dict[int, list[_Slice]] = {}
+    asked = 0
+    while asked < (last := max(_FIRST_RANKS, 2 * max(found, default=0))):
         names = {
             f"shard-{rank:05}-model-{part:05}-of-{parts:05}.safetensors": rank
-            for rank in ranks
+            for rank in range(asked + 1, last + 1)
             for part in range(1, parts + 1)
         }
         fetched = files.fetch(list(names), "fetch", optional=True)
-        for name, file in fetched.items():
-            found.setdefault(names[name], []).append(file)
-        first, count = first + count, 2 * count
+        with files.stage("read slices"):
+            # Before more is asked for: a server may answer to every name.
+            for name, file in fetched.items():
+                found.setdefault(names[name], []).extend(_slices_of(files.index(file)))
+        asked = last
     lost = sorted(set(range(1, max(found, default=0))) - found.keys())
     if lost or not found:
         shown = ", ".join(f"shard-{rank:05}-model-..." for rank in lost[:8] or [1])
@@ -86,8 +96,7 @@ def _fetched(files: Files) -> dict[int, list[NodeFile]]:
     return found
 
 
-def _slices_of(index: FileIndex) -> dict[str, tuple[tuple[int, ...], SavedTensor]]:
-    """Where each tensor of a file begins in the whole one, and the tensor, by name."""
+def _slices_of(index: FileIndex) -> Iterator[_Slice]:
     if index.format != "safetensors" or _OFFSETS not in index.metadata:
         raise FormatError(
             f"{index.name} is called as torch's HuggingFaceStorageWriter calls a rank's slices, and does not say where "
@@ -96,7 +105,6 @@ def _slices_of(index: FileIndex) -> dict[str, tuple[tuple[int, ...], SavedTensor
         )
     offsets = parse_json(index.metadata[_OFFSETS].encode(), name=index.name, what=_OFFSETS)
     known: Mapping[str, Any] = offsets if isinstance(offsets, dict) else {}
-    found = {}
     for name, tensor in index.tree.items():
         entry = known.get(name)
         start = entry.get("saved_offsets") if isinstance(entry, dict) else None
@@ -110,41 +118,42 @@ def _slices_of(index: FileIndex) -> dict[str, tuple[tuple[int, ...], SavedTensor
                 "an offset for each dimension.",
                 path=index.name,
             )
-        found[name] = tuple(start), tensor
-    return found
+        yield _Slice(name, tuple(start), tensor, index.name)
 
 
-def _whole(name: str, slices: list[tuple[tuple[int, ...], SavedTensor, str]], shown: str) -> SavedTensor:
-    """The tensor that `slices` make up, each with where it begins and the file that it is in."""
-    _, one, file = slices[0]
-    dimensions = len(one.shape)
-    for _, other, other_file in slices:
-        if (other.dtype, len(other.shape)) != (one.dtype, dimensions):
+def _whole(slices: Sequence[_Slice], shown: str) -> SavedTensor:
+    """The tensor that `slices` make up; messages call the checkpoint `shown`."""
+    one = slices[0]
+    dtype, dimensions = one.tensor.dtype, len(one.start)
+    for other in slices:
+        if (other.tensor.dtype, len(other.start)) != (dtype, dimensions):
             raise LayoutError(
-                f"{shown}: {name!r} is {one.dtype} of {dimensions} dimensions in {file}, and {other.dtype} of "
-                f"{len(other.shape)} in {other_file}: they were not saved together",
+                f"{shown}: {one.name!r} is {dtype} of {dimensions} dimensions in {one.file}, and "
+                f"{other.tensor.dtype} of {len(other.start)} in {other.file}: they were not saved together",
                 path=shown,
             )
     if dimensions > _MOST_DIMENSIONS:
         raise LayoutError(
-            f"{file}: {name!r} is a slice of {dimensions} dimensions; at most {_MOST_DIMENSIONS} are supported",
-            path=file,
+            f"{one.file}: {one.name!r} is a slice of {dimensions} dimensions; at most {_MOST_DIMENSIONS} are supported",
+            path=one.file,
         )
-    ends = zip(
-        *([at + size for at, size in zip(start, part.shape, strict=True)] for start, part, _ in slices),
-        strict=True,
+    shape = tuple(
+        max(each.start[dim] + each.tensor.shape[dim] for each in slices) for dim in range(dimensions)
     )
-    shape = tuple(map(max, ends))
+    pieces = [
+        Piece(
+            Box(each.start, each.tensor.shape),
+            0,
+            row_major_stride(each.tensor.shape),
+            each.tensor.pieces[0].storage,
+        )
+        for each in slices
+    ]
     try:
-        return SavedTensor.in_pieces(one.dtype, shape, list(_pieces(slices)))
+        return SavedTensor.in_pieces(dtype, shape, pieces)
     except CoverageError as error:
         raise LayoutError(
-            f"{shown}: the slices of {name!r} in {len(slices)} files do not make up a tensor of shape {shape}: "
+            f"{shown}: the slices of {one.name!r} in {len(slices)} files do not make up a tensor of shape {shape}: "
             f"{error}. A file is missing, or they are of several saves.",
             path=shown,
         ) from error
-
-
-def _pieces(slices: Iterable[tuple[tuple[int, ...], SavedTensor, str]]) -> Iterable[Piece]:
-    for start, tensor, _ in slices:
-        yield Piece(Box(start, tensor.shape), 0, row_major_stride(tensor.shape), tensor.pieces[0].storage)

@@ -65,13 +65,13 @@ def test_slices_of_two_dimensions(tmp_path: Path) -> None:
     assert torch.equal(module.weight, whole)
 
 
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_lost_rank_between_others_is_told_by_the_gap(tmp_path: Path, lost: int) -> None:
-    _, slices = rows(9, 3)
+@pytest.mark.parametrize(("ranks", "lost"), [(3, 1), (3, 2), (12, 8), (9, 8), (40, 16)])
+def test_a_lost_rank_between_others_is_told_by_the_gap(tmp_path: Path, ranks: int, lost: int) -> None:
+    _, slices = rows(ranks, ranks)
     save_slices(tmp_path, {rank: one for rank, one in slices.items() if rank != lost})
     path = tmp_path if lost != 1 else tmp_path / "shard-00003-model-00001-of-00001.safetensors"
-    with pytest.raises(NotFoundError, match=f"between others that are there: shard-0000{lost}-model"):
-        load(path, State(torch.nn.Linear(3, 9)))
+    with pytest.raises(NotFoundError, match=f"between others that are there: shard-{lost:05}-model"):
+        load(path, State(torch.nn.Linear(3, ranks)))
 
 
 def test_a_lost_last_rank_is_told_by_the_jobs_shapes(tmp_path: Path) -> None:
