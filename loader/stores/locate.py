@@ -105,8 +105,7 @@ def locate(store: Store, name: str) -> Located:
     A URL with a query is asked for as it is, before any other name: it may be signed for this object alone.
     """
     probes = Probes(store)
-    looks_like_file = has_query(name) or file_name(name).endswith(_FILE_SUFFIXES)
-    finders = (_as_file, _as_folder) if looks_like_file else (_as_folder, _as_file)
+    finders = (_as_file, _as_folder) if _looks_like_file(name) else (_as_folder, _as_file)
     for finder in (*finders, _as_model):
         found = finder(probes, name)
         if found is not None:
@@ -128,8 +127,17 @@ def _as_file(probes: Probes, name: str) -> Located | None:
     found = search(probes, name)
     if found is None or found.info.is_folder:
         return None
+    if not found.info.certain and not _looks_like_file(name):
+        # The store cannot say that there is such a file: one inside of it shows that there is none.
+        model = _as_model(probes, name)
+        if model is not None:
+            return model
     _refuse_other_files(probes.store, found.info.name)
     return _model(probes.store, found.info.name)
+
+
+def _looks_like_file(name: str) -> bool:
+    return has_query(name) or file_name(name).endswith(_FILE_SUFFIXES)
 
 
 def _as_model(probes: Probes, name: str) -> Located | None:

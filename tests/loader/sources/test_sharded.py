@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rankload.loader import (
     FormatError,
     MismatchError,
     NotFoundError,
+    RankloadError,
     State,
     UnsafeError,
     load,
@@ -129,6 +131,58 @@ def test_a_manifest_covers_what_has_no_checksum(tmp_path: Path) -> None:
             load(server.url("/m"), State(Awkward()), options={"cache_dir": str(tmp_path)})
 
 
+@pytest.mark.parametrize("kept", ["wte.weight", "head.weight"])
+def test_a_tied_weight_under_either_of_its_names(tmp_path: Path, kept: str) -> None:
+    wanted = oracle("safetensors-sharded-index")
+    saved = {kept if name == "wte.weight" else name: value for name, value in wanted.items()}
+    (tmp_path / "model.safetensors").write_bytes(as_safetensors(saved))
+    model = Awkward()
+    receipt = load(tmp_path, State(model)).receipt
+    check(model, wanted)
+    assert (receipt.missing, receipt.unexpected) == ((), ())
+    del saved[kept]
+    (tmp_path / "model.safetensors").write_bytes(as_safetensors(saved))
+    with pytest.raises(MismatchError, match=r"model/wte\.weight"):
+        load(tmp_path, State(Awkward()))
+
+
+class Bucket:
+    """A store of the user's own, whose objects lie in no folder."""
+
+    def __init__(self, objects: Mapping[str, bytes]) -> None:
+        self.objects = objects
+
+    def download_object(self, object_name: str, filename: str, **_: Any) -> None:
+        if object_name not in self.objects:
+            raise FileNotFoundError(object_name)
+        Path(filename).write_bytes(self.objects[object_name])
+
+
+def test_a_store_without_ranges_and_folders(tmp_path: Path) -> None:
+    folder = checkpoint("safetensors-sharded-index")
+    objects = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for prefix, path in (("", INDEX), ("a/b/", f"a/b/{INDEX}"), ("a/b/", "a/b")):
+        model = Awkward()
+        bucket = Bucket({f"{prefix}{name}": data for name, data in objects.items()})
+        load(
+            path, State(model), object_store=bucket, options={"cache_dir": str(tmp_path)}, progress_bar=False
+        )
+        check(model, oracle("safetensors-sharded-index"))
+
+
+def test_a_server_that_answers_a_page_to_every_name_has_no_model(tmp_path: Path) -> None:
+    with counting_server() as server:
+        server.missing = Served(b"<!doctype html><html></html>", content_type="text/html")
+        with pytest.raises(RankloadError, match=r"neither a file nor|HTML page"):
+            load(server.url("/m"), State(Awkward()), options={"cache_dir": str(tmp_path)})
+        asked = len(server.requests)
+        name = "shard-00001-model-00001-of-00001.safetensors"
+        server.served[f"/m/{name}"] = Served((checkpoint("dcp-hf-sharded-w2") / name).read_bytes())
+        with pytest.raises(CorruptError, match="HTML page"):
+            load(server.url(f"/m/{name}"), State(Awkward()), options={"cache_dir": str(tmp_path)})
+        assert len(server.requests) < 2 * asked + 40
+
+
 # --- several files and their index -----------------------------------------------------------------------------------
 
 
@@ -216,6 +270,13 @@ def test_an_index_names_files_of_its_own_folder_and_no_others(tmp_path: Path, na
     path = save_in_files(tmp_path, parts())
     change_index(path, bias=name)
     with pytest.raises(UnsafeError, match="expected one in the folder of the index"):
+        restored(tmp_path)
+
+
+def test_an_index_names_no_more_files_than_a_model_has(tmp_path: Path) -> None:
+    weight_map = {f"w{number}": f"{number}.safetensors" for number in range(10_001)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UnsafeError, match="names 10,001 files, expected at most 10,000"):
         restored(tmp_path)
 
 
