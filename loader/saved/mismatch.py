@@ -43,21 +43,19 @@ class Mismatch:
 
     def _advice(self) -> str:
         """What can help against missing and unexpected names."""
-        ways = ["Pass strict_model_weights=False to load what fits"]
+        lacks_objects = not all(map(_is_entry, self.missing))
+        ways = ["strict_model_weights=False to load what fits"]
+        if lacks_objects and self.weights_alone:
+            ways.insert(0, "load_weights_only=True, as the checkpoint has weights alone")
         if any(map(_is_entry, (*self.missing, *self.unexpected))):
             ways.append("LoadOptions(rename={...}) to map names")
         if self.unexpected:
             ways.append("ignore_keys to leave parts of the checkpoint out")
-        if not all(map(_is_entry, self.missing)):
-            if self.weights_alone:
-                ways.insert(
-                    0, "The checkpoint has weights alone: pass load_weights_only=True to restore them"
-                )
-                ways[1] = "strict_model_weights=False to load what fits"
+        if lacks_objects:
             ways.append(
                 "a State without the objects that the checkpoint lacks, or LoadOptions(leave_out=...) with their part"
             )
-        return f"{', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"{ways[0]}."
+        return f"Pass {', '.join(ways[:-1])}, or {ways[-1]}." if ways[1:] else f"Pass {ways[0]}."
 
     def raise_if_any(
         self, path: str, *, strict: bool, allow_missing_frozen: bool = False, before: bool = True
