@@ -124,8 +124,6 @@ def _metadata(value: Any, name: str) -> Mapping[str, str]:
 
 def _entry(key: str, value: Any, name: str) -> _Entry:
     shown = f"{name}: tensor {key[:200]!r}"
-    if any("\ud800" <= char <= "\udfff" for char in key):
-        raise CorruptError(f"{shown}: its name is no text in UTF-8.", path=name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CorruptError(
             f"{shown}: expected dtype, shape and data_offsets in the header, got {_short(value)}", path=name

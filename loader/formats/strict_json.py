@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from ..errors import CorruptError, UnsafeError
 
 _MOST_VALUES = 4_000_000
 """How many values a text may have: each takes up to some hundred bytes of memory once it is parsed."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, *, name: str, what: str) -> Any:
@@ -25,15 +27,19 @@ def parse_json(data: bytes, *, name: str, what: str) -> Any:
             path=name,
         )
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
-        )
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        if _SURROGATE.search(text):
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # raises for a half of a pair, which no text can hold
     except (ValueError, RecursionError) as error:
         problem = "it nests too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise CorruptError(
             f"{name}: {what} is no JSON that can be read: {problem}. The file is damaged; fetch it again.",
             path=name,
         ) from None
+    return value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

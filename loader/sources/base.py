@@ -25,7 +25,7 @@ class Files(Protocol):
 
     @property
     def in_folder(self) -> bool:
-        """Whether the path names a folder; names of files are relative to it then, else names of objects."""
+        """Whether the checkpoint is a folder's files; their names are relative to it then, else names of objects."""
 
     @property
     def first(self) -> NodeFile:

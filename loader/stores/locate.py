@@ -86,11 +86,12 @@ class Located:
     form: str
     """``file`` or ``folder``."""
     name: str
-    """The file's object name, or the tag folder's."""
+    """The file's object name, or the folder's."""
     first: str
     """Object name of the file to read first: the file itself, the first rank's model file, or a model's index."""
     tag: str | None = None
-    """The tag folder's own name, or what ``latest`` holds (which may be nested); None for a file."""
+    """The tag folder's own name, or what ``latest`` holds (which may be nested); None for a file, and for a model's
+    folder."""
     by_latest: bool = False
     """Whether the folder was named by the ``latest`` of the one above."""
 

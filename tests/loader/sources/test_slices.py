@@ -132,3 +132,26 @@ def test_slices_that_say_nothing_or_too_much(tmp_path: Path) -> None:
     )
     with pytest.raises(LayoutError, match=r"float32 of 2 dimensions in .*float16 of 2"):
         load(tmp_path, State(torch.nn.Linear(2, 2, bias=False)))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("way", ["whole", "slices", "consolidated"])
+def test_what_torchs_own_writer_saves(tmp_path: Path, way: str, parts: int) -> None:
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    pytest.importorskip("safetensors")
+    if not hasattr(checkpoint, "HuggingFaceStorageWriter"):
+        pytest.skip("this torch has no such writer")
+    # The consolidation aligns nothing, and takes no integers.
+    saved = {"weight": torch.rand(5, 3, dtype=torch.float64), "bias": torch.rand(5).to(torch.float64)}
+    writer = checkpoint.HuggingFaceStorageWriter(
+        str(tmp_path),
+        fqn_to_index_mapping={name: 1 + number % parts for number, name in enumerate(saved)},
+        save_distributed=way != "whole",
+        enable_consolidation=way == "consolidated",
+    )
+    checkpoint.save(dict(saved), storage_writer=writer, no_dist=True)
+    for folder in (tmp_path, tmp_path / "sharded") if way == "consolidated" else (tmp_path,):
+        module = torch.nn.Linear(3, 5, dtype=torch.float64)
+        receipt = load(folder, State(module)).receipt
+        assert receipt.kind == ("slices" if way == "slices" or folder != tmp_path else "sharded")
+        assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
