@@ -495,6 +495,9 @@ def test_a_loss_scaler_without_counterpart_is_told(
     assert [one for one in plan.mismatch.missing if not one.startswith("optimizers/")] == missing
     assert plan.not_restored == (("state/engine/random_ltd", *left) if left else ())
     assert ["no counterpart" in str(one.message) for one in told] == [True] * bool(left)
+    left_out = RestoreOptions(leave_out=frozenset({"scaler", "optimizers"}))
+    plan = EngineTarget(engine, left_out).plan(saved.without(left_out.leave_out))
+    assert (plan.mismatch.missing, "state/engine/loss_scaler" in plan.not_restored) == ([], False)
     del saved.state[ENGINE]["random_ltd"]
     missing_too = EngineTarget(engine, RestoreOptions(strict=False)).plan(saved).mismatch.missing
     assert [one for one in missing_too if "random_ltd" in one] == (
