@@ -112,7 +112,7 @@ def load_checkpoint(
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
             ``{rank}``, ``{local_rank}``, ``{node_rank}`` and ``{run_name}`` (or ``<rank>`` and so on). A folder that
             DeepSpeed saved is named by itself, or by one of its tags; a model in several files by their folder, or by
-            their index.
+            their index. ``~`` is the home folder.
         state: a `State`, or an object that loads itself as Composer's ``State`` does.
         logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``, which rank 0 gives
             the receipt. None: the logger named ``rankload``.
@@ -175,7 +175,7 @@ def load(
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
             ``{rank}``, ``{local_rank}``, ``{node_rank}`` and ``{run_name}`` (or ``<rank>`` and so on). A folder that
             DeepSpeed saved is named by itself, or by one of its tags; a model in several files by their folder, or by
-            their index.
+            their index. ``~`` is the home folder.
         state: a `State`, or an object that loads itself as Composer's ``State`` does.
         logger: a ``logging.Logger``, or an object with ``log_metrics`` or ``log_hyperparameters``, which rank 0 gives
             the receipt. None: the logger named ``rankload``.

@@ -49,7 +49,7 @@ class LoadOptions:
 
     Attributes:
         cache_dir: the folder on this node that fetched files lie in while they are read. It must be private to the
-            user (0700). Default: as `cache_home` says. An ``os.PathLike`` becomes its text.
+            user (0700). Default: as `cache_home` says. An ``os.PathLike`` becomes its text, and ``~`` the home folder.
         cache_home: where that folder is when `cache_dir` is not given. ``memory``: ``rankload-<uid>`` in /dev/shm.
             ``disk``: ``rankload-<uid>`` in the system's temporary folder. ``auto`` (default): a file goes into memory
             when it fits in half of what is free there, else on disk; on disk when `cache_size` is above 0.
@@ -90,8 +90,8 @@ class LoadOptions:
             that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
             ``direct``, for long ranges, where it can be done. ``job``: bytes that several nodes need leave the store
             once, and one node sends them to the others.
-        trace: a file that rank 0 writes every rank's stages to, for Perfetto or ``chrome://tracing``. An
-            ``os.PathLike`` becomes its text.
+        trace: a file that rank 0 writes every rank's stages to, for Perfetto or ``chrome://tracing``. As a path it is
+            like `cache_dir`.
 
     Raises:
         OptionError: a value does not fit. An unknown field, or an unknown ``RANKLOAD_*`` variable, raises it in `load`.
@@ -279,7 +279,7 @@ def _path(name: str, value: Any, what: str) -> str:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str) or not path:
         raise OptionError(f"{name}={value!r}: expected the path of a {what}")
-    return path
+    return os.path.expanduser(path)
 
 
 def _is_seconds(value: Any) -> bool:

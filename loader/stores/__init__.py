@@ -10,9 +10,9 @@
    gets its name.
 6. `sums` reads the checksums that stores keep, and `digests` computes checksums of the same kinds.
 
-Not promised: no store lists names. A download is checked for its size, and for its version over http(s) only; its
-checksum is compared by the caller (`fetch.whole_checks`). `http` and `given` try a download again, as
-``loader.retries`` decides; any other backend does as it is configured.
+Not promised: no store lists names (`nearby` lists a local folder, for a message alone). A download is checked
+for its size, and for its version over http(s) only; its checksum is compared by the caller (`fetch.whole_checks`).
+`http` and `given` try a download again, as ``loader.retries`` decides; any other backend does as it is configured.
 
 May import `http`, `retries`, `workers`, `checksums`, `redaction`, `errors` and `store_errors`; fsspec inside functions.
 """

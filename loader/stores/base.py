@@ -89,6 +89,9 @@ class Store(Protocol):
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         """Checksums of the whole object that the store keeps; may send a request for them. Empty where that fails."""
 
+    def nearby(self, name: str) -> str:
+        """Sentences for a message on what lies at `name`, which is no checkpoint, or beside it; "" if not known."""
+
     def close(self) -> None:
         """Gives back connections; the store can be used again afterwards."""
 

@@ -30,6 +30,8 @@ _WITH_BUCKETS = frozenset(
     }
 )  # fmt: skip
 """Protocols whose names begin with a bucket."""
+_TELL_EMPTY_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs"})
+"""Those of them whose file systems tell an empty bucket from one that is not there (tried with real servers)."""
 ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
 _CHAINED_URL = re.compile(r"::(https?)://[\x21-\x7e]*\Z", re.IGNORECASE)
@@ -157,6 +159,14 @@ class FsspecStore:
 
             return ask_s3(self.files(), info.name, info.version)
         return self._sums.get(info, ())
+
+    def nearby(self, name: str) -> str:
+        """Whether the bucket is there: one request."""
+        bucket = name.split("/", 1)[0]
+        if self.protocol not in _WITH_BUCKETS - {"hf"} or self.stat(bucket) is not None:
+            return ""
+        empty = "" if self.protocol in _TELL_EMPTY_BUCKETS else ", or it is empty"
+        return f"There is no bucket {bucket}{empty}: check its name, and the endpoint and the account in storage_options"
 
     def close(self) -> None:
         """Does nothing: fsspec closes its sessions when the file system is collected."""

@@ -123,6 +123,9 @@ class GivenStore:
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return ()
 
+    def nearby(self, name: str) -> str:
+        return ""  # such a store cannot list
+
     def close(self) -> None:
         """Does nothing: the user closes the backend."""
 

@@ -95,6 +95,9 @@ class HttpStore:
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return self._sums.get(info.name, ())
 
+    def nearby(self, name: str) -> str:
+        return ""  # such a store cannot list
+
     def close(self) -> None:
         self._connections.close()
 

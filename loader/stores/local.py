@@ -79,6 +79,11 @@ class LocalStore:
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return ()
 
+    def nearby(self, name: str) -> str:
+        from .nearby import local_nearby
+
+        return local_nearby(name)
+
     def close(self) -> None:
         """Does nothing: no connection is kept."""
 

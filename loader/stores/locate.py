@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import CorruptError, FormatError, UnsafeError
+from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from .names import file_name, folder_of, has_query, without_slash
 from .probes import Probes
 
@@ -41,7 +41,7 @@ _CONVERT_DCP = (
     "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` makes a torch file of such a "
     "folder"
 )
-_OTHER_KINDS = {
+OTHER_KINDS = {
     ".metadata": ("a torch.distributed.checkpoint (DCP) folder", _CONVERT_DCP),
     "__0_0.distcp": (
         "a torch.distributed.checkpoint (DCP) folder that was not finished: .metadata, which is written last, is not "
@@ -59,7 +59,7 @@ _OTHER_KINDS = {
 }
 """Files by which a folder of a kind that is not read is recognised, the most telling first; what it is, and what to
 do."""
-_OTHER_FILES = {
+OTHER_FILES = {
     ".distcp": (
         "a shard of a torch.distributed.checkpoint (DCP) folder",
         _CONVERT_DCP,
@@ -70,11 +70,11 @@ _OTHER_FILES = {
     ),
 }
 """Ends of the names of files of such kinds."""
-_FILE_SUFFIXES = (
+FILE_SUFFIXES = (
     ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".symlink",
     ".safetensors", ".distcp", ".json",
 )  # fmt: skip
-_LATEST = "latest"
+LATEST = "latest"
 _LATEST_LIMIT = 4096
 """Bytes of a ``latest`` file that are read: it holds a folder's name."""
 
@@ -114,10 +114,12 @@ def locate(store: Store, name: str) -> Located:
     _refuse_other_kinds(store, name)
     if name in probes.pages:
         return Located("file", name, name)  # whoever reads it says what it is
+    info = probes.stat(name) if store.is_local else None
+    what = "" if info is not None and info.is_folder else "there is no such object, "
     raise probes.nothing(
-        f"{store.describe(name)} is neither a file nor a DeepSpeed folder: there is no such object, no "
-        f"{_LATEST!r} in it, and no {' or '.join(MODEL_STATES)}; nor has it a model's file, such as "
-        f"{MODEL_FILES[0]} or {MODEL_FILES[1]}",
+        f"{store.describe(name)} is neither a file nor a DeepSpeed folder: {what}no {LATEST!r} in it, and no "
+        f"{' or '.join(MODEL_STATES)}; nor has it a model's file, such as {MODEL_FILES[0]} or {MODEL_FILES[1]}"
+        f"{_nearby(store, name)}",
         store.describe(name),
     )
 
@@ -138,7 +140,7 @@ def _as_file(probes: Probes, name: str) -> Located | None:
 
 
 def _looks_like_file(name: str) -> bool:
-    return has_query(name) or file_name(name).endswith(_FILE_SUFFIXES)
+    return has_query(name) or file_name(name).endswith(FILE_SUFFIXES)
 
 
 def _as_model(probes: Probes, name: str) -> Located | None:
@@ -162,7 +164,7 @@ def _model(store: Store, name: str) -> Located:
 
 def _as_folder(probes: Probes, name: str) -> Located | None:
     store = probes.store
-    latest = store.join(name, _LATEST)
+    latest = store.join(name, LATEST)
     if probes.exists(latest):
         tag = read_tag(store, latest)
         folder = store.join(name, tag)
@@ -172,7 +174,7 @@ def _as_folder(probes: Probes, name: str) -> Located | None:
             _refuse_other_kinds(store, folder)
             raise in_folder.nothing(
                 f"{store.describe(latest)} names the tag {tag!r}, but {store.describe(folder)} holds no "
-                f"{' or '.join(MODEL_STATES)}",
+                f"{' or '.join(MODEL_STATES)}{_nearby(store, folder)}",
                 store.describe(folder),
             )
         return Located("folder", folder, found, tag, by_latest=True)
@@ -235,7 +237,7 @@ def _refuse_universal(store: Store, folder: str) -> None:
 
 
 def _refuse_other_kinds(store: Store, folder: str) -> None:
-    for marker, (kind, remedy) in _OTHER_KINDS.items():
+    for marker, (kind, remedy) in OTHER_KINDS.items():
         if Probes(store).exists(store.join(folder, marker)):
             raise FormatError(
                 f"{store.describe(folder)} is {kind} (it holds {marker}), which is not supported: {remedy}",
@@ -244,9 +246,18 @@ def _refuse_other_kinds(store: Store, folder: str) -> None:
 
 
 def _refuse_other_files(store: Store, name: str) -> None:
-    for end, (kind, remedy) in _OTHER_FILES.items():
+    for end, (kind, remedy) in OTHER_FILES.items():
         if file_name(name).endswith(end):
             raise FormatError(
                 f"{store.describe(name)} is {kind}, which is not supported: {remedy}",
                 path=store.describe(name),
             )
+
+
+def _nearby(store: Store, name: str) -> str:
+    """What the store can say of what lies there instead, to end a message; a store that fails here says nothing."""
+    try:
+        said = store.nearby(name)
+    except RankloadError:
+        return ""
+    return f". {said}" if said else ""

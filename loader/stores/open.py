@@ -3,7 +3,7 @@
 explicit object_store  →  http(s)  →  any other URI, through fsspec  →  local path
 
 What has no ``://`` is a local path first of all: ``run::1/last.ckpt`` is a chain of protocols only where there is no
-such file, and ``run`` is a protocol.
+such file, and ``run`` is a protocol. ``~`` is the home folder, unless there is a file of that name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def open_store(
     if local is not None:
         return LocalStore(), local
     if scheme is None:
-        return LocalStore(), path
+        return LocalStore(), os.path.expanduser(path)
     from .fsspec import is_protocol, open_fsspec
 
     if "://" not in path and not is_protocol(scheme):

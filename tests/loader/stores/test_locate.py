@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from http_server import Served, counting_server
 from rankload.loader.errors import CorruptError, FormatError, NotFoundError, UnsafeError
 from rankload.loader.stores.locate import Located, locate
@@ -209,3 +211,87 @@ def test_what_is_asked_of_a_deepspeed_folder_stays_the_same() -> None:
             f"/step3/{MODEL}",
             "/step3/zero/optimizer_state.pt",
         ]
+
+
+def message(path: object, error: type[Exception] = NotFoundError) -> str:
+    with pytest.raises(error) as told:
+        found(path)
+    return str(told.value)
+
+
+def test_a_trainers_output_folder_names_what_lies_in_it(tmp_path: Path) -> None:
+    for step in (8, 16, 24):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-8" / "latest").write_text("global_step8")
+    (tmp_path / "checkpoint-16" / "optimizer.pt").write_bytes(b"x")
+    (tmp_path / "checkpoint-16" / "saved_model.pt").write_bytes(b"x")
+    (tmp_path / "checkpoint-24" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    told = message(tmp_path)
+    assert "neither a file nor a DeepSpeed folder: no 'latest' in it" in told
+    assert (
+        f"In {tmp_path} there is checkpoint-8 (a DeepSpeed folder), "
+        "checkpoint-16 (a folder with optimizer.pt, saved_model.pt), checkpoint-24 (a model's folder), runs, "
+        f"trainer_state.json. Pass one of them, such as {tmp_path}/checkpoint-24"
+    ) in told
+
+
+def test_what_a_wrong_folders_message_advises_can_be_loaded(tmp_path: Path) -> None:
+    for name in ("step-9", "step-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MODEL).write_bytes(b"x")
+    for told in (message(tmp_path), message(f"{tmp_path}/")):
+        advised = told.split("such as ")[1]
+        assert advised == f"{tmp_path}/step-10"
+        assert found(advised).form == "folder"
+    (tmp_path / "last.ckpt").write_bytes(b"x")
+    (tmp_path / "latest").write_text("step-11")
+    assert "names the tag 'step-11'" in message(tmp_path)
+    assert f"In {tmp_path} there is last.ckpt, step-9 (a DeepSpeed folder)" in message(tmp_path)
+
+
+def test_a_long_folder_shows_its_newest_checkpoints_and_counts_the_others(tmp_path: Path) -> None:
+    for step in range(100, 120):
+        (tmp_path / f"step{step}.pt").write_bytes(b"x")
+    told = message(tmp_path)
+    assert "step112.pt, step113.pt" in told
+    assert "step119.pt and 12 more" in told
+    assert "step111.pt" not in told
+
+
+def test_a_name_that_is_not_there_shows_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    told = message(tmp_path / "last.pt")
+    assert "there is no such object" in told
+    assert f"In {tmp_path} there is last.ckpt. Pass one of them, such as {tmp_path}/last.ckpt" in told
+    assert f"There is no folder {tmp_path}/nun. In {tmp_path} there is" in message(tmp_path / "nun" / "a.pt")
+    assert message(tmp_path / "last.ckpt" / "x.pt")  # below a file
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path}/empty is empty" in message(tmp_path / "empty")
+
+
+def test_a_home_folder_is_expanded_unless_the_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.pt").write_bytes(b"x")
+    assert found("~/a.pt").name == f"{tmp_path}/a.pt"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "a.pt").write_bytes(b"x")
+    assert found("~/a.pt").name == "~/a.pt"
+
+
+@pytest.mark.parametrize(("path", "told"), [("there/run", False), ("their/run", True)])
+def test_a_bucket_that_is_not_there_is_said(path: str, *, told: bool) -> None:
+    class Buckets(MemoryFileSystem):
+        protocol = "s3"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = ["", "/there"]
+
+    store, name = open_store(path, Buckets(skip_instance_cache=True))
+    with pytest.raises(NotFoundError) as error:
+        locate(store, name)
+    assert ("There is no bucket their: check its name" in str(error.value)) == told
