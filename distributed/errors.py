@@ -41,7 +41,7 @@ class RankloadError(Exception):
         where = [] if self.rank is None else [f"rank {self.rank}"]
         if self.host is not None:
             where.append(f"host {self.host}")
-        return f"{self.message} [{', '.join(where)}]" if where else self.message
+        return f"{self.message} [met by {', '.join(where)}]" if where else self.message
 
     def located(self, rank: int, host: str | None = None) -> RankloadError:
         """Fills in which rank met the error, where that is not set yet; returns the same error."""

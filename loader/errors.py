@@ -147,9 +147,12 @@ def after_first_change(name: str, changed: Sequence[str] | None = None) -> Itera
         what = ""
         if changed is not None:
             what = f"; changed: {', '.join(changed) or 'nothing on this rank, but others may have begun'}"
+        earlier = ""
+        if isinstance(error, CorruptError):
+            earlier = '. LoadOptions(verify="before") finds such damage before the first change'
         partial = PartialRestoreError(
             f"the restore of {name} failed after it began{what}. {message.rstrip('.')}. "
-            "Take the model, optimizer and state as undefined until a load succeeds",
+            f"Take the model, optimizer and state as undefined until a load succeeds{earlier}",
             path=name,
             changed=changed or (),
         )

@@ -109,7 +109,7 @@ def test_an_error_on_one_rank_is_raised_on_all() -> None:
                 raise error
 
     outcomes = in_threads(3, work)
-    assert same_error(outcomes, CustomError).startswith("no such file [rank 1, host ")
+    assert same_error(outcomes, CustomError).startswith("no such file [met by rank 1, host ")
     assert all((one.path, one.details) == ("a.pt", {"names": ["x"]}) for one in outcomes)
 
 
@@ -120,7 +120,7 @@ def test_another_exception_is_wrapped_and_kept_as_the_cause() -> None:
                 raise OSError(28, "No space left on device")
 
     outcomes = in_threads(3, work)
-    assert "OSError: [Errno 28] No space left on device [rank 2" in same_error(outcomes, RankloadError)
+    assert "OSError: [Errno 28] No space left on device [met by rank 2" in same_error(outcomes, RankloadError)
     assert isinstance(outcomes[2].__cause__, OSError)
     assert outcomes[0].__cause__ is None
 
