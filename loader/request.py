@@ -122,6 +122,8 @@ def check_arguments(request: LoadRequest) -> None:
 
     Opens nothing and asks no store. Call it in a stage, so that an error of one rank is raised on all.
     """
+    if isinstance(request.path, State | ForeignState) and isinstance(request.state, str | os.PathLike):
+        raise OptionError("path is a state, and state a path: the order is load(path, state)")
     as_path(request.path)
     check_logger(request.logger)
     _check_state(request.state)
@@ -174,9 +176,11 @@ def check_logger(logger: Any) -> None:
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, State | ForeignState):
+        wrap = {"module": "model", "optimizer": "optimizers", "lr scheduler": "schedulers"}.get(_role(state))
+        hint = f". Pass State(model=...{f', {wrap}=...' * (wrap != 'model')})" if wrap else ""
         raise OptionError(
             f"state is {_shown(state)}: expected a rankload.State, or an object with load_state_dict and "
-            "load_model_state such as Composer's State"
+            f"load_model_state such as Composer's State{hint}"
         )
     if not isinstance(state, State):
         return
@@ -189,6 +193,23 @@ def _check_state(state: Any) -> None:
             f"state.model is {_shown(state.model)}: expected State(model=...) with a module or a DeepSpeed engine, or "
             "None for a state without one"
         )
+    for part, role in (("model", "module"), ("optimizers", "optimizer"), ("schedulers", "lr scheduler")):
+        for item in as_list(getattr(state, part)):
+            found = _role(item)
+            if found not in ("", role):
+                raise OptionError(
+                    f"state.{part} holds an object of type {type(item).__name__}, which is a kind of {found}: "
+                    "expected State(model=module, optimizers=optimizer, schedulers=scheduler)"
+                )
+
+
+def _role(item: Any) -> str:
+    """What `item` is by the methods that torch gives each kind; "" where those do not say."""
+    if callable(getattr(type(item), "named_parameters", None)):
+        return "module"
+    if isinstance(getattr(item, "param_groups", None), list):
+        return "optimizer"
+    return "lr scheduler" if callable(getattr(type(item), "get_last_lr", None)) else ""
 
 
 def _check_entries(name: str, value: Any, expected: str) -> None:

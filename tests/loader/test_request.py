@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rankload.loader.errors import OptionError
 from rankload.loader.options import LoadOptions, Options, resolve_options
 from rankload.loader.request import LoadRequest, as_path, check_arguments, check_same
@@ -21,6 +22,14 @@ class Model:
 
 
 class Adam(Model): ...
+
+
+def sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+
+def constant_lr() -> Any:
+    return torch.optim.lr_scheduler.ConstantLR(sgd())
 
 
 class Foreign:
@@ -55,6 +64,20 @@ def test_paths() -> None:
         ({"path": 3}, "path is 3: expected a string"),
         ({"path": b"a"}, "path is of type bytes: expected a string"),
         ({"path": ""}, "path is empty"),
+        ({"state": "a.pt", "path": State(Model())}, r"the order is load\(path, state\)"),
+        ({"state": torch.nn.Linear(1, 1)}, r"Composer's State\. Pass State\(model=\.\.\.\)"),
+        ({"state": sgd()}, r"state is of type SGD: .* Pass State\(model=\.\.\., optimizers=\.\.\.\)"),
+        ({"state": State(sgd())}, "state.model holds an object of type SGD, which is a kind of optimizer"),
+        (
+            {"state": State(constant_lr())},
+            "state.model holds an object of type ConstantLR, which is a kind of lr",
+        ),
+        ({"state": State(Model(), torch.nn.Linear(1, 1))}, "state.optimizers holds .* Linear, .* of module"),
+        (
+            {"state": State(Model(), constant_lr())},
+            "state.optimizers holds .* ConstantLR, .* of lr scheduler",
+        ),
+        ({"state": State(Model(), sgd(), sgd())}, "state.schedulers holds .* SGD, .* of optimizer"),
         ({"state": Model()}, "state is of type Model: expected a rankload.State"),
         (
             {"state": State(None), "weights_only": True},
