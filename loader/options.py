@@ -99,7 +99,7 @@ class LoadOptions:
 
     cache_dir: str | None = None
     cache_home: CacheHomeChoice | None = None
-    cache_size: int | None = None
+    cache_size: int | str | None = None
     stall_timeout_s: float | None = None
     safe_types: Collection[str | type] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -182,7 +182,7 @@ def resolve_options(
     resolved = Options(
         cache_dir=given.cache_dir,
         cache_home=given.cache_home or "auto",
-        cache_size=given.cache_size or 0,
+        cache_size=parse_size("cache_size", given.cache_size or 0),
         stall_timeout_s=120.0 if given.stall_timeout_s is None else float(given.stall_timeout_s),
         safe_types=_in_order(given.safe_types),
         storage_options=given.storage_options,

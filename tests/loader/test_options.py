@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import typing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,15 @@ def test_storage_options_are_never_shown() -> None:
     with pytest.raises(OptionError) as caught:
         resolve_options("key=secret", {})  # type: ignore[arg-type]
     assert "secret" not in str(caught.value)
+
+
+def test_a_size_of_the_cache_may_be_text_for_type_checkers_too() -> None:
+    assert typing.get_type_hints(LoadOptions)["cache_size"] == int | str | None
+    assert resolve_options(LoadOptions(cache_size="20GB"), {}).cache_size == 20 * 10**9
+    assert resolve_options(None, {}).cache_size == 0
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    options = resolve_options(LoadOptions(trace="~/trace.json"), {"RANKLOAD_CACHE_DIR": "~/cache"})
+    assert (options.cache_dir, options.trace) == ("/somewhere/cache", "/somewhere/trace.json")
