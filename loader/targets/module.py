@@ -163,7 +163,8 @@ class ModuleStep:
                 else:
                     set_whole(target, value)
         nbytes = sum(value.nbytes for value in plan.sources.values() if isinstance(value, SavedTensor))
-        return [f"model ({len(plan.sources)} entries, {nbytes:,} bytes)"]
+        count = len(plan.sources)
+        return [f"model ({count} entr{'y' if count == 1 else 'ies'}, {nbytes:,} byte{'s' * (nbytes != 1)})"]
 
     def _load_through_hooks(
         self, real: Mapping[str, Any], targets: Mapping[str, torch.Tensor | None], work: Work

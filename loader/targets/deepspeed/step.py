@@ -155,7 +155,10 @@ class EngineStep:
         restored = []
         if weights:
             buffers = len(self.model.buffers)
-            restored.append(f"model ({weights} parameters, {buffers} buffers on this rank)")
+            restored.append(
+                f"model ({weights} parameter{'s' * (weights != 1)}, {buffers} buffer{'s' * (buffers != 1)} "
+                "on this rank)"
+            )
         if any(part.masters or part.master_from_low for part in parts):
             restored.append("fp32 masters")
         if self.optimizer.filled:
