@@ -13,7 +13,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -72,8 +72,16 @@ def gather_states(channel: Channel, state: RngState) -> list[RngState]:
     return [decode(payload) for payload in channel.gather_bytes("gather rng", encode(state))]
 
 
-def restore_rng(rng_states: Sequence[RngState] | None) -> None:
-    """Sets this rank's generators from its entry of a list that `load_checkpoint` or `gather_rng` returned.
+class HasRngStates(Protocol):
+    """What `restore_rng` takes besides a list: a `LoadResult`."""
+
+    @property
+    def rng_states(self) -> Sequence[RngState] | None: ...
+
+
+def restore_rng(rng_states: Sequence[RngState] | HasRngStates | None) -> None:
+    """Sets this rank's generators from its entry of a list that `load_checkpoint` or `gather_rng` returned, or of the
+    `LoadResult` of `load`.
 
     Every entry is checked before any generator is set. A ``cuda`` state is set where CUDA is initialised; a list of all
     devices' states sets each device's. None, which `load_checkpoint` returns where there are no RNG states, is warned
@@ -82,6 +90,7 @@ def restore_rng(rng_states: Sequence[RngState] | None) -> None:
     """
     from ..distributed.session import current_topology
 
+    rng_states = _listed(rng_states)
     if rng_states is None:
         warnings.warn("no RNG states to restore: the generators stay as they are", stacklevel=2)
         return
@@ -93,6 +102,19 @@ def restore_rng(rng_states: Sequence[RngState] | None) -> None:
             rank=topology.rank,
         )
     apply_rng(rng_states[topology.rank])
+
+
+def _listed(given: Sequence[RngState] | HasRngStates | None) -> Sequence[RngState] | None:
+    """The list that `restore_rng` was given, by itself or in a result."""
+    states: Any = (
+        given if given is None or isinstance(given, list | tuple) else getattr(given, "rng_states", given)
+    )
+    if states is not None and not isinstance(states, list | tuple):
+        raise FormatError(
+            f"restore_rng was given a {type(given).__name__}: expected the result of load, or the list that "
+            "load_checkpoint or gather_rng returned"
+        )
+    return states
 
 
 def apply_rng(state: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,18 @@ def test_devices_states_go_to_their_devices(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="of 3 devices, this process sees 2"):
         apply_rng({"cuda": each})
     assert told[3:] == [(5, 0), (6, 1)]
+
+
+def test_a_loads_result_is_restored_as_its_states_are() -> None:
+    @dataclass
+    class Result:
+        rng_states: list[dict[str, Any]] | None
+
+    states = [capture_rng()]
+    expected = torch.rand(3)
+    restore_rng(Result(states))
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.warns(UserWarning, match="no RNG states to restore"):
+        restore_rng(Result(None))
+    with pytest.raises(FormatError, match="was given a dict: expected the result of load, or the list"):
+        restore_rng(states[0])  # type: ignore[arg-type]
