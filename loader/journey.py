@@ -82,11 +82,22 @@ class LoadResult:
             type that is neither known nor in ``safe_types`` is an ``InertObject`` with its ``global_name`` and fields.
             With ``load_weights_only`` those that cost nothing beside the weights: counters, versions, settings; no
             entry with more than 64 KiB of tensors or with a type that ``safe_types`` would have to allow.
+        step: the steps that were done when the checkpoint was saved: Composer's ``timestamp.batch``, DeepSpeed's
+            ``global_steps``, or an entry ``global_step``, ``step`` or ``iteration``. None where the checkpoint does not
+            say, or says two things.
+        epoch: in the same way ``timestamp.epoch``, or an entry ``epoch``, as whoever saved it counts them.
+
+    ``print`` shows the receipt.
     """
 
     rng_states: list[RngState] | None
     receipt: Receipt
     extra: dict[str, Any]
+    step: int | None = None
+    epoch: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.receipt)
 
 
 def load_checkpoint(
@@ -276,7 +287,7 @@ def load(
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
             warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
         _write_trace(request, receipt)
-    return LoadResult(rng_states, receipt, checked.extra)
+    return LoadResult(rng_states, receipt, checked.extra, saved.step, saved.epoch)
 
 
 def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:

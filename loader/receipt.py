@@ -20,6 +20,10 @@ SCHEMA_VERSION = 1
 """Of `Receipt.as_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 
+_NAMED = 20
+"""Names of one kind that `Receipt.__str__` shows."""
+
+
 @dataclass(frozen=True)
 class FileReport:
     """One file that the load used, as one rank knows it."""
@@ -172,20 +176,22 @@ class Receipt:
 
     def lines(self) -> tuple[str, str, str]:
         """The receipt for a person, in three lines."""
-        saved = "" if self.saved_world_size is None else f", saved by {self.saved_world_size} ranks"
+        saved = (
+            "" if self.saved_world_size is None else f", saved by {_counted(self.saved_world_size, 'rank')}"
+        )
         what = "weights only, " if self.weights_only else ""
         first = (
             f"restored {self.path} ({self.kind}, {self.layout}{saved}; {what}"
-            f"on {self.world_size} rank{'s' * (self.world_size != 1)}, {self.n_nodes} "
-            f"node{'s' * (self.n_nodes != 1)}): {', '.join(self.restored) or 'nothing'}"
+            f"on {_counted(self.world_size, 'rank')}, {_counted(self.n_nodes, 'node')}): "
+            f"{', '.join(self.restored) or 'nothing'}"
         )
         size = sum(file.size_bytes for file in self.files)
         unmoved = "used in place" if self.cache_dir is None else "nothing fetched"
-        fetched = f"{self.fetched_bytes:,} bytes fetched" if self.fetched_bytes else unmoved
+        fetched = f"{_counted(self.fetched_bytes, 'byte')} fetched" if self.fetched_bytes else unmoved
         slowest = sorted(_slowest_by_stage(self.stages).items(), key=lambda item: -item[1])[:3]
         timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in slowest)
         second = (
-            f"{len(self.files)} file{'s' * (len(self.files) != 1)}, {size:,} bytes, {fetched}; "
+            f"{_counted(len(self.files), 'file')}, {_counted(size, 'byte')}, {fetched}; "
             f"{self.seconds:.2f} s" + (f" ({timing})" if timing else "")
         )
         parts = [
@@ -208,6 +214,32 @@ class Receipt:
         )
         third = f"{', '.join(parts) or 'nothing ignored, missing, unexpected or derived'}; {checked}"
         return first, second, third
+
+    def __str__(self) -> str:
+        """`lines`, and the names of what they count: what was not restored first."""
+        named = [
+            f"{label}: {_names(list(values))}"
+            for label, values in (
+                ("not restored", self.not_restored),
+                ("missing in the checkpoint", self.missing),
+                ("unexpected in the checkpoint", self.unexpected),
+                ("ignored", self.ignored),
+                ("derived", self.derived),
+                ("cast", [f"{name} ({how})" for name, how in self.cast.items()]),
+                ("note", self.notes),
+            )
+            if values
+        ]
+        return "\n".join([*self.lines(), *named])
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _slowest_by_stage(stages: tuple[StageRecord, ...]) -> dict[str, float]:

@@ -48,6 +48,8 @@ class Saved:
     """Ranks that saved it; None where it does not say."""
     data_parallel_size: int | None = None
     """Ranks that each part of the model was partitioned over; None where it was not."""
+    global_steps: int | None = None
+    """Steps that a DeepSpeed engine had done."""
     masters: Mapping[str, SavedTensor] = field(default_factory=dict)
     """By a name in ``state/model``: the fp32 weights that the optimizer updates in place of those, or those themselves
     where the checkpoint has no others."""
@@ -140,6 +142,27 @@ class Saved:
         )
 
     @property
+    def step(self) -> int | None:
+        """The steps that were done when it was saved: those of Composer's timestamp or of a DeepSpeed engine, else an
+        entry of the file; None where it does not say, or says two things."""
+        for known in (self._of_timestamp("batch"), self.global_steps):
+            if known is not None:
+                return known
+        return _the_number(self.whole.extra, ("global_step", "step", "iteration"))
+
+    @property
+    def epoch(self) -> int | None:
+        """The epochs that were done, or the one under way, as whoever saved it counts; None where it does not say."""
+        known = self._of_timestamp("epoch")
+        return known if known is not None else _the_number(self.whole.extra, ("epoch",))
+
+    def _of_timestamp(self, unit: str) -> int | None:
+        timestamp = self.whole.state.get("timestamp")
+        if isinstance(timestamp, Mapping):
+            timestamp = timestamp.get("Timestamp", timestamp)
+        return _the_number(timestamp, (unit,)) if isinstance(timestamp, Mapping) else None
+
+    @property
     def rank_zero_seed(self) -> int | None:
         """The seed that the saved job began with, from which missing random states are derived; None if not saved."""
         for place in (self.state, self.extra):
@@ -147,3 +170,10 @@ class Saved:
             if isinstance(seed, int) and not isinstance(seed, bool):
                 return seed
         return None
+
+
+def _the_number(place: Mapping[Any, Any], keys: tuple[str, ...]) -> int | None:
+    """The whole number that `place` has under `keys`; None where there is none, or where there are several."""
+    values = (place.get(key) for key in keys)
+    found = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    return found.pop() if len(found) == 1 else None

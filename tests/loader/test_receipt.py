@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from rankload.loader.errors import OptionError
+from rankload.loader.journey import LoadResult
 from rankload.loader.receipt import (
     FileRecord,
     FileReport,
@@ -62,6 +63,74 @@ def test_three_lines_say_what_happened() -> None:
     assert "1 renamed" in third
     assert "every byte compared" in third
     assert "not verified: b" in receipt(unverified=("b",)).lines()[2]
+
+
+def test_print_shows_the_lines_and_names_what_was_not_restored() -> None:
+    told = receipt(
+        not_restored=("state/schedulers/StepLR", "state/scaler"),
+        missing=tuple(f"w{index}" for index in range(25)),
+        cast={"w": "float32 -> bfloat16"},
+    )
+    lines = str(told).splitlines()
+    assert tuple(lines[:3]) == told.lines()
+    assert lines[3] == "not restored: state/schedulers/StepLR, state/scaler"
+    assert lines[4].startswith("missing in the checkpoint: w0, w1, ")
+    assert lines[4].endswith(", w19 and 5 more")
+    assert lines[5:] == ["cast: w (float32 -> bfloat16)"]
+    assert str(receipt()).splitlines() == list(receipt().lines())
+    assert str(LoadResult(None, told, {})) == str(told)
+
+
+def test_one_of_a_kind_is_told_in_the_singular() -> None:
+    one = receipt(saved_world_size=1, world_size=1, files=(FileRecord("a", 1, 1, True),))
+    assert "saved by 1 rank; on 1 rank, 1 node)" in one.lines()[0]
+    assert one.lines()[1].startswith("1 file, 1 byte, 1 byte fetched; ")
+
+
+def test_the_golden_json() -> None:
+    """What readers of the JSON go by: a key that goes, or is of another kind, needs a new `SCHEMA_VERSION`."""
+    one = receipt(
+        files=(FileRecord("a", 1000, 900, True, ("zip CRC-32",), ("sha256: of another file",)),),
+        stages=(StageRecord(0, "fetch", 1.5, 1500, 2.0),),
+        hosts=("h", "i"),
+        nodes=(0, 0),
+        not_restored=("state/scaler",),
+    )
+    assert json.loads(json.dumps(one.as_dict())) == {
+        "schema_version": 1,
+        "path": "s3://bucket/ep1-rank{rank}.tar",
+        "kind": "composer-zero",
+        "layout": "deepspeed",
+        "saved_world_size": 2,
+        "world_size": 2,
+        "n_nodes": 1,
+        "weights_only": False,
+        "verify": "during",
+        "cache_dir": None,
+        "restored": ["model (3 entries, 1,200 bytes)", "optimizer AdamW (2,400 bytes)"],
+        "ignored": [],
+        "missing": [],
+        "unexpected": [],
+        "renamed": {"module.w": "w"},
+        "cast": {},
+        "derived": [],
+        "unverified": [],
+        "not_restored": ["state/scaler"],
+        "notes": [],
+        "files": [
+            {
+                "name": "a",
+                "size_bytes": 1000,
+                "fetched_bytes": 900,
+                "verified": True,
+                "verified_by": ["zip CRC-32"],
+                "not_compared": ["sha256: of another file"],
+            }
+        ],
+        "stages": [{"rank": 0, "stage": "fetch", "seconds": 1.5, "bytes": 1500, "begin_s": 2.0}],
+        "hosts": ["h", "i"],
+        "nodes": [0, 0],
+    }
 
 
 def test_loggers(caplog: pytest.LogCaptureFixture) -> None:

@@ -58,6 +58,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
         extra,
         world_size=model.world_size * model.layout.parts,
         data_parallel_size=checkpoint.world_size,
+        global_steps=model.global_steps,
         masters=_masters(zero, state["model"], made),
         unnamed_masters=_unnamed_masters(zero),
         aliases=checkpoint.aliases,

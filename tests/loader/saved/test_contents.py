@@ -1,7 +1,10 @@
-"""What is left of a checkpoint without some of its parts."""
+"""What a checkpoint says of itself, and what is left of it without some of its parts."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from rankload.loader.saved.contents import ENGINE, Saved
 
 SAVED = Saved(
@@ -35,3 +38,32 @@ def test_an_engines_loss_scaler_goes_with_the_scaler() -> None:
     assert SAVED.without(["scaler"]).state[ENGINE] == {"global_steps": 3, "clip_grad": 1.0}
     assert SAVED.paths_of(["scaler"]) == ("state/engine/loss_scaler", "state/engine/cur_scale")
     assert SAVED.without(["optimizers"]).state[ENGINE] == SAVED.state[ENGINE]
+
+
+@pytest.mark.parametrize(
+    ("state", "extra", "engine_steps", "expected"),
+    [
+        ({}, {"epoch": 3, "global_step": 70}, None, (70, 3)),
+        ({}, {"epoch": 0, "step": 0}, None, (0, 0)),
+        ({}, {"iteration": 9}, None, (9, None)),
+        ({}, {"epoch": 1.5, "step": True}, None, (None, None)),
+        ({}, {"global_step": 7, "step": 7}, None, (7, None)),
+        ({}, {"global_step": 70, "step": 7}, None, (None, None)),
+        ({"timestamp": {"Timestamp": {"batch": 4, "epoch": 1}}}, {"step": 7}, 5, (4, 1)),
+        ({"timestamp": {"batch": 4}}, {"epoch": 2}, None, (4, 2)),
+        ({"timestamp": "today"}, {}, None, (None, None)),
+        ({}, {"epoch": 2, "step": 7}, 5, (5, 2)),
+        ({}, {}, 0, (0, None)),
+        ({}, {}, None, (None, None)),
+    ],
+)
+def test_step_and_epoch_where_the_checkpoint_knows_them(
+    state: dict[str, Any],
+    extra: dict[str, Any],
+    engine_steps: int | None,
+    expected: tuple[int | None, int | None],
+) -> None:
+    saved = Saved("a.pt", "monolithic", "hand-written", state, extra=extra, global_steps=engine_steps)
+    assert (saved.step, saved.epoch) == expected
+    left = saved.with_tree({"state": {}})
+    assert (left.step, left.epoch) == expected

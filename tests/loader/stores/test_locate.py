@@ -242,7 +242,7 @@ def test_what_a_wrong_folders_message_advises_can_be_loaded(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / MODEL).write_bytes(b"x")
     for told in (message(tmp_path), message(f"{tmp_path}/")):
-        advised = told.split("such as ")[1]
+        advised = told.split("Pass one of them, such as ")[1]
         assert advised == f"{tmp_path}/step-10"
         assert found(advised).form == "folder"
     (tmp_path / "last.ckpt").write_bytes(b"x")
