@@ -41,6 +41,7 @@ from .materialize.safe_types import SafeTypes, require_safe
 from .materialize.tensors import TensorReader
 from .opening import open_files, other_ranks_files
 from .options import LoadOptions
+from .plurals import counted
 from .receipt import (
     FileReport,
     RankReport,
@@ -399,8 +400,8 @@ def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
         warnings.warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
     for sentence in plan.mismatch.advice:
         warnings.warn(
-            f"{saved.name}: {len(plan.mismatch.missing)} names are missing from it, and "
-            f"{len(plan.mismatch.unexpected)} unexpected in it. {sentence}",
+            f"{saved.name}: {counted(len(plan.mismatch.missing), 'missing name')}, {len(plan.mismatch.unexpected)} "
+            f"unexpected. {sentence}",
             stacklevel=3,
         )
 
@@ -510,7 +511,7 @@ def _complete_rng(
         return None, ()
     if derived and session.topology.rank == 0:
         warnings.warn(
-            f"{saved.name} has RNG states of {len(states) - states.count(None)} ranks, this world has "
+            f"{saved.name} has RNG states of {counted(len(states) - states.count(None), 'rank')}, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
             stacklevel=3,
         )

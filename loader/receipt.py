@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .plurals import counted
 from .stages import Timing
 
 SCHEMA_VERSION = 1
@@ -142,8 +143,7 @@ class Receipt:
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt as JSON types, with `SCHEMA_VERSION` under ``schema_version``."""
-        fields = asdict(self)
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {**plain, "schema_version": SCHEMA_VERSION}
 
     @property
@@ -177,21 +177,21 @@ class Receipt:
     def lines(self) -> tuple[str, str, str]:
         """The receipt for a person, in three lines."""
         saved = (
-            "" if self.saved_world_size is None else f", saved by {_counted(self.saved_world_size, 'rank')}"
+            "" if self.saved_world_size is None else f", saved by {counted(self.saved_world_size, 'rank')}"
         )
         what = "weights only, " if self.weights_only else ""
         first = (
             f"restored {self.path} ({self.kind}, {self.layout}{saved}; {what}"
-            f"on {_counted(self.world_size, 'rank')}, {_counted(self.n_nodes, 'node')}): "
+            f"on {counted(self.world_size, 'rank')}, {counted(self.n_nodes, 'node')}): "
             f"{', '.join(self.restored) or 'nothing'}"
         )
         size = sum(file.size_bytes for file in self.files)
         unmoved = "used in place" if self.cache_dir is None else "nothing fetched"
-        fetched = f"{_counted(self.fetched_bytes, 'byte')} fetched" if self.fetched_bytes else unmoved
+        fetched = f"{counted(self.fetched_bytes, 'byte')} fetched" if self.fetched_bytes else unmoved
         slowest = sorted(_slowest_by_stage(self.stages).items(), key=lambda item: -item[1])[:3]
         timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in slowest)
         second = (
-            f"{_counted(len(self.files), 'file')}, {_counted(size, 'byte')}, {fetched}; "
+            f"{counted(len(self.files), 'file')}, {counted(size, 'byte')}, {fetched}; "
             f"{self.seconds:.2f} s" + (f" ({timing})" if timing else "")
         )
         parts = [
@@ -231,10 +231,6 @@ class Receipt:
             if values
         ]
         return "\n".join([*self.lines(), *named])
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _names(names: list[str]) -> str:

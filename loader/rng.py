@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .errors import CorruptError, FormatError
+from .plurals import counted
 from .saved.dtypes import ITEMSIZE
 from .saved.random_states import (
     CUDA_BYTES,
@@ -141,8 +142,8 @@ def _apply_cuda(states: torch.Tensor | list[torch.Tensor]) -> None:
     count = torch.cuda.device_count()
     if len(states) != count:
         warnings.warn(
-            f"the CUDA random states are of {len(states)} devices, this process sees {count}: device i gets the i-th "
-            "of them",
+            f"the CUDA random states are of {counted(len(states), 'device')}, this process sees {count}: device i "
+            "gets the i-th of them",
             stacklevel=4,
         )
     for device, state in enumerate(states[:count]):
@@ -270,7 +271,9 @@ def _cuda_form(value: Any) -> Any:
         return None
     if isinstance(value, list | tuple) and not isinstance(value[0], int):
         if len(value) > _MOST_DEVICES:
-            raise ValueError(f"it has {len(value):,} entries, expected one for each device")
+            raise ValueError(
+                f"it has {counted(len(value), 'entry', 'entries')}, expected one for each device"
+            )
         devices = [_bytes_form(state, CUDA_BYTES, "a CUDA generator") for state in value]
         return devices[0] if len(devices) == 1 else devices
     return _bytes_form(value, CUDA_BYTES, "a CUDA generator")
@@ -292,7 +295,7 @@ def _bytes_form(value: Any, lengths: tuple[int, ...], whose: str) -> Any:
     expected = " or ".join(f"{one:,}" for one in lengths)
     if length is None or not 0 < length <= _MOST_BYTES:
         raise ValueError(f"expected the {expected} bytes of {whose}, got {_shown(value)}")
-    raise _OtherGeneratorError(f"{length:,} bytes; a state of {whose} has {expected}")
+    raise _OtherGeneratorError(f"{counted(length, 'byte')}; a state of {whose} has {expected}")
 
 
 def _of_length(value: Any, length: int) -> None:

@@ -15,6 +15,7 @@ from typing import IO, BinaryIO, cast
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..formats.sniff import HEAD_BYTES, sniff
+from ..plurals import counted
 from ..stores.base import OnBytes
 from .decompress import COMPRESSED, Expanded
 
@@ -153,7 +154,8 @@ def _checked(
             archive.members = []  # type: ignore[attr-defined]
         if not source.ended_properly:
             raise CorruptError(
-                f"{shown}: the archive ends early, or is damaged after {len(seen)} members", path=shown
+                f"{shown}: the archive ends early, or is damaged after {counted(len(seen), 'member')}",
+                path=shown,
             )
         # A compressed file's checksum is at its end.
         while archive_size is None and source.take(_COPY):
@@ -246,7 +248,8 @@ def _contents(source: _Source, size: int, name: str, shown: str) -> Iterator[byt
         data = source.take(min(_COPY, left))
         if not data:
             raise CorruptError(
-                f"{shown}: the archive ends early: {name!r} has {size - left} of {size} bytes", path=shown
+                f"{shown}: the archive ends early: {name!r} has {size - left} of {counted(size, 'byte')}",
+                path=shown,
             )
         left -= len(data)
         yield data

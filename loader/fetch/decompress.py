@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ..errors import CorruptError, OptionError, UnsafeError
+from ..plurals import counted
 
 COMPRESSED = frozenset({"gzip", "bzip2", "xz", "zstd"})
 """The kinds of `formats.sniff.sniff` that `Expanded` reads."""
@@ -91,7 +92,7 @@ class Expanded:
                 data = self._decode(self._decoder, size)
             except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
                 raise CorruptError(
-                    f"{self._described}: damaged {self._kind} data after {self.total} bytes: {error}",
+                    f"{self._described}: damaged {self._kind} data after {counted(self.total, 'byte')}: {error}",
                     path=self._described,
                 ) from error
             if not data:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError
+from ..plurals import counted
 from ..stores.base import Store
 
 if TYPE_CHECKING:
@@ -143,4 +144,6 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def _nodes(nodes: Sequence[int], hosts: Mapping[int, str]) -> str:
     shown = [f"node {node} on host {hosts[node]}" for node in nodes[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(nodes) - _SHOWN} more nodes" if len(nodes) > _SHOWN else "")
+    return ", ".join(shown) + (
+        f" and {counted(len(nodes) - _SHOWN, 'more node')}" if len(nodes) > _SHOWN else ""
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import CorruptError, FormatError
+from ..plurals import counted
 from ..saved.tensor import StorageRef
 from .pickle.inert import PickledTensor
 from .pickle.read import read_pickle
@@ -33,7 +34,9 @@ def read_plain(
         )
     scan = scan_pickle(data, name=name, memory_limit=memory_limit)
     if scan.end != len(data):
-        raise CorruptError(f"{name}: {len(data) - scan.end:,} bytes follow its pickle.", path=name)
+        raise CorruptError(
+            f"{name}: its pickle is followed by {counted(len(data) - scan.end, 'byte')}.", path=name
+        )
     inside = _InsideStorages(data, path, name, memory_limit)
     tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, load_storage=inside.load)
     return tree, tuple(sorted(inside.found, key=lambda storage: storage.offset))

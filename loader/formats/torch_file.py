@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
+from ..plurals import counted
 from ..saved.tensor import StorageRef
 from ..saved.tree import check_tree
 from .pickle.inert import PickledInertTensor, PickledTensor
@@ -135,7 +136,8 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> Fil
     scan = scan_pickle(data, name=name, base=base, memory_limit=memory_limit)
     if scan.end != len(data):
         raise CorruptError(
-            f"{name}: {len(data) - scan.end:,} bytes follow the pickle in data.pkl.", path=name
+            f"{name}: the pickle in data.pkl is followed by {counted(len(data) - scan.end, 'byte')}.",
+            path=name,
         )
     finder = _ZipStorages(archive)
     tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, find_storage=finder.find)
@@ -190,11 +192,11 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     if kind in ("empty", "html", "xml", "text", "unknown"):
         return CorruptError(
             f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
-            f"({size:,} bytes). The transfer may have failed; look at the file and fetch it again.",
+            f"({counted(size, 'byte')}). The transfer may have failed; look at the file and fetch it again.",
             path=name,
         )
     return FormatError(
         f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
-        f"({size:,} bytes).",
+        f"({counted(size, 'byte')}).",
         path=name,
     )

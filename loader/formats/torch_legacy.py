@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ..errors import CorruptError, FormatError, UnsafeError
+from ..plurals import counted
 from ..saved.tensor import StorageRef
 from .pickle.inert import PickledInertTensor, PickledTensor
 from .pickle.read import read_pickle
@@ -168,7 +169,8 @@ def _place_storages(
         position += 8 + nbytes
     if position != size:
         raise UnsafeError(
-            f"{name}: {size - position:,} bytes follow its last storage. Do not trust this file.", path=name
+            f"{name}: its last storage is followed by {counted(size - position, 'byte')}. Do not trust this file.",
+            path=name,
         )
     return places
 

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from ..checksums import crc32
 from ..errors import CorruptError, FormatError, UnsafeError
+from ..plurals import counted
 
 # Structures of the zip format (PKWARE's APPNOTE): end of the directory, its zip64 forms, and a local header.
 _END = struct.Struct("<4s4H2LH")
@@ -108,7 +109,7 @@ class ZipRecords:
             data = file.read(record.size)
         if len(data) != record.size:
             raise CorruptError(
-                f"{self.name}: record {record_name} ends after {len(data):,} of {record.size:,} bytes; fetch "
+                f"{self.name}: record {record_name} ends after {len(data):,} of {counted(record.size, 'byte')}; fetch "
                 "the file again.",
                 path=self.name,
             )

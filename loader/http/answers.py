@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from email.message import Message
 
 from ..errors import AccessError, CorruptError, NotFoundError, RankloadError
+from ..plurals import counted
 from ..retries import TryAgainError
 from ..store_errors import refused
 
@@ -62,7 +63,7 @@ def check_partial_answer(headers: Headers, start: int, stop: int, pin: Pin, desc
     asked = f"bytes {start}-{stop - 1} of {pin.size_bytes}"
     stated = headers.get("Content-Range") or "no Content-Range"
     if total is not None and pin.size_bytes is not None and total != pin.size_bytes:
-        raise _changed(described, f"{pin.size_bytes} bytes", f"{total}")
+        raise _changed(described, counted(pin.size_bytes, "byte"), f"{total}")
     check_unchanged(headers, pin, described)
     _check_identity(headers, described)
     if got_start != start or got_stop is None or not start < got_stop <= stop:
@@ -84,7 +85,7 @@ def check_whole_answer(headers: Headers, pin: Pin, described: str) -> None:
     _check_identity(headers, described)
     length = content_length(headers)
     if length is not None and pin.size_bytes is not None and length != pin.size_bytes:
-        raise _changed(described, f"{pin.size_bytes} bytes", f"{length}")
+        raise _changed(described, counted(pin.size_bytes, "byte"), f"{length}")
 
 
 def check_expected(pin: Pin, size_bytes: int | None, version: str | None, described: str) -> None:
@@ -93,7 +94,7 @@ def check_expected(pin: Pin, size_bytes: int | None, version: str | None, descri
     Those are what an earlier answer stated, as `Pin.version` puts it; what either lacks is not compared.
     """
     if size_bytes is not None and pin.size_bytes is not None and pin.size_bytes != size_bytes:
-        raise _changed(described, f"{size_bytes} bytes", f"{pin.size_bytes}")
+        raise _changed(described, counted(size_bytes, "byte"), f"{pin.size_bytes}")
     if version and pin.version and pin.version != version:
         raise _changed(described, f"version {version}", pin.version)
 
@@ -160,11 +161,12 @@ def cut_short(described: str, start: int, expected: int | None, got: int) -> Try
 
     `expected` is None where the server told no length.
     """
-    wanted = "more" if expected is None else f"{expected} bytes"
+    wanted = "more" if expected is None else counted(expected, "byte")
     place = f" from {start} on" if start else ""
     return TryAgainError(
         CorruptError(
-            f"{described}: the body ended early: expected {wanted}{place}, got {got} bytes", path=described
+            f"{described}: the body ended early: expected {wanted}{place}, got {counted(got, 'byte')}",
+            path=described,
         )
     )
 

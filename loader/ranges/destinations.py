@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from ..errors import CorruptError
+from ..plurals import counted
 from ..store_errors import disk_full
 
 BUFFER_BYTES = 1 << 20
@@ -77,7 +78,7 @@ class FileDestination:
         try:
             held = os.fstat(self._fd).st_size
             if held not in (0, size_bytes):
-                raise CorruptError(f"{path}: holds {held} bytes, expected {size_bytes}", path=path)
+                raise CorruptError(f"{path}: holds {counted(held, 'byte')}, expected {size_bytes}", path=path)
             os.ftruncate(self._fd, size_bytes)
         except BaseException:
             os.close(self._fd)

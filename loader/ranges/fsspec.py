@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..errors import CorruptError
 from ..http.answers import WORTH_RETRYING, Arrived, cut_short
+from ..plurals import counted
 from ..retries import TryAgainError
 from ..store_errors import http_status, store_error
 from ..stores.base import ObjectInfo
@@ -89,7 +90,7 @@ class FsspecSource:
             raise mapped from mapped.__cause__
         if len(data) > stop - start:
             raise CorruptError(
-                f"{self.describe()}: expected bytes {start}-{stop - 1}, got {len(data)} bytes",
+                f"{self.describe()}: expected bytes {start}-{stop - 1}, got {counted(len(data), 'byte')}",
                 path=self.describe(),
             )
         return data

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MismatchError, MissingFrozenError
+from ..plurals import counted
 from .dtypes import dtype_kind, keeps_values
 from .tensor import SavedTensor, same_shape
 from .values import InertTensor, can_be_restored, kind_of
@@ -97,8 +98,8 @@ def _missing_frozen(path: str, details: Mapping[str, list[str]], *, before: bool
     error = MissingFrozenError(
         "\n".join(
             [
-                f"{path} has every trained weight of the model and lacks {len(missing)} frozen "
-                f"parameter{'s' * (len(missing) != 1)} (requires_grad=False){'; nothing was changed' * before}.",
+                f"{path} has every trained weight of the model and lacks "
+                f"{counted(len(missing), 'frozen parameter')} (requires_grad=False){'; nothing was changed' * before}.",
                 *_listed("missing from the checkpoint, and frozen here", missing),
                 "It was saved without them, as adapters are, or with exclude_frozen_parameters. Load the base model's "
                 "weights first, then this checkpoint with LoadOptions(allow_missing_frozen=True): frozen parameters "

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..plurals import counted
+
 EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
 """In parameters' names, what stands between the MoE layer's name and the expert's number."""
 
@@ -37,9 +39,7 @@ class ParallelLayout:
             return "neither pipeline stages nor tensor parallelism"
         if self.stages is None or self.tensor is None:
             return f"{self.parts} model-parallel ranks{' of a pipeline' * self.pipeline}"
-        return (
-            f"{self.stages} pipeline stage{'s' * (self.stages != 1)} and tensor-parallel size {self.tensor}"
-        )
+        return f"{counted(self.stages, 'pipeline stage')} and tensor-parallel size {self.tensor}"
 
     def fits(self, other: ParallelLayout) -> bool:
         """Whether both are split alike; what either does not record counts as equal."""
@@ -96,7 +96,7 @@ class ExpertLayer:
 def describe_layers(layers: Iterable[ExpertLayer]) -> str:
     """The MoE layers as messages list them: four at most, and how many more there are."""
     each = [f"{layer.name}: {layer.num_experts} experts, ep_size {layer.ep_size}" for layer in layers]
-    return "; ".join(each[:4]) + (f"; and {len(each) - 4} more layers" if len(each) > 4 else "")
+    return "; ".join(each[:4]) + (f"; and {counted(len(each) - 4, 'more layer')}" if len(each) > 4 else "")
 
 
 @dataclass(frozen=True)

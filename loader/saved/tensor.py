@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..plurals import counted
 from .dtypes import ITEMSIZE
 from .regions import CoverageError, Laid, Run, as_run, check_cover, extent, hull, intersect, whole_box
 from .strided import Box, Layout
@@ -72,7 +73,7 @@ class SavedTensor:
 
     def __repr__(self) -> str:
         piece = self.whole
-        where = f"in {len(self.pieces)} pieces"
+        where = f"in {counted(len(self.pieces), 'piece')}"
         if piece is not None and isinstance(piece.storage, StorageRef):
             where = f"all in {piece.storage.key}"
         return f"<{self.dtype} {self.shape}, {where}>"

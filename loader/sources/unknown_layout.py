@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..plurals import counted
 from ..saved.tensor import SavedTensor
 from ..saved.values import GlobalName, InertArray, InertObject, InertTensor, can_be_restored, kind_of
 
@@ -134,8 +135,8 @@ def _at_root(tree: Mapping[Any, Any], file: str) -> str | None:
             '. LoadOptions(layout={"model": "/"}) takes the tensors as the model and returns the others in result.extra'
         )
         return (
-            f"{file}: its layout is not known: {_counted(len(tensors))} at its top level, as in a state_dict, and "
-            f"these entries are none: {', '.join(others[:_SHOWN])}{more}{remedy}"
+            f"{file}: its layout is not known: {counted(len(tensors), 'tensor')} at its top level, as in a state_dict, "
+            f"and these entries are none: {', '.join(others[:_SHOWN])}{more}{remedy}"
         )
     if tree and _tells(tree) and all(isinstance(value, InertObject | InertArray) for value in tree.values()):
         return f"{file}: its layout is not known: it is {describe(tree)}{_remedy(tree)}"
@@ -196,11 +197,6 @@ def kind_name(value: Any) -> str:
     return kind_of(value)
 
 
-def _counted(tensors: int) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{tensors} tensor{'s' * (tensors != 1)}"
-
-
 def _tells(value: Mapping[Any, Any]) -> bool:
     """Whether the values of a dict are such as weights could be, rather than settings."""
     return not value or any(isinstance(one, InertObject | InertArray) for one in value.values())
@@ -223,7 +219,7 @@ def _remedy(value: Any) -> str:
 
 def _pass_layout(inside: list[tuple[str, int]], tree: Mapping[Any, Any]) -> str:
     """Where dicts of names and tensors were found, and the option that says so."""
-    listed = ", ".join(f"{path!r} ({_counted(count)})" for path, count in inside[:_SHOWN])
+    listed = ", ".join(f"{path!r} ({counted(count, 'tensor')})" for path, count in inside[:_SHOWN])
     more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
     entries = [f'"model": "{inside[0][0]}"']
     optimizer = next(_optimizers(tree, ""), None)

@@ -166,7 +166,7 @@ class FsspecStore:
         if self.protocol not in _WITH_BUCKETS - {"hf"} or self.stat(bucket) is not None:
             return ""
         empty = "" if self.protocol in _TELL_EMPTY_BUCKETS else ", or it is empty"
-        return f"There is no bucket {bucket}{empty}: check its name, and the endpoint and the account in storage_options"
+        return f"There is no bucket {bucket}{empty}: check its name, the endpoint and the account in storage_options"
 
     def close(self) -> None:
         """Does nothing: fsspec closes its sessions when the file system is collected."""

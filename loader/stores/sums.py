@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..plurals import counted
 from .digests import ALGORITHMS, digest_bytes
 
 STORE = "the store"
@@ -48,7 +49,7 @@ class StoredSum:
     @property
     def label(self) -> str:
         """What was compared, for receipts and messages."""
-        parts = f" of {self.n_parts} parts" if self.n_parts else ""
+        parts = f" of {counted(self.n_parts, 'part')}" if self.n_parts else ""
         return f"{self.algorithm}{parts} of {self.told_by}"
 
 

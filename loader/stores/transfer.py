@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import CorruptError
+from ..plurals import counted
 from ..workers import POLL_S, Stopped
 from .base import OnBytes
 
@@ -94,7 +95,7 @@ def check_size(path: str, described: str, expected_size: int | None) -> None:
         ) from None
     if expected_size is not None and got != expected_size:
         raise CorruptError(
-            f"{described}: the transfer ended early or the object changed: expected {expected_size} bytes, "
+            f"{described}: the transfer ended early or the object changed: expected {counted(expected_size, 'byte')}, "
             f"got {got}",
             path=described,
         )

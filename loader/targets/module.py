@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import PartialRestoreError
 from ..materialize.tensors import torch_dtype
+from ..plurals import counted
 from ..saved.contents import Saved
 from ..saved.copies import Copy, Memory, copies_into
 from ..saved.dtypes import keeps_values
@@ -114,7 +115,7 @@ class ModulePlan:
         """
         steps = (_step(self),) if filled and self.sources and not self.mismatch.wrong else ()
         count = len(self.from_masters)
-        notes = (f"{count} weights come from the saved fp32 masters, not from the module's file",)
+        notes = (f"from the saved fp32 masters, not from the module's file: {counted(count, 'weight')}",)
         return Plan(steps, self.mismatch, self.renamed, self.cast, notes=notes if count else ())
 
 
@@ -164,7 +165,7 @@ class ModuleStep:
                     set_whole(target, value)
         nbytes = sum(value.nbytes for value in plan.sources.values() if isinstance(value, SavedTensor))
         count = len(plan.sources)
-        return [f"model ({count} entr{'y' if count == 1 else 'ies'}, {nbytes:,} byte{'s' * (nbytes != 1)})"]
+        return [f"model ({counted(count, 'entry', 'entries')}, {counted(nbytes, 'byte')})"]
 
     def _load_through_hooks(
         self, real: Mapping[str, Any], targets: Mapping[str, torch.Tensor | None], work: Work

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..materialize.tensors import torch_dtype
+from ..plurals import counted
 from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy, copies_into
 from ..saved.mismatch import Mismatch
@@ -209,7 +210,7 @@ class OptimizerStep:
         work.note_change(f"optimizer {plan.name}")
         groups = real[_groups_place(plan)]
         plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
-        return [f"optimizer {plan.name} ({sum(tensor.nbytes for tensor in plan.tensors):,} bytes)"]
+        return [f"optimizer {plan.name} ({counted(sum(tensor.nbytes for tensor in plan.tensors), 'byte')})"]
 
 
 def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[list[OptimizerPlan], Plan]:

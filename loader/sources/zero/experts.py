@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import CorruptError, LayoutError
+from ...plurals import counted
 from ...saved.model_parallel import EXPERTS, ExpertLayer, describe_layers
 from ...saved.tensor import SavedTensor
 from .fields import Field, a_mapping, a_name
@@ -80,7 +81,7 @@ def _described_counts(counts: Sequence[int]) -> str:
     if not counts:
         return "a module without MoE layers"
     of = ", ".join(map(str, counts[:16])) + (", ..." if len(counts) > 16 else "")
-    return f"{len(counts)} MoE layer{'s' if len(counts) > 1 else ''} of {of} experts"
+    return f"{counted(len(counts), 'MoE layer')} of {of} experts"
 
 
 def with_experts(model: ModelStates, layers: Sequence[ExpertLayer], files: ExpertFiles) -> ModelStates:
@@ -170,7 +171,7 @@ def group_ranks(model: ModelStates, optim: OptimStates) -> tuple[tuple[int, ...]
             f"{name}: {layer.num_experts} experts, ep_size {saved} saved and {layer.ep_size} here"
             for name, (layer, saved) in sorted(apart.items())
         ]
-        more = f"; and {len(each) - 4} more layers" if len(each) > 4 else ""
+        more = f"; and {counted(len(each) - 4, 'more layer')}" if len(each) > 4 else ""
         raise LayoutError(
             f"{optim.file}: experts are restored at the expert-parallel size that saved them ({'; '.join(each[:4])}"
             f"{more}); at another one their weights alone can be, with load_weights_only",

@@ -23,6 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import CorruptError, LayoutError
+from ...plurals import counted
 from ...saved.demand import Shape
 from ...saved.partitions import Slot, cut, padded_partition, padded_share, shares
 from ...saved.regions import CoverageError, Run
@@ -215,8 +216,8 @@ def _check_paddings(optim: OptimStates, groups: Sequence[Mapping[str, Shape]]) -
     for index, paddings in enumerate(optim.alignment_paddings or ()):
         if len(paddings) != len(groups[index]):
             raise CorruptError(
-                f"{optim.file}: param_alignment_paddings/{index} has {len(paddings)} entries for "
-                f"{len(groups[index])} parameters",
+                f"{optim.file}: param_alignment_paddings/{index} has {counted(len(paddings), 'entry', 'entries')} for "
+                f"{counted(len(groups[index]), 'parameter')}",
                 path=optim.file,
             )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...formats.pickle.inert import Ordered
+from ...plurals import counted
 from ...saved.contents import ENGINE, Saved
 from ...saved.demand import Demand
 from ...saved.model_parallel import Position
@@ -233,7 +234,7 @@ def _notes(zero: ZeroContents, position: Position) -> tuple[str, ...]:
         notes.append(f"each rank restores its own part of the model: {position.layout}")
     saved, here = zero.checkpoint.world_size, position.world_size
     if zero.optims and zero.checkpoint.stage and saved != here:
-        notes.append(f"resharded from {saved} ranks to {here} ranks")
+        notes.append(f"resharded from {counted(saved, 'rank')} to {counted(here, 'rank')}")
     return tuple(notes)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from ...errors import LayoutError
+from ...plurals import counted
 from ...saved.model_parallel import UNSPLIT, ExpertLayer, LayerFile, ParallelLayout, Position
 
 _STAGES = ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size")
@@ -119,7 +120,7 @@ def expert_layers(engine: Any) -> tuple[ExpertLayer, ...]:
             found.append(ExpertLayer(name, len(found), module.num_experts, module.ep_size, ep_rank))
     if len(found) != len(engine.num_experts):
         raise LayoutError(
-            f"the engine has {len(engine.num_experts)} layers of experts, of which {len(found)} are DeepSpeed's MoE: "
-            "restoring into others (AutoEP) is not supported"
+            f"the engine has {counted(len(engine.num_experts), 'layer')} of experts, of which {len(found)} are "
+            "DeepSpeed's MoE: restoring into others (AutoEP) is not supported"
         )
     return tuple(found)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...materialize.tensors import torch_dtype
+from ...plurals import counted
 from ...saved.contents import Saved
 from ...saved.copies import Copy
 from ...saved.tensor import SavedTensor
@@ -156,8 +157,7 @@ class EngineStep:
         if weights:
             buffers = len(self.model.buffers)
             restored.append(
-                f"model ({weights} parameter{'s' * (weights != 1)}, {buffers} buffer{'s' * (buffers != 1)} "
-                "on this rank)"
+                f"model ({counted(weights, 'parameter')}, {counted(buffers, 'buffer')} on this rank)"
             )
         if any(part.masters or part.master_from_low for part in parts):
             restored.append("fp32 masters")

@@ -86,7 +86,7 @@ def test_bodies_over_tls(
 def test_bodies_of_another_length(kind: str, size: int, tmp_path: Path) -> None:
     with counting_server({"/a": served(kind)}) as server:
         store, name = open_store(server.url("/a"))
-        with pytest.raises(CorruptError, match=f"expected {size} bytes"):
+        with pytest.raises(CorruptError, match=f"expected {size:,} bytes"):
             store.download(name, str(tmp_path / "x"), nothing, ObjectInfo(name, size))
         store.close()
     assert os.listdir(tmp_path) == []
@@ -97,7 +97,7 @@ def test_bodies_that_end_early_are_begun_anew(kind: str, tmp_path: Path) -> None
     with counting_server({"/a": served(kind, truncate_to=100_000, chunk=30_000)}) as server:
         store, name = open_store(server.url("/a"))
         seen: list[int] = []
-        with pytest.raises(CorruptError, match=r"the body ended early: expected .*, got 100000 bytes"):
+        with pytest.raises(CorruptError, match=r"the body ended early: expected .*, got 100,000 bytes"):
             store.download(name, str(tmp_path / "x"), seen.append)
         assert server.gets("/a") == retries.WHOLE_ATTEMPTS
         assert (sum(seen), sum(seen[seen.index(-100_000) + 1 :])) == (100_000, 100_000)

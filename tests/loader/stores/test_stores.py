@@ -192,7 +192,7 @@ def test_empty_unsized_and_redirected(tmp_path: Path) -> None:
 def test_truncated_body(tmp_path: Path) -> None:
     with counting_server({"/a": Served(b"x" * 5000, truncate_to=1234)}) as server:
         store, name = open_store(server.url("/a"))
-        with pytest.raises(CorruptError, match="expected 5000 bytes, got 1234"):
+        with pytest.raises(CorruptError, match="expected 5,000 bytes, got 1,234"):
             store.download(name, str(tmp_path / "x"), nothing, store.stat(name))
     assert os.listdir(tmp_path) == []
 

@@ -70,7 +70,7 @@ def test_one_process_goes_on_from_four_ranks(
         assert not states
     # The tied head is the module's under two names.
     trained = sum(key.startswith("fp32/") for key in oracle_of(folders[stage])) + 1
-    note = f"{trained} weights come from the saved fp32 masters, not from the module's file"
+    note = f"from the saved fp32 masters, not from the module's file: {trained} weights"
     assert (note in receipt.notes) is (dtype == torch.float32 and stage == 1)
     assert "state/engine" in receipt.not_restored
     assert receipt.missing == receipt.unexpected == ()

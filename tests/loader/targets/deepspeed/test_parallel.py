@@ -274,7 +274,7 @@ def test_at_another_data_parallel_size_each_node_fetches_its_part_once(saved: Pa
         )
         gets = {path: server.gets(path) for path in served if path.endswith("states.pt")}
     assert not wrong(told[:3])
-    assert "resharded from 2 ranks to 1 ranks" in told[0]["notes"][1]
+    assert "resharded from 2 ranks to 1 rank" in told[0]["notes"][1]
     # The first file tells the layout to everybody; the tied layer is both stages'.
     shared = {name for name, count in gets.items() if count == 2}
     assert {name.rsplit("/", 1)[1] for name in shared if "pipeline" in name} == {
