@@ -8,6 +8,7 @@ has read them. While a rank waits, it raises an error for a peer that left the c
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -24,7 +25,11 @@ POLL_S = (0.001, 0.05)
 PATIENCE = 0.1
 """A rank that has waited for t seconds pauses for ``PATIENCE * t``: it notices the outcome at most that much late."""
 NAMED_AT_MOST = 8
-"""Ranks that a StalledError describes; the others are counted."""
+"""Ranks that a message describes; the others are counted."""
+LONG_WAIT_S = 10.0
+"""A wait of so long is logged, and again each time that it has doubled."""
+
+_logger = logging.getLogger("rankload")
 
 
 class Agreement:
@@ -114,7 +119,7 @@ class Agreement:
 
         # Rank 0's server answers the polls of all ranks: the more ranks, the fewer polls of each.
         shortest, longest = max(POLL_S[0], 2e-6 * self._world_size), max(POLL_S[1], 5e-5 * self._world_size)
-        begin = time.monotonic()
+        begin, told_after_s = time.monotonic(), LONG_WAIT_S
         while True:
             outcome, found = self._store_thread.call(look)
             if outcome is not None:
@@ -122,7 +127,17 @@ class Agreement:
             if found is not None:
                 return found
             self._check_peers(index, name)
-            time.sleep(min(max(PATIENCE * (time.monotonic() - begin), shortest), longest))
+            waited = time.monotonic() - begin
+            if waited > told_after_s:
+                told_after_s *= 2
+                _logger.info(
+                    "rank %d has waited for %.0f s in %s for %s",
+                    self._rank,
+                    waited,
+                    name,
+                    self._described(self._missing(index)),
+                )
+            time.sleep(min(max(PATIENCE * waited, shortest), longest))
 
     def _accept(self, outcome: str) -> None:
         if outcome != AGREED:
@@ -148,15 +163,19 @@ class Agreement:
                     host=watch.heartbeat.process.host,
                 )
         if stalled and missing:
-            waiting = [watches[peer] for peer in missing]
-            heartbeat = waiting[0].heartbeat
-            more = f"; and {len(waiting) - NAMED_AT_MOST} more" if len(waiting) > NAMED_AT_MOST else ""
+            heartbeat = watches[missing[0]].heartbeat
             raise StalledError(
                 f"no progress for {still:.0f} s in {name} (stall_timeout_s={self._stall_timeout_s:g}); "
-                f"waiting for {'; '.join(watch.describe() for watch in waiting[:NAMED_AT_MOST])}{more}",
-                rank=waiting[0].rank,
+                f"waiting for {self._described(missing)}",
+                rank=missing[0],
                 host=None if heartbeat is None else heartbeat.process.host,
             )
+
+    def _described(self, missing: Sequence[int]) -> str:
+        """What is known of the ranks that this one waits for."""
+        shown = [self._store_thread.watches[peer].describe() for peer in missing[:NAMED_AT_MOST]]
+        more = f"; and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+        return "; ".join(shown) + more
 
     def _missing(self, index: int) -> list[int]:
         """The ranks that this one waits for: on rank 0 those that have not posted, elsewhere rank 0."""

@@ -16,6 +16,7 @@ fsspec try again as they are configured.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -37,6 +38,7 @@ MAX_BACKOFF_S = 8.0
 PAUSE_STEP_S = 0.05
 """How often a pause is interrupted, to see whether the work is given up."""
 
+_logger = logging.getLogger("rankload")
 _CHANCE = random.SystemRandom()
 """Not the global generator: a load leaves the job's random numbers as they are, however often it tries again."""
 
@@ -78,7 +80,15 @@ class Retries:
             self._left -= 1
             self.used += 1
         jitter = _CHANCE.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (attempt - 1)))
-        return jitter + (error.after_s or 0.0)
+        pause_s = jitter + (error.after_s or 0.0)
+        _logger.info(
+            "attempt %d of %d failed, the next one in %.1f s: %s",
+            attempt,
+            self._attempts,
+            pause_s,
+            error.error.message,
+        )
+        return pause_s
 
 
 def read_retries(n_chunks: int) -> Retries:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..distributed.channel import Channel
+from .plurals import counted
+
+_logger = logging.getLogger("rankload")
 
 
 @dataclass
@@ -50,8 +54,7 @@ class Stages:
             yield timing
         finally:
             self._current = outer
-            timing.seconds = time.monotonic() - begin
-            self.timings.append(timing)
+            self._ended(timing, begin)
 
     @contextmanager
     def timed_in_thread(self, name: str) -> Iterator[Timing]:
@@ -61,8 +64,12 @@ class Stages:
         try:
             yield timing
         finally:
-            timing.seconds = time.monotonic() - begin
-            self.timings.append(timing)
+            self._ended(timing, begin)
+
+    def _ended(self, timing: Timing, begin: float) -> None:
+        timing.seconds = time.monotonic() - begin
+        self.timings.append(timing)
+        _logger.debug("stage %s: %.3f s, %s", timing.stage, timing.seconds, counted(timing.bytes, "byte"))
 
     def count(self, nbytes: int) -> None:
         """Adds `nbytes`, just read, to the current stage, and counts as this rank's progress.

@@ -194,7 +194,7 @@ class NodeCache:
                     return home
             except AccessError as error:
                 # Another user's folder, or without locks: there is another home.
-                _logger.info("%s", error.message)
+                _logger.info("passed over: %s", error.message)
                 self._homes.remove(home)
         self._homes[-1].prepare(self._group)
         return self._homes[-1]
@@ -266,15 +266,19 @@ class CacheEntry:
         """
         folder = os.path.join(self.folder, slot)
         path = os.path.join(folder, product_name(product))
-        waited = 0
+        waited, waits = 0, False
         while True:
             work = os.path.join(folder, WORK + uuid.uuid4().hex)
             with locked(self.home) as now:
                 details = whole(folder, path)
                 if details is not None:
+                    _logger.info("in the cache already: %s", path)
                     return Filled(path, details)
                 claimed = claim(folder, work, now)
             if not claimed:
+                if not waits:
+                    _logger.info("waiting for another process, which makes %s", path)
+                waits = True
                 waited = _wait(folder, waited, on_bytes)
                 continue
             on_bytes(-waited)
