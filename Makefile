@@ -11,7 +11,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
+.PHONY: demo docs-errors test test-all test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -64,6 +64,10 @@ bench-counts: $(SERVERS)
 
 bench-checksums: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/benchmarks.md
+
+# What the commonest mistakes are answered with, made by running each: a section of docs/errors.md.
+docs-errors: $(STAMP)
+	$(RUN) $(BIN)/python tests/support/mistakes.py
 
 clean:
 	rm -rf $(VENV) .venv-* .cache build dist *.egg-info

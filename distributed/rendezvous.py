@@ -162,7 +162,7 @@ def _wait(done: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -
 
 def _ranks(ranks: list[int]) -> str:
     named = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {named} to join"
+    return f"rank{'s' if len(ranks) > 1 else ''} {named} to join: every rank must make the same calls"
 
 
 def _reaching(work: Callable[[], T]) -> T:

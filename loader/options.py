@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from .errors import OptionError
@@ -215,7 +216,11 @@ def _given(options: LoadOptions | Mapping[str, Any] | None) -> LoadOptions:
     known = [one.name for one in fields(LoadOptions)]
     unknown = {str(name) for name in options} - set(known)
     if unknown:
-        raise OptionError(f"unknown option {', '.join(sorted(unknown))}; known ones: {', '.join(known)}")
+        near = [close for name in sorted(unknown) for close in get_close_matches(name, known, n=1)]
+        hint = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise OptionError(
+            f"unknown option {', '.join(sorted(unknown))}{hint}; known ones: {', '.join(known)}"
+        )
     return LoadOptions(**options)
 
 

@@ -114,7 +114,10 @@ def raise_lacking(
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
     name, ranks = next(iter(lacking.items()))
     raise NotFoundError(
-        "; ".join(problems), rank=ranks[0], host=table.rows[ranks[0]]["host"], path=store.describe(name)
+        f"{'; '.join(problems)}. The files of one checkpoint belong together: copy what is missing, or take another",
+        rank=ranks[0],
+        host=table.rows[ranks[0]]["host"],
+        path=store.describe(name),
     )
 
 

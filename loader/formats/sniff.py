@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "pickle": "a plain pickle",
     "hdf5": "an HDF5 file",
     "gguf": "a GGUF file",
+    "lfs": "a pointer of Git LFS, not the file that it stands for",
     "empty": "empty",
     "text": "a text file",
     "unknown": "of an unknown kind",
@@ -53,6 +54,7 @@ def sniff(source: str | os.PathLike[str] | bytes) -> str:
         (b"\x28\xb5\x2f\xfd", "zstd"),
         (b"\x89HDF\r\n", "hdf5"),
         (b"GGUF", "gguf"),
+        (b"version https://git-lfs.github.com/spec/", "lfs"),
     ):
         if head.startswith(magic):
             return kind

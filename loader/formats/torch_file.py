@@ -189,6 +189,8 @@ def _memory_limit(file_size: int, pickle_size: int) -> int:
 
 def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     described = KINDS[kind]
+    if kind == "lfs":
+        return CorruptError(f"{name} is {described}: run `git lfs pull` in the clone.", path=name)
     if kind in ("empty", "html", "xml", "text", "unknown"):
         return CorruptError(
             f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
@@ -197,6 +199,7 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
         )
     return FormatError(
         f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
-        f"({counted(size, 'byte')}).",
+        f"({counted(size, 'byte')}). Pass the checkpoint that it was made from, or save its weights by torch.save under "
+        "the model's names.",
         path=name,
     )

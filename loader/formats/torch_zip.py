@@ -198,9 +198,16 @@ def _top_folder(records: list[str], name: str) -> str:
             path=name,
         )
     if len(tops) != 1:
-        kind = "a NumPy archive (.npz)" if any(r.endswith(".npy") for r in records) else "a zip file"
+        if any(record.endswith(".npy") for record in records):
+            raise FormatError(
+                f"{name}: a NumPy archive (.npz). Save its arrays as tensors: "
+                "torch.save({key: torch.from_numpy(array) for key, array in numpy.load(path).items()}, new_path).",
+                path=name,
+            )
         raise FormatError(
-            f"{name}: {kind}, but not one that torch.save wrote: it has no data.pkl.", path=name
+            f"{name}: a zip file, but not one that torch.save wrote: it has no data.pkl. Pass the file that torch.save "
+            "wrote, or save one.",
+            path=name,
         )
     return tops[0]
 

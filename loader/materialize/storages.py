@@ -271,10 +271,10 @@ class _Pass:
             self.frontier = stop
 
     def _corrupt(self, text: str) -> CorruptError:
-        used = f", used by {', '.join(self.names[:3])}" if self.names else ""
         more = f" and {len(self.names) - 3} more" if len(self.names) > 3 else ""
+        used = f", used by {', '.join(self.names[:3])}{more}," if self.names else ""
         return CorruptError(
-            f"{self.storage.file}: storage {self.storage.key}{used}{more}, {text}; fetch the file again.",
+            f"{self.storage.file}: storage {self.storage.key}{used} {text}; fetch the file again.",
             path=self.storage.file,
         )
 

@@ -237,8 +237,9 @@ def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[
         if source in left and hasattr(optimizer, "param_groups"):
             problem = kind_problem(optimizer, whole[source], source if source != name else None)
         if problem is not None:
+            theirs = "the checkpoint's is of" if source == name else f"the checkpoint has {has},"
             refused[source] = (
-                f"optimizers/{name}: the checkpoint has {has}, {problem}; use the optimizer that was saved, or ignore "
+                f"optimizers/{name}: {theirs} {problem}; use the optimizer that was saved, or ignore "
                 f"state/optimizers/{source}"
             )
             continue

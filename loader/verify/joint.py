@@ -86,7 +86,7 @@ class JointCheck:
             got = crc32_joined(parts)
             if got != dealt.crc32:
                 raise CorruptError(
-                    f"{storage[0]}: storage {storage[1]}{_used(dealt.names)}, has CRC-32 {got:08x}; the file's "
+                    f"{storage[0]}: storage {storage[1]}{_used(dealt.names)} has CRC-32 {got:08x}; the file's "
                     f"directory says {dealt.crc32:08x}. The file is damaged; fetch it again.",
                     path=storage[0],
                 )
@@ -131,11 +131,11 @@ class JointCheck:
             f"node {self._nodes[rank]} (rank {rank}) {value:08x}" for rank, value in found.items()
         )
         return CorruptError(
-            f"{storage[0]}: storage {storage[1]}{_used(dealt.names)}: bytes {cell[0]:,} to {cell[1]:,} have "
+            f"{storage[0]}: storage {storage[1]}{_used(dealt.names)} has in its bytes {cell[0]:,} to {cell[1]:,} "
             f"different CRC-32s on different nodes: {values}; at least one node's copy is damaged, fetch it again.",
             path=storage[0],
         )
 
 
 def _used(names: Sequence[str]) -> str:
-    return f", used by {', '.join(names[:3])}" if names else ""
+    return f", used by {', '.join(names[:3])}," if names else ""

@@ -67,7 +67,11 @@ def test_safe_types_have_one_order_in_every_process() -> None:
 @pytest.mark.parametrize(
     ("options", "environ", "message"),
     [
-        ({"chache_dir": "x"}, {}, "unknown option chache_dir; known ones: cache_dir"),
+        (
+            {"chache_dir": "x"},
+            {},
+            r"unknown option chache_dir \(did you mean cache_dir\?\); known ones: cache_dir",
+        ),
         (None, {"RANKLOAD_STALL_TIMEOUT": "1"}, "unknown environment variable RANKLOAD_STALL_TIMEOUT;"),
         (None, {"RANKLOAD_STALL_TIMEOUT_S": "soon"}, "expected a number of seconds"),
         ({"leave_out": ["optimiser"]}, {}, "leave_out names 'optimiser': expected some of model, optimizer,"),

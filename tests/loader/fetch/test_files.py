@@ -226,7 +226,7 @@ def test_truncated(tmp_path: Path) -> None:
         error = only_error(
             Job([0, 0]).run(lambda rank: fetch(rank, needs[0], needs, tmp_path / "c")), CorruptError
         )
-        assert "expected 1000 bytes, got 10" in str(error)
+        assert "expected 1,000 bytes, got 10" in str(error)
     assert os.listdir(tmp_path / "c") == []
 
 

@@ -352,7 +352,8 @@ def test_a_file_that_no_engine_saved_gives_its_optimizer_by_the_order_of_the_gro
             {"AdamW": numbered(2, 1)},
             None,
             "optimizers/AdamW: expected parameter groups of [3] parameters, got [2, 1]; the checkpoint does not name "
-            "its optimizer's parameters, so they can only be matched by position",
+            "its optimizer's parameters, so they can only be matched by position: make the groups that were saved, or "
+            "leave the optimizer out with LoadOptions(leave_out=['optimizer'])",
         ),
         (
             {"AdamW": {"state": {}}},
