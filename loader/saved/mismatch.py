@@ -12,6 +12,10 @@ from .dtypes import dtype_kind, keeps_values
 from .tensor import SavedTensor, same_shape
 from .values import InertTensor, can_be_restored, kind_of
 
+_OTHER_SIZES = (
+    "Build the model with the sizes that were saved, or load the other weights alone: load_weights_only=True, and "
+    "ignore_keys=['state/model/NAME'] with each of these names."
+)
 _SHOWN = 20
 """How many names of a kind a message lists; the receipt and ``MismatchError.details`` have all of them."""
 
@@ -81,6 +85,8 @@ class Mismatch:
         lines += _listed("unexpected in the checkpoint", self.unexpected)
         lines += _listed("wrong", self.wrong)
         lines += self.advice
+        if any(name.startswith("model/") and ": expected shape" in name for name in self.wrong):
+            lines.append(_OTHER_SIZES)
         if not self.wrong and not self.advice:
             lines.append(self._advice())
         error = MismatchError("\n".join(lines), path=path)

@@ -39,7 +39,8 @@ class ParallelLayout:
             return "neither pipeline stages nor tensor parallelism"
         if self.stages is None or self.tensor is None:
             return f"{self.parts} model-parallel ranks{' of a pipeline' * self.pipeline}"
-        return f"{counted(self.stages, 'pipeline stage')} and tensor-parallel size {self.tensor}"
+        layers = " (a PipelineModule)" * self.pipeline
+        return f"{counted(self.stages, 'pipeline stage')} and tensor-parallel size {self.tensor}{layers}"
 
     def fits(self, other: ParallelLayout) -> bool:
         """Whether both are split alike; what either does not record counts as equal."""

@@ -420,7 +420,7 @@ def _() -> None:
 def _() -> None:
     """Another architecture
 
-    Build the model with the sizes that were saved, or leave the differing weights out with `ignore_keys`.
+    Build the model with the sizes that were saved, or leave the differing weights out.
     """
     save()
     load("last.pt", State(Net(classes=5)))
@@ -502,7 +502,7 @@ def _() -> None:
 def _() -> None:
     """An optimizer of another kind
 
-    Use the saved kind, or `load_weights_only=True`.
+    Use the saved kind, ignore the saved state as the message says, or pass `load_weights_only=True`.
     """
     save()
     model = Net()
@@ -544,7 +544,7 @@ def _() -> None:
 def _() -> None:
     """A scheduler of another kind
 
-    Use the saved kind, or leave the saved one out with `ignore_keys`.
+    Use the saved kind, or leave the saved one out: `ignore_keys=["state/schedulers/StepLR"]`.
     """
     model, optimizer = trained()
     save(scheduler=CosineAnnealingLR(optimizer, 10).state_dict())
@@ -652,6 +652,20 @@ def _() -> None:
     save("run/step8/mp_rank_00_model_states.pt")
     save("run/step8/zero/optimizer_state.pt")
     load("run/step8", job())
+
+
+@mistake
+def _() -> None:
+    """A pipeline's checkpoint, for a model that is none
+
+    Restore it into an engine with as many stages. Another number of data-parallel ranks does no harm.
+    """
+    step = unpack_zero(1, Path.cwd()) / "step3"
+    # As DeepSpeed's PipelineModule saves it: the weights are in a file for each layer.
+    saved = torch.load(step / "mp_rank_00_model_states.pt", weights_only=False)
+    torch.save({**saved, "module": None}, step / "mp_rank_00_model_states.pt")
+    torch.save(saved["module"], step / "layer_00-model_states.pt")
+    load("s1-w4", job())
 
 
 @mistake

@@ -179,6 +179,7 @@ def test_what_is_not_there(place: Place, options: dict[str, Any]) -> None:
         with pytest.raises(NotFoundError) as caught:
             load(f"{base}/ep1-rank{{rank}}.pt", plain_job(), options=options)
         assert "ep1-rank0.pt" in str(caught.value)
+        assert ("There is no bucket no-such" in str(caught.value)) == base.endswith("://no-such")
         assert not [secret for secret in place.secrets if secret in str(caught.value)]
 
 

@@ -109,7 +109,7 @@ def test_a_stages_file_tells_the_layout_and_takes_its_layers() -> None:
         (
             {"module": None, "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1}},
             ParallelLayout(1, 1, 1, pipeline=True),
-            "1 pipeline stage and tensor-parallel size 1",
+            "1 pipeline stage and tensor-parallel size 1 (a PipelineModule)",
         ),
         (
             {
