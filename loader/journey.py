@@ -400,8 +400,8 @@ def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
         warnings.warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
     for sentence in plan.mismatch.advice:
         warnings.warn(
-            f"{saved.name}: {counted(len(plan.mismatch.missing), 'missing name')}, {len(plan.mismatch.unexpected)} "
-            f"unexpected. {sentence}",
+            f"{saved.name} lacks {counted(len(plan.mismatch.missing), 'name')} of the model, and holds "
+            f"{counted(len(plan.mismatch.unexpected), 'unexpected one')}. {sentence}",
             stacklevel=3,
         )
 

@@ -154,7 +154,7 @@ def test_faults_of_a_single_file(plain: Path, tmp_path: Path) -> None:
             ),
             "flipped, before": ("CorruptError", ("flipped.pt", "CRC")),
             "flipped, during": ("PartialRestoreError", ("flipped.pt", "CRC", "changed: model")),
-            "short download": ("CorruptError", ("short.pt", str(len(data)))),
+            "short download": ("CorruptError", ("short.pt", f"{len(data):,}")),
             "forbidden": ("AccessError", ("/forbidden.pt",)),
             "absent": ("NotFoundError", ("/absent.pt",)),
             "stalled": ("StalledError", ("stalled.pt", "rank 0")),

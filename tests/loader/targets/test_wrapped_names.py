@@ -173,7 +173,10 @@ def test_the_rename_that_a_mismatch_prints_works(
 def test_without_strictness_the_rename_is_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     torch.save({"model": nn.ModuleDict({"model": net(0)}).state_dict()}, path)
-    with pytest.warns(UserWarning, match=r'9 names are missing .*rename=\{"model.": ""\}'):
+    with pytest.warns(
+        UserWarning,
+        match=r'lacks 9 names of the model, and holds 10 unexpected ones.*rename=\{"model.": ""\}',
+    ):
         restore(path, State(net(1)), strict=False)
 
 
