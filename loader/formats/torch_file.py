@@ -199,7 +199,7 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
         )
     return FormatError(
         f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
-        f"({counted(size, 'byte')}). Pass the checkpoint that it was made from, or save its weights by torch.save under "
-        "the model's names.",
+        f"({counted(size, 'byte')}). Pass the checkpoint that it was made from, or save its weights by torch.save "
+        "under the model's names.",
         path=name,
     )

@@ -76,6 +76,6 @@ def unplaced(expected: Sequence[int], got: Sequence[int]) -> str:
     """What is wrong where a checkpoint without names has groups of `got` parameters, and this job of `expected`."""
     return (
         f"expected parameter groups of {list(expected)} parameters, got {list(got)}; the checkpoint does not name its "
-        "optimizer's parameters, so they can only be matched by position: make the groups that were saved, or leave the "
-        "optimizer out with LoadOptions(leave_out=['optimizer'])"
+        "optimizer's parameters, so they can only be matched by position: make the groups that were saved, or leave "
+        "the optimizer out with LoadOptions(leave_out=['optimizer'])"
     )
