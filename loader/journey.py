@@ -59,7 +59,7 @@ from .saved.ignore import Ignored, IgnoreKeys, ignore, unmatched_glob
 from .saved.names import unused_renames
 from .saved.tensor import StorageRef
 from .saved.tree import find_unknown, storages
-from .sources.kinds import source_of
+from .sources.kinds import open_saved
 from .stages import Stages
 from .state import AlgorithmPass
 from .targets.base import Plan, RestoreOptions, Target, Work, carry_out
@@ -239,7 +239,7 @@ def load(
         with stages.stage("target"):
             target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
-        saved = source_of(files).open(files, demand)
+        saved = open_saved(files, demand)
         not_read = other_ranks_files(request, files, saved)
         if not_read is not None:
             saved = replace(saved, notes=(*saved.notes, not_read))

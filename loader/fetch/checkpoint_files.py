@@ -19,7 +19,7 @@ from ..saved.node_file import NodeFile
 from ..saved.tree import find_unknown
 from ..stores.locate import Located
 from ..stores.names import file_name
-from ..stores.probes import Probes
+from ..stores.probes import Probes, all_there
 from ..template import expand_path, template_variables
 from .files import FetchedFile, FileNeed, fetch_files
 from .remote_files import RemoteFiles
@@ -82,6 +82,19 @@ class CheckpointFiles:
         fetched = self._fetch([FileNeed(path, optional) for path in objects.values()], stage)
         self._fetched.update({name: fetched[path] for name, path in objects.items() if path in fetched})
         return {name: self._fetched[name] for name in names if name in self._fetched}
+
+    def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+        root, store = self._located.root, self.context.store
+        if root is None:
+            return {}
+        objects = {name: store.join(root, name) for name in names}
+        with self.context.stages.timed("locate"):
+            there = self.context.session.channel.decide(
+                f"{stage}: find", None, lambda _: all_there(store, list(objects.values()))
+            )
+        fetched = self._fetch(there, stage)
+        self._fetched.update(fetched)
+        return {name: replace(fetched[path], name=name) for name, path in objects.items() if path in fetched}
 
     def _fetch(self, needs: Sequence[str | FileNeed], stage: str) -> dict[str, FetchedFile]:
         """Every rank must call, whatever it names. The stage's bytes are counted on the node's first rank."""

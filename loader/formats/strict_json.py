@@ -13,8 +13,10 @@ _MOST_VALUES = 4_000_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(data: bytes, *, name: str, what: str) -> Any:
+def parse_json(data: bytes, *, name: str, what: str, finite: bool = True) -> Any:
     """The value of the JSON text `data`, which messages call `what` of the file `name`.
+
+    Unless `finite`, numbers may be ``NaN`` and ``Infinity``, which Python writes for floats that are.
 
     Raises `CorruptError` where it is no JSON in UTF-8, or an object has a key twice, and `UnsafeError` where it has
     more values than a checkpoint can need.
@@ -28,7 +30,8 @@ def parse_json(data: bytes, *, name: str, what: str) -> Any:
         )
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        refuse = _refuse_constant if finite else None
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=refuse)
         if _SURROGATE.search(text):
             json.dumps(
                 value, ensure_ascii=False

@@ -143,12 +143,18 @@ class Saved:
 
     @property
     def step(self) -> int | None:
-        """The steps that were done when it was saved: those of Composer's timestamp or of a DeepSpeed engine, else an
-        entry of the file; None where it does not say, or says two things."""
+        """The steps that were done when it was saved: those of Composer's timestamp, of a DeepSpeed engine or of
+        transformers' Trainer, else an entry of the file; None where it does not say, or says two things."""
         for known in (self._of_timestamp("batch"), self.global_steps):
             if known is not None:
                 return known
-        return _the_number(self.whole.extra, ("global_step", "step", "iteration"))
+        trainer = self.whole.extra.get("trainer_state")
+        known = _the_number(trainer, ("global_step",)) if isinstance(trainer, Mapping) else None
+        return (
+            known
+            if known is not None
+            else _the_number(self.whole.extra, ("global_step", "step", "iteration"))
+        )
 
     @property
     def epoch(self) -> int | None:

@@ -11,6 +11,9 @@ Whatever wrote the checkpoint, its parts come out as ``state/model``, ``state/op
 - `single_file`: a file that holds everything, as Composer, Lightning or a training script saved it, or a bare state
   dict, also of safetensors. It takes what no other source recognises.
 
+What transformers' Trainer and Accelerate save beside the model is no source of its own: `kinds.open_saved` has
+`side_files` add it to what any of these gives.
+
 A further kind of checkpoint is a class with `recognises` and `open` in a module of its own, and an entry in
 `kinds.SOURCES`.
 

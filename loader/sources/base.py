@@ -38,6 +38,13 @@ class Files(Protocol):
         fetch's name in messages and timings.
         """
 
+    def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+        """Brings those of `names` that lie in the folder that the path names to this node. Every rank must call.
+
+        It gives them by these names. There are none where the path names a file, or one of DeepSpeed's tags. What the
+        store refuses to speak of is taken not to be there. Raises as `fetch`.
+        """
+
     def find(self, names: Sequence[str], what: str) -> str:
         """The first of `names` that exists; rank 0 asks the store. Every rank must call, with the same names.
 

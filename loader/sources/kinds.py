@@ -1,16 +1,27 @@
-"""Lists the sources, and says which of them a checkpoint's files are for."""
+"""Lists the sources, and opens a checkpoint's files by the one that they are for."""
 
 from __future__ import annotations
 
 from ..errors import FormatError
+from ..saved.contents import Saved
+from ..saved.demand import Demand
 from .base import Files, Source
 from .sharded import Sharded
+from .side_files import with_side_files
 from .single_file import SingleFile
 from .slices import Slices
 from .zero.open import Zero
 
 SOURCES: tuple[Source, ...] = (Zero(), Sharded(), Slices(), SingleFile())
 """In the order in which they are asked."""
+
+
+def open_saved(files: Files, demand: Demand) -> Saved:
+    """What the checkpoint holds of what `demand` asks for: by its source, and what frameworks keep beside it.
+
+    Every rank must call. Raises as `source_of`, `Source.open` and `with_side_files`.
+    """
+    return with_side_files(files, demand, source_of(files).open(files, demand))
 
 
 def source_of(files: Files) -> Source:

@@ -25,7 +25,7 @@ from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, lone_part, not_a_dict, obstacle
 
 __all__ = [
-    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "file_tree", "read_layout", "rng_list", "state_dict_of",
+    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "by_class", "file_tree", "read_layout", "rng_list", "state_dict_of",
 ]  # fmt: skip
 
 COMPOSER_STATES = "composer_states.pt"
@@ -223,7 +223,7 @@ def _lightning(tree: Mapping[str, Any], file: str, names: _Names) -> Saved:
         ("lr_schedulers", "schedulers", schedulers, "scheduler"),
     ):
         if tree.get(key):
-            state[part] = _by_class(list(tree[key]), classes, kind)
+            state[part] = by_class(list(tree[key]), classes, kind)
         taken.add(key)
     if isinstance(tree.get("callbacks"), Mapping) and tree["callbacks"]:
         state["callbacks"] = dict(tree["callbacks"])
@@ -314,9 +314,9 @@ def _parts(
     if "model" in parts:
         state["model"] = parts["model"]
     if parts.get("optimizer"):
-        state["optimizers"] = _by_class(_in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
+        state["optimizers"] = by_class(_in_order(parts["optimizer"], optimizers), optimizers, "optimizer")
     if parts.get("scheduler"):
-        state["schedulers"] = _by_class(_in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
+        state["schedulers"] = by_class(_in_order(parts["scheduler"], schedulers), schedulers, "scheduler")
     if parts.get("scaler"):
         state["scaler"] = {scaler: parts["scaler"]}
     if "timestamp" in parts:
@@ -372,7 +372,7 @@ def _in_order(value: Any, classes: Sequence[str]) -> list[Any] | dict[str, Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _by_class(states: list[Any] | dict[str, Any], classes: Sequence[str], kind: str) -> dict[str, Any]:
+def by_class(states: list[Any] | dict[str, Any], classes: Sequence[str], kind: str) -> dict[str, Any]:
     """States under class names: those that are in a list get the names `classes`, in the same order."""
     if isinstance(states, dict):
         return states

@@ -17,6 +17,9 @@ OnBytes = Callable[[int], None]
 """Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so that what
 it raises stops the transfer promptly), negative where a broken transfer starts again."""
 
+ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+"""Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import NotFoundError, OptionError, UnsafeError
 from ..redaction import redact_path, redact_text
 from ..store_errors import store_error
-from .base import ObjectInfo, OnBytes, Store, path_scheme, path_schemes
+from .base import ONE_CONNECTION, ObjectInfo, OnBytes, Store, path_scheme, path_schemes
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
@@ -32,8 +32,6 @@ _WITH_BUCKETS = frozenset(
 """Protocols whose names begin with a bucket."""
 _TELL_EMPTY_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs"})
 """Those of them whose file systems tell an empty bucket from one that is not there (tried with real servers)."""
-ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
-"""Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
 _CHAINED_URL = re.compile(r"::(https?)://[\x21-\x7e]*\Z", re.IGNORECASE)
 """A URL at the end of a chain that needs no percent-encoding."""
 _VERSION_FIELDS = (

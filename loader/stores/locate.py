@@ -7,7 +7,7 @@ Names are derived, and the store is asked for each, so that stores that cannot l
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
@@ -94,6 +94,8 @@ class Located:
     folder."""
     by_latest: bool = False
     """Whether the folder was named by the ``latest`` of the one above."""
+    root: str | None = None
+    """The folder that the path names, where a framework may have more files; None for a file and for a tag's folder."""
 
 
 def locate(store: Store, name: str) -> Located:
@@ -150,7 +152,7 @@ def _as_model(probes: Probes, name: str) -> Located | None:
     for candidate in (*MODEL_FILES, *slices):
         found = store.join(name, candidate)
         if probes.exists(found):
-            return _model(store, found)
+            return replace(_model(store, found), root=without_slash(name))
     return None
 
 
@@ -177,7 +179,7 @@ def _as_folder(probes: Probes, name: str) -> Located | None:
                 f"{' or '.join(MODEL_STATES)}{_nearby(store, folder)}",
                 store.describe(folder),
             )
-        return Located("folder", folder, found, tag, by_latest=True)
+        return Located("folder", folder, found, tag, by_latest=True, root=without_slash(name))
     found = _model_file(probes, name)
     if found is not None:
         return Located("folder", without_slash(name), found, file_name(name))

@@ -15,17 +15,15 @@ import os
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError
 from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
-from .fsspec import ONE_CONNECTION
 from .locate import Located
 from .names import child_of, file_name, folder_of, has_query, is_url, path_of
-from .probes import AT_ONCE, is_page
+from .probes import ask_each, is_page
 
 NAMES = ("MANIFEST", "MANIFEST.sha256", "SHA256SUMS", "sha256sum.txt", "checksums.sha256")
 """What is looked for in a checkpoint's folder, in this order; and ``NAME.sha256`` next to a single file ``NAME``."""
@@ -69,7 +67,7 @@ def find_manifests(store: Store, located: Located, *, only_beside: bool = False)
     sums: dict[str, tuple[str, str]] = {}
     notes: list[str] = []
     candidates = _candidates(store, located, () if only_beside else NAMES)
-    for info in _stat_all(store, candidates, notes):
+    for info in ask_each(store, lambda name: _stat(store, name, notes), candidates):
         if info is None:
             continue
         manifest = _read(store, info, notes)
@@ -138,14 +136,6 @@ def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[st
     for _ in located.tag.split("/")[1:]:
         below = folder_of(below)
     return [*inside, *(_in_folder(store, below, name) for name in names)]
-
-
-def _stat_all(store: Store, names: list[str], notes: list[str]) -> list[ObjectInfo | None]:
-    """What the store says of each name; in parallel, except where each thread would have to log in."""
-    if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
-        return [_stat(store, name, notes) for name in names]
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(lambda name: _stat(store, name, notes), names))
 
 
 def _stat(store: Store, name: str, notes: list[str]) -> ObjectInfo | None:

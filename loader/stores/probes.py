@@ -8,11 +8,16 @@ Some servers answer 200 and a page to every name. A page is none of the objects 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..store_errors import ADVICE_CREDENTIALS, refusals_in
-from .base import ObjectInfo, Store
+from .base import ONE_CONNECTION, ObjectInfo, Store
+
+T = TypeVar("T")
 
 AT_ONCE = 3
 """How many requests for names that may not exist are made at once: servers with a small backlog let more of them wait
@@ -103,6 +108,20 @@ class Probes:
         if not found:
             raise error
         self.refused |= found
+
+
+def ask_each(store: Store, ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """What `ask` says of each of `names`; `AT_ONCE` at a time, except where each thread would have to log in."""
+    if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
+        return [ask(name) for name in names]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(ask, names))
+
+
+def all_there(store: Store, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are there; what the store refuses to speak of is taken not to be."""
+    told = ask_each(store, lambda name: Probes(store).exists(name), names)
+    return [name for name, there in zip(names, told, strict=True) if there]
 
 
 def is_page(head: bytes) -> bool:

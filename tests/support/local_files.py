@@ -40,6 +40,10 @@ class LocalFiles:
         self.fetched += there
         return {name: self._file(name) for name in there}
 
+    def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
+        self.stages.append(stage)
+        return {name: self._file(name) for name in names if self.in_folder and self._place(name).exists()}
+
     def find(self, names: Sequence[str], what: str) -> str:
         self.stages.append(f"find {what}")
         for name in names:
