@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 OLDER := .venv-older
+FRAMEWORKS := .venv-frameworks
 SERVERS := $(VENV)/.servers
 CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-errors test test-all test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
+.PHONY: demo docs-errors test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -23,6 +24,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
+
+# What jobs of real frameworks saved, restored into jobs without them: transformers' Trainer, Accelerate, Lightning and
+# torchtitan, in an environment of their own.
+test-frameworks: $(FRAMEWORKS)/.installed
+	$(RUN) FRAMEWORKS_PYTHON=$(abspath $(FRAMEWORKS))/bin/python $(BIN)/python -m pytest -q tests/frameworks
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed
@@ -96,8 +102,22 @@ $(CLIENTS): $(STAMP)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[bench]" --no-build-isolation
 	touch $@
 
-# All that .venv has, and before it the older DeepSpeed.
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+# All that .venv has, and the frameworks. torchtitan needs triton, which is for few machines: the others do without.
+$(FRAMEWORKS)/.installed: $(STAMP) constraints-frameworks.txt
+	rm -rf $(FRAMEWORKS)
+	$(BIN)/python -m venv --without-pip $(FRAMEWORKS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(FRAMEWORKS)/bin/python $(PURELIB))/newer.pth"
+	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-c constraints-frameworks.txt transformers accelerate lightning
+	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-c constraints-frameworks.txt torchtitan torchdata triton \
+		|| echo "torchtitan could not be installed: its tests are skipped"
+	touch $@
+
+# All that .venv has, and before it the older DeepSpeed.
 $(OLDER)/.installed: $(STAMP) constraints-older.txt
 	rm -rf $(OLDER)
 	$(BIN)/python -m venv --without-pip $(OLDER)
