@@ -51,7 +51,7 @@ class InertTensor(InertObject):
     dtype: str = ""
     shape: tuple[int, ...] = ()
     layout: str = "strided"
-    """``strided``, ``sparse_coo``, ``sparse_csr`` and so on, or ``quantized``."""
+    """``strided``, ``sparse_coo``, ``sparse_csr`` and so on, or a quantized tensor's scheme (``per_tensor_affine``)."""
 
 
 @dataclass(frozen=True, slots=True)

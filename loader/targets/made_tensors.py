@@ -18,10 +18,10 @@ _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.spars
 
 
 def layout_problem(value: Any, target: torch.Tensor) -> str | None:
-    """Why the saved `value` cannot be copied into `target`, which may hold no such tensor or none at all; else None.
+    """Why the saved `value` cannot be copied into `target`, or None. What is no tensor is for others to tell.
 
-    Torch copies between sparse tensors of one layout, but not between sparse or quantized and ordinary ones. Shapes and
-    dtypes are not compared here.
+    Torch copies between sparse tensors of one layout, and between quantized ones of one scheme, but not between such
+    and ordinary ones. Shapes and dtypes are not compared here.
     """
     saved = "strided"
     if isinstance(value, InertTensor):
@@ -33,7 +33,7 @@ def layout_problem(value: Any, target: torch.Tensor) -> str | None:
         if is_dtensor(target):
             return f"expected a tensor that can be spread over ranks, got a {value.kind}"
         saved = value.layout
-    own = "quantized" if target.is_quantized else str(target.layout).removeprefix("torch.")
+    own = str(target.qscheme() if target.is_quantized else target.layout).removeprefix("torch.")
     if saved != own:
         return f"expected {_described(own)}, got {_described(saved)}"
     return unfillable(target, whole=own != "strided")
@@ -52,4 +52,4 @@ def set_whole(target: torch.Tensor, value: torch.Tensor) -> None:
 def _described(layout: str) -> str:
     if layout == "strided":
         return "an ordinary tensor"
-    return f"a {layout} tensor" if layout == "quantized" else f"a tensor of layout {layout}"
+    return f"a quantized tensor ({layout})" if layout.startswith("per_") else f"a tensor of layout {layout}"

@@ -176,8 +176,11 @@ def _quantized(
                 f"of shape {scheme[2].shape}; expected {expected}"
             )
         budget.charge_rebuilt(scheme[1].nbytes + scheme[2].nbytes)
-    args = (integers, name.removeprefix("torch."), storage.quantized, *scheme[1:])
-    return _made(REBUILD_QUANTIZED, args, "quantized tensor", storage.quantized, integers.shape, "quantized")
+    layout = name.removeprefix("torch.")
+    args = (integers, layout, storage.quantized, *scheme[1:])
+    if layout == "per_channel_affine" and scheme[2].dtype.startswith("float"):
+        layout += "_float_qparams"  # as torch calls it, which pickles both alike
+    return _made(REBUILD_QUANTIZED, args, "quantized tensor", storage.quantized, integers.shape, layout)
 
 
 def _from_device(

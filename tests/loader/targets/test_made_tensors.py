@@ -80,6 +80,16 @@ def test_such_tensors_are_restored(tmp_path: Path, form: str) -> None:
             "expected a tensor of layout sparse_csr, got an ordinary",
         ),
         (quantized(torch.eye(3)), torch.zeros(3, 3), "expected an ordinary tensor, got a quantized tensor"),
+        (
+            quantized(torch.eye(3)),
+            torch.quantize_per_channel(torch.eye(3), torch.ones(3), torch.zeros(3).long(), 0, torch.qint8),
+            r"expected a quantized tensor \(per_channel_affine\), got a quantized tensor \(per_tensor_affine\)",
+        ),
+        (
+            torch.quantize_per_channel(torch.eye(3), torch.ones(3), torch.zeros(3), 0, torch.qint8),
+            torch.quantize_per_channel(torch.eye(3), torch.ones(3), torch.zeros(3).long(), 0, torch.qint8),
+            r"expected a quantized tensor \(per_channel_affine\), got a quantized tensor \(.*_float_qparams\)",
+        ),
         (torch.eye(3).to_sparse(), torch.zeros(2, 3).to_sparse(), r"expected shape \(2, 3\), got \(3, 3\)"),
         (torch.ones(3, device="meta"), torch.zeros(3), "got a tensor on the meta device"),
     ],
