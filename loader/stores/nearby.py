@@ -14,7 +14,7 @@ from difflib import get_close_matches
 
 from .locate import FILE_SUFFIXES, LATEST, MODEL_FILES, MODEL_STATES, OTHER_FILES, OTHER_KINDS
 
-_LISTED = 10_000
+_LISTED = 2_000
 """Entries of a folder that are looked at: a message is not worth more."""
 _SHOWN = 8
 """Entries that a message names."""
@@ -69,6 +69,8 @@ def _sentences(folder: str, *, close_to: str | None) -> str:
     more = f" and {left} more" if left else ""
     loadable = [one.to_pass for one in found.values() if one.to_pass is not None]
     advice = f" Pass one of them, such as {loadable[-1]}" if loadable else ""
+    if len(loadable) == 1:
+        advice = f" Did you mean {loadable[0]}?"
     return f"In {folder} there is {', '.join(shown)}{more}.{advice}"
 
 

@@ -265,7 +265,7 @@ def test_a_name_that_is_not_there_shows_what_lies_beside_it(tmp_path: Path) -> N
     (tmp_path / "notes.txt").write_bytes(b"x")
     told = message(tmp_path / "last.pt")
     assert "there is no such object" in told
-    assert f"In {tmp_path} there is last.ckpt. Pass one of them, such as {tmp_path}/last.ckpt" in told
+    assert f"In {tmp_path} there is last.ckpt. Did you mean {tmp_path}/last.ckpt?" in told
     assert f"There is no folder {tmp_path}/nun. In {tmp_path} there is" in message(tmp_path / "nun" / "a.pt")
     assert message(tmp_path / "last.ckpt" / "x.pt")  # below a file
     (tmp_path / "empty").mkdir()
