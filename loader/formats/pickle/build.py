@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import CorruptError, UnsafeError
@@ -27,12 +27,19 @@ from .tensors import TENSOR_BUILDERS, rebuilds_tensors, rebuilt_by, torch_size
 _TIME_PARTS = (datetime.timedelta, datetime.tzinfo)
 
 
-def make(budget: Budget, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], via_new: bool) -> Any:
-    """The value that stands for the call of the class or function ``name``.
+def make(
+    budget: Budget,
+    builders: Mapping[str, Callable[..., Any]],
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    via_new: bool,
+) -> Any:
+    """The value that stands for the call of the class or function ``name``; `builders` are `BUILDERS`, or some of them.
 
     `via_new`: the pickle asks for ``cls.__new__(cls, *args, **kwargs)`` instead of ``cls(*args, **kwargs)``.
     """
-    function = BUILDERS.get(name)
+    function = builders.get(name)
     if function is not None and not kwargs:
         try:
             return function(budget, *args)

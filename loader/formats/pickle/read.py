@@ -7,6 +7,7 @@ Python's documentation, but refuses no name for being unknown, since the part th
 
 ``NEWOBJ`` would need a real class, which a later opcode of the file could then change. So, at the offsets that the scan
 found, it is replaced by opcodes that make a persistent id of its operands, which Python hands to ``persistent_load``.
+Frames, whose lengths would be wrong then, are left out: they only say how much to read at once.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 import functools
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import CorruptError, RankloadError, UnsafeError
 from .budget import Budget
-from .build import make, new_object
+from .build import BUILDERS, make, new_object
 from .inert import PickledGlobal, PickledInertTensor, PickledObject, PickledTensor
 from .known import KNOWN_VALUES, canonical
 from .opcodes import MAX_NAME
@@ -38,6 +39,8 @@ _NEW_AS_PERSISTENT = {
     pickle.NEWOBJ[0]: pickle.TUPLE2 + pickle.BINPERSID,
     pickle.NEWOBJ_EX[0]: pickle.TUPLE3 + pickle.BINPERSID,
 }
+_FRAME_BYTES = 9
+"""Of the opcode ``FRAME`` and its length."""
 
 
 def read_pickle(
@@ -49,19 +52,22 @@ def read_pickle(
     find_storage: StorageFinder | None = None,
     load_storage: StorageLoader | None = None,
     start: int = 0,
+    inert: bool = False,
 ) -> Any:
     """The tree that the pickle at ``data[start:scan.end]`` describes: plain values, tensors and `saved.values`.
 
     ``scan`` is what `scan_pickle` returned for the same bytes, ``name`` what messages call the file. Without
     ``find_storage``, a pickle that holds tensors is refused, but a plain one (which `torch.save` did not write), for
-    whose storages there is ``load_storage``. Nothing that the file names is imported, looked up or called.
+    whose storages there is ``load_storage``. With ``inert``, as the scan was made, every call is kept as an `InertObject`,
+    those of Python's and torch's own types too. Nothing that the file names is imported, looked up or called.
 
     Raises `CorruptError` where it is malformed or describes impossible values, `UnsafeError` where its calls copy or
     hash more than ``memory_limit`` allows, where a global's name is too long, or where it sets the state of something
     that must not change.
     """
     source = io.BytesIO(_without_new_calls(data, scan, start))
-    reader = _InertUnpickler(source, Budget(memory_limit), find_storage, load_storage)
+    builders = {} if inert else BUILDERS
+    reader = _InertUnpickler(source, Budget(memory_limit), builders, find_storage, load_storage)
     try:
         return reader.load()
     except RankloadError as error:
@@ -79,10 +85,12 @@ def _without_new_calls(data: bytes, scan: PickleScan, start: int) -> bytes:
     """The pickle with each ``NEWOBJ`` and ``NEWOBJ_EX`` replaced by opcodes for a persistent id of its operands."""
     parts = []
     begin = start
-    for position in scan.new_calls:
+    for position in sorted((*scan.new_calls, *scan.frames)):
         parts.append(data[begin:position])
-        parts.append(_NEW_AS_PERSISTENT[data[position]])
-        begin = position + 1
+        replaced = _NEW_AS_PERSISTENT.get(data[position])
+        if replaced is not None:
+            parts.append(replaced)
+        begin = position + (_FRAME_BYTES if replaced is None else 1)
     parts.append(data[begin : scan.end])
     return b"".join(parts)
 
@@ -92,11 +100,12 @@ class _InertUnpickler(pickle.Unpickler):
         self,
         source: io.BytesIO,
         budget: Budget,
+        builders: Mapping[str, Callable[..., Any]],
         find_storage: StorageFinder | None,
         load_storage: StorageLoader | None,
     ) -> None:
         super().__init__(source, fix_imports=False, encoding="utf-8")
-        self._make = functools.partial(make, budget)
+        self._make = functools.partial(make, budget, builders)
         self._find_storage = find_storage
         self._load_storage = load_storage
         self._globals: dict[tuple[str, str], PickledGlobal] = {}

@@ -60,22 +60,27 @@ class PickleScan:
     """Offset just past the pickle's STOP, in the bytes that were scanned."""
     new_calls: tuple[int, ...]
     """Offsets of the opcodes that ask for ``cls.__new__``."""
+    frames: tuple[int, ...]
+    """Offsets of the opcodes that state how many bytes the next frame has."""
     memory: int
     """About how many bytes the unpickled objects take."""
 
 
-def scan_pickle(data: bytes, *, name: str, start: int = 0, base: int = 0, memory_limit: int) -> PickleScan:
+def scan_pickle(
+    data: bytes, *, name: str, start: int = 0, base: int = 0, memory_limit: int, inert: bool = False
+) -> PickleScan:
     """Checks the pickle that begins at ``data[start]``, up to its STOP.
 
-    ``name`` and ``base`` (the offset of ``data[0]`` in the file) are for messages. Takes under a microsecond
-    per opcode, and memory in proportion to the bytes seen.
+    ``name`` and ``base`` (the offset of ``data[0]`` in the file) are for messages. `inert`: it will be read with every
+    call as an inert object (`read.read_pickle`); those hash by identity, so that any number may be keys. Takes under a
+    microsecond per opcode, and memory in proportion to the bytes seen.
 
     Raises `UnsafeError` where the pickle asks for more memory than ``memory_limit`` bytes, nests too deeply,
     hashes without end, sets the state of a class or function, or uses opcodes that reach outside the file;
     `CorruptError` where it is no pickle, or the bytes end before it does.
     """
     try:
-        return _follow(data, start, _Faults(name, base, len(data)), memory_limit)
+        return _follow(data, start, _Faults(name, base, len(data)), memory_limit, 0 if inert else CRAFTED)
     except _TruncatedPickleError as error:
         raise CorruptError(error.message, path=error.path) from None
 
@@ -83,12 +88,12 @@ def scan_pickle(data: bytes, *, name: str, start: int = 0, base: int = 0, memory
 def scan_beginning(data: bytes, *, name: str, start: int = 0, memory_limit: int) -> PickleScan | None:
     """As `scan_pickle`, for bytes that may end before the pickle does; returns None where they do."""
     try:
-        return _follow(data, start, _Faults(name, 0, len(data)), memory_limit)
+        return _follow(data, start, _Faults(name, 0, len(data)), memory_limit, CRAFTED)
     except _TruncatedPickleError:
         return None
 
 
-def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> PickleScan:
+def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by_call: int) -> PickleScan:
     # One long loop, since a call for each opcode would take longer than the opcode itself.
     entries = _Entries(faults)
     arguments = _Arguments(data, faults)
@@ -100,6 +105,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
     memo: list[int] = []
     memo_length = 0
     new_calls: list[int] = []
+    frames: list[int] = []
     memory = 0
     step_of, pushed, argument_size, cost = STEPS, PUSHED, ARGUMENT_SIZE, COST
 
@@ -194,7 +200,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
             deepest = max(stack[-needed:])
             del stack[-needed:]
             memory -= STACK_PLACE * needed
-            stack.append(entries.nested(at, deepest, OBJECT | CRAFTED))
+            stack.append(entries.nested(at, deepest, OBJECT | made_by_call))
             if op != 0x52:
                 new_calls.append(at)
 
@@ -226,7 +232,8 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
             if stack[-1] & KIND_MASK != OBJECT:
                 # A class or function has one state for all its uses, which must not change.
                 faults.unsafe(at, "it sets the state of something that is no object of its own")
-            stack[-1] = entries.nested(at, max(state, stack[-1] - _DEPTH_ONE), OBJECT | CRAFTED)
+            crafted = stack[-1] & CRAFTED
+            stack[-1] = entries.nested(at, max(state, stack[-1] - _DEPTH_ONE), OBJECT | crafted)
 
         elif step == Step.STACK_GLOBAL:
             if len(stack) - 2 < fence:
@@ -279,6 +286,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
             if pos + 8 > size:
                 faults.truncated(at)
             length = int.from_bytes(data[pos : pos + 8], "little")
+            frames.append(at)
             pos += 8
             if length > size - pos:
                 faults.truncated(at, length)
@@ -291,7 +299,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int) -> Pick
         elif step == Step.STOP:
             if len(stack) != 1 or marks:
                 faults.corrupt(at, f"it ends with {len(stack)} objects on its stack; expected one")
-            return PickleScan(pos, tuple(new_calls), memory)
+            return PickleScan(pos, tuple(new_calls), tuple(frames), memory)
 
         elif step == Step.REFUSED:
             faults.unsafe(at, f"opcode 0x{op:02x} takes something from outside the file")
