@@ -34,7 +34,8 @@ from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
-from .fetch.parts import SMALL_STORAGE_BYTES, fetch_now, fetch_storages, fetching, restore_parts, small_parts
+from .fetch.parts import SMALL_STORAGE_BYTES, fetch_storages, fetching, restore_parts, small_parts
+from .fetch.rounds import fetch_now
 from .fetch.whole_checks import NOTHING
 from .materialize.objects import materialize
 from .materialize.safe_types import SafeTypes, require_safe
@@ -248,7 +249,7 @@ def load(
         saved, ignored = _leave_out(request, saved, stages)
         # The check compares numbers that were ignored too.
         early = replace(saved.whole, rng=saved.rng, extra=_extra(request, saved))
-        fetch_now(files, small_parts(early), "fetch small parts")
+        fetch_now(files.context, files.remote, small_parts(early), "fetch small parts")
         reader = TensorReader(
             verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
         )
@@ -266,7 +267,7 @@ def load(
         shared = weights.reads if weights is not None else {}
         parts = restore_parts(files, reads, checks.shares, checks.alone, shared, unplanned)
         if verify == "before":
-            fetch_now(files, parts.wanted, "fetch parts")
+            fetch_now(files.context, files.remote, parts.wanted, "fetch parts")
         verify_before(checks, checking, unplanned)
         with fetching(files, reader, parts, "fetch parts"):
             begun.append(files.name)

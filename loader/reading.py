@@ -21,7 +21,8 @@ from typing import Any
 
 from ..distributed.session import open_session
 from .fetch.checkpoint_files import CheckpointFiles
-from .fetch.parts import all_parts, fetch_now
+from .fetch.parts import all_parts
+from .fetch.rounds import fetch_now
 from .materialize.objects import materialize
 from .materialize.safe_types import require_safe
 from .materialize.tensors import TensorReader
@@ -100,7 +101,7 @@ def read(
         files = open_own_file(request, session, stages, leaving)
         with stages.stage("read"):
             tree = _wanted(request, files)
-        fetch_now(files, all_parts(tree), "fetch parts")
+        fetch_now(files.context, files.remote, all_parts(tree), "fetch parts")
         with stages.stage("values"):
             return _real(request, files, tree, stages)
 

@@ -22,7 +22,7 @@ from ..saved.copies import StorageReads
 from ..saved.tensor import StorageRef
 from ..saved.tree import storages
 from .checkpoint_files import CheckpointFiles
-from .rounds import Parts, WantedRanges, plan_round
+from .rounds import Parts, WantedRanges, fetch_now, plan_round
 
 SMALL_STORAGE_BYTES = 64 << 10
 """Storages up to this size are fetched right after the index: counters, random states, biases."""
@@ -97,25 +97,12 @@ def _add_direct(
         _add_storage(direct, storage, provided)
 
 
-def fetch_now(files: CheckpointFiles, wanted: Mapping[str, Sequence[ByteRange]], stage: str) -> None:
-    """Fetches the ranges that all ranks want, by path, and waits for them. Every rank must call, whatever it wants.
-
-    Raises, on all ranks alike, as `plan_round` and `FetchRound.run` do. Does nothing for a local store.
-    """
-    if files.context.store.is_local:
-        return
-    fetch_round = plan_round(files, Parts({path: list(ranges) for path, ranges in wanted.items()}), stage)
-    with files.context.stages.stage(stage) as timing:
-        if fetch_round:
-            timing.bytes += fetch_round.run()
-
-
 def fetch_storages(files: CheckpointFiles, wanted: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
     """As `fetch_now`, for ranges of storages that a node's ranks share. Every rank must call."""
     by_path: WantedRanges = {}
     for storage, ranges in wanted.items():
         _add_storage(by_path, storage, ranges)
-    fetch_now(files, by_path, "fetch weights")
+    fetch_now(files.context, files.remote, by_path, "fetch weights")
 
 
 @contextlib.contextmanager
@@ -129,7 +116,7 @@ def fetching(files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: 
     if files.context.store.is_local:
         yield
         return
-    fetch_round = plan_round(files, parts, stage)
+    fetch_round = plan_round(files.context, remote, parts, stage)
     failure: list[BaseException] = []
     ended = threading.Event()
 

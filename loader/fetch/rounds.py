@@ -1,23 +1,23 @@
 """Plans and runs one round of fetching parts: all ranks state what they want, rank 0 plans, nodes' leaders fetch.
 
 `plan_round` is the agreement, in which `plan.plan_fetch` decides; the `FetchRound` that it returns is this rank's share
-of the work.
+of the work. `fetch_now` does both, and waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...distributed.range_server import PeerAddress
 from ..byte_ranges import ByteRange, union
+from ..context import LoadContext
 from ..ranges.base import RangeSource
 from ..ranges.direct import DirectReads
 from ..ranges.peer import PeerSource
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
-from .checkpoint_files import CheckpointFiles
 from .plan import FetchPlan, FetchRequest, plan_fetch
 from .remote_files import RemoteFiles
 from .space_check import agree_on_room
@@ -40,7 +40,8 @@ class Parts:
 class FetchRound:
     """What this rank is to fetch in one round. False where `run` has nothing to do: on all ranks that do not lead."""
 
-    files: CheckpointFiles
+    context: LoadContext
+    remote: RemoteFiles
     bring: WantedRanges
     """From the store into the node's files."""
     take: list[tuple[int, PeerAddress, WantedRanges]]
@@ -55,7 +56,7 @@ class FetchRound:
         """How many bytes `run` brings into each cache folder."""
         needed: dict[str, int] = {}
         for wanted in (self.bring, *(wanted for _, _, wanted in self.take)):
-            for folder, n_bytes in self.files.remote.missing_by_folder(wanted).items():
+            for folder, n_bytes in self.remote.missing_by_folder(wanted).items():
                 needed[folder] = needed.get(folder, 0) + n_bytes
         return needed
 
@@ -64,10 +65,10 @@ class FetchRound:
 
         Raises as `read_ranges` does, and `StalledError` where nothing arrives.
         """
-        remote = self.files.remote
+        remote = self.remote
         from_store = remote.missing_bytes(self.bring)
         from_peers = [remote.missing_bytes(wanted) for _, _, wanted in self.take]
-        channel = self.files.context.session.channel
+        channel = self.context.session.channel
         tally = Tally(channel.counters().get(channel.rank, {}))
         watch = FetchWatch(channel, tally)
         tally.expect("parts", from_store)
@@ -91,7 +92,7 @@ class FetchRound:
         self, rank: int, address: PeerAddress, wanted: WantedRanges, tally: Tally
     ) -> Callable[[Stop], None]:
         """A job that fetches `wanted` from the node of `rank`."""
-        remote, host = self.files.remote, self.files.context.session.channel.host
+        remote, host = self.remote, self.context.session.channel.host
         sources: list[PeerSource] = []
 
         def moved() -> None:
@@ -115,12 +116,11 @@ class FetchRound:
         return take
 
 
-def plan_round(files: CheckpointFiles, parts: Parts, stage: str) -> FetchRound:
+def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: str) -> FetchRound:
     """This rank's share of fetching what all ranks want. Every rank must call, whatever it wants.
 
     Raises, on all ranks alike, `AccessError` where a node has no room for its files.
     """
-    context, remote = files.context, files.remote
     session, mode = context.session, context.options.mode
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
     request = FetchRequest(
@@ -136,13 +136,14 @@ def plan_round(files: CheckpointFiles, parts: Parts, stage: str) -> FetchRound:
     plan = decode(FetchPlan, record)
     peers = {rank: PeerAddress.from_record(peer) for rank, peer in addresses}
     fetch_round = FetchRound(
-        files,
+        context,
+        remote,
         _by_path(remote, plan.bring),
         [(rank, peers[rank], _by_path(remote, wanted)) for rank, wanted in plan.take.items()],
         DirectReads(
             _by_path(remote, plan.direct),
             lambda path: remote.known.open_source(context.store, path),
-            _count_direct(files),
+            _count_direct(context, remote),
             n_neighbours=session.topology.local_world_size,
         ),
     )
@@ -160,6 +161,22 @@ def plan_round(files: CheckpointFiles, parts: Parts, stage: str) -> FetchRound:
     return fetch_round
 
 
+def fetch_now(
+    context: LoadContext, remote: RemoteFiles, wanted: Mapping[str, Sequence[ByteRange]], stage: str
+) -> None:
+    """Fetches the ranges that all ranks want, by path, and waits for them. Every rank must call, whatever it wants.
+
+    Raises, on all ranks alike, as `plan_round` and `FetchRound.run` do. Does nothing for a local store.
+    """
+    if context.store.is_local:
+        return
+    parts = Parts({path: list(ranges) for path, ranges in wanted.items()})
+    fetch_round = plan_round(context, remote, parts, stage)
+    with context.stages.stage(stage) as timing:
+        if fetch_round:
+            timing.bytes += fetch_round.run()
+
+
 def _by_name(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
     """The ranges of files that come in parts, each byte once, by names that are the same on all ranks."""
     return {
@@ -174,17 +191,17 @@ def _by_path(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
     return {remote.known.path_of(name): ranges for name, ranges in wanted.items()}
 
 
-def _count_direct(files: CheckpointFiles) -> Callable[[int], None]:
+def _count_direct(context: LoadContext, remote: RemoteFiles) -> Callable[[int], None]:
     """What `DirectReads` is to call as bytes arrive: counts them, and reports them to the channel."""
     watches: list[FetchWatch] = []
 
     def on_bytes(count: int) -> None:
         if not watches:
-            channel = files.context.session.channel
+            channel = context.session.channel
             watches.append(FetchWatch(channel, Tally(channel.counters().get(channel.rank, {}))))
             watches[0].tally.expect("own parts", 0)
         tally = watches[0].tally
-        tally.of("own parts", files.remote.stopping).arrived(count)
+        tally.of("own parts", remote.stopping).arrived(count)
         watches[0].tick()
 
     return on_bytes

@@ -50,7 +50,7 @@ def make(
         except TypeError:
             pass  # a call in a form that this version does not know, as of a newer torch's function
     if name == "builtins.getattr" and len(args) == 2 and not kwargs:
-        return _attribute(budget, *args)
+        return _attribute(budget, builders, *args)
     if name in TENSOR_BUILDERS or rebuilds_tensors(name):
         return rebuilt_by(name)
     return PickledObject(
@@ -58,7 +58,9 @@ def make(
     )
 
 
-def _attribute(budget: Budget, owner: Any, name: Any) -> PickledGlobal | PickledObject:
+def _attribute(
+    budget: Budget, builders: Mapping[str, Callable[..., Any]], owner: Any, name: Any
+) -> PickledGlobal | PickledObject:
     """A class inside another, or a function of a class or an object, by its name: so pickles before protocol 4 name
     them."""
     if not isinstance(owner, GlobalName | InertObject) or not isinstance(name, str):
@@ -69,7 +71,7 @@ def _attribute(budget: Budget, owner: Any, name: Any) -> PickledGlobal | Pickled
         raise UnsafeError(f"a class or function whose name has {len(full)} characters")
     known = full in KNOWN_VALUES
     if isinstance(owner, GlobalName):
-        return PickledGlobal(full, known, functools.partial(make, budget))
+        return PickledGlobal(full, known, functools.partial(make, budget, builders))
     return PickledObject(global_name=full, args=() if known else (owner,), known=known)
 
 
