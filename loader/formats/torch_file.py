@@ -6,10 +6,12 @@ header, never a storage: `materialize.tensors` reads those, once it is known whi
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
 from ..plurals import counted
@@ -100,7 +102,7 @@ def read_index(
         raise CorruptError(f"{name}: {path} cannot be read ({error.strerror}).", path=name) from error
     if kind == "torch-zip":
         archive = read_zip(path, name=name, open_file=open_file, derive=partial)
-        return _read_zip_index(archive, path, name, size)
+        return _read_zip_index(archive, path, name, size, _ZipStorages(archive))
     if kind == "torch-legacy" and not partial:
         limit = _memory_limit(size, min(size, _LARGEST_PICKLE))
         tree, storages = read_legacy(path, name=name, memory_limit=limit)
@@ -119,7 +121,65 @@ def read_index(
     raise _other_kind(kind, name, size)
 
 
-def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> FileIndex:
+def read_item(
+    path: str, start: int, stop: int, *, name: str, key: str, open_file: OpenFile = open_local
+) -> FileIndex:
+    """The index of the torch zip that is bytes ``[start, stop)`` of the file at `path`, one of several in it.
+
+    Its storages lie in that file; their keys there begin with `key`, which is this item's own. The same promises and
+    errors as `read_index`, of which `FormatError` where those bytes are no torch zip.
+    """
+
+    def open_part(path: str) -> BinaryIO:
+        return cast(BinaryIO, _PartOfFile(open_file(path), start, stop))
+
+    try:
+        archive = read_zip(path, name=name, open_file=open_part, size=stop - start)
+    except CorruptError:
+        with open_part(path) as part:
+            kind = sniff(part.read(HEAD_BYTES))
+        if kind != "torch-zip":
+            raise _other_kind(kind, name, stop - start) from None
+        raise
+    return _read_zip_index(archive, path, name, stop - start, _ZipStorages(archive, start, key))
+
+
+class _PartOfFile(io.RawIOBase):
+    """Bytes ``[start, stop)`` of a file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+        super().__init__()
+        self._file = file
+        self._start = start
+        self._size = stop - start
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence] + offset
+        if position < 0:
+            raise OSError(errno.EINVAL, "a position before the beginning")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._file.seek(self._start + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int, finder: _ZipStorages) -> FileIndex:
     if "byteorder" in archive.records:
         order = archive.read("byteorder", limit=64)
         if order != b"little":
@@ -139,7 +199,6 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> Fil
             f"{name}: the pickle in data.pkl is followed by {counted(len(data) - scan.end, 'byte')}.",
             path=name,
         )
-    finder = _ZipStorages(archive)
     tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, find_storage=finder.find)
     check_tree(tree, name=name)
     storages = tuple(sorted(finder.found.values(), key=lambda storage: storage.offset))
@@ -149,8 +208,14 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int) -> Fil
 class _ZipStorages:
     """Finds the zip's records by the keys that its pickle names; each storage becomes one `StorageRef`."""
 
-    def __init__(self, archive: ZipRecords) -> None:
+    def __init__(self, archive: ZipRecords, base: int = 0, key: str = "") -> None:
+        """`base` is where the zip begins in its file, `key` what its storages' keys begin with there.
+
+        Of a zip with a `key` all headers were compared already, so its storages refer to none.
+        """
         self.archive = archive
+        self.base = base
+        self.key = key
         self.found: dict[str, StorageRef] = {}
 
     def find(self, pid: tuple[Any, ...]) -> PickledTensor | PickledInertTensor:
@@ -164,11 +229,11 @@ class _ZipStorages:
                 raise CorruptError(f"a tensor's storage {named.key!r} is not in the file; fetch it again")
             storage = StorageRef(
                 self.archive.path,
-                f"data/{named.key}",
-                record.offset,
+                f"{self.key}data/{named.key}",
+                self.base + record.offset,
                 record.size,
                 self.archive.crc32(record),
-                record.header,
+                -1 if self.key else record.header,
             )
             self.found[named.key] = storage
         if named.nbytes > storage.nbytes:

@@ -122,9 +122,12 @@ class ZipRecords:
         return data
 
 
-def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: bool = False) -> ZipRecords:
+def read_zip(
+    path: str, *, name: str, open_file: OpenFile = open_local, derive: bool = False, size: int | None = None
+) -> ZipRecords:
     """The records of the torch zip at `path`; ``name`` is what messages call it.
 
+    `size` is that of what `open_file` opens, where that is not the whole file: places are counted from its beginning.
     `derive` is for a file of which only the directory was fetched: where a record's data begin is worked out from the
     directory, by torch's rule of alignment, and a local header is read only where that does not fit the next record.
     `ZipRecords.check_header` compares the others later.
@@ -133,7 +136,7 @@ def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: 
     overlap or the directory would take far more memory than the file has bytes, `FormatError` for zips of
     other kinds.
     """
-    size = os.path.getsize(path)
+    size = os.path.getsize(path) if size is None else size
     with open_file(path) as file:
         directory = _directory_size(file, size, name)
         if directory * _ENTRY_MEMORY > _DIRECTORY_MEMORY * size + _LEAST_DIRECTORY_MEMORY:
@@ -161,10 +164,14 @@ def read_zip(path: str, *, name: str, open_file: OpenFile = open_local, derive: 
 
 def _directory_size(file: BinaryIO, size: int, name: str) -> int:
     """Bytes of the directory as the record at the file's end has them; zipfile would read that many at once."""
-    tail_start = max(0, size - 65557 - _END64_LOCATOR.size)
-    file.seek(tail_start)
+    # As torch writes it, without a comment, the record is the last bytes.
+    file.seek(max(0, size - _END.size - _END64_LOCATOR.size))
     tail = file.read()
-    at = tail.rfind(b"PK\5\6")
+    at = len(tail) - _END.size
+    if at < 0 or tail[at : at + 4] != b"PK\5\6" or tail[-2:] != b"\0\0":
+        file.seek(max(0, size - 65557 - _END64_LOCATOR.size))
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6")
     if at < 0 or at + _END.size > len(tail):
         raise CorruptError(
             f"{name}: it begins as a zip but has no zip directory at its end. The file is truncated; fetch "

@@ -1,4 +1,4 @@
-"""Names a checkpoint's file on this node. Pure."""
+"""Names a checkpoint's file on this node, and a part of one. Pure."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ class NodeFile:
     kind: Literal["file", "archive"]
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileItem:
+    """One torch file inside a larger file: its bytes ``[start, stop)``."""
+
+    file: NodeFile
+    start: int
+    stop: int
+    key: str
+    """What it holds, for messages; its own among the items of the file."""

@@ -58,8 +58,9 @@ def read_pickle(
 
     ``scan`` is what `scan_pickle` returned for the same bytes, ``name`` what messages call the file. Without
     ``find_storage``, a pickle that holds tensors is refused, but a plain one (which `torch.save` did not write), for
-    whose storages there is ``load_storage``. With ``inert``, as the scan was made, every call is kept as an `InertObject`,
-    those of Python's and torch's own types too. Nothing that the file names is imported, looked up or called.
+    whose storages there is ``load_storage``. With ``inert``, as the scan was made, every call is kept as an
+    `InertObject`, those of Python's and torch's own types too. Nothing that the file names is imported, looked up or
+    called.
 
     Raises `CorruptError` where it is malformed or describes impossible values, `UnsafeError` where its calls copy or
     hash more than ``memory_limit`` allows, where a global's name is too long, or where it sets the state of something
