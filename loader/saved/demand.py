@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .model_parallel import ExpertLayer, LayerFile, Position
 from .regions import Run
+from .strided import Box
 
 Shape = tuple[int, ...]
 
@@ -51,6 +52,9 @@ class Demand:
     """``LoadOptions.rename``."""
     parameters: Mapping[str, ParameterDemand] | None = None
     """By this job's names; None where every rank needs all elements of all of them, or which ones is not known yet."""
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    """Of a job without an engine: the boxes of sharded parameters that this rank keeps, by this job's names. It keeps
+    all of every other tensor."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names of tied parameters to those in `parameters`."""
     others: tuple[str, ...] = ()
@@ -70,7 +74,7 @@ class Demand:
     @property
     def names(self) -> tuple[str, ...]:
         """All names of the module's state, where they are known."""
-        return (*(self.parameters or ()), *self.aliases, *self.others)
+        return (*(self.parameters or self.boxes), *self.aliases, *self.others)
 
     @property
     def trained(self) -> frozenset[str]:

@@ -1,21 +1,27 @@
-"""Says what a job without a DeepSpeed engine asks of a checkpoint: all of every tensor, under its own class names."""
+"""Says what a job without a DeepSpeed engine asks of a checkpoint: all of every tensor, but of DTensors its shards."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
+from ..errors import LayoutError
 from ..saved.demand import Demand, Shape
 from ..saved.model_parallel import Position
+from ..saved.strided import Box
 from ..state import as_list, by_class_name, unwrap
 from .base import RestoreOptions
-from .dtensor import shape_of
-from .module import parameter_names
+from .dtensor import dtensor_box, has_dtensors, is_dtensor, shape_of
+from .module import module_tensors, parameter_names
 
 
-def demand_of(state: Any, options: RestoreOptions, rank: int, world_size: int) -> Demand:
-    """What a `State` or a foreign state demands on this rank."""
+def demand_of(
+    state: Any, options: RestoreOptions, rank: int, world_size: int, *, with_boxes: bool = False
+) -> Demand:
+    """What a `State` or a foreign state demands on this rank; `with_boxes`: of DTensors no more than its shards."""
+    boxes = _boxes(getattr(state, "model", None)) if with_boxes else {}
     return Demand(
         Position(rank, world_size),
         weights_only=options.weights_only,
@@ -26,7 +32,24 @@ def demand_of(state: Any, options: RestoreOptions, rank: int, world_size: int) -
         scaler=next(iter(_classes(state, "scaler")), "GradScaler"),
         layout=options.layout,
         rename=options.rename,
+        boxes=boxes,
+        others=tuple(name for name in module_tensors(unwrap(state.model)) if name not in boxes)
+        if boxes
+        else (),
     )
+
+
+def _boxes(model: Any) -> dict[str, Box]:
+    """The box that this rank keeps of each DTensor of the module; those that cannot be restored are left out."""
+    module = unwrap(model)
+    if not isinstance(module, torch.nn.Module) or not has_dtensors(module):
+        return {}
+    found = {}
+    for name, tensor in module_tensors(module).items():
+        if tensor is not None and is_dtensor(tensor):
+            with contextlib.suppress(LayoutError):  # the plan says so
+                found[name] = dtensor_box(tensor, name)
+    return found
 
 
 def _classes(state: Any, part: str) -> tuple[str, ...]:

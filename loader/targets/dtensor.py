@@ -7,6 +7,7 @@ there, as a plan needs them. For modules sharded with ``fully_shard`` (FSDP2): `
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ def is_dtensor(tensor: Any) -> bool:
 def local_part(tensor: torch.Tensor, name: str) -> tuple[Box, torch.Tensor]:
     """The box of the whole `tensor` that this rank keeps, and its memory, of the box's shape.
 
-    `name` is for messages. Raises `LayoutError` for a DTensor with placements other than ``Shard`` and ``Replicate``,
-    or with a shard of another shape than they give.
+    `name` is for messages. Raises `LayoutError` for a DTensor with placements other than ``Shard``, ``Replicate`` and
+    what `fully_shard` makes of a dimension that tensor parallelism shards too, or with a shard of another shape than
+    they give.
     """
     if not is_dtensor(tensor):
         return whole_box(tuple(tensor.shape)), tensor.detach()
@@ -57,23 +59,27 @@ def dtensor_box(tensor: Any, name: str) -> Box:
     """The box of the DTensor `tensor` on this rank, by its placements.
 
     As in torch (``torch/distributed/tensor/placement_types.py``), mesh dimensions apply in order, and each ``Shard``
-    cuts what is left as ``torch.chunk`` does: shares of ceil(size / ranks) elements, the last ones smaller or empty.
-    Empty where the rank is not in the tensor's mesh. Raises as `local_part`.
+    cuts what is left as ``torch.chunk`` does: shares of ceil(size / ranks) elements, the last ones smaller or empty. A
+    ``_StridedShard`` cuts what the later mesh dimensions have left of its dimension, so it applies after them. Empty
+    where the rank is not in the tensor's mesh. Raises as `local_part`.
     """
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     starts, sizes = [0] * tensor.ndim, list(tensor.shape)
     if coordinate is None:
         return Box(tuple(starts), (0,) * tensor.ndim)
-    for mesh_dim, placement in enumerate(tensor.placements):
+    placements = tuple(tensor.placements)
+    strided = [at for at, one in enumerate(placements) if _is_strided(one)]
+    for mesh_dim in [*(at for at in range(len(placements)) if at not in strided), *reversed(strided)]:
+        placement = placements[mesh_dim]
         if type(placement) is Replicate:
             continue
-        if type(placement) is not Shard:
+        if not _cuts_in_order(placements, mesh_dim, mesh):
             raise LayoutError(
-                f"{name} is a DTensor placed as {tensor.placements}; only Shard and Replicate can be restored. Load "
-                "before the module is sharded that way"
+                f"{name} is a DTensor placed as {placements}; only Shard and Replicate can be restored, and "
+                "fully_shard over tensor parallelism. Load before the module is sharded that way"
             )
         dim = placement.dim % tensor.ndim
         share = -(-sizes[dim] // mesh.size(mesh_dim))
@@ -81,6 +87,26 @@ def dtensor_box(tensor: Any, name: str) -> Box:
         starts[dim] += first
         sizes[dim] = min(share, sizes[dim] - first)
     return Box(tuple(starts), tuple(sizes))
+
+
+def _is_strided(placement: Any) -> bool:
+    # By name: torch has moved the class, which is not public.
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _cuts_in_order(placements: tuple[Any, ...], mesh_dim: int, mesh: Any) -> bool:
+    """Whether the placement of a mesh dimension is a ``Shard``, or strided over all later cuts of its dimension."""
+    from torch.distributed.tensor import Shard
+
+    placement = placements[mesh_dim]
+    if not _is_strided(placement):
+        return type(placement) is Shard
+    later = [
+        at
+        for at in range(mesh_dim + 1, len(placements))
+        if getattr(placements[at], "dim", None) == placement.dim
+    ]
+    return bool(placement.split_factor == math.prod(mesh.size(at) for at in later))
 
 
 def unfillable(tensor: torch.Tensor, *, whole: bool = False) -> str | None:
