@@ -15,13 +15,14 @@ from ..cache.folder import folder_of
 from ..context import LoadContext
 from ..errors import InternalError, LayoutError
 from ..formats.torch_file import FileIndex
-from ..saved.node_file import NodeFile
+from ..saved.node_file import FileItem, NodeFile
 from ..saved.tree import find_unknown
 from ..stores.locate import Located
 from ..stores.names import file_name
 from ..stores.probes import Probes, all_there
 from ..template import expand_path, template_variables
 from .files import FetchedFile, FileNeed, fetch_files
+from .items import read_items
 from .remote_files import RemoteFiles
 
 
@@ -52,7 +53,8 @@ class CheckpointFiles:
         """Names of files, the same on all ranks, by local path."""
         first = self._fetch([located.first], "fetch first")[located.first]
         # Of a folder, relative to it, as all its files are named; and without the query of a URL.
-        self._first = replace(first, name=file_name(first.name)) if self.in_folder else first
+        relative = located.first_inside or file_name(first.name)
+        self._first = replace(first, name=relative) if self.in_folder else first
         self._fetched[self._first.name] = self._first
 
     @property
@@ -119,6 +121,15 @@ class CheckpointFiles:
         with self.context.stages.timed("locate"):
             return str(self.context.session.channel.decide(f"find {what}", None, probe))
 
+    def existing(self, names: Sequence[str]) -> list[str]:
+        store = self.context.store
+        objects = {store.join(self._located.name, name) if self.in_folder else name: name for name in names}
+        with self.context.stages.timed("locate"):
+            there = self.context.session.channel.decide(
+                "existing", None, lambda _: all_there(store, list(objects))
+            )
+        return [objects[one] for one in there]
+
     def of_rank(self, rank: int, saved_world_size: int) -> str:
         template, run_name = self._path.template, self._path.run_name
         topology, first = self.context.session.topology, self._first.source
@@ -154,6 +165,11 @@ class CheckpointFiles:
         found = self.remote.index(path, name)
         self.indexes.append(found)
         self._names[path] = name
+        return found
+
+    def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
+        found, by_file = read_items(self.context, self.remote, wanted, stage)
+        self.indexes += by_file
         return found
 
     def stage(self, name: str) -> contextlib.AbstractContextManager[Any]:

@@ -46,6 +46,9 @@ GAPS_BYTES = 64 << 10
 own checksum can be compared: a full restore leaves only the gaps between the records."""
 SMALL_ARCHIVE_BYTES = 1 << 20
 """Archives up to this size come whole."""
+OF_ITEMS = ".distcp"
+"""Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
+fetch, another file says (`items`)."""
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Suffixes of objects that come whole; for them no range source is opened."""
 
@@ -156,6 +159,12 @@ class RemoteFiles:
             file = open_remote_file(objects, info, source, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
+            if path_of(info.name).endswith(OF_ITEMS):
+                with self._lock:
+                    self._files[file.path] = file
+                undoing.pop_all()
+                part = _part_of(info, source)
+                return InParts(file.path, "file", size, file.fetched_bytes, (), {"": part})
             file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
             kind = sniff(file.read(0, HEAD_BYTES))
             in_parts = None

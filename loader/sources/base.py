@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
 from ..saved.demand import Demand
-from ..saved.node_file import NodeFile
+from ..saved.node_file import FileItem, NodeFile
 
 
 class Files(Protocol):
@@ -51,11 +51,21 @@ class Files(Protocol):
         Raises `NotFoundError` on all ranks where there is none; `what` is what messages call it.
         """
 
+    def existing(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that exist; rank 0 asks the store. Every rank must call, with the same names."""
+
     def of_rank(self, rank: int, saved_world_size: int) -> str:
         """The name of saved rank `rank`'s file, by the path's template. Raises `LayoutError` where it has none."""
 
     def index(self, file: NodeFile, member: str = "") -> FileIndex:
         """The index of a file of tensors that was fetched; of an archive, of its `member`."""
+
+    def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
+        """The indexes of torch files inside fetched files, in the order of `wanted`. Every rank must call.
+
+        Of a remote file, only the ends of its items are fetched for that. Raises as `index`, and `CorruptError` where a
+        file ends before an item does, on all ranks alike. `stage` is as in `fetch`.
+        """
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
         """A timed block that all ranks leave together, or all with the same error. Every rank must enter."""

@@ -1,5 +1,5 @@
-"""Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, one of its tag folders, or the
-folder of a model in one or several files.
+"""Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, one of its tag folders, a folder
+of ``torch.distributed.checkpoint`` (DCP), or the folder of a model in one or several files.
 
 Names are derived, and the store is asked for each, so that stores that cannot list do as well as those that can.
 """
@@ -37,12 +37,16 @@ _SLICES_PARTS = 8
 """Up to how many files a rank its first one is looked for."""
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
 """Files, relative to the tag folder, that only a universal checkpoint has; its model files look like native ones."""
-_CONVERT_DCP = (
-    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` makes a torch file of such a "
-    "folder"
-)
+DCP_METADATA = ".metadata"
+"""The file that a DCP folder is finished with, and by which it is recognised."""
+_ACCELERATE_MODEL = "pytorch_model_fsdp_0"
+"""The DCP folder of the model inside of one that Accelerate saved."""
 OTHER_KINDS = {
-    ".metadata": ("a torch.distributed.checkpoint (DCP) folder", _CONVERT_DCP),
+    "__0.metadata": (
+        "a torch.distributed.checkpoint (DCP) folder in which each rank saved the metadata of its own part "
+        "(use_collectives=False)",
+        "torch.distributed.checkpoint.load reads it; save it again with collectives",
+    ),
     "__0_0.distcp": (
         "a torch.distributed.checkpoint (DCP) folder that was not finished: .metadata, which is written last, is not "
         "in it",
@@ -61,8 +65,8 @@ OTHER_KINDS = {
 do."""
 OTHER_FILES = {
     ".distcp": (
-        "a shard of a torch.distributed.checkpoint (DCP) folder",
-        _CONVERT_DCP,
+        "one file of a torch.distributed.checkpoint (DCP) folder alone",
+        "pass the folder",
     ),
     "adapter_config.json": (
         "the settings of a PEFT adapter, and holds no weights itself",
@@ -96,6 +100,8 @@ class Located:
     """Whether the folder was named by the ``latest`` of the one above."""
     root: str | None = None
     """The folder that the path names, where a framework may have more files; None for a file and for a tag's folder."""
+    first_inside: str = ""
+    """Name of `first` relative to the folder, where it lies in a folder inside it."""
 
 
 def locate(store: Store, name: str) -> Located:
@@ -119,9 +125,8 @@ def locate(store: Store, name: str) -> Located:
     info = probes.stat(name) if store.is_local else None
     what = "" if info is not None and info.is_folder else "there is no such object, "
     raise probes.nothing(
-        f"{store.describe(name)} is neither a file nor a DeepSpeed folder: {what}no {LATEST!r} in it, and no "
-        f"{' or '.join(MODEL_STATES)}; nor has it a model's file, such as {MODEL_FILES[0]} or {MODEL_FILES[1]}"
-        f"{_nearby(store, name)}",
+        f"{store.describe(name)} is no checkpoint: {what}no {LATEST!r} in it, as a DeepSpeed folder has, and no "
+        f"{', '.join((*MODEL_STATES, DCP_METADATA))}, {MODEL_FILES[0]} or {MODEL_FILES[1]}{_nearby(store, name)}",
         store.describe(name),
     )
 
@@ -183,6 +188,19 @@ def _as_folder(probes: Probes, name: str) -> Located | None:
     found = _model_file(probes, name)
     if found is not None:
         return Located("folder", without_slash(name), found, file_name(name))
+    return _as_dcp(probes, name)
+
+
+def _as_dcp(probes: Probes, name: str) -> Located | None:
+    """A DCP folder, by itself or by its ``.metadata``, or the folder in which Accelerate put one."""
+    store = probes.store
+    if file_name(name) == DCP_METADATA:
+        name = folder_of(name)
+    for inside in (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}"):
+        first = store.join(name, inside)
+        if probes.exists(first):
+            folder = without_slash(name)
+            return Located("folder", folder, first, file_name(name), root=folder, first_inside=inside)
     return None
 
 

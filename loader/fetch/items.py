@@ -1,0 +1,175 @@
+"""Reads the indexes of torch files that lie end to end in larger files, as in those of a DCP folder.
+
+A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all items
+in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one range.
+Items whose index is longer are fetched whole in a second round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import BinaryIO, cast
+
+from ..byte_ranges import ByteRange, subtract
+from ..context import LoadContext
+from ..errors import CorruptError
+from ..formats.torch_file import FileIndex, read_item
+from ..formats.torch_zip import open_local
+from ..saved.node_file import FileItem
+from .remote_files import RemoteFiles
+from .rounds import WantedRanges, fetch_now
+
+END_BYTES = 2 << 10
+"""What is fetched of each end of an item; torch's own take half of that."""
+WHOLE_BYTES = 16 << 10
+"""Items up to this size are fetched whole."""
+
+
+def read_items(
+    context: LoadContext, remote: RemoteFiles, wanted: Sequence[FileItem], stage: str
+) -> tuple[list[FileIndex], list[FileIndex]]:
+    """The indexes of the items, in the order of `wanted`, and one for each file, with all of its storages together.
+
+    Every rank must call, whatever it wants. Raises, on all ranks alike, what `read_item` and `fetch_now` raise, and
+    `CorruptError` where a file ends before one of its items.
+    """
+    ends = {item: _ends(item) for item in wanted if item.file.path in remote.known}
+    found: dict[FileItem, FileIndex] = {}
+    with context.stages.stage(f"{stage}: sizes"):
+        _check_sizes(wanted)
+    fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
+    with context.stages.stage(stage), _OpenFiles() as opened:
+        late = _read(wanted, ends, opened, found)
+    if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
+        whole = {item: [ByteRange(item.start, item.stop)] for item in late}
+        fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
+        with context.stages.stage(f"{stage} again"), _OpenFiles() as opened:
+            _read(late, whole, opened, found)
+    return [found[item] for item in wanted], list(_by_file(wanted, found))
+
+
+def _check_sizes(wanted: Sequence[FileItem]) -> None:
+    last: dict[str, FileItem] = {}
+    for item in wanted:
+        if item.file.path not in last or item.stop > last[item.file.path].stop:
+            last[item.file.path] = item
+    for path, item in last.items():
+        size = os.path.getsize(path)
+        if item.stop > size:
+            raise CorruptError(
+                f"{item.file.source} has {size:,} bytes, but {item.key} is to end at byte {item.stop:,}: the file was "
+                "cut short when it was saved or copied, or is of another save; copy it again, or take another one",
+                path=item.file.source,
+            )
+
+
+def _ends(item: FileItem) -> list[ByteRange]:
+    if item.stop - item.start <= WHOLE_BYTES:
+        return [ByteRange(item.start, item.stop)]
+    return [
+        ByteRange(item.start, item.start + END_BYTES),
+        ByteRange(item.stop - END_BYTES, item.stop),
+    ]
+
+
+def _by_path(parts: Mapping[FileItem, Sequence[ByteRange]]) -> WantedRanges:
+    wanted: WantedRanges = {}
+    for item, ranges in parts.items():
+        wanted.setdefault(item.file.path, []).extend(ranges)
+    return wanted
+
+
+def _read(
+    wanted: Sequence[FileItem],
+    landed: Mapping[FileItem, Sequence[ByteRange]],
+    opened: _OpenFiles,
+    found: dict[FileItem, FileIndex],
+) -> list[FileItem]:
+    """Adds the indexes to `found`; items of which more is needed than has `landed` are returned."""
+    late = []
+    for item in wanted:
+        try:
+            found[item] = read_item(
+                item.file.path,
+                item.start,
+                item.stop,
+                name=f"{item.file.source}: {item.key}",
+                key=f"{item.key}:",
+                open_file=opened.opener(landed.get(item)),
+            )
+        except _NotThereError:
+            late.append(item)
+        except OSError as error:
+            raise CorruptError(
+                f"{item.file.source}: {item.file.path} cannot be read ({error.strerror}).",
+                path=item.file.source,
+            ) from error
+    return late
+
+
+def _by_file(wanted: Sequence[FileItem], found: Mapping[FileItem, FileIndex]) -> Iterator[FileIndex]:
+    """For each file an index with all of its items together."""
+    files: dict[str, list[FileIndex]] = {}
+    names = {item.file.path: item.file.source for item in wanted}
+    for item in wanted:
+        files.setdefault(item.file.path, []).append(found[item])
+    for path, indexes in files.items():
+        yield FileIndex(
+            path,
+            names[path],
+            [index.tree for index in indexes],
+            os.path.getsize(path),
+            all(index.verifiable for index in indexes),
+            tuple(storage for index in indexes for storage in index.storages),
+            "zip",
+        )
+
+
+class _NotThereError(Exception):
+    """Bytes are read that were not fetched."""
+
+
+class _OpenFiles(contextlib.ExitStack):
+    """Files that are each opened once; those that its openers return share them, and close nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, BinaryIO] = {}
+
+    def opener(self, landed: Sequence[ByteRange] | None) -> Callable[[str], BinaryIO]:
+        """A function like ``open``; reading outside of what has `landed` raises `_NotThereError`."""
+
+        def open_file(path: str) -> BinaryIO:
+            if path not in self._files:
+                self._files[path] = self.enter_context(open_local(path))
+            return cast(BinaryIO, _Shared(self._files[path], landed))
+
+        return open_file
+
+
+class _Shared(io.RawIOBase):
+    """A file that another one is open for."""
+
+    def __init__(self, file: BinaryIO, landed: Sequence[ByteRange] | None) -> None:
+        super().__init__()
+        self._file = file
+        self._landed = landed
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        if self._landed is not None:
+            start = self._file.tell()
+            if size < 0 or subtract([ByteRange(start, start + size)], self._landed):
+                raise _NotThereError
+        return self._file.read(size)
