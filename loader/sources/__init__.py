@@ -6,6 +6,7 @@ Whatever wrote the checkpoint, its parts come out as ``state/model``, ``state/op
 ``state/schedulers/CLASS`` and so on, so that ``ignore_keys`` and the targets know one vocabulary.
 
 - `zero`: a DeepSpeed checkpoint, whose parameters lie in partitions on the ranks that saved it.
+- `dcp`: a folder of ``torch.distributed.checkpoint``, whose tensors lie in chunks.
 - `sharded`: a model in several files, of safetensors or of torch, which an index lists.
 - `slices`: safetensors files of each rank's slices of a model, as torch's writer saves them.
 - `single_file`: a file that holds everything, as Composer, Lightning or a training script saved it, or a bare state

@@ -6,13 +6,14 @@ from ..errors import FormatError
 from ..saved.contents import Saved
 from ..saved.demand import Demand
 from .base import Files, Source
+from .dcp.open import Dcp
 from .sharded import Sharded
 from .side_files import with_side_files
 from .single_file import SingleFile
 from .slices import Slices
 from .zero.open import Zero
 
-SOURCES: tuple[Source, ...] = (Zero(), Sharded(), Slices(), SingleFile())
+SOURCES: tuple[Source, ...] = (Zero(), Dcp(), Sharded(), Slices(), SingleFile())
 """In the order in which they are asked."""
 
 

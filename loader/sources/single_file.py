@@ -25,7 +25,8 @@ from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, lone_part, not_a_dict, obstacle
 
 __all__ = [
-    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "by_class", "file_tree", "read_layout", "rng_list", "state_dict_of",
+    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "by_class", "file_tree", "has_model", "is_weight", "read_layout",
+    "rng_list", "state_dict_of",
 ]  # fmt: skip
 
 COMPOSER_STATES = "composer_states.pt"
@@ -178,7 +179,7 @@ def read_layout(
         return _composer(tree, file)
     if "state_dict" in tree and ("pytorch-lightning_version" in tree or "optimizer_states" in tree):
         return _lightning(tree, file, names)
-    if _is_state_dict(tree) and all(_is_weight(key, value) for key, value in tree.items()):
+    if _is_state_dict(tree) and all(is_weight(key, value) for key, value in tree.items()):
         return Saved(file, _KIND, STATE_DICT, {"model": tree})
     found = None if is_emptied_by_zero(tree) else _hand_written(tree, file, names, with_model=with_model)
     if found is not None:
@@ -279,7 +280,7 @@ def _mapped(tree: Mapping[str, Any], file: str, layout: Mapping[str, str], names
         node: Any = tree
         at_root = not key_path.strip("/")
         if at_root and role == "model":
-            weights = {key: tree[key] for key in tree if key not in taken and _is_weight(key, tree[key])}
+            weights = {key: tree[key] for key in tree if key not in taken and is_weight(key, tree[key])}
             taken.update(weights)
             node = weights if len(weights) < len(tree) else tree
         elif at_root:
@@ -351,7 +352,12 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _is_weight(key: Any, value: Any) -> bool:
+def has_model(tree: Mapping[Any, Any]) -> bool:
+    """Whether a file's dict has a state dict under one of the keys for it, or is Composer's or Lightning's."""
+    return _is_composer(tree) or any(_is_state_dict(tree.get(key)) for key in _ROLE_KEYS["model"])
+
+
+def is_weight(key: Any, value: Any) -> bool:
     """Whether a state dict can hold `value` under `key`: a tensor, or a module's extra state."""
     return isinstance(key, str) and (is_tensor(value) or key.rpartition(".")[2] == EXTRA_STATE)
 

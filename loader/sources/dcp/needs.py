@@ -1,0 +1,90 @@
+"""Works out which items of a DCP folder this rank reads, before any of its files is fetched. Pure.
+
+Of a parameter that is saved in chunks, a rank needs the chunks that meet what it keeps of it, and of the optimizer's
+state the same; of everything else it needs all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ...formats.dcp_metadata import ChunkedTensor, Item, Metadata
+from ...saved.contents import Saved
+from ...saved.demand import Demand
+from ...saved.names import match_names
+from ...saved.regions import Laid, Region, extent, intersect, row_major_stride
+from ...saved.strided import Box
+from ...saved.tensor import same_shape
+from ...saved.tree import iterate
+from .layout import tensors_by_role
+
+Keys = Mapping[int, str]
+"""The keys of an outline's tensors and objects, by ``id``."""
+
+
+def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand) -> set[Item]:
+    """The items that hold anything this rank reads.
+
+    `outline` is the checkpoint's parts before anything of them was read, None where they show only in the items: then
+    all are read.
+    """
+    if outline is None:
+        return {item for key in (*metadata.tensors, *metadata.objects) for item in _all(metadata, key)}
+    kept = dict(_kept(outline, key_of, demand))
+    wanted = {*metadata.tensors, *metadata.objects}
+    if demand.weights_only:
+        # Extra state may be a dict, which has keys of its own.
+        wanted = {
+            key_of[id(value)] for _, value in iterate(outline.state.get("model")) if id(value) in key_of
+        }
+    return {item for key in wanted for item in _met(metadata, key, kept.get(key))}
+
+
+def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, Sequence[Region]]]:
+    """What this rank keeps of tensors of which it may not keep all, by the folder's keys."""
+    model = outline.state.get("model")
+    if not isinstance(model, Mapping) or not (demand.parameters or demand.boxes):
+        return
+    target_of = match_names(model, demand.names, demand.rename).target_of
+    shapes = {name: value.shape for role, name, value in tensors_by_role(outline) if role == "model"}
+    for role, saved_name, value in tensors_by_role(outline):
+        name = target_of.get(saved_name)
+        if name is None or value.shape != shapes.get(saved_name):
+            continue
+        name = demand.aliases.get(name, name)
+        box, asked = demand.boxes.get(name), (demand.parameters or {}).get(name)
+        if box is not None and len(box.sizes) == len(value.shape):
+            yield key_of[id(value)], [box]
+        elif asked is not None and same_shape(value.shape, asked.shape):
+            yield key_of[id(value)], [*asked.updated, *(asked.computed if role == "model" else ())]
+
+
+def _all(metadata: Metadata, key: str) -> Iterator[Item]:
+    if key in metadata.objects:
+        yield metadata.objects[key]
+    else:
+        yield from (chunk.item for chunk in metadata.tensors[key].chunks)
+
+
+def _met(metadata: Metadata, key: str, kept: Sequence[Region] | None) -> Iterator[Item]:
+    """The items of `key` that hold elements of `kept`; all of them where it is None."""
+    if kept is None or key in metadata.objects:
+        yield from _all(metadata, key)
+        return
+    tensor = metadata.tensors[key]
+    for chunk in tensor.chunks:
+        if any(_meet(tensor, chunk.box, region) for region in kept):
+            yield chunk.item
+
+
+def _meet(tensor: ChunkedTensor, box: Box, region: Region) -> bool:
+    """Whether the two have an element in common."""
+    if not box.numel or not region.numel:
+        return False
+    first, stop = extent(tensor.shape, box)
+    other_first, other_stop = extent(tensor.shape, region)
+    if stop <= other_first or other_stop <= first:
+        return False
+    stride = row_major_stride(tensor.shape) if isinstance(region, Box) else (1,)
+    here, there = Laid(box, 0, row_major_stride(box.sizes)), Laid(region, 0, stride)
+    return next(intersect(tensor.shape, here, there), None) is not None

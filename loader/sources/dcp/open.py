@@ -1,0 +1,148 @@
+"""Opens a DCP folder: reads its ``.metadata``, fetches the items that this rank needs, finds the checkpoint's parts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import CorruptError, FormatError
+from ...formats.dcp_metadata import Item, Metadata, read_metadata
+from ...formats.torch_file import FileIndex
+from ...saved.contents import Saved
+from ...saved.demand import Demand
+from ...saved.node_file import FileItem, NodeFile
+from ..base import Files
+from .layout import parts_of
+from .needs import wanted_items
+from .tree import nested
+from .values import blank, values
+
+METADATA = ".metadata"
+_META = "meta.pt"
+"""What Lightning saves beside a folder's own files: everything that has no shards."""
+_ACCELERATE_MODEL, _ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_", "optimizer_"
+"""The folders, with a number each, in which Accelerate puts the model and the optimizer."""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """One DCP folder of the checkpoint, which may have two."""
+
+    prefix: str
+    """What its files' names begin with."""
+    file: NodeFile
+    """Its ``.metadata``."""
+    metadata: Metadata
+
+    def name_of(self, item: Item) -> str:
+        return f"{self.prefix}{item.file}"
+
+
+class Dcp:
+    """A folder that ``torch.distributed.checkpoint`` wrote, or two of Accelerate's."""
+
+    def recognises(self, files: Files) -> bool:
+        return files.in_folder and files.first.name.rpartition("/")[2] == METADATA
+
+    def open(self, files: Files, demand: Demand) -> Saved:
+        metadata = [files.first]
+        beside: Mapping[str, Any] = {}
+        if not demand.weights_only:
+            more = files.existing(_names_beside(files.first.name))
+            fetched = files.fetch(more, "fetch beside")
+            metadata += [fetched[name] for name in more if name != _META]
+            if _META in fetched:
+                with files.stage("read beside"):
+                    beside = _beside(files, fetched[_META])
+        with files.stage("read metadata"):
+            folders = [_folder(file) for file in metadata]
+            wanted = {}
+            for folder in folders:
+                for item in _wanted(folder, beside, demand, files.name):
+                    _check(item, folder)
+                    wanted[folder.name_of(item), item] = item
+        held = files.fetch(sorted({name for name, _ in wanted}), "fetch")
+        keys = {
+            (folder.name_of(item), item): key for folder in folders for key, item in _places(folder.metadata)
+        }
+        items = [FileItem(held[name], item.offset, item.stop, keys[name, item]) for name, item in wanted]
+        indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
+        with files.stage("read states"):
+            return _saved(files, folders, indexes, beside, demand)
+
+
+def _names_beside(first: str) -> list[str]:
+    """Names of what may lie beside the folder's own files."""
+    folder = first.rpartition("/")[0]
+    if folder.startswith(_ACCELERATE_MODEL):
+        return [f"{_ACCELERATE_OPTIMIZER}{folder.removeprefix(_ACCELERATE_MODEL)}/{METADATA}"]
+    return [_META]
+
+
+def _beside(files: Files, file: NodeFile) -> Mapping[str, Any]:
+    tree = files.index(file).tree
+    if not isinstance(tree, Mapping) or not all(isinstance(key, str) for key in tree):
+        raise FormatError(
+            f"{file.source}: expected a dict, as Lightning saves it beside a folder's files", path=file.source
+        )
+    return tree
+
+
+def _folder(file: NodeFile) -> _Folder:
+    prefix = file.name.removesuffix(METADATA)
+    return _Folder(prefix, file, read_metadata(file.path, name=file.source))
+
+
+def _places(metadata: Metadata) -> Iterator[tuple[str, Item]]:
+    """Each item, with what messages call it: its key, and of a chunk its place in the tensor."""
+    for key, tensor in metadata.tensors.items():
+        for chunk in tensor.chunks:
+            yield f"{key}{list(chunk.box.starts)}", chunk.item
+    yield from metadata.objects.items()
+
+
+def _wanted(folder: _Folder, beside: Mapping[str, Any], demand: Demand, name: str) -> set[Item]:
+    """The items of `folder` that this rank reads."""
+    metadata = folder.metadata
+    everything = not (demand.weights_only or demand.parameters or demand.boxes)
+    stands_in = blank(metadata)
+    outline = None
+    if not everything:
+        with contextlib.suppress(
+            FormatError
+        ):  # its parts show only in the items, or not at all: reading them says so
+            outline = parts_of({**beside, **_nested(folder, stands_in)}, demand, name=name)
+    return wanted_items(metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
+
+
+def _nested(folder: _Folder, found: Mapping[str, Any]) -> dict[str, Any]:
+    paths = folder.metadata
+    try:
+        return nested((paths.path_of(key), value) for key, value in found.items())
+    except CorruptError as error:
+        raise CorruptError(f"{folder.file.source}: {error.message}", path=folder.file.source) from error
+
+
+def _check(item: Item, folder: _Folder) -> None:
+    if item.transforms:
+        raise FormatError(
+            f"{folder.file.source}: the items of {item.file} are stored through {', '.join(item.transforms)[:120]}, "
+            "which is not supported; save the checkpoint without extensions",
+            path=folder.file.source,
+        )
+
+
+def _saved(
+    files: Files,
+    folders: list[_Folder],
+    indexes: Mapping[tuple[str, Item], FileIndex],
+    beside: Mapping[str, Any],
+    demand: Demand,
+) -> Saved:
+    tree: dict[str, Any] = dict(beside)
+    for folder in folders:
+        own = {item: index for (name, item), index in indexes.items() if name == folder.name_of(item)}
+        tree.update(_nested(folder, values(folder.metadata, own, name=folder.file.source)))
+    return parts_of(tree, demand, name=files.name)

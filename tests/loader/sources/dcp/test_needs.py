@@ -1,0 +1,115 @@
+"""Which items of a DCP folder a rank reads: those with an element that it keeps, by brute force."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rankload.loader.formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata
+from rankload.loader.saved.contents import Saved
+from rankload.loader.saved.demand import Demand, ParameterDemand
+from rankload.loader.saved.model_parallel import Position
+from rankload.loader.saved.regions import Run
+from rankload.loader.saved.strided import Box
+from rankload.loader.sources.dcp.needs import wanted_items
+from rankload.loader.sources.dcp.values import blank
+
+Place = tuple[int, ...]
+
+
+def cuts(size: int, at: Sequence[int]) -> list[tuple[int, int]]:
+    edges = sorted({0, size, *(one % (size + 1) for one in at)})
+    return [(start, stop - start) for start, stop in itertools.pairwise(edges)] or [(0, 0)]
+
+
+@st.composite
+def chunked(draw: st.DrawFn, key: str = "w") -> ChunkedTensor:
+    """A tensor in a grid of chunks, each an item of its own."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
+    axes = [cuts(size, draw(st.lists(st.integers(0, 5), max_size=2))) for size in shape]
+    chunks = []
+    for index, one in enumerate(itertools.product(*axes)):
+        box = Box(tuple(start for start, _ in one), tuple(size for _, size in one))
+        chunks.append(Chunk(box, Item(f"{key}.distcp", 10 * index, 10)))
+    return ChunkedTensor("float32", shape, tuple(chunks))
+
+
+def elements(shape: Place, box: Box) -> set[int]:
+    """The row-major positions of a box's elements."""
+    found = set()
+    ranges = [range(start, start + size) for start, size in zip(box.starts, box.sizes, strict=True)]
+    for place in itertools.product(*ranges):
+        position = 0
+        for index, size in zip(place, shape, strict=True):
+            position = position * size + index
+        found.add(position)
+    return found
+
+
+def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tuple[set[Item], set[Item]]:
+    metadata = Metadata({"w": weight, "m": moment}, {"lr": Item("w.distcp", 9999, 1)}, {})
+    stands_in = blank(metadata)
+    state = {
+        "model": {"w": stands_in["w"]},
+        "optimizers": {"A": {"state": {"w": {"exp_avg": stands_in["m"]}}, "param_groups": stands_in["lr"]}},
+    }
+    outline = Saved("it", "dcp", "", state)
+    found = wanted_items(metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
+    files = [{item for item in found if item.file == f"{name}.distcp"} for name in "wm"]
+    return files[0] - {metadata.objects["lr"]}, files[1]
+
+
+def holding(tensor: ChunkedTensor, kept: set[int]) -> set[Item]:
+    return {one.item for one in tensor.chunks if elements(tensor.shape, one.box) & kept}
+
+
+@given(st.data())
+def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
+    weight = data.draw(chunked())
+    starts = [data.draw(st.integers(0, size)) for size in weight.shape]
+    sizes = [
+        data.draw(st.integers(0, size - start)) for start, size in zip(starts, weight.shape, strict=True)
+    ]
+    box = Box(tuple(starts), tuple(sizes))
+    moment = ChunkedTensor(
+        "float32",
+        weight.shape,
+        tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
+    )
+    of_weight, of_moment = wanted(weight, moment, Demand(Position(0, 1), boxes={"w": box}))
+    kept = elements(weight.shape, box)
+    assert of_weight == holding(weight, kept)
+    assert of_moment == holding(moment, kept)
+
+
+@given(st.data())
+def test_runs_of_an_engines_parameter(data: st.DataObject) -> None:
+    weight = data.draw(chunked())
+    numel = len(elements(weight.shape, Box((0,) * len(weight.shape), weight.shape)))
+    runs = []
+    for _ in range(2):
+        start = data.draw(st.integers(0, numel))
+        runs.append(Run(start, data.draw(st.integers(0, numel - start))))
+    updated, computed = runs
+    moment = ChunkedTensor(
+        "float32",
+        weight.shape,
+        tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
+    )
+    asked = ParameterDemand(weight.shape, "float32", (updated,), (computed,))
+    of_weight, of_moment = wanted(weight, moment, Demand(Position(0, 1), parameters={"w": asked}))
+    its = set(range(updated.start, updated.stop))
+    assert of_weight == holding(weight, its | set(range(computed.start, computed.stop)))
+    assert of_moment == holding(moment, its)
+
+
+@given(chunked(), chunked("m"))
+def test_all_where_it_is_not_known(weight: ChunkedTensor, moment: ChunkedTensor) -> None:
+    all_of = [{one.item for one in tensor.chunks} for tensor in (weight, moment)]
+    assert list(wanted(weight, moment, Demand(Position(0, 1)))) == all_of
+    assert list(wanted(weight, moment, Demand(Position(0, 1), weights_only=True))) == [all_of[0], set()]
+    if weight.shape and moment.shape != weight.shape:
+        box = Box((0,) * len(weight.shape), (0,) * len(weight.shape))
+        assert list(wanted(weight, moment, Demand(Position(0, 1), boxes={"w": box}))) == [set(), all_of[1]]

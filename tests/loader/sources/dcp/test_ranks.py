@@ -1,0 +1,66 @@
+"""DCP folders that several ranks saved, into targets of several ranks: bit-equal to what was saved and to torch's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from dcp_worker import check
+from deepspeed_ranks import ENVIRONMENT, needs_deepspeed
+from modules_worker import plain_job
+from places import SUPPORT
+from processes import Finished, run_ranks
+
+WORKER = str(SUPPORT / "dcp_worker.py")
+
+
+def run(function: str, world_size: int, *args: object) -> list[Finished]:
+    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=240, env=ENVIRONMENT)
+    assert [rank.returncode for rank in finished] == [0] * world_size, finished
+    return finished
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an FSDP2 job of two ranks saved."""
+    root = tmp_path_factory.mktemp("two")
+    run("write", 2, root, "fsdp2")
+    return root
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What jobs of four ranks saved: tensor parallel under FSDP2, and FSDP2 in two replicas."""
+    root = tmp_path_factory.mktemp("four")
+    run("write", 4, root, "tp", "hsdp")
+    return root
+
+
+def test_the_same_ranks_go_on_exactly(of_two: Path) -> None:
+    run("restore", 2, of_two, "fsdp2:fsdp2:exact", "fsdp2:plain")
+
+
+def test_one_process_goes_on(of_two: Path, of_four: Path) -> None:
+    check(str(of_two), "fsdp2", plain_job(seed=9), exact=False)
+    check(str(of_four), "tp", plain_job(seed=9), exact=False)
+
+
+def test_four_ranks_go_on(of_two: Path, of_four: Path) -> None:
+    run("restore", 4, of_four, "tp:tp:exact", "hsdp:hsdp:exact", "tp:fsdp2", "hsdp:tp")
+    run("restore", 4, of_two, "fsdp2:fsdp2", "fsdp2:hsdp")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepspeed_engines(of_two: Path, world_size: int) -> None:
+    run("engines", world_size, of_two, "fsdp2")
+
+
+def test_the_error_of_one_rank_is_every_ranks(of_two: Path) -> None:
+    printed = [json.loads(rank.stdout.splitlines()[-1]) for rank in run("faulty", 2, of_two / "fsdp2/saved")]
+    assert printed[0] == printed[1]
+    kind, message = printed[0]
+    assert kind == "CorruptError"
+    assert "Input/output error" in message
+    assert "rank 1" in message

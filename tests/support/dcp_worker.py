@@ -1,0 +1,195 @@
+"""What the ranks of test_ranks.py do with folders of ``torch.distributed.checkpoint``: they save, and restore."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from dcp_folders import assert_same
+from modules_worker import full, optimizer_for, plain_job, sharded_job, train
+from rankload.loader import State, load
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from zero_model import TinyModel
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def replicated_job(seed: int = 7) -> State:
+    """FSDP2 over pairs of ranks, each of which keeps the same shards."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return _sharded(TinyModel(seed), mesh)
+
+
+def tensor_parallel_job(seed: int = 7) -> State:
+    """FSDP2 over tensor parallelism of two ranks, whose shares of a layer are uneven."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("data", "tensor"))
+    model = TinyModel(seed)
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return _sharded(model, mesh["data"])
+
+
+def _sharded(model: TinyModel, mesh: Any) -> State:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return State(model, optimizer_for(model))
+
+
+JOBS: dict[str, Callable[..., State]] = {
+    "plain": plain_job,
+    "fsdp2": sharded_job,
+    "hsdp": replicated_job,
+    "tp": tensor_parallel_job,
+}
+
+
+def with_scheduler(state: State) -> State:
+    state.schedulers = [torch.optim.lr_scheduler.MultiStepLR(state.optimizers[0], [3, 5])]
+    return state
+
+
+def save(state: State, folder: str | Path) -> None:
+    """Saves as torch's documentation shows, with the scheduler beside."""
+    model, optimizer = get_state_dict(state.model, state.optimizers[0])
+    parts = {"model": model, "optim": optimizer, "scheduler": state.schedulers[0].state_dict(), "step": 2}
+    dcp.save(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def whole(state: State) -> dict[str, torch.Tensor]:
+    """All tensors of a job, whole and by name; every rank must call."""
+    found = {f"model/{name}": full(value).clone() for name, value in state.model.state_dict().items()}
+    entries = state.optimizers[0].state
+    for name, parameter in state.model.named_parameters():
+        found.update({f"{key}/{name}": full(one).clone() for key, one in entries.get(parameter, {}).items()})
+    return found
+
+
+def by_dcp(folder: str, state: State) -> None:
+    """Restores model and optimizer by torch's own reader."""
+    model, optimizer = get_state_dict(state.model, state.optimizers[0])
+    parts = {"model": model, "optim": optimizer}
+    dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(
+        state.model, state.optimizers[0], model_state_dict=parts["model"], optim_state_dict=parts["optim"]
+    )
+
+
+def write(root: str, *kinds: str) -> None:
+    """Jobs of these kinds train two steps, save, and train on; their tensors and losses lie beside."""
+    dist.init_process_group("gloo")
+    for kind in kinds:
+        state = with_scheduler(JOBS[kind](3))
+        for _ in range(2):
+            train(state, 1)
+            state.schedulers[0].step()
+        folder = Path(root, kind)
+        save(state, folder / "saved")
+        tensors = whole(state)
+        losses = train(state)
+        if RANK == 0:
+            torch.save(tensors, folder / "tensors.pt")
+            Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check(root: str, written: str, state: State, *, exact: bool) -> None:
+    """Restores what a job of kind `written` saved, and trains on as that did."""
+    folder = Path(root, written)
+    with_scheduler(state)
+    result = load(str(folder / "saved"), state, progress_bar=False)
+    assert_same(whole(state), torch.load(folder / "tensors.pt"))
+    assert state.schedulers[0].last_epoch == 2
+    assert state.schedulers[0].milestones == {3: 1, 5: 1}
+    assert result.extra == {"step": 2}
+    assert result.receipt.kind == "dcp"
+    assert not (result.receipt.missing)
+    assert not (result.receipt.unexpected)
+    assert not (result.receipt.not_restored)
+    theirs, mine = json.loads(Path(folder, "losses.json").read_text()), train(state)
+    assert mine == theirs if exact else torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=1e-5), (
+        mine,
+        theirs,
+    )
+
+
+def restore(root: str, *pairs: str) -> None:
+    """For each ``WRITTEN:TARGET``: restores, and compares with torch's own reader into the same kind of target."""
+    dist.init_process_group("gloo")
+    for pair in pairs:
+        written, target, *exact = pair.split(":")
+        check(root, written, JOBS[target](seed=11), exact=bool(exact))
+        reference, mine = JOBS[target](seed=12), JOBS[target](seed=13)
+        by_dcp(str(Path(root, written, "saved")), reference)
+        load(
+            str(Path(root, written, "saved")),
+            mine,
+            progress_bar=False,
+            ignore_keys=["state/schedulers", "step"],
+        )
+        assert_same(whole(mine), whole(reference))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def engines(root: str, written: str) -> None:
+    """DeepSpeed engines of every stage: masters, moments, steps and rates are those that were saved."""
+    import deepspeed
+    from zero_model import full_state, make_engine
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    saved = torch.load(Path(root, written, "tensors.pt"))
+    for stage in (1, 2, 3):
+        engine = make_engine(stage, seed=5, client=True)
+        # The checkpoint has no state of the engine's own kind of scheduler.
+        load(
+            str(Path(root, written, "saved")),
+            State(engine),
+            progress_bar=False,
+            strict_model_weights=False,
+        )
+        found = full_state(engine)
+        for name, value in found.items():
+            kind, _, key = name.partition("/")
+            if kind in ("fp32", "exp_avg", "exp_avg_sq"):
+                expected = saved[f"{'model' if kind == 'fp32' else kind}/{key}"]
+                assert torch.equal(value, expected), (stage, name)
+        base = engine.optimizer.optimizer
+        assert {float(one["step"]) for one in base.state.values()} == {2.0}
+        assert [group["weight_decay"] for group in base.param_groups] == [0.3, 0.01]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def faulty(folder: str) -> None:
+    """One rank cannot read a file: every rank raises its error. Prints it."""
+    from rankload.loader import RankloadError
+    from rankload.loader.fetch import items
+
+    dist.init_process_group("gloo")
+    if RANK == 1:
+
+        def broken(*args: Any, **options: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        items.read_item = broken
+    try:
+        load(folder, plain_job(), progress_bar=False)
+    except RankloadError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+    dist.barrier()
+    dist.destroy_process_group()
