@@ -8,8 +8,10 @@ writes is an error.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +97,24 @@ def read_metadata(path: str, *, name: str) -> Metadata:
         raise FormatError(f"{name}: has more than {_LARGEST_FILE:,} bytes, which is not supported", path=name)
     limit = _SPARE_MEMORY + _MEMORY_PER_BYTE * len(data)
     scan = scan_pickle(data, name=name, memory_limit=limit, inert=True)
-    tree = read_pickle(data, scan, name=name, memory_limit=limit, inert=True)
+    with _without_collector():
+        tree = read_pickle(data, scan, name=name, memory_limit=limit, inert=True)
+        try:
+            return metadata_of(tree)
+        except (CorruptError, UnsafeError, FormatError) as error:
+            raise type(error)(f"{name}: {error.message}", path=name) from None
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Leaves the garbage collector off: it would go through a million new objects again and again, and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        return metadata_of(tree)
-    except (CorruptError, UnsafeError, FormatError) as error:
-        raise type(error)(f"{name}: {error.message}", path=name) from None
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def metadata_of(tree: Any) -> Metadata:

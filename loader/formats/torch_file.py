@@ -36,6 +36,8 @@ It counts 19 to 22 for what ``torch.save`` writes of AdamW's or SGD's state of v
 takes 12 to 14 while it is read; 4 to 12 for names, numbers and larger tensors.
 """
 _LARGEST_PICKLE = 1 << 30
+_SMALL_ITEM = 16 << 10
+"""Bytes up to which a torch file inside of a larger file is read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,14 @@ def read_item(
     errors as `read_index`, of which `FormatError` where those bytes are no torch zip.
     """
 
+    data = b""
+    if stop - start <= _SMALL_ITEM:
+        with open_file(path) as file:
+            file.seek(start)
+            data = file.read(stop - start)
+
     def open_part(path: str) -> BinaryIO:
-        return cast(BinaryIO, _PartOfFile(open_file(path), start, stop))
+        return io.BytesIO(data) if data else cast(BinaryIO, _PartOfFile(open_file(path), start, stop))
 
     try:
         archive = read_zip(path, name=name, open_file=open_part, size=stop - start)

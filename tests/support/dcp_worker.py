@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from dcp_folders import assert_same
 from modules_worker import full, optimizer_for, plain_job, sharded_job, train
 from rankload.loader import State, load
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -140,6 +141,40 @@ def restore(root: str, *pairs: str) -> None:
             ignore_keys=["state/schedulers", "step"],
         )
         assert_same(whole(mine), whole(reference))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def large_job(seed: int) -> State:
+    """An FSDP2 job of some megabytes: files of more than half a megabyte come in parts."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(640, 640), nn.Linear(640, 640))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    return State(model, torch.optim.AdamW(model.parameters()))
+
+
+def write_large(folder: str) -> None:
+    dist.init_process_group("gloo")
+    state = large_job(1)
+    state.model(torch.ones(2, 640)).sum().backward()
+    state.optimizers[0].step()
+    model, optimizer = get_state_dict(state.model, state.optimizers[0])
+    dcp.save({"model": model, "optim": optimizer}, checkpoint_id=folder)
+    tensors = whole(state)
+    if RANK == 0:
+        torch.save(tensors, f"{folder}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def from_a_store(folder: str, url: str, mode: str) -> None:
+    """Restores over http."""
+    dist.init_process_group("gloo")
+    state = large_job(2)
+    load(url, state, progress_bar=False, options={"mode": mode})
+    assert_same(whole(state), torch.load(f"{folder}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 

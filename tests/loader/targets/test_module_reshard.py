@@ -28,6 +28,7 @@ from processes import run_ranks
 from rankload.loader import LayoutError, MismatchError, State, load
 from rankload.loader.targets.dtensor import dtensor_box
 from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from zero_folders import unpack_zero
 
 pytest.importorskip("safetensors")
@@ -299,7 +300,29 @@ def test_boxes_of_two_dimensional_meshes(dims: tuple[int | None, int | None]) ->
         assert torch.equal(found, wanted)
 
 
-def test_placements_that_are_no_boxes_are_refused() -> None:
-    tensor = SimpleNamespace(shape=(4,), ndim=1, placements=[Partial()], device_mesh=Mesh((2, 3), (0, 0)))
+@pytest.mark.parametrize("shape", [(45, 3), (12, 2), (5, 7), (1, 4), (0, 2)])
+def test_a_strided_shard_cuts_what_later_dimensions_left(shape: tuple[int, int]) -> None:
+    """So does FSDP2 over tensor parallelism: first the shares of the layer, then FSDP's of each of those."""
+    whole = torch.arange(shape[0] * shape[1]).view(shape)
+    placements = (_StridedShard(0, split_factor=3), Shard(0))
+    for coordinate in product(range(2), range(3)):
+        layers = [*whole.chunk(3), whole[:0], whole[:0]]
+        shards = [*layers[coordinate[1]].chunk(2), whole[:0]]
+        tensor = SimpleNamespace(
+            shape=whole.shape, ndim=2, placements=placements, device_mesh=Mesh((2, 3), coordinate)
+        )
+        box = dtensor_box(tensor, "x")
+        found = whole
+        for dim, (start, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
+            found = found.narrow(dim, start, size)
+        assert torch.equal(found, shards[coordinate[0]])
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [[Partial()], [_StridedShard(0, split_factor=2)], [_StridedShard(0, split_factor=2), Shard(0)]],
+)
+def test_placements_that_are_no_boxes_are_refused(placements: list[Any]) -> None:
+    tensor = SimpleNamespace(shape=(4,), ndim=1, placements=placements, device_mesh=Mesh((2, 3), (0, 0)))
     with pytest.raises(LayoutError, match="only Shard and Replicate"):
         dtensor_box(tensor, "x")

@@ -55,6 +55,29 @@ class AList(list):
     pass
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_new_objects_in_several_frames(protocol: int) -> None:
+    """A frame states how many bytes it has, which the opcodes in place of those of new objects change."""
+    data = pickle.dumps([[Old(), f"{index:1000}"] for index in range(200)], protocol)
+    assert data.count(pickle.FRAME) > 1
+    found = read(data)
+    assert [(one.state, len(text)) for one, text in found] == [({"a": 1}, 1000)] * 200
+
+
+def test_calls_alone_as_inert_objects() -> None:
+    """They hash by identity, so that any number of them may be keys; what else a file's keys may be is bounded."""
+    data = pickle.dumps({WithNew(): (Old(), complex(1, 2)) for _ in range(12_000)})
+    with pytest.raises(UnsafeError):
+        read(data)
+    scanned = scan_pickle(data, name="f", memory_limit=LIMIT, inert=True)
+    found = read_pickle(data, scanned, name="f", memory_limit=LIMIT, inert=True)
+    assert len(found) == 12_000
+    assert all(isinstance(one, InertObject) for key, value in found.items() for one in (key, *value))
+    numbers = pickle.dumps({float(one): None for one in range(12_000)})
+    with pytest.raises(UnsafeError):
+        scan_pickle(numbers, name="f", memory_limit=LIMIT, inert=True)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_objects_are_described(protocol: int) -> None:
     value = [Old(), Old, functools.partial(print, 1), ADict(x=1), AList([1, 2])]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from bad_server import Behaviour, bad_server
 from dcp_worker import check
 from deepspeed_ranks import ENVIRONMENT, needs_deepspeed
 from modules_worker import plain_job
@@ -15,8 +18,10 @@ from processes import Finished, run_ranks
 WORKER = str(SUPPORT / "dcp_worker.py")
 
 
-def run(function: str, world_size: int, *args: object) -> list[Finished]:
-    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=240, env=ENVIRONMENT)
+def run(function: str, world_size: int, *args: object, nodes: Sequence[int] | None = None) -> list[Finished]:
+    finished = run_ranks(
+        f"{WORKER}:{function}", world_size, args=args, deadline_s=240, env=ENVIRONMENT, nodes=nodes
+    )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
     return finished
 
@@ -49,6 +54,21 @@ def test_one_process_goes_on(of_two: Path, of_four: Path) -> None:
 def test_four_ranks_go_on(of_two: Path, of_four: Path) -> None:
     run("restore", 4, of_four, "tp:tp:exact", "hsdp:hsdp:exact", "tp:fsdp2", "hsdp:tp")
     run("restore", 4, of_two, "fsdp2:fsdp2", "fsdp2:hsdp")
+
+
+@pytest.mark.parametrize("mode", ["job", "node"])
+def test_nodes_fetch_what_their_ranks_keep(tmp_path: Path, mode: str) -> None:
+    """Two nodes of one rank each: together they fetch every byte once, whichever files have them."""
+    folder = tmp_path / "saved"
+    run("write_large", 2, folder)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    objects = {f"/{name}": Behaviour(Path(folder, name).read_bytes()) for name in sizes}
+    with bad_server(objects) as server:
+        run("from_a_store", 2, folder, server.url("/"), mode, nodes=[1, 1])
+        assert server.sent_bytes < 1.02 * sum(sizes.values()) + 100_000
+        asked = Counter(one.path for one in server.asked)
+    # The first byte, the ends of large items between small ones, and the rest; from each node.
+    assert all(count <= 2 * 12 for path, count in asked.items() if path.endswith(".distcp"))
 
 
 @needs_deepspeed
