@@ -7,6 +7,7 @@ into the node's cache, once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,7 @@ def _fetch(
             size_bytes=one.size_bytes,
             fetched_bytes=one.fetched_bytes,
             members=one.members,
+            modified_s=os.stat(one.path).st_mtime if store.is_local and one.kind == "file" else None,
             parts=one.parts,
             compared_by=one.compared.by,
             left_out=one.compared.left_out,

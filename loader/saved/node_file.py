@@ -19,6 +19,8 @@ class NodeFile:
     kind: Literal["file", "archive"]
     members: tuple[str, ...] = ()
     """An archive's regular files, relative to `path`."""
+    modified_s: float | None = None
+    """When it was last written, in seconds of the epoch; None where it is not used in place."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

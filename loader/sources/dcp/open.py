@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import CorruptError, FormatError
@@ -20,6 +21,7 @@ from .tree import nested
 from .values import blank, values
 
 METADATA = ".metadata"
+_LATER_S = 60
 _META = "meta.pt"
 """What Lightning saves beside a folder's own files: everything that has no shards."""
 _ACCELERATE_MODEL, _ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_", "optimizer_"
@@ -70,7 +72,35 @@ class Dcp:
         items = [FileItem(held[name], item.offset, item.stop, keys[name, item]) for name, item in wanted]
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
-            return _saved(files, folders, indexes, beside, demand)
+            saved = _saved(files, folders, indexes, beside, demand)
+        return replace(saved, notes=_notes(files, folders[0], held))
+
+
+def _notes(files: Files, folder: _Folder, held: Mapping[str, NodeFile]) -> tuple[str, ...]:
+    """The note, and a warning, where the files' times look like two saves in one folder. Every rank must call.
+
+    A save writes ``.metadata`` last. A copy may give every file a later time than that; so some must have an earlier
+    one.
+    """
+    finished = folder.file.modified_s
+    if finished is None:
+        return ()
+    times = [
+        file.modified_s
+        for name, file in held.items()
+        if name.startswith(folder.prefix) and file.modified_s is not None
+    ]
+    later = files.any("files that are later", any(time > finished + _LATER_S for time in times))
+    earlier = files.any("files that are earlier", any(time <= finished for time in times))
+    if not (later and earlier):
+        return ()
+    note = (
+        f"some of its files were written {_LATER_S} seconds or more after {folder.file.name}, and others before it: a "
+        "later save into the same folder may have ended too early, so that the files are of two saves. Compare with a "
+        "manifest of checksums, or take another checkpoint"
+    )
+    warnings.warn(f"{files.name}: {note}", stacklevel=3)
+    return (note,)
 
 
 def _names_beside(first: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 import warnings
@@ -362,6 +363,29 @@ def test_every_flipped_byte_of_a_tensor_is_found(simple: Path) -> None:
             assert_same(tensors_of(state), expected)
     assert found > 60
     path.write_bytes(good)
+
+
+def test_times_of_two_saves_warn(tmp_path: Path) -> None:
+    model = own_job().model
+    folder = save(
+        tmp_path / "it",
+        {"model": model.state_dict()},
+        storage_writer=FileSystemWriter(tmp_path / "it", single_file_per_rank=False),
+    )
+    first, *others = sorted(folder.glob("*.distcp"))
+    finished = (folder / ".metadata").stat().st_mtime
+    for path in others:
+        os.utime(path, (finished - 1, finished - 1))
+    for later, warned in ((30, False), (90, True)):
+        os.utime(first, (finished + later, finished + later))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            receipt = load(str(folder), State(own_job().model), load_weights_only=True).receipt
+        assert any("two saves" in str(one.message) for one in caught) is warned
+        assert any("two saves" in note for note in receipt.notes) is warned
+    for path in others:
+        os.utime(path, (finished + 90, finished + 90))
+    assert not load(str(folder), State(own_job().model), load_weights_only=True).receipt.notes
 
 
 def test_a_manifest_tells_two_saves_apart(simple: Path, tmp_path: Path) -> None:
