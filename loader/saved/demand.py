@@ -30,6 +30,15 @@ class ParameterDemand:
 
 
 @dataclass(frozen=True)
+class ShardDemand:
+    """What this rank keeps of one tensor that is spread over a device mesh."""
+
+    shape: Shape
+    """Of the whole tensor."""
+    box: Box
+
+
+@dataclass(frozen=True)
 class Demand:
     """What a load wants of a checkpoint on this rank, and what a source must know of the job to read it."""
 
@@ -52,9 +61,9 @@ class Demand:
     """``LoadOptions.rename``."""
     parameters: Mapping[str, ParameterDemand] | None = None
     """By this job's names; None where every rank needs all elements of all of them, or which ones is not known yet."""
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    """Of a job without an engine: the boxes of sharded parameters that this rank keeps, by this job's names. It keeps
-    all of every other tensor."""
+    shards: Mapping[str, ShardDemand] = field(default_factory=dict)
+    """Of a job without an engine: what this rank keeps of sharded tensors, by this job's names. It keeps all of every
+    other one."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names of tied parameters to those in `parameters`."""
     others: tuple[str, ...] = ()
@@ -74,7 +83,7 @@ class Demand:
     @property
     def names(self) -> tuple[str, ...]:
         """All names of the module's state, where they are known."""
-        return (*(self.parameters or self.boxes), *self.aliases, *self.others)
+        return (*(self.parameters or self.shards), *self.aliases, *self.others)
 
     @property
     def trained(self) -> frozenset[str]:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import LayoutError
-from ..saved.demand import Demand, Shape
+from ..saved.demand import Demand, Shape, ShardDemand
 from ..saved.model_parallel import Position
-from ..saved.strided import Box
 from ..state import as_list, by_class_name, unwrap
 from .base import RestoreOptions
 from .dtensor import dtensor_box, has_dtensors, is_dtensor, shape_of
@@ -18,10 +17,11 @@ from .module import module_tensors, parameter_names
 
 
 def demand_of(
-    state: Any, options: RestoreOptions, rank: int, world_size: int, *, with_boxes: bool = False
+    state: Any, options: RestoreOptions, rank: int, world_size: int, *, by_shards: bool = False
 ) -> Demand:
-    """What a `State` or a foreign state demands on this rank; `with_boxes`: of DTensors no more than its shards."""
-    boxes = _boxes(getattr(state, "model", None)) if with_boxes else {}
+    """What a `State` or a foreign state demands on this rank; `by_shards`: of DTensors no more than its shards."""
+    shards = _shards(getattr(state, "model", None)) if by_shards else {}
+    names = module_tensors(unwrap(state.model)) if shards else ()
     return Demand(
         Position(rank, world_size),
         weights_only=options.weights_only,
@@ -32,15 +32,13 @@ def demand_of(
         scaler=next(iter(_classes(state, "scaler")), "GradScaler"),
         layout=options.layout,
         rename=options.rename,
-        boxes=boxes,
-        others=tuple(name for name in module_tensors(unwrap(state.model)) if name not in boxes)
-        if boxes
-        else (),
+        shards=shards,
+        others=tuple(name for name in names if name not in shards),
     )
 
 
-def _boxes(model: Any) -> dict[str, Box]:
-    """The box that this rank keeps of each DTensor of the module; those that cannot be restored are left out."""
+def _shards(model: Any) -> dict[str, ShardDemand]:
+    """What this rank keeps of each DTensor of the module; those that cannot be restored are left out."""
     module = unwrap(model)
     if not isinstance(module, torch.nn.Module) or not has_dtensors(module):
         return {}
@@ -48,7 +46,7 @@ def _boxes(model: Any) -> dict[str, Box]:
     for name, tensor in module_tensors(module).items():
         if tensor is not None and is_dtensor(tensor):
             with contextlib.suppress(LayoutError):  # the plan says so
-                found[name] = dtensor_box(tensor, name)
+                found[name] = ShardDemand(tuple(tensor.shape), dtensor_box(tensor, name))
     return found
 
 

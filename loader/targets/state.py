@@ -89,7 +89,7 @@ class StateTarget:
 
     def demand(self, rank: int, world_size: int) -> Demand:
         """What this rank keeps; see `Target`."""
-        return demand_of(self.state, self.options, rank, world_size, with_boxes=self.with_model)
+        return demand_of(self.state, self.options, rank, world_size, by_shards=self.with_model)
 
     def plan(self, saved: Saved) -> Plan:
         """Matches `saved` with the state's parts. What this job holds and the checkpoint lacks is missing.

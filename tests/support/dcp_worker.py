@@ -50,6 +50,7 @@ def _sharded(model: TinyModel, mesh: Any) -> State:
 
 JOBS: dict[str, Callable[..., State]] = {
     "plain": plain_job,
+    "numbered": plain_job,
     "fsdp2": sharded_job,
     "hsdp": replicated_job,
     "tp": tensor_parallel_job,
@@ -61,9 +62,11 @@ def with_scheduler(state: State) -> State:
     return state
 
 
-def save(state: State, folder: str | Path) -> None:
-    """Saves as torch's documentation shows, with the scheduler beside."""
+def save(state: State, folder: str | Path, *, numbered: bool = False) -> None:
+    """Saves as torch's documentation shows, with the scheduler beside; `numbered`: the optimizer's own state dict."""
     model, optimizer = get_state_dict(state.model, state.optimizers[0])
+    if numbered:
+        optimizer = state.optimizers[0].state_dict()
     parts = {"model": model, "optim": optimizer, "scheduler": state.schedulers[0].state_dict(), "step": 2}
     dcp.save(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
@@ -96,7 +99,7 @@ def write(root: str, *kinds: str) -> None:
             train(state, 1)
             state.schedulers[0].step()
         folder = Path(root, kind)
-        save(state, folder / "saved")
+        save(state, folder / "saved", numbered=kind == "numbered")
         tensors = whole(state)
         losses = train(state)
         if RANK == 0:
@@ -203,6 +206,7 @@ def engines(root: str, written: str) -> None:
             if kind in ("fp32", "exp_avg", "exp_avg_sq"):
                 expected = saved[f"{'model' if kind == 'fp32' else kind}/{key}"]
                 assert torch.equal(value, expected), (stage, name)
+        assert engine.global_steps == 0
         base = engine.optimizer.optimizer
         assert {float(one["step"]) for one in base.state.values()} == {2.0}
         assert [group["weight_decay"] for group in base.param_groups] == [0.3, 0.01]

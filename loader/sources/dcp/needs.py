@@ -43,7 +43,7 @@ def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand
 def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, Sequence[Region]]]:
     """What this rank keeps of tensors of which it may not keep all, by the folder's keys."""
     model = outline.state.get("model")
-    if not isinstance(model, Mapping) or not (demand.parameters or demand.boxes):
+    if not isinstance(model, Mapping) or not (demand.parameters or demand.shards):
         return
     target_of = match_names(model, demand.names, demand.rename).target_of
     shapes = {name: value.shape for role, name, value in tensors_by_role(outline) if role == "model"}
@@ -52,9 +52,9 @@ def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, S
         if name is None or value.shape != shapes.get(saved_name):
             continue
         name = demand.aliases.get(name, name)
-        box, asked = demand.boxes.get(name), (demand.parameters or {}).get(name)
-        if box is not None and len(box.sizes) == len(value.shape):
-            yield key_of[id(value)], [box]
+        shard, asked = demand.shards.get(name), (demand.parameters or {}).get(name)
+        if shard is not None and shard.shape == value.shape:
+            yield key_of[id(value)], [shard.box]
         elif asked is not None and same_shape(value.shape, asked.shape):
             yield key_of[id(value)], [*asked.updated, *(asked.computed if role == "model" else ())]
 

@@ -136,7 +136,7 @@ def _places(metadata: Metadata) -> Iterator[tuple[str, Item]]:
 def _wanted(folder: _Folder, beside: Mapping[str, Any], demand: Demand, name: str) -> set[Item]:
     """The items of `folder` that this rank reads."""
     metadata = folder.metadata
-    everything = not (demand.weights_only or demand.parameters or demand.boxes)
+    everything = not (demand.weights_only or demand.parameters or demand.shards)
     stands_in = blank(metadata)
     outline = None
     if not everything:

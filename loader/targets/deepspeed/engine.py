@@ -117,8 +117,10 @@ class EngineTarget:
                 if lacking and not options.strict:
                     warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
             not_restored += self._optimizers_left(saved, named, optimizer)
-        for note in notes:
-            warnings.warn(f"{saved.name}: {note}", stacklevel=2)
+            for note in notes:
+                warnings.warn(f"{saved.name}: {note}", stacklevel=2)
+            if not by_deepspeed:
+                notes += ("it has no engine's counters, such as global_steps: this engine's stay as they are",)
         return Plan(
             (step,),
             mismatch,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata
 from rankload.loader.saved.contents import Saved
-from rankload.loader.saved.demand import Demand, ParameterDemand
+from rankload.loader.saved.demand import Demand, ParameterDemand, ShardDemand
 from rankload.loader.saved.model_parallel import Position
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.strided import Box
@@ -78,7 +78,9 @@ def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
         weight.shape,
         tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
     )
-    of_weight, of_moment = wanted(weight, moment, Demand(Position(0, 1), boxes={"w": box}))
+    of_weight, of_moment = wanted(
+        weight, moment, Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)})
+    )
     kept = elements(weight.shape, box)
     assert of_weight == holding(weight, kept)
     assert of_moment == holding(moment, kept)
@@ -112,4 +114,6 @@ def test_all_where_it_is_not_known(weight: ChunkedTensor, moment: ChunkedTensor)
     assert list(wanted(weight, moment, Demand(Position(0, 1), weights_only=True))) == [all_of[0], set()]
     if weight.shape and moment.shape != weight.shape:
         box = Box((0,) * len(weight.shape), (0,) * len(weight.shape))
-        assert list(wanted(weight, moment, Demand(Position(0, 1), boxes={"w": box}))) == [set(), all_of[1]]
+        assert list(
+            wanted(weight, moment, Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)}))
+        ) == [set(), all_of[1]]

@@ -72,9 +72,10 @@ def test_nodes_fetch_what_their_ranks_keep(tmp_path: Path, mode: str) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_deepspeed_engines(of_two: Path, world_size: int) -> None:
-    run("engines", world_size, of_two, "fsdp2")
+def test_deepspeed_engines(of_two: Path, tmp_path: Path) -> None:
+    run("engines", 2, of_two, "fsdp2")
+    run("write", 1, tmp_path, "numbered")
+    run("engines", 1, tmp_path, "numbered")
 
 
 def test_the_error_of_one_rank_is_every_ranks(of_two: Path) -> None:
