@@ -307,7 +307,11 @@ def test_an_entry_of_the_files_own_called_state_hides_no_unknown_type(tmp_path: 
     model = torch.nn.Linear(2, 2)
     target = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(target.parameters())
-    unknown = {"state": {0: {"step": Unknown()}}, "param_groups": [{"params": [0, 1], "lr": 0.1}]}
+    moments = {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}
+    unknown = {
+        "state": {0: {"step": Unknown(), **moments}},
+        "param_groups": [{"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}],
+    }
     torch.save(
         {"model": model.state_dict(), "optimizer": unknown, "state": {"ready": True}}, tmp_path / "a.pt"
     )

@@ -45,21 +45,14 @@ def parts_of(tree: Mapping[str, Any], demand: Demand, *, name: str) -> Saved:
     )
     state = dict(found.state)
     optimizers, schedulers = state.get("optimizers"), state.get("schedulers")
-    named = False
     if isinstance(optimizers, Mapping):
         made = {key: torch_form(one) for key, one in optimizers.items()}
         if demand.in_parts:
-            made, named = _of_engine(made, state.get("model"), demand)
+            made = _of_engine(made, state.get("model"), demand)
         state["optimizers"] = made
     if isinstance(schedulers, Mapping):
         state["schedulers"] = {key: _with_numbers(one) for key, one in schedulers.items()}
-    alone = demand.in_parts and isinstance(schedulers, Mapping) and len(schedulers) == 1
-    return replace(
-        found,
-        kind=KIND,
-        state=state,
-        engine_schedulers=frozenset(state["schedulers"]) if alone else frozenset(),
-    )
+    return replace(found, kind=KIND, state=state)
 
 
 def _as_single_file(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,20 +87,17 @@ def _with_rng(tree: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in tree.items() if key not in keys.values()}, "rng": states}
 
 
-def _of_engine(optimizers: Mapping[str, Any], model: Any, demand: Demand) -> tuple[dict[str, Any], bool]:
-    """The optimizers with the names of the saved `model` for their parameters, and whether one alone has all of it."""
+def _of_engine(optimizers: Mapping[str, Any], model: Any, demand: Demand) -> dict[str, Any]:
+    """The optimizers with the names of the saved `model` for their parameters, where these can be told."""
     made = dict(optimizers)
     if not isinstance(model, Mapping):
-        return made, False
+        return made
     saved_name = {new: old for old, new in match_names(model, demand.names, demand.rename).target_of.items()}
     groups = [[saved_name.get(name, name) for name, _ in group] for group in demand.groups]
     for key, one in optimizers.items():
         if isinstance(one, Mapping) and isinstance(one.get(STATE), Mapping) and numbered(one.get(GROUPS)):
-            named = with_names(one, groups)
-            if named is None:
-                return made, False
-            made[key] = named
-    return made, len(made) == 1
+            made[key] = with_names(one, groups) or one
+    return made
 
 
 def _with_numbers(scheduler: Any) -> Any:

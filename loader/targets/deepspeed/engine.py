@@ -120,7 +120,9 @@ class EngineTarget:
             for note in notes:
                 warnings.warn(f"{saved.name}: {note}", stacklevel=2)
             if not by_deepspeed:
-                notes += ("it has no engine's counters, such as global_steps: this engine's stay as they are",)
+                notes += (
+                    "it has no engine's counters, such as global_steps: this engine's stay as they are",
+                )
         return Plan(
             (step,),
             mismatch,

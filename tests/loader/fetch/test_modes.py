@@ -170,7 +170,7 @@ def dies(url: str) -> None:
 
 def test_a_node_that_dies_while_others_take_from_it_ends_the_load(saved: bytes, tmp_path: Path) -> None:
     # Indexes and small parts come; then the server falls silent, until the rank is gone.
-    behaviour = Behaviour(saved, faults=[Fault()] * 12 + [Fault(send_only=1 << 20, ending="stall")] * 200)
+    behaviour = Behaviour(saved, faults=[Fault()] * 8 + [Fault(send_only=1 << 20, ending="stall")] * 200)
     with bad_server({"/model.pt": behaviour}) as server:
         finished = run_ranks(
             f"{__file__}:dies", 2, args=(server.url("/model.pt"),), deadline_s=90, nodes=(1, 1),
