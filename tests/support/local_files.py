@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rankload.loader.errors import LayoutError, NotFoundError
-from rankload.loader.formats.torch_file import FileIndex, read_index
-from rankload.loader.saved.node_file import NodeFile
+from rankload.loader.formats.torch_file import FileIndex, read_index, read_item
+from rankload.loader.saved.node_file import FileItem, NodeFile
 from rankload.loader.stores.locate import MODEL_STATES
 
 
@@ -62,6 +62,23 @@ class LocalFiles:
         )
         self.indexed.append(name)
         return read_index(path, name=name)
+
+    def existing(self, names: Sequence[str]) -> list[str]:
+        self.stages.append("existing")
+        return [name for name in names if self._place(name).exists()]
+
+    def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
+        self.stages.append(stage)
+        return [
+            read_item(
+                item.file.path,
+                item.start,
+                item.stop,
+                name=f"{item.file.source}: {item.key}",
+                key=f"{item.key}:",
+            )
+            for item in wanted
+        ]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

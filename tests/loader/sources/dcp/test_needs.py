@@ -7,16 +7,45 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
-from rankload.loader.formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata
+from local_files import LocalFiles
+from places import DATA
+from rankload.loader.formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata, read_metadata
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.demand import Demand, ParameterDemand, ShardDemand
 from rankload.loader.saved.model_parallel import Position
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.strided import Box
+from rankload.loader.saved.tensor import Unread
 from rankload.loader.sources.dcp.needs import wanted_items
+from rankload.loader.sources.dcp.open import Dcp
 from rankload.loader.sources.dcp.values import blank
 
 Place = tuple[int, ...]
+
+
+def test_of_files_those_that_have_what_this_rank_keeps() -> None:
+    """The second rank of two that saved has its shards and the buffers in its own file."""
+    folder = DATA / "dcp-fsdp2-w2/ckpt"
+    listed = read_metadata(str(folder / ".metadata"), name="it").tensors
+    chunks = {
+        key.removeprefix("model."): (one.shape, one.chunks[1].box)
+        for key, one in listed.items()
+        if key.startswith("model.") and len(one.chunks) == 2
+    }
+    demand = Demand(
+        Position(1, 2),
+        weights_only=True,
+        shards={name: ShardDemand(shape, box) for name, (shape, box) in chunks.items()},
+        others=("seen", "count"),
+    )
+    files = LocalFiles(folder, first=[".metadata"])
+    assert Dcp().recognises(files)
+    saved = Dcp().open(files, demand)
+    assert files.fetched == ["__1_0.distcp"]
+    weight = saved.state["model"]["wte.weight"]
+    assert [isinstance(piece.storage, Unread) for piece in weight.pieces] == [True, False]
+    everything = Dcp().open(LocalFiles(folder, first=[".metadata"]), Demand(Position(1, 2)))
+    assert len(everything.state["model"]["wte.weight"].storages) == 2
 
 
 def cuts(size: int, at: Sequence[int]) -> list[tuple[int, int]]:
