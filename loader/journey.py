@@ -85,8 +85,8 @@ class LoadResult:
             With ``load_weights_only`` those that cost nothing beside the weights: counters, versions, settings; no
             entry with more than 64 KiB of tensors or with a type that ``safe_types`` would have to allow.
         step: the steps that were done when the checkpoint was saved: Composer's ``timestamp.batch``, DeepSpeed's
-            ``global_steps``, or an entry ``global_step``, ``step`` or ``iteration``. None where the checkpoint does not
-            say, or says two things.
+            ``global_steps``, Trainer's and torchtitan's counters, or an entry ``global_step``, ``step`` or
+            ``iteration``. None where the checkpoint does not say, or says two things.
         epoch: in the same way ``timestamp.epoch``, or an entry ``epoch``, as whoever saved it counts them.
 
     ``print`` shows the receipt.
@@ -289,7 +289,18 @@ def load(
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
             warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
         _write_trace(request, receipt)
-    return LoadResult(rng_states, receipt, checked.extra, saved.step, saved.epoch)
+    return LoadResult(rng_states, receipt, checked.extra, _step(saved, checked.extra), saved.epoch)
+
+
+def _step(saved: Saved, extra: Mapping[str, Any]) -> int | None:
+    """The steps that were done, as the checkpoint says or as torchtitan's ``train_state`` has them, in a tensor."""
+    state = extra.get("train_state")
+    if saved.step is not None or not isinstance(state, Mapping):
+        return saved.step
+    step = state.get("step")
+    if hasattr(step, "numel") and step.numel() == 1:
+        step = step.item()
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:

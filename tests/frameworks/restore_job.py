@@ -139,6 +139,7 @@ def restore(folder: str, path: str, writer: str, target: str) -> None:
                     ),
                     "losses": losses,
                     "numbers": numbers(folder),
+                    "samples": GLOBAL_BATCH // world_size() * world_size(),
                     "layout": receipt.layout,
                     "kind": receipt.kind,
                     "step": result.step,

@@ -23,6 +23,8 @@ TARGETS = (("plain", 1), ("plain", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 3))
 ENGINES_OWN = "state/engine"
 """What DeepSpeed's files have, and only an engine takes."""
 
+SAMPLES_PER_STEP = 4
+
 Saved = Callable[[str, str], Path]
 
 
@@ -72,7 +74,8 @@ def check(told: dict[str, Any], *, same: bool = False, left: tuple[str, ...] = (
     assert told["differences"] == []
     assert tuple(told["not_restored"]) == left
     expected = told["numbers"].get("losses")
-    if expected is not None:
+    # Three ranks have no four samples a step between them.
+    if expected is not None and told["samples"] == SAMPLES_PER_STEP:
         apart = max(abs(a - b) for a, b in zip(told["losses"], expected[4:], strict=True))
         assert apart <= (0.0 if same else 1e-5), (told["losses"], expected[4:])
 
