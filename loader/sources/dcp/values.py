@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import CorruptError
+from ...errors import CorruptError, FormatError
 from ...formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata
 from ...formats.torch_file import FileIndex
 from ...saved.regions import CoverageError, row_major_stride
@@ -14,6 +14,8 @@ from ...saved.values import InertObject, kind_of
 
 Indexes = Mapping[Item, FileIndex]
 
+_MOST_DIMENSIONS = 16
+"""Of a tensor: whether chunks cover it takes a step for each corner of each."""
 _NOT_READ = Unread("lies in items of the checkpoint that this rank did not read")
 
 
@@ -36,6 +38,11 @@ def values(metadata: Metadata, indexes: Indexes, *, name: str) -> dict[str, Any]
 def _tensor(key: str, tensor: ChunkedTensor, indexes: Indexes, name: str) -> SavedTensor:
     # A chunk that several ranks had may be listed for each.
     chunks = {chunk.box: chunk for chunk in tensor.chunks}
+    if len(tensor.shape) > _MOST_DIMENSIONS:
+        raise FormatError(
+            f"{name}: {key} has {len(tensor.shape)} dimensions; at most {_MOST_DIMENSIONS} are supported",
+            path=name,
+        )
     pieces = [_piece(key, tensor.dtype, chunk, indexes.get(chunk.item)) for chunk in chunks.values()]
     try:
         return SavedTensor.in_pieces(tensor.dtype, tensor.shape, pieces)

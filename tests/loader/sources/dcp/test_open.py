@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -27,6 +28,7 @@ from rankload.loader import (
 )
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -141,6 +143,20 @@ def test_the_forms_of_programs(form: str, tmp_path: Path) -> None:
     goes_on(state, saved)
 
 
+def test_lightning_without_what_lies_beside(tmp_path: Path) -> None:
+    """A save that ended before ``meta.pt``: the schedulers are missing, and that is said."""
+    shutil.copytree(DATA / "lightning-mp-w2/ckpt", tmp_path / "ckpt")
+    (tmp_path / "ckpt/meta.pt").unlink()
+    oracle = oracle_of(DATA / "lightning-mp-w2")
+    del oracle["model/cache"]
+    state = job_of(oracle, "model.")
+    with pytest.raises(MismatchError, match="schedulers/LinearLR"):
+        load(str(tmp_path / "ckpt"), state)
+    with pytest.warns(UserWarning, match="schedulers/LinearLR"):
+        load(str(tmp_path / "ckpt"), state, strict_model_weights=False)
+    assert_same(tensors_of(state, "model."), oracle)
+
+
 def test_accelerates_two_folders(tmp_path: Path) -> None:
     saved = trained_job()
     weights, optimizer = get_state_dict(saved.model, saved.optimizers[0])
@@ -233,6 +249,39 @@ def test_every_dtype_and_stride(tmp_path: Path) -> None:
         if "float8" in name:
             got, tensor = got.view(torch.uint8), tensor.view(torch.uint8)
         assert torch.equal(got, tensor), name
+
+
+def test_chunks_that_are_no_tensor(tmp_path: Path) -> None:
+    """Some that overlap, one that is missing, and more corners than can be counted."""
+    folder = save(tmp_path / "it", {"w": torch.ones(4, 2), "a": torch.ones(())})
+    good = pickle.loads((folder / ".metadata").read_bytes())
+    item = good.storage_data[MetadataIndex("w", torch.Size((0, 0)))]
+    for boxes, message in (
+        ([((0, 0), (2, 2)), ((1, 0), (2, 2))], "do not make a tensor"),
+        ([((0, 0), (2, 2))], "hold 4 of 8"),
+        ([], "hold 0 of 8"),
+        ([((0, 0), (4, 2))] * 2, ""),
+    ):
+        good.state_dict_metadata["w"].chunks = [
+            ChunkStorageMetadata(torch.Size(starts), torch.Size(sizes)) for starts, sizes in boxes
+        ]
+        good.storage_data |= {MetadataIndex("w", torch.Size(starts)): item for starts, _ in boxes}
+        (folder / ".metadata").write_bytes(pickle.dumps(good))
+        module = module_of({"w": torch.zeros(4, 2)})
+        if message:
+            with pytest.raises(CorruptError, match=f"{message}|expected a tensor"):
+                load(str(folder), State(module), load_weights_only=True, strict_model_weights=False)
+        else:
+            load(str(folder), State(module), load_weights_only=True, strict_model_weights=False)
+            assert torch.equal(module.w, torch.ones(4, 2))
+    many = torch.Size((1,) * 40)
+    zeros = torch.Size((0,) * 40)
+    good.state_dict_metadata["w"].size = many
+    good.state_dict_metadata["w"].chunks = [ChunkStorageMetadata(zeros, many)]
+    good.storage_data[MetadataIndex("w", zeros)] = item
+    (folder / ".metadata").write_bytes(pickle.dumps(good))
+    with pytest.raises(FormatError, match="40 dimensions"):
+        load(str(folder), State(module), load_weights_only=True)
 
 
 def test_extra_state_and_tied_weights(tmp_path: Path) -> None:
@@ -401,3 +450,26 @@ def test_a_manifest_tells_two_saves_apart(simple: Path, tmp_path: Path) -> None:
     (simple / ".metadata").write_bytes((other / ".metadata").read_bytes())
     with pytest.raises(CorruptError, match="SHA256SUMS"):
         load(str(simple), own_job(), load_weights_only=True, options={"verify": "before"})
+
+
+class OwnState:
+    """A state that loads itself, as Composer's does."""
+
+    def __init__(self, job: State) -> None:
+        self.model, self.optimizers, self.schedulers = job.model, job.optimizers, job.schedulers
+        self.timestamp = None
+
+    def load_state_dict(self, state: dict[str, Any], logger: Any, **options: Any) -> None:
+        assert "optimizers" not in state
+        self.schedulers[0].load_state_dict(state["schedulers"]["LinearLR"])
+
+    def load_model_state(self, state_dict: dict[str, Any], logger: Any, **options: Any) -> None: ...
+
+
+def test_a_state_that_loads_itself() -> None:
+    oracle = oracle_of(DATA / "dcp-fsdp2-w2")
+    del oracle["model/cache"]
+    job = job_of(oracle)
+    load(str(DATA / "dcp-fsdp2-w2/ckpt"), OwnState(job))
+    assert_same(tensors_of(job), oracle)
+    assert job.schedulers[0].last_epoch == 3
