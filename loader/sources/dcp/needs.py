@@ -20,6 +20,8 @@ from .layout import tensors_by_role
 
 Keys = Mapping[int, str]
 """The keys of an outline's tensors and objects, by ``id``."""
+STEP = "step"
+"""The key of an optimizer's state that never lies along a parameter, whatever shapes the two have."""
 
 
 def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand) -> set[Item]:
@@ -48,15 +50,15 @@ def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, S
     target_of = match_names(model, demand.names, demand.rename).target_of
     shapes = {name: value.shape for role, name, value in tensors_by_role(outline) if role == "model"}
     for role, saved_name, value in tensors_by_role(outline):
-        name = target_of.get(saved_name)
-        if name is None or value.shape != shapes.get(saved_name):
+        name, key = target_of.get(saved_name), key_of.get(id(value))
+        if name is None or key is None or role == STEP or value.shape != shapes.get(saved_name):
             continue
         name = demand.aliases.get(name, name)
         shard, asked = demand.shards.get(name), (demand.parameters or {}).get(name)
         if shard is not None and shard.shape == value.shape:
-            yield key_of[id(value)], [shard.box]
+            yield key, [shard.box]
         elif asked is not None and same_shape(value.shape, asked.shape):
-            yield key_of[id(value)], [*asked.updated, *(asked.computed if role == "model" else ())]
+            yield key, [*asked.updated, *(asked.computed if role == "model" else ())]
 
 
 def _all(metadata: Metadata, key: str) -> Iterator[Item]:

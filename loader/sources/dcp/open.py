@@ -60,11 +60,7 @@ class Dcp:
                     beside = _beside(files, fetched[_META])
         with files.stage("read metadata"):
             folders = [_folder(file) for file in metadata]
-            wanted = {}
-            for folder in folders:
-                for item in _wanted(folder, beside, demand, files.name):
-                    _check(item, folder)
-                    wanted[folder.name_of(item), item] = item
+            wanted = list(_wanted(folders, beside, demand, files.name))
         held = files.fetch(sorted({name for name, _ in wanted}), "fetch")
         keys = {
             (folder.name_of(item), item): key for folder in folders for key, item in _places(folder.metadata)
@@ -133,18 +129,24 @@ def _places(metadata: Metadata) -> Iterator[tuple[str, Item]]:
     yield from metadata.objects.items()
 
 
-def _wanted(folder: _Folder, beside: Mapping[str, Any], demand: Demand, name: str) -> set[Item]:
-    """The items of `folder` that this rank reads."""
-    metadata = folder.metadata
-    everything = not (demand.weights_only or demand.parameters or demand.shards)
-    stands_in = blank(metadata)
+def _wanted(
+    folders: list[_Folder], beside: Mapping[str, Any], demand: Demand, name: str
+) -> Iterator[tuple[str, Item]]:
+    """The items that this rank reads, each with the name of its file."""
+    stand_ins = [blank(folder.metadata) for folder in folders]
     outline = None
-    if not everything:
-        with contextlib.suppress(
-            FormatError
-        ):  # its parts show only in the items, or not at all: reading them says so
-            outline = parts_of({**beside, **_nested(folder, stands_in)}, demand, name=name)
-    return wanted_items(metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
+    if demand.weights_only or demand.parameters or demand.shards:
+        tree = dict(beside)
+        for folder, stands_in in zip(folders, stand_ins, strict=True):
+            tree.update(_nested(folder, stands_in))
+        # Where its parts show only in the items, or not at all, reading them says so.
+        with contextlib.suppress(FormatError):
+            outline = parts_of(tree, demand, name=name)
+    for folder, stands_in in zip(folders, stand_ins, strict=True):
+        key_of = {id(value): key for key, value in stands_in.items()}
+        for item in wanted_items(folder.metadata, outline, key_of, demand):
+            _check(item, folder)
+            yield folder.name_of(item), item
 
 
 def _nested(folder: _Folder, found: Mapping[str, Any]) -> dict[str, Any]:
