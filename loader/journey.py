@@ -297,7 +297,7 @@ def _step(saved: Saved, extra: Mapping[str, Any]) -> int | None:
     state = extra.get("train_state")
     if saved.step is not None or not isinstance(state, Mapping):
         return saved.step
-    step = state.get("step")
+    step: Any = state.get("step")
     if hasattr(step, "numel") and step.numel() == 1:
         step = step.item()
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -23,9 +23,9 @@ from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
 from .pickle.tensors import MAX_DIMENSIONS
 
-_LARGEST_FILE = 1 << 30
+_LARGEST_FILE = 512 << 20
 _SPARE_MEMORY = 48 << 20
-_MEMORY_PER_BYTE = 64
+_MEMORY_PER_BYTE = 40
 """Bytes of objects for each byte of the file; torch's own files take about 30."""
 _LARGEST = 1 << 62
 _LONGEST_NAME = 1024

@@ -56,7 +56,7 @@ def test_four_ranks_go_on(of_two: Path, of_four: Path) -> None:
     run("restore", 4, of_two, "fsdp2:fsdp2", "fsdp2:hsdp")
 
 
-@pytest.mark.parametrize("mode", ["job", "node"])
+@pytest.mark.parametrize("mode", ["job", "node", "direct"])
 def test_nodes_fetch_what_their_ranks_keep(tmp_path: Path, mode: str) -> None:
     """Two nodes of one rank each: together they fetch every byte once, whichever files have them."""
     folder = tmp_path / "saved"
