@@ -90,6 +90,46 @@ def test_with_deepspeed_inside_the_scheduler_and_random_states_come_from_beside(
         load(folder / "ckpt" / "pytorch_model", job(folder), progress_bar=False)
 
 
+def test_with_dcp_folders_inside_the_scheduler_and_random_states_come_from_beside(tmp_path: Path) -> None:
+    """As Accelerate saves an FSDP2 job: a DCP folder for the model, one for the optimizer, and files beside them."""
+    import torch.distributed.checkpoint as dcp
+
+    saved = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(saved.parameters(), lr=0.25)
+    saved(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    names = ["weight", "bias"]
+    state = optimizer.state_dict()
+    by_name = {
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [{**group, "params": names} for group in state["param_groups"]],
+    }
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    schedule.last_epoch = 5
+    for folder, part in (
+        ("pytorch_model_fsdp_0", {"model": saved.state_dict()}),
+        ("optimizer_0", {"optimizer": by_name}),
+    ):
+        dcp.save(part, checkpoint_id=tmp_path / folder, no_dist=True)
+    torch.save(schedule.state_dict(), tmp_path / "scheduler.bin")
+    accelerates = {"random_state": states_of(4)["python"], "torch_manual_seed": states_of(4)["cpu"]}
+    torch.save(
+        {"step": 2, **accelerates, "numpy_random_seed": states_of(4)["numpy"]},
+        tmp_path / "random_states_0.pkl",
+    )
+    model = nn.Linear(2, 2)
+    own = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(own, 3)
+    result = load(tmp_path, State(model, own, scheduler), progress_bar=False)
+    assert torch.equal(model.weight, saved.weight)
+    assert torch.equal(own.state[model.weight]["exp_avg"], optimizer.state[saved.weight]["exp_avg"])
+    assert scheduler.last_epoch == 5
+    assert result.rng_states is not None
+    assert torch.equal(result.rng_states[0]["torch"], states_of(4)["cpu"])
+    assert (result.receipt.kind, result.receipt.layout) == ("dcp", "accelerate")
+    assert result.receipt.not_restored == ()
+
+
 def test_the_model_alone_asks_for_nothing_beside_it() -> None:
     served = {
         f"/run/ckpt/{one.name}": Served(one.read_bytes())
