@@ -28,9 +28,9 @@ def run(function: str, world_size: int, *args: object, nodes: Sequence[int] | No
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an FSDP2 job of two ranks saved."""
+    """What FSDP2 jobs of two ranks saved, one as torchtitan does."""
     root = tmp_path_factory.mktemp("two")
-    run("write", 2, root, "fsdp2")
+    run("write", 2, root, "fsdp2", "flat")
     return root
 
 
@@ -43,7 +43,7 @@ def of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_ranks_go_on_exactly(of_two: Path) -> None:
-    run("restore", 2, of_two, "fsdp2:fsdp2:exact", "fsdp2:plain")
+    run("restore", 2, of_two, "fsdp2:fsdp2:exact", "flat:fsdp2:exact", "fsdp2:plain", "flat:plain")
 
 
 def test_one_process_goes_on(of_two: Path, of_four: Path) -> None:
@@ -74,6 +74,7 @@ def test_nodes_fetch_what_their_ranks_keep(tmp_path: Path, mode: str) -> None:
 @needs_deepspeed
 def test_deepspeed_engines(of_two: Path, tmp_path: Path) -> None:
     run("engines", 2, of_two, "fsdp2")
+    run("engines", 2, of_two, "flat")
     run("write", 1, tmp_path, "numbered")
     run("engines", 1, tmp_path, "numbered")
 
