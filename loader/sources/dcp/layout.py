@@ -2,10 +2,10 @@
 
 The programs' own forms become those that a single file has, whose layouts `single_file.read_layout` knows:
 
-    torchtitan            weights at the top level, beside ``optimizer``, ``lr_scheduler``, ``train_state`` ...
-    Lightning             ``state_dict`` or ``model``, ``optimizer_0`` ..., and ``meta.pt`` beside the folder's files
-    Composer, before 0.20 ``optimizers`` beside ``state``
-    others                ``model``, ``optim``, ``scheduler``, or a bare state dict: as a single file has them
+    torchtitan       weights at the top level, beside ``optimizer``, ``lr_scheduler``, ``train_state`` ...
+    Lightning        ``state_dict`` or ``model``, ``optimizer_0`` ..., and ``meta.pt`` beside the folder's files
+    older Composers  ``optimizers`` beside ``state``
+    others           ``model``, ``optim``, ``scheduler``, or a bare state dict: as a single file has them
 """
 
 from __future__ import annotations
