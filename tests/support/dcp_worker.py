@@ -191,7 +191,7 @@ def from_a_store(folder: str, url: str, mode: str) -> None:
 
 
 def engines(root: str, written: str) -> None:
-    """DeepSpeed engines of every stage: masters, moments, steps and rates are those that were saved."""
+    """DeepSpeed engines of stages 1 to 3: masters, moments, steps, rates and scheduler are those that were saved."""
     import deepspeed
     from zero_model import full_state, make_engine
 
@@ -201,13 +201,9 @@ def engines(root: str, written: str) -> None:
     saved = torch.load(Path(root, written, "tensors.pt"))
     for stage in (1, 2, 3):
         engine = make_engine(stage, seed=5, client=True)
-        # The checkpoint has no state of the engine's own kind of scheduler.
-        load(
-            str(Path(root, written, "saved")),
-            State(engine),
-            progress_bar=False,
-            strict_model_weights=False,
-        )
+        base = engine.optimizer.optimizer
+        engine.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(base, [30])
+        load(str(Path(root, written, "saved")), State(engine), progress_bar=False)
         found = full_state(engine)
         for name, value in found.items():
             kind, _, key = name.partition("/")
@@ -215,7 +211,7 @@ def engines(root: str, written: str) -> None:
                 expected = saved[f"{'model' if kind == 'fp32' else kind}/{key}"]
                 assert torch.equal(value, expected), (stage, name)
         assert engine.global_steps == 0
-        base = engine.optimizer.optimizer
+        assert (engine.lr_scheduler.last_epoch, engine.lr_scheduler.milestones) == (2, {3: 1, 5: 1})
         assert {float(one["step"]) for one in base.state.values()} == {2.0}
         assert [group["weight_decay"] for group in base.param_groups] == [0.3, 0.01]
     dist.barrier()
