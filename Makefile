@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-errors test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
+.PHONY: demo docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -27,6 +27,8 @@ test-all: $(STAMP)
 
 # What jobs of real frameworks saved, restored into jobs without them: transformers' Trainer, Accelerate, Lightning and
 # torchtitan, in an environment of their own.
+frameworks: $(FRAMEWORKS)/.installed
+
 test-frameworks: $(FRAMEWORKS)/.installed
 	$(RUN) FRAMEWORKS_PYTHON=$(abspath $(FRAMEWORKS))/bin/python $(BIN)/python -m pytest -q tests/frameworks
 
