@@ -323,9 +323,9 @@ def _() -> None:
 
 @mistake
 def _() -> None:
-    """The index of a model in several files
+    """The index of a model in several files, without the files
 
-    Load it with the library that wrote it, and save one file.
+    Copy the files beside it, or pass the folder or repository that has them all.
     """
     index = {"metadata": {}, "weight_map": {"head.weight": "pytorch_model-00001-of-00002.bin"}}
     Path("pytorch_model.bin.index.json").write_text(json.dumps(index))
