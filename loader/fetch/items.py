@@ -2,7 +2,8 @@
 
 A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all items
 in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one range.
-Items whose index is longer are fetched whole in a second round.
+Items whose index is longer are fetched whole in a second round, and compressed ones in the first: those are expanded into
+the node's cache, a file for each.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from ..byte_ranges import ByteRange, subtract
 from ..context import LoadContext
 from ..errors import CorruptError
-from ..formats.torch_file import FileIndex, read_item
+from ..formats.torch_file import FileIndex, read_index, read_item
 from ..formats.torch_zip import open_local
 from ..saved.node_file import FileItem
+from .decompress import Expanded
 from .remote_files import RemoteFiles
 from .rounds import WantedRanges, fetch_now
+from .whole import on_disk
 
 END_BYTES = 2 << 10
 """What is fetched of each end of an item; torch's own take half of that."""
+_COPY_BYTES = 1 << 20
 WHOLE_BYTES = 16 << 10
 """Items up to this size are fetched whole."""
 
@@ -42,7 +46,8 @@ def read_items(
         _check_sizes(wanted)
     fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
     with context.stages.stage(stage), _OpenFiles() as opened:
-        late = _read(wanted, ends, opened, found)
+        late = _read([item for item in wanted if not item.zstd], ends, opened, found)
+        found |= {item: _expanded(context, item) for item in wanted if item.zstd}
     if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
         whole = {item: [ByteRange(item.start, item.stop)] for item in late}
         fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
@@ -67,7 +72,7 @@ def _check_sizes(wanted: Sequence[FileItem]) -> None:
 
 
 def _ends(item: FileItem) -> list[ByteRange]:
-    if item.stop - item.start <= WHOLE_BYTES:
+    if item.zstd or item.stop - item.start <= WHOLE_BYTES:
         return [ByteRange(item.start, item.stop)]
     return [
         ByteRange(item.start, item.start + END_BYTES),
@@ -110,11 +115,40 @@ def _read(
     return late
 
 
+def _expanded(context: LoadContext, item: FileItem) -> FileIndex:
+    """The index of a compressed item, which the first process of the node to ask for it expands into the cache."""
+    path, name = item.file.path, f"{item.file.source}: {item.key}"
+
+    def produce(target: str) -> dict[str, Any]:
+        raw = f"{target}.raw"
+        with open(path, "rb") as file, open(raw, "xb") as part:
+            file.seek(item.start)
+            for start in range(item.start, item.stop, _COPY_BYTES):
+                part.write(file.read(min(_COPY_BYTES, item.stop - start)))
+        with (
+            Expanded(raw, "zstd", name, context.cache.free_bytes(target)) as expanded,
+            open(target, "xb") as made,
+        ):
+            while data := expanded.read(_COPY_BYTES):
+                made.write(data)
+        os.unlink(raw)
+        return {}
+
+    known = os.stat(path)
+    identity = (path, known.st_size, known.st_mtime_ns, item.start, item.stop)
+    entry = context.cache.entry(item.file.source, *map(str, identity), lasting=False)
+    filled = entry.fill("item", item.file.source, on_disk(produce), lambda _: context.stages.count(0))
+    return read_index(filled.path, name=name)
+
+
 def _by_file(wanted: Sequence[FileItem], found: Mapping[FileItem, FileIndex]) -> Iterator[FileIndex]:
     """For each file an index with all of its items together."""
     files: dict[str, list[FileIndex]] = {}
     names = {item.file.path: item.file.source for item in wanted}
     for item in wanted:
+        if item.zstd:
+            yield found[item]
+            continue
         files.setdefault(item.file.path, []).append(found[item])
     for path, indexes in files.items():
         yield FileIndex(

@@ -24,7 +24,7 @@ from ..stores.symlinks import resolve_link
 from .archive import is_tar, unpack
 from .decompress import COMPRESSED, Expanded
 from .object_cache import ObjectCache
-from .remote_files import ObjectPart
+from .remote_files import OF_ITEMS, ObjectPart
 from .tally import OnProgress
 from .whole_checks import NOTHING, Compared, WholeChecks, from_details
 
@@ -83,7 +83,7 @@ def _obtain_local(objects: ObjectCache, info: ObjectInfo, checks: WholeChecks, o
         kind = sniff(path)
     except OSError as error:
         raise AccessError(f"{path}: can't be read: {error.strerror}", path=path) from error
-    if kind != "tar" and kind not in COMPRESSED:
+    if (kind != "tar" and kind not in COMPRESSED) or path.endswith(OF_ITEMS):
         compared = checks.compare_in_place(store, info, path, on.unpacked)
         return Obtained(info.name, path, "file", size, 0, (), compared=compared)
 
@@ -92,7 +92,7 @@ def _obtain_local(objects: ObjectCache, info: ObjectInfo, checks: WholeChecks, o
         return {**_prepare(path, target, path, cache, on.unpacked), "compared": compared.as_details()}
 
     entry = cache.entry(path, *identity, nbytes=size * _expands(path))
-    filled = entry.fill("object", path, _on_disk(produce), on.unpacked)
+    filled = entry.fill("object", path, on_disk(produce), on.unpacked)
     return _obtained(info.name, filled.path, filled.details, size, 0)
 
 
@@ -141,7 +141,7 @@ def _obtain_remote(
             os.unlink(raw)
         return {**details, "size": fetched, "compared": compared.as_details()}
 
-    filled = entry.fill("object", described, _on_disk(produce), on.arrived)
+    filled = entry.fill("object", described, on_disk(produce), on.arrived)
     size = int(filled.details.get("size", -1))
     obtained = _obtained(info.name, filled.path, filled.details, size, fetched)
     as_stored = obtained.kind == "file" and "decompressed" not in filled.details
@@ -201,7 +201,7 @@ def _prepare(raw: str, target: str, described: str, cache: NodeCache, on_bytes: 
             return {
                 "members": unpack(raw, target, described=described, limit=limit, on_bytes=on_bytes),
             }
-        if kind not in COMPRESSED:
+        if kind not in COMPRESSED or path_of(described).endswith(OF_ITEMS):
             return {}
         with Expanded(raw, kind, described, limit) as source, open(target, "xb") as file:
             while data := source.read(_COPY):
@@ -221,7 +221,7 @@ def _named(raw: str, described: str) -> Any:
         raise CorruptError(error.message.replace(raw, described), path=described) from error
 
 
-def _on_disk(produce: Any) -> Any:
+def on_disk(produce: Any) -> Any:
     """`produce`, whose OSErrors name the cache folder of its target."""
 
     def run(target: str) -> dict[str, Any]:

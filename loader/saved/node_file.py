@@ -32,3 +32,5 @@ class FileItem:
     stop: int
     key: str
     """What it holds, for messages; its own among the items of the file."""
+    zstd: bool = False
+    """Whether its bytes are compressed by zstd."""

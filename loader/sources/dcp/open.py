@@ -21,6 +21,8 @@ from .tree import nested
 from .values import blank, values
 
 METADATA = ".metadata"
+_ZSTD = ("stream.zstd/1",)
+"""The transforms of an item that torch's zstd extension compressed."""
 _LATER_S = 60
 _META = "meta.pt"
 """What Lightning saves beside a folder's own files: everything that has no shards."""
@@ -65,7 +67,10 @@ class Dcp:
         keys = {
             (folder.name_of(item), item): key for folder in folders for key, item in _places(folder.metadata)
         }
-        items = [FileItem(held[name], item.offset, item.stop, keys[name, item]) for name, item in wanted]
+        items = [
+            FileItem(held[name], item.offset, item.stop, keys[name, item], item.transforms == _ZSTD)
+            for name, item in wanted
+        ]
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
             saved = _saved(files, folders, indexes, beside, demand)
@@ -158,10 +163,10 @@ def _nested(folder: _Folder, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(item: Item, folder: _Folder) -> None:
-    if item.transforms:
+    if item.transforms not in ((), _ZSTD):
         raise FormatError(
             f"{folder.file.source}: the items of {item.file} are stored through {', '.join(item.transforms)[:120]}, "
-            "which is not supported; save the checkpoint without extensions",
+            "which is not supported; save the checkpoint without that extension",
             path=folder.file.source,
         )
 

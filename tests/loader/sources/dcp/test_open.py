@@ -27,6 +27,7 @@ from rankload.loader import (
     load,
 )
 from torch import nn
+from torch.distributed.checkpoint._extension import StreamTransformExtension, ZStandard
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import (
@@ -369,15 +370,52 @@ def test_files_of_another_save(simple: Path, tmp_path: Path) -> None:
         load(str(simple), own_job())
 
 
-def test_items_in_other_forms_are_refused_by_name(tmp_path: Path) -> None:
-    from torch.distributed.checkpoint._extension import ZStandard
+class Reversed(StreamTransformExtension):
+    """An extension of one's own; it changes nothing."""
 
+    def get_descriptor(self) -> str:
+        return "stream.reversed/1"
+
+    @staticmethod
+    def registry_name() -> str:
+        return "stream.reversed"
+
+    @staticmethod
+    def from_descriptor(version: str) -> Reversed:
+        return Reversed()
+
+    def transform_to(self, output: Any) -> Any:
+        return output
+
+    def transform_from(self, stream: Any) -> Any:
+        return stream
+
+
+@pytest.mark.skipif(not ZStandard.is_available(), reason="zstandard is not installed")
+def test_items_that_zstd_compressed(tmp_path: Path) -> None:
+    saved = trained_job()
+    weights, optimizer = get_state_dict(saved.model, saved.optimizers[0])
+    parts = {"model": weights, "optim": optimizer, "scheduler": saved.schedulers[0].state_dict()}
+    writer = FileSystemWriter(tmp_path / "it", _extensions=[ZStandard()])
+    folder = save(tmp_path / "it", parts, storage_writer=writer)
+    state = fresh_job()
+    receipt = load(str(folder), state).receipt
+    assert [one.verified_by for one in receipt.files if one.name.endswith(".distcp")] == [("zip CRC-32",)]
+    goes_on(state, saved)
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    for at in range(len(data) // 2, len(data) // 2 + 40):
+        data[at] ^= 0x55
+    (folder / "__0_0.distcp").write_bytes(data)
+    with pytest.raises(RankloadError):
+        load(str(folder), fresh_job())
+
+
+def test_items_in_other_forms_are_refused_by_name(tmp_path: Path) -> None:
     weights = {"model": own_job().model.state_dict()}
-    if ZStandard.is_available():
-        writer = FileSystemWriter(tmp_path / "zstd", _extensions=[ZStandard()])
-        folder = save(tmp_path / "zstd", weights, storage_writer=writer)
-        with pytest.raises(FormatError, match=r"stream.zstd.*not supported"):
-            load(str(folder), own_job(), load_weights_only=True)
+    writer = FileSystemWriter(tmp_path / "other", _extensions=[Reversed()])
+    folder = save(tmp_path / "other", weights, storage_writer=writer)
+    with pytest.raises(FormatError, match=r"stream.reversed/1.*not supported"):
+        load(str(folder), own_job(), load_weights_only=True)
     writer = FileSystemWriter(tmp_path / "safe", serialization_format=SerializationFormat.SAFETENSORS)
     folder = save(tmp_path / "safe", {"model": {"w": torch.ones(3)}}, storage_writer=writer)
     with pytest.raises(FormatError, match="a safetensors file"):

@@ -12,6 +12,8 @@ from bad_server import BadServer, Behaviour, bad_server
 from dcp_folders import assert_same, save, tensors_of
 from rankload.loader import CorruptError, NotFoundError, PartialRestoreError, State, load
 from torch import nn
+from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 ITEMS_OF_A_LAYER = 2 + 2 * 3
@@ -106,3 +108,20 @@ def test_an_item_whose_index_is_long(tmp_path: Path) -> None:
     assert result.extra["settings"][0] == value
     assert torch.equal(result.extra["settings"][1], torch.ones(200_000))
     assert torch.equal(module.w, torch.arange(200_000.0))
+
+
+@pytest.mark.skipif(not ZStandard.is_available(), reason="zstandard is not installed")
+@pytest.mark.parametrize("size", [100, 400_000])
+def test_compressed_items(tmp_path: Path, size: int) -> None:
+    """In a file that comes whole, and in one that comes in parts, of which the weights' are all that is fetched."""
+    torch.manual_seed(4)
+    parts = {"model": {"w": torch.randn(size)}, "other": {"x": torch.randn(size)}}
+    writer = FileSystemWriter(tmp_path / "it", _extensions=[ZStandard()])
+    save(tmp_path / "it", parts, storage_writer=writer)
+    module = nn.Module()
+    module.register_buffer("w", torch.zeros(size))
+    with served(tmp_path / "it") as server:
+        load(server.url("/"), State(module), load_weights_only=True)
+        if size > 100:
+            assert server.sent_bytes < 0.6 * len(server.objects["/__0_0.distcp"].body)
+    assert torch.equal(module.w, parts["model"]["w"])
