@@ -1,9 +1,9 @@
 """Reads the indexes of torch files that lie end to end in larger files, as in those of a DCP folder.
 
-A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all items
-in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one range.
-Items whose index is longer are fetched whole in a second round, and compressed ones in the first: those are expanded into
-the node's cache, a file for each.
+A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all
+items in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one
+range. Items whose index is longer are fetched whole in a second round, and compressed ones in the first: those are
+expanded into the node's cache, a file for each.
 """
 
 from __future__ import annotations
