@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .shards import Spread
+from .strided import Box
 from .tensor import SavedTensor
 
 UNSUPPORTED = "object"
@@ -52,6 +54,26 @@ class InertTensor(InertObject):
     shape: tuple[int, ...] = ()
     layout: str = "strided"
     """``strided``, ``sparse_coo``, ``sparse_csr`` and so on, or a quantized tensor's scheme (``per_tensor_affine``)."""
+
+
+@dataclass(slots=True, eq=False)
+class InertShard(InertTensor):
+    """What one rank has saved of a tensor that is spread over ranks: a DTensor, or a ShardedTensor.
+
+    `dtype` and `shape` are those of the whole tensor. It can be restored together with the other ranks' shards alone,
+    by the source that reads all of their files; where its file is restored by itself, it is an inert tensor as any.
+    """
+
+    spread: Spread | None = None
+    """Of a DTensor: how it lies on its mesh, and this rank's place there."""
+    local: SavedTensor | None = None
+    """Of a DTensor: what this rank holds."""
+    boxes: tuple[tuple[Box, SavedTensor], ...] = ()
+    """Of a ShardedTensor: what this rank holds, each with its place in the whole."""
+    world_size: int = 0
+    """Ranks of the job that saved it, as far as it tells."""
+    problem: str = ""
+    """Why it is not known where the shard lies, naming the class and the field; "" where it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,10 +205,11 @@ def _tells(value: Mapping[Any, Any]) -> bool:
 def _remedy(value: Any) -> str:
     values = list(value.values()) if isinstance(value, Mapping) else [value]
     kinds = {kind_name(one).rpartition(".")[2] for one in values if not isinstance(one, SavedTensor)}
-    if "DTensor" in kinds:
+    if kinds & {"DTensor", "ShardedTensor"}:
         return (
-            ". A DTensor is one rank's shard: save full tensors, by torch.distributed.checkpoint.state_dict."
-            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+            ". A DTensor is one rank's shard: pass a path with {rank} that names the files of all ranks, or save full "
+            "tensors, by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
     if any(isinstance(one, InertArray) for one in values):
         return ". Save tensors: {name: torch.from_numpy(array) for name, array in weights.items()}"

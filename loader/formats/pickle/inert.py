@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from ...errors import UnsafeError
 from ...saved.regions import whole_box
 from ...saved.tensor import Piece, SavedTensor, StorageRef
-from ...saved.values import GlobalName, InertArray, InertObject, InertTensor
+from ...saved.values import GlobalName, InertArray, InertObject, InertShard, InertTensor
 
 
 class PickledGlobal(GlobalName):
@@ -184,6 +185,22 @@ def _inert_tensor(
     return InertTensor(
         global_name=name, args=args, known=known, kind=kind, dtype=dtype, shape=shape, layout=layout
     )
+
+
+class PickledShard(InertShard):
+    """One rank's shard of a tensor; it can no longer be changed."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        _refuse("a tensor")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_shard, tuple(getattr(self, field.name) for field in fields(InertShard))
+
+
+def _inert_shard(*values: Any) -> InertShard:
+    return InertShard(*values)
 
 
 class PickledArray(InertArray):

@@ -3,8 +3,8 @@
 Each stand-in in `TENSOR_BUILDERS` has the signature of the function of its name in ``torch/_utils.py`` or
 ``torch/_tensor.py``. It checks its arguments, which are the file's, and raises `CorruptError` where they do not fit.
 A tensor that is not the bytes of one storage becomes a `PickledInertTensor`: one that `materialize.objects` can make
-(sparse, quantized, a conjugated or negated view, of an XLA device), or one that nobody can (a shard, a wrapper
-subclass, of an unknown dtype or storage class), which does no harm unless it is used.
+(sparse, quantized, a conjugated or negated view, of an XLA device), or one that nobody can (a wrapper subclass, of an
+unknown dtype or storage class), which does no harm unless it is used. So does one rank's shard, which `shards` reads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .inert import (
     TorchSize,
 )
 from .known import DTYPES, TENSOR_CLASSES
+from .shards import is_shard_class, read_shard
 
 MAX_DIMENSIONS = 64
 REBUILD_SPARSE = "torch._utils._rebuild_sparse_tensor"
@@ -35,6 +36,7 @@ REBUILD_QUANTIZED = "torch._utils._rebuild_qtensor"
 REBUILD_VIEW = "torch._utils.set_tensor_metadata"
 REBUILD_FROM_DEVICE = "torch._utils._rebuild_device_tensor_from_cpu_tensor"
 """The names by which `materialize.objects` finds how to make a `PickledInertTensor`."""
+_REBUILD_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 _COMPRESSED = ("sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 _MOST_ATTRIBUTES = 1000
 _LARGEST = 1 << 62
@@ -205,8 +207,6 @@ def _wrapper(budget: Budget, kind: Any, *rest: Any) -> PickledInertTensor:
 def _of_class(kind: Any) -> PickledInertTensor:
     """A tensor of a class that keeps its values elsewhere than in a storage of its own."""
     name = kind_of(kind)[:200]
-    if name.endswith(".DTensor"):
-        return PickledInertTensor.unmade("DTensor, one rank's shard of a tensor", name)
     return PickledInertTensor.unmade(f"tensor of the class {name}, which wraps other tensors", name)
 
 
@@ -224,8 +224,8 @@ def _uninitialised(budget: Budget, *rest: Any) -> PickledInertTensor:
 
 def _parameter(
     budget: Budget, data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
-) -> PickledTensor | PickledInertTensor:
-    if isinstance(data, PickledInertTensor):
+) -> PickledTensor | InertTensor:
+    if isinstance(data, InertTensor):
         return data
     if not isinstance(data, PickledTensor):
         raise CorruptError("a parameter without a tensor")
@@ -240,6 +240,8 @@ def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> A
     """
     if not isinstance(function, PickledGlobal) or not isinstance(args, tuple):
         return _of_class(kind)
+    if function.name == _REBUILD_WRAPPER and isinstance(kind, GlobalName) and is_shard_class(kind.name):
+        return read_shard(budget, kind.name, args, state)
     if function.name not in TENSOR_BUILDERS:
         known = rebuilds_tensors(function.name)
         return _of_class(kind) if known else PickledObject(global_name=function.name, args=args)
@@ -340,7 +342,7 @@ TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
     REBUILD_FROM_DEVICE: _from_device,
     "torch._utils._rebuild_device_tensor_from_numpy": _from_device,
     "torch._utils._rebuild_xla_tensor": _from_device,
-    "torch._utils._rebuild_wrapper_subclass": _wrapper,
+    _REBUILD_WRAPPER: _wrapper,
     "torch._utils._rebuild_nested_tensor": _nested,
     "torch._utils._rebuild_meta_tensor_no_storage": _meta,
     "torch._tensor._rebuild_from_type_v2": _typed,
