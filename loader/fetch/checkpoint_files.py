@@ -44,8 +44,8 @@ class CheckpointFiles:
         self.context = context
         self.remote = remote
         """The files that come in parts: at first their index alone."""
-        self.indexes: list[FileIndex] = []
-        """Of the files of tensors that the source read, in its order."""
+        self._index_at: dict[str, FileIndex] = {}
+        """By local path."""
         self._located = located
         self._path = path
         self._fetched: dict[str, FetchedFile] = {}
@@ -66,8 +66,17 @@ class CheckpointFiles:
         return self.context.store.describe(self._located.name) if self.in_folder else self._first.source
 
     @property
+    def by_rank(self) -> bool:
+        return bool(template_variables(self._path.template) & {"rank", "local_rank", "node_rank"})
+
+    @property
     def first(self) -> NodeFile:
         return self._first
+
+    @property
+    def indexes(self) -> list[FileIndex]:
+        """Of the files of tensors that the source read, in its order."""
+        return list(self._index_at.values())
 
     @property
     def fetched(self) -> list[FetchedFile]:
@@ -134,7 +143,7 @@ class CheckpointFiles:
         template, run_name = self._path.template, self._path.run_name
         topology, first = self.context.session.topology, self._first.source
         used = template_variables(template)
-        if not used & {"rank", "local_rank", "node_rank"}:
+        if not self.by_rank:
             raise LayoutError(
                 f"{first} is the first of {saved_world_size} ranks' archives, but the path has no "
                 "{rank}: pass a template such as ep1-rank{rank}.tar",
@@ -152,7 +161,7 @@ class CheckpointFiles:
         else:
             raise LayoutError(
                 f"{first} was saved by {saved_world_size} ranks and this job has {topology.world_size}, so which "
-                "node each of the archives is of is not known: the path may use {rank} and {run_name} only",
+                "node each of the files is of is not known: the path may use {rank} and {run_name} only",
                 path=first,
             )
         path = expand_path(template, rank=rank, local_rank=local, node_rank=node, run_name=run_name)
@@ -162,10 +171,10 @@ class CheckpointFiles:
         path, name = (
             (f"{file.path}/{member}", f"{file.source}:{member}") if member else (file.path, file.source)
         )
-        found = self.remote.index(path, name)
-        self.indexes.append(found)
-        self._names[path] = name
-        return found
+        if path not in self._index_at:
+            self._index_at[path] = self.remote.index(path, name)
+            self._names[path] = name
+        return self._index_at[path]
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
         found, by_file = read_items(self.context, self.remote, wanted, stage)

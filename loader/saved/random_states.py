@@ -21,6 +21,8 @@ NAMES: Mapping[str, str] = {
     "numpy_random_seed": "numpy",
     "torch_manual_seed": "torch",
     "torch_cuda_manual_seed": "cuda",
+    # verl
+    "random": "python",
     # Megatron
     "random_rng_state": "python",
     "np_rng_state": "numpy",

@@ -28,6 +28,10 @@ class Files(Protocol):
         """Whether the checkpoint is a folder's files; their names are relative to it then, else names of objects."""
 
     @property
+    def by_rank(self) -> bool:
+        """Whether the path names a file for each rank, or for each of a node's: `of_rank` gives their names."""
+
+    @property
     def first(self) -> NodeFile:
         """The file that the path names; of a folder, the first one that shows what it is."""
 
@@ -78,7 +82,7 @@ class Source(Protocol):
     """One kind of checkpoint."""
 
     def recognises(self, files: Files) -> bool:
-        """Whether the checkpoint is of this kind, by what was fetched so far. The same on every rank."""
+        """Whether the checkpoint is of this kind, by what was fetched so far. Every rank must call; all agree."""
 
     def open(self, files: Files, demand: Demand) -> Saved:
         """What the checkpoint holds of what `demand` asks for on this rank. Every rank must call.

@@ -7,13 +7,14 @@ from ..saved.contents import Saved
 from ..saved.demand import Demand
 from .base import Files, Source
 from .dcp.open import Dcp
+from .rank_shards.open import RankShards
 from .sharded import Sharded
 from .side_files import with_side_files
 from .single_file import SingleFile
 from .slices import Slices
 from .zero.open import Zero
 
-SOURCES: tuple[Source, ...] = (Zero(), Dcp(), Sharded(), Slices(), SingleFile())
+SOURCES: tuple[Source, ...] = (Zero(), Dcp(), Sharded(), Slices(), RankShards(), SingleFile())
 """In the order in which they are asked."""
 
 
@@ -26,7 +27,10 @@ def open_saved(files: Files, demand: Demand) -> Saved:
 
 
 def source_of(files: Files) -> Source:
-    """The first source that recognises `files`; the same on every rank. Raises `FormatError` where none does."""
+    """The first source that recognises `files`; the same on every rank. Every rank must call.
+
+    Raises `FormatError` where none does.
+    """
     for source in SOURCES:
         if source.recognises(files):
             return source

@@ -25,8 +25,8 @@ from .base import Files
 from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, lone_part, not_a_dict, obstacle
 
 __all__ = [
-    "COMPOSER_STATES", "STATE_DICT", "SingleFile", "by_class", "file_tree", "has_model", "is_weight", "read_layout",
-    "rng_list", "state_dict_of",
+    "COMPOSER_STATES", "RNG_KEYS", "STATE_DICT", "SingleFile", "by_class", "file_tree", "has_model", "is_weight",
+    "read_layout", "rng_list", "rng_of", "state_dict_of",
 ]  # fmt: skip
 
 COMPOSER_STATES = "composer_states.pt"
@@ -67,6 +67,7 @@ _ROLE_KEYS: dict[str, tuple[str, ...]] = {
     "timestamp": ("timestamp",),
 }
 """Keys under which training scripts save each part, in order of preference."""
+RNG_KEYS = _ROLE_KEYS["rng"]
 
 _EXPECTED = {
     "model": "a dict of names and tensors",
@@ -395,3 +396,9 @@ def rng_list(value: Any) -> list[Any] | None:
     if isinstance(value, list | tuple) and value and all(map(are_random_states, value)):
         return list(value)
     return None
+
+
+def rng_of(tree: Any) -> list[Any] | None:
+    """The random states that a file has under one of `RNG_KEYS`, as `rng_list`; None where it has none."""
+    found = (rng_list(tree.get(key)) for key in RNG_KEYS if isinstance(tree, Mapping))
+    return next((states for states in found if states is not None), None)

@@ -1,11 +1,12 @@
 """Finds the checkpoint that a path names: a file, a DeepSpeed folder with ``latest``, one of its tag folders, a folder
-of ``torch.distributed.checkpoint`` (DCP), or the folder of a model in one or several files.
+of ``torch.distributed.checkpoint`` (DCP), or the folder of a model in one or several files, also one of each rank.
 
 Names are derived, and the store is asked for each, so that stores that cannot list do as well as those that can.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -35,6 +36,14 @@ SLICES_FILE = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<pa
 """A file in which torch's HuggingFaceStorageWriter saved one rank's slices; all its numbers count from 1."""
 _SLICES_PARTS = 8
 """Up to how many files a rank its first one is looked for."""
+RANK_FILE = re.compile(r"model_world_size_(?P<ranks>\d{1,9})_rank_(?P<rank>\d{1,9})\.pt")
+"""A file in which verl and others save one rank's shards of a model."""
+_RANKS_CONFIG = "fsdp_config.json"
+"""The file beside those that says how many there are."""
+_RANKS = (*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128)
+"""How many ranks' files are looked for where it is not there; in a local folder, up to the `_MOST_LOCAL_RANKS`."""
+_MOST_LOCAL_RANKS = 1024
+_CONFIG_LIMIT = 64 << 10
 UNIVERSAL_MARKERS = ("zero/optimizer_state.pt",)
 """Files, relative to the tag folder, that only a universal checkpoint has; its model files look like native ones."""
 DCP_METADATA = ".metadata"
@@ -158,13 +167,44 @@ def _as_model(probes: Probes, name: str) -> Located | None:
         found = store.join(name, candidate)
         if probes.exists(found):
             return replace(_model(store, found), root=without_slash(name))
+    return _as_ranks(probes, name)
+
+
+def _as_ranks(probes: Probes, name: str) -> Located | None:
+    """A folder of the shards of a model, in one file of each rank."""
+    store, config = probes.store, probes.store.join(name, _RANKS_CONFIG)
+    known = _ranks_in(store.read_small(config, _CONFIG_LIMIT)) if probes.exists(config) else None
+    likely = range(1, _MOST_LOCAL_RANKS + 1) if store.is_local else _RANKS
+    for count in (known,) if known is not None else likely:
+        first = store.join(name, f"model_world_size_{count}_rank_0.pt")
+        if probes.exists(first):
+            return _model(store, first)
+    if known is None:
+        return None
+    raise probes.nothing(
+        f"{store.describe(config)} says that {known} ranks saved, and model_world_size_{known}_rank_0.pt is not beside "
+        "it: copy the files of all ranks there, or take another checkpoint",
+        store.describe(name),
+    )
+
+
+def _ranks_in(config: bytes) -> int | None:
+    """The number of ranks that a ``fsdp_config.json`` states; None where it is none that verl or others write."""
+    try:
+        stated = json.loads(config)
+    except ValueError:
+        return None
+    for place in (stated, stated.get("fsdp_config") if isinstance(stated, dict) else None):
+        count = place.get("world_size") if isinstance(place, dict) else None
+        if type(count) is int and 1 <= count < 1_000_000:
+            return count
     return None
 
 
 def _model(store: Store, name: str) -> Located:
     """Where the checkpoint of the file `name` lies: in the folder, where it is one of several files."""
     own = file_name(name)
-    if not (own.endswith(MODEL_INDEX) or SLICES_FILE.fullmatch(own)):
+    if not (own.endswith(MODEL_INDEX) or SLICES_FILE.fullmatch(own) or RANK_FILE.fullmatch(own)):
         return Located("file", name, name)
     return Located("folder", folder_of(name) or ("." if store.is_local else ""), name)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..saved.values import InertTensor
+from ..saved.values import InertShard, InertTensor
 from .dtensor import is_dtensor, unfillable
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -25,10 +25,15 @@ def layout_problem(value: Any, target: torch.Tensor) -> str | None:
     """
     saved = "strided"
     if isinstance(value, InertTensor):
+        if isinstance(value, InertShard):
+            return (
+                f"expected a tensor, got a {value.kind}; pass a path with {{rank}} that names the files of all ranks, "
+                "save it as an ordinary tensor (its full_tensor()), or leave it out with ignore_keys"
+            )
         if not value.known:
             return (
-                f"expected a tensor, got a {value.kind}, which is not restored; save it as an ordinary tensor (a "
-                "DTensor's full_tensor()), or leave it out with ignore_keys"
+                f"expected a tensor, got a {value.kind}, which is not restored; save it as an ordinary tensor, or "
+                "leave it out with ignore_keys"
             )
         if is_dtensor(target):
             return f"expected a tensor that can be spread over ranks, got a {value.kind}"

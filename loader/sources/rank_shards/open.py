@@ -1,0 +1,220 @@
+"""Opens checkpoints of one file a rank: a folder in verl's names, or files that a path with ``{rank}`` names.
+
+A folder has ``model_world_size_N_rank_R.pt`` and, for a full load, ``optim_...`` and ``extra_state_...``; its files
+name the number of ranks. Where a training script named the files, the shards in the first one tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import LayoutError, NotFoundError
+from ...saved.contents import Saved
+from ...saved.demand import Demand
+from ...saved.node_file import NodeFile
+from ...stores.locate import RANK_FILE
+from ..base import Files
+from ..single_file import RNG_KEYS, read_layout, rng_of
+from .join import Joined, RankTree, join_trees, shards_in
+
+KIND = "rank-shards"
+_MOST_RANKS = 1 << 16
+_SHOWN = 8
+_FLAT = ("_flat_param", "flat_param")
+"""How FSDP1 calls the parameters that it has flattened."""
+
+
+class RankShards:
+    """A checkpoint of which each rank saved its own shards, in a file of its own."""
+
+    def recognises(self, files: Files) -> bool:
+        if files.in_folder:
+            return RANK_FILE.fullmatch(files.first.name) is not None
+        if not files.by_rank or files.first.kind != "file":
+            return False
+        with files.stage("read first"):
+            return any(shards_in(files.index(files.first).tree))
+
+    def open(self, files: Files, demand: Demand) -> Saved:
+        return _of_folder(files, demand) if files.in_folder else _of_template(files, demand)
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """The files of one part of a checkpoint, by saved rank."""
+
+    part: str
+    names: Mapping[int, str]
+    fetched: Mapping[str, NodeFile]
+
+    @property
+    def any(self) -> bool:
+        return bool(self.fetched)
+
+    def check_complete(self, shown: str) -> None:
+        """Raises `NotFoundError`, which names all ranks whose files are missing."""
+        lost = [rank for rank, name in self.names.items() if name not in self.fetched]
+        if lost:
+            examples = ", ".join(self.names[rank] for rank in lost[:_SHOWN])
+            raise NotFoundError(
+                f"{shown} lacks the {self.part} files of saved {_ranks(lost)}, of {len(self.names)}: {examples}"
+                f"{', ...' * (len(lost) > _SHOWN)}. Copy them there, or take another checkpoint",
+                path=shown,
+            )
+
+    def trees(self, files: Files) -> list[RankTree]:
+        indexes = (files.index(self.fetched[name]) for name in self.names.values())
+        return [RankTree(index.name, index.tree) for index in indexes]
+
+
+def _of_folder(files: Files, demand: Demand) -> Saved:
+    match = RANK_FILE.fullmatch(files.first.name)
+    count = int(match["ranks"]) if match else 0
+    _check_count(count, files.first.source)
+    own = demand.position.rank
+    wanted = {"model": range(count)}
+    if not demand.weights_only:
+        if demand.optimizer:
+            wanted["optim"] = range(count)
+        wanted["extra_state"] = sorted({0, own} & set(range(count)))  # type: ignore[assignment]
+    names = {
+        part: {rank: f"{part}_world_size_{count}_rank_{rank}.pt" for rank in ranks}
+        for part, ranks in wanted.items()
+    }
+    found = files.fetch([name for each in names.values() for name in each.values()], "fetch", optional=True)
+    sets = {
+        part: _Set(part, each, {name: found[name] for name in each.values() if name in found})
+        for part, each in names.items()
+    }
+    # A save may leave out parts, but no rank's file of one.
+    present = [part for part in sets if part == "model" or files.any(f"{part} files", sets[part].any)]
+    with files.stage("read"):
+        for part in present:
+            sets[part].check_complete(files.name)
+        trees = {part: sets[part].trees(files) for part in present}
+        extra = [one.tree for one in trees.pop("extra_state", ())]
+        for each in trees.values():
+            _check_ranks(each, count)
+        joined = {part: join_trees(each, part) for part, each in trees.items()}
+        whole: dict[str, Any] = {}
+        if extra:
+            whole |= extra[0] if isinstance(extra[0], Mapping) else {"extra_state": extra[0]}
+        whole["model"] = joined["model"].tree
+        if "optim" in joined:
+            _check_pipeline(trees["model"], joined["optim"].tree)
+            whole["optimizer"] = joined["optim"].tree
+        notes = [
+            f"{files.name} has no {part} files: what they would hold is not restored"
+            for part in sets
+            if part not in present
+        ]
+        rng = rng_of(extra[-1]) if extra and own < count else None
+        return _saved(files, demand, whole, count, rng, (*notes, *_differing(joined.values())))
+
+
+def _of_template(files: Files, demand: Demand) -> Saved:
+    with files.stage("read"):
+        first = files.index(files.first)
+        count = max(shard.world_size for shard in shards_in(first.tree)) or 1
+        _check_count(count, files.first.source)
+        names = {rank: files.of_rank(rank, count) for rank in range(count)}
+    own = demand.position.rank
+    found = _Set("", names, files.fetch(list(names.values()), "fetch", optional=True))
+    with files.stage("read all"):
+        found.check_complete(files.name)
+        trees = found.trees(files)
+        _check_ranks(trees, count)
+        joined = join_trees(trees)
+        rng = rng_of(trees[own].tree) if own < count else None
+        return _saved(files, demand, joined.tree, count, rng, _differing([joined]))
+
+
+def _saved(
+    files: Files,
+    demand: Demand,
+    tree: Any,
+    count: int,
+    own_rng: list[Any] | None,
+    notes: Iterable[str],
+) -> Saved:
+    """The parts of the joined `tree`, with the random states of this rank's file."""
+    saved = read_layout(
+        tree,
+        file=files.name,
+        layout=demand.layout,
+        optimizer_classes=demand.optimizers,
+        scheduler_classes=demand.schedulers,
+        scaler_class=demand.scaler,
+        with_model=demand.model,
+    )
+    saved = replace(saved, name=files.name, kind=KIND, world_size=count, notes=tuple(notes))
+    if saved.rng is None or len(saved.rng) > 1:
+        return saved  # none, or those of all ranks in each file
+    if demand.position.rank >= count:
+        return replace(saved, rng_per_rank=True, own_rng=False)
+    return replace(saved, rng=own_rng or [], rng_per_rank=True)
+
+
+def _check_count(count: int, shown: str) -> None:
+    if not 1 <= count <= _MOST_RANKS:
+        raise LayoutError(f"{shown} is of {count} ranks, expected 1 to {_MOST_RANKS}", path=shown)
+
+
+def _check_ranks(trees: Sequence[RankTree], count: int) -> None:
+    """Raises `LayoutError` where a file is of more ranks than there are files, or has FSDP1's flattened parameters."""
+    for one in trees:
+        most = max((shard.world_size for shard in shards_in(one.tree)), default=0)
+        if most > count:
+            raise LayoutError(
+                f"{one.file} holds shards of {most} ranks, expected those of {count}: it is of another save",
+                path=one.file,
+            )
+        names = one.tree if isinstance(one.tree, Mapping) else {}
+        flat = [key for key in names if isinstance(key, str) and key.rpartition(".")[2] in _FLAT]
+        if flat:
+            raise LayoutError(
+                f"{one.file} holds {flat[0]!r}, a parameter that FSDP1 has flattened (LOCAL_STATE_DICT): which of its "
+                "elements are of which weight is not in the files. Save with StateDictType.SHARDED_STATE_DICT or "
+                "FULL_STATE_DICT, in a job like the one that saved it",
+                path=one.file,
+            )
+
+
+def _check_pipeline(models: Sequence[RankTree], optimizer: Any) -> None:
+    """Raises `LayoutError` where ranks hold different parameters, and number them in the optimizer each by itself."""
+    state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+    numbered = isinstance(state, Mapping) and any(isinstance(key, int) for key in state)
+    names = [set(one.tree) if isinstance(one.tree, Mapping) else set() for one in models]
+    other = next((i for i, each in enumerate(names) if each != names[0]), None)
+    if numbered and other is not None:
+        odd = sorted(map(str, names[other] ^ names[0]))[0]
+        raise LayoutError(
+            f"{models[0].file} and {models[other].file} hold different parameters ({odd!r}), as stages of a pipeline "
+            "do, and their optimizers number them: which is which is not known. Load the weights with "
+            "load_weights_only=True, or leave_out=['optimizers']",
+            path=models[other].file,
+        )
+
+
+def _differing(joined: Iterable[Joined]) -> tuple[str, ...]:
+    places = [place for each in joined for place in each.differing if place.partition("/")[0] not in RNG_KEYS]
+    if not places:
+        return ()
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return (
+        f"not the same in all ranks' files, and taken from the lowest rank's: {', '.join(places[:_SHOWN])}{more}",
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0, 2 to 5``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    shown = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"

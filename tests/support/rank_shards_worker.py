@@ -1,0 +1,167 @@
+"""What the ranks of test_ranks.py do with one file a rank: they save their shards by torch alone, and restore them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from journey_worker import start_deepspeed
+from modules_worker import full, optimizer_for, plain_job, sharded_job, train
+from rankload.loader import LayoutError, State, capture_rng, load
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from zero_model import TinyModel, full_state, make_engine
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def replicated_job(seed: int = 7) -> State:
+    """FSDP2 over pairs of ranks, of which each keeps the same as another."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return _sharded(TinyModel(seed), mesh)
+
+
+def tensor_parallel_job(seed: int = 7) -> State:
+    """FSDP2 over tensor parallelism of two ranks."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("data", "tensor"))
+    model = TinyModel(seed)
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return _sharded(model, mesh["data"])
+
+
+def _sharded(model: TinyModel, mesh: Any) -> State:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return State(model, optimizer_for(model))
+
+
+JOBS: dict[str, Callable[..., State]] = {
+    "plain": plain_job,
+    "fsdp2": sharded_job,
+    "hsdp": replicated_job,
+    "tp": tensor_parallel_job,
+}
+
+
+def with_scheduler(state: State) -> State:
+    state.schedulers = [torch.optim.lr_scheduler.MultiStepLR(state.optimizers[0], [3, 5])]
+    return state
+
+
+def save(state: State, folder: Path) -> None:
+    """As verl saves; and as training scripts do, in one file of each rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, optimizer = state.model.state_dict(), state.optimizers[0].state_dict()
+    scheduler, rng = state.schedulers[0].state_dict(), capture_rng()
+    own = {"cpu": rng["torch"], "numpy": rng["numpy"], "random": rng["python"]}
+    of_rank = f"world_size_{WORLD_SIZE}_rank_{RANK}.pt"
+    torch.save(model, folder / f"model_{of_rank}")
+    torch.save(optimizer, folder / f"optim_{of_rank}")
+    torch.save({"lr_scheduler": scheduler, "rng": own}, folder / f"extra_state_{of_rank}")
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": rng, "epoch": 3}
+    torch.save(parts, folder / f"by-hand-{RANK}.pt")
+
+
+def whole(state: State) -> dict[str, torch.Tensor]:
+    """All tensors of a job, whole and by name; every rank must call."""
+    found = {f"model/{name}": full(value).clone() for name, value in state.model.state_dict().items()}
+    entries = state.optimizers[0].state
+    for name, parameter in state.model.named_parameters():
+        found.update({f"{key}/{name}": full(one).clone() for key, one in entries.get(parameter, {}).items()})
+    return found
+
+
+def write(root: str, *kinds: str) -> None:
+    """Jobs of these kinds train two steps, save, and train on; their tensors and losses lie beside."""
+    dist.init_process_group("gloo")
+    for kind in kinds:
+        state = with_scheduler(JOBS[kind](3))
+        for _ in range(2):
+            train(state, 1)
+            state.schedulers[0].step()
+        random.seed(RANK)
+        np.random.seed(RANK)
+        folder = Path(root, kind)
+        save(state, folder)
+        tensors = whole(state)
+        losses = train(state)
+        if RANK == 0:
+            torch.save(tensors, folder / "whole")
+            Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check(path: str, state: State, *, exact: bool = False, saved_by: int = 4) -> None:
+    """Restores what is at `path`, a folder or its files by hand, and trains on as the job that saved it did."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    with_scheduler(state)
+    result = load(path, state, progress_bar=False)
+    expected, found = torch.load(folder / "whole"), whole(state)
+    assert found.keys() == expected.keys()
+    assert not [name for name, value in found.items() if not torch.equal(value, expected[name])]
+    assert state.schedulers[0].last_epoch == 2
+    receipt = result.receipt
+    assert (receipt.kind, receipt.saved_world_size) == ("rank-shards", saved_by)
+    assert (receipt.missing, receipt.unexpected, receipt.not_restored) == ((), (), ())
+    assert result.extra == ({} if folder == Path(path) else {"epoch": 3})
+    assert result.rng_states is not None
+    for rank, states in enumerate(result.rng_states[:saved_by]):
+        assert states["python"] == random.Random(rank).getstate()
+    assert len(receipt.derived) == max(0, WORLD_SIZE - saved_by)
+    theirs, mine = (
+        torch.tensor(json.loads(Path(folder, "losses.json").read_text())),
+        torch.tensor(train(state)),
+    )
+    assert torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-5), (mine, theirs)
+
+
+def restore(root: str, *cases: str) -> None:
+    """Each of ``WRITTEN:TARGET[:exact]``, from the folder and from the files by hand."""
+    dist.init_process_group("gloo")
+    for case in cases:
+        written, target, *exact = case.split(":")
+        for path in (f"{root}/{written}", f"{root}/{written}/by-hand-{{rank}}.pt"):
+            check(path, JOBS[target](seed=11), exact=bool(exact))
+    # An error of one rank's is every rank's.
+    broken = Path(root, "broken")
+    try:
+        load(str(broken), JOBS["plain"](), progress_bar=False)
+    except LayoutError as error:
+        assert "were not saved together" in error.message, error
+    else:
+        raise AssertionError("files of two saves were restored")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def engines(root: str, *kinds: str) -> None:
+    """DeepSpeed engines of stages 1 and 3: masters, moments, steps and rates are those that were saved."""
+    start_deepspeed()
+    for kind in kinds:
+        saved = torch.load(Path(root, kind, "whole"))
+        for stage in (1, 3):
+            engine = make_engine(stage, seed=5, client=True)
+            state = State(engine)
+            # The checkpoint has no state of the engine's own kind of scheduler.
+            load(str(Path(root, kind)), state, progress_bar=False, strict_model_weights=False)
+            found = full_state(engine)
+            for name, value in found.items():
+                part, _, key = name.partition("/")
+                if part in ("fp32", "exp_avg", "exp_avg_sq"):
+                    expected = saved[f"{'model' if part == 'fp32' else part}/{key}"]
+                    assert torch.equal(value, expected), (kind, stage, name)
+            assert {float(one["step"]) for one in engine.optimizer.optimizer.state.values()} == {2.0}
+    dist.barrier()
+    dist.destroy_process_group()
