@@ -15,8 +15,10 @@ import torch.distributed as dist
 from journey_worker import start_deepspeed
 from modules_worker import full, optimizer_for, plain_job, sharded_job, train
 from rankload.loader import LayoutError, State, capture_rng, load
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from zero_model import TinyModel, full_state, make_engine
 
@@ -99,6 +101,94 @@ def write(root: str, *kinds: str) -> None:
         if RANK == 0:
             torch.save(tensors, folder / "whole")
             Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+SIZES = {
+    "rows": (3, 5),
+    "columns": (8, 5),
+    "hybrid": (3, 5),
+    "tp rows": (3, 17),
+    "tp columns": (9, 5),
+    "both": (2, 9),
+}
+"""In and out of linear layers that eight ranks shard, each in another way: unevenly, and with empty shards."""
+
+
+def layers() -> dict[str, nn.Linear]:
+    torch.manual_seed(4)
+    return {name: nn.Linear(*size) for name, size in SIZES.items()}
+
+
+def write_uneven(folder: str) -> None:
+    """Shards `layers` over eight ranks, of which each saves its own in one file."""
+    dist.init_process_group("gloo")
+    shards = layers()
+    flat = init_device_mesh("cpu", (8,))
+    pairs = init_device_mesh("cpu", (2, 4), mesh_dim_names=("outer", "inner"))
+    wide = init_device_mesh("cpu", (4, 2), mesh_dim_names=("outer", "inner"))
+    cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    fully_shard(shards["rows"], mesh=flat)
+    by_dim = {2: Shard(1), 1: Shard(0)}
+    fully_shard(shards["columns"], mesh=flat, shard_placement_fn=lambda one: by_dim[one.dim()])
+    fully_shard(shards["hybrid"], mesh=pairs)
+    parallelize_module(shards["tp rows"], wide["inner"], ColwiseParallel())
+    fully_shard(shards["tp rows"], mesh=wide["outer"])
+    parallelize_module(shards["tp columns"], pairs["inner"], RowwiseParallel())
+    fully_shard(shards["tp columns"], mesh=pairs["outer"])
+    parallelize_module(shards["both"], cube["tensor"], ColwiseParallel())
+    fully_shard(shards["both"], mesh=cube["replicate", "shard"])
+    torch.save(nn.ModuleDict(shards).state_dict(), Path(folder, f"uneven-{RANK}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write_fsdp1(folder: str) -> None:
+    """Saves a module in FullyShardedDataParallel, with its optimizer, in each form that has a file for each rank."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    dist.init_process_group("gloo")
+    for form, mesh in (
+        ("sharded", None),
+        ("placed", init_device_mesh("cpu", (WORLD_SIZE,))),
+        ("local", None),
+    ):
+        torch.manual_seed(4)
+        inner = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        model = FullyShardedDataParallel(
+            inner, device_mesh=mesh, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        kind = StateDictType.LOCAL_STATE_DICT if form == "local" else StateDictType.SHARDED_STATE_DICT
+        with FullyShardedDataParallel.state_dict_type(model, kind):
+            state = (
+                optimizer.state_dict()
+                if form == "local"
+                else FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            )
+            parts = {"model": model.state_dict(), "optimizer": state}
+        torch.save(parts, Path(folder, f"{form}-{RANK}.pt"))
+        # The optimizer's own flat pieces, since FSDP's full ones are wrong on a CPU.
+        own: dict[str, Any] = {"model": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, parameter in model.named_parameters():
+            plain = name.replace("_fsdp_wrapped_module.", "")
+            own["model"][plain] = parameter.detach().flatten()
+            for key in ("exp_avg", "exp_avg_sq"):
+                own[key][plain] = (
+                    optimizer.state[parameter][key].flatten() if parameter.numel() else torch.empty(0)
+                )
+        pieces: list[Any] = [None] * WORLD_SIZE
+        dist.all_gather_object(pieces, own)
+        if RANK == 0:
+            flat = {
+                f"{key}/{name}": torch.cat([piece[key][name] for piece in pieces])
+                for key, names in own.items()
+                for name in names
+            }
+            torch.save(flat, Path(folder, f"{form}-whole"))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -43,9 +43,9 @@ class Joined:
     """Places of tensors that are no shards, and are not the same on all ranks."""
 
 
-def shards_in(tree: Any) -> Iterator[InertShard]:
-    """Every shard in `tree`."""
-    return (value for _, value in iterate(tree) if isinstance(value, InertShard))
+def shards_in(tree: Any) -> Iterator[tuple[str, InertShard]]:
+    """Every shard in `tree`, with its place."""
+    return ((place, value) for place, value in iterate(tree) if isinstance(value, InertShard))
 
 
 def join_trees(trees: Sequence[RankTree], path: str = "") -> Joined:

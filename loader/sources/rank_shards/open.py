@@ -35,7 +35,7 @@ class RankShards:
         if not files.by_rank or files.first.kind != "file":
             return False
         with files.stage("read first"):
-            return any(shards_in(files.index(files.first).tree))
+            return any(True for _ in shards_in(files.index(files.first).tree))
 
     def open(self, files: Files, demand: Demand) -> Saved:
         return _of_folder(files, demand) if files.in_folder else _of_template(files, demand)
@@ -117,7 +117,7 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
 def _of_template(files: Files, demand: Demand) -> Saved:
     with files.stage("read"):
         first = files.index(files.first)
-        count = max(shard.world_size for shard in shards_in(first.tree)) or 1
+        count = max(shard.world_size for _, shard in shards_in(first.tree)) or 1
         _check_count(count, files.first.source)
         names = {rank: files.of_rank(rank, count) for rank in range(count)}
     own = demand.position.rank
@@ -165,21 +165,20 @@ def _check_count(count: int, shown: str) -> None:
 def _check_ranks(trees: Sequence[RankTree], count: int) -> None:
     """Raises `LayoutError` where a file is of more ranks than there are files, or has FSDP1's flattened parameters."""
     for one in trees:
-        most = max((shard.world_size for shard in shards_in(one.tree)), default=0)
-        if most > count:
-            raise LayoutError(
-                f"{one.file} holds shards of {most} ranks, expected those of {count}: it is of another save",
-                path=one.file,
-            )
-        names = one.tree if isinstance(one.tree, Mapping) else {}
-        flat = [key for key in names if isinstance(key, str) and key.rpartition(".")[2] in _FLAT]
-        if flat:
-            raise LayoutError(
-                f"{one.file} holds {flat[0]!r}, a parameter that FSDP1 has flattened (LOCAL_STATE_DICT): which of its "
-                "elements are of which weight is not in the files. Save with StateDictType.SHARDED_STATE_DICT or "
-                "FULL_STATE_DICT, in a job like the one that saved it",
-                path=one.file,
-            )
+        for place, shard in shards_in(one.tree):
+            if shard.world_size > count:
+                raise LayoutError(
+                    f"{one.file}: {place} is a shard of {shard.world_size} ranks, expected one of {count}: the file is "
+                    "of another save",
+                    path=one.file,
+                )
+            if place.rpartition("/")[2].rpartition(".")[2] in _FLAT:
+                raise LayoutError(
+                    f"{one.file}: {place} is what FSDP1 has flattened parameters to (LOCAL_STATE_DICT): which of its "
+                    "elements are of which weight is not in the files. Save with StateDictType.SHARDED_STATE_DICT or "
+                    "FULL_STATE_DICT, in a job like the one that saved it",
+                    path=one.file,
+                )
 
 
 def _check_pipeline(models: Sequence[RankTree], optimizer: Any) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import rank_shards_worker
+import torch
 from deepspeed_ranks import ENVIRONMENT
 from places import SUPPORT
 from processes import run_ranks
+from rankload.loader import LayoutError, State, load
 
 WORKER = str(SUPPORT / "rank_shards_worker.py")
 KINDS = ("fsdp2", "hsdp", "tp")
@@ -51,3 +53,31 @@ def test_into_shards_of_as_many_and_of_more_ranks(root: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_into_deepspeed_engines(root: Path, world_size: int) -> None:
     run("engines", world_size, root, "fsdp2", "tp")
+
+
+def test_uneven_and_empty_shards_of_every_placement(tmp_path: Path) -> None:
+    run("write_uneven", 8, tmp_path)
+    wanted = rank_shards_worker.layers()
+    found = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(*size) for name, size in rank_shards_worker.SIZES.items()}
+    )
+    load(tmp_path / "uneven-{rank}.pt", State(found), progress_bar=False)
+    for name, layer in wanted.items():
+        assert torch.equal(found[name].weight, layer.weight), name
+        assert torch.equal(found[name].bias, layer.bias), name
+
+
+def test_what_fsdp1_saves_of_each_rank(tmp_path: Path) -> None:
+    run("write_fsdp1", 2, tmp_path)
+    for form in ("sharded", "placed"):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        optimizer = torch.optim.AdamW(model.parameters())
+        load(tmp_path / f"{form}-{{rank}}.pt", State(model, optimizer), progress_bar=False)
+        found = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            found |= {f"{key}/{name}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+        wanted = torch.load(tmp_path / f"{form}-whole")
+        assert found.keys() == wanted.keys()
+        assert not [name for name, value in wanted.items() if not torch.equal(found[name].flatten(), value)]
+    with pytest.raises(LayoutError, match=r"local-0\.pt: model/_flat_param is what FSDP1 has flattened"):
+        load(tmp_path / "local-{rank}.pt", State(torch.nn.Linear(3, 5)), progress_bar=False)
