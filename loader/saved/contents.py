@@ -35,7 +35,7 @@ class Saved:
     name: str
     """What messages and the receipt call the checkpoint; without secrets."""
     kind: str
-    """``monolithic``, ``sharded``, ``slices``, ``composer-zero`` or ``deepspeed``."""
+    """``monolithic``, ``sharded``, ``slices``, ``rank-shards``, ``composer-zero`` or ``deepspeed``."""
     layout: str
     """``composer``, ``lightning``, ``state dict``, ``safetensors``, ``hand-written`` or ``deepspeed``."""
     state: dict[str, Any]

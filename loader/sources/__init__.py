@@ -9,6 +9,7 @@ Whatever wrote the checkpoint, its parts come out as ``state/model``, ``state/op
 - `dcp`: a folder of ``torch.distributed.checkpoint``, whose tensors lie in chunks.
 - `sharded`: a model in several files, of safetensors or of torch, which an index lists.
 - `slices`: safetensors files of each rank's slices of a model, as torch's writer saves them.
+- `rank_shards`: one file of each rank, with its shards of tensors that are spread over a mesh of ranks.
 - `single_file`: a file that holds everything, as Composer, Lightning or a training script saved it, or a bare state
   dict, also of safetensors. It takes what no other source recognises.
 

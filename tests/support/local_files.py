@@ -24,6 +24,7 @@ class LocalFiles:
         self.path = path
         self.name = str(path)
         self.in_folder = path.is_dir() and not archives
+        self.by_rank = bool(archives)
         self.archives = {str(one): one for one in archives}
         self.fetched: list[str] = []
         """Names of what was fetched after the first file, in order."""

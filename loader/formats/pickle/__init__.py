@@ -6,7 +6,7 @@
    the pickle names) becomes a `PickledGlobal`, which is its name and whether the allow-list in `known` has it.
 3. Where the pickle calls a global, `build.make` finds a stand-in for it by name: `tensors` for torch's functions,
    `arrays` for NumPy's, `build` for Python's. A call without a stand-in becomes a `PickledObject`, which records it,
-   and a tensor that is not the bytes of one storage a `PickledInertTensor`.
+   and a tensor that is not the bytes of one storage a `PickledInertTensor`, or a `PickledShard` (`shards`).
    `inert` holds these types; `budget` limits what the stand-ins of one file copy and hash.
 
 Where a global is refused: in `materialize.safe_types.require_safe`, which raises `UnsafeError` for every name off the

@@ -2,7 +2,7 @@
 
 Both are objects around an ordinary tensor. Their classes have changed with torch's versions, so that what is needed is
 looked for by the names of fields: a DTensor's ``_local_tensor`` and, in its ``_spec``, the placements and the mesh,
-whose shape is in ``_layout`` or, before torch 2.9, is that of its tensor ``mesh``. Nothing is refused here, since the
+whose shape is in ``_layout`` or, in older versions, is that of its tensor ``mesh``. Nothing is refused here, since the
 shard may be in a part that nobody restores: what is not found is the shard's `problem`.
 """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -294,3 +295,28 @@ def test_a_bucket_that_is_not_there_is_said(path: str, *, told: bool) -> None:
     with pytest.raises(NotFoundError) as error:
         locate(store, name)
     assert ("There is no bucket their: check its name" in str(error.value)) == told
+
+
+@pytest.mark.parametrize("ranks", [1, 7, 1000])
+def test_one_file_a_rank_is_found_by_its_names(tmp_path: Path, ranks: int) -> None:
+    first = tmp_path / f"model_world_size_{ranks}_rank_0.pt"
+    first.write_bytes(b"x")
+    expected = Located("folder", str(tmp_path), str(first))
+    assert found(tmp_path) == found(first) == expected
+    (tmp_path / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": ranks}))
+    assert found(tmp_path) == expected
+
+
+def test_the_number_of_ranks_is_asked_for_once_or_guessed_by_few_requests() -> None:
+    names = {f"/run/model_world_size_{ranks}_rank_0.pt": Served(b"x") for ranks in (64, 512)}
+    with counting_server(names) as server:
+        located = found(server.url("/run"))
+        assert located.first == server.url("/run/model_world_size_64_rank_0.pt")
+        asked = {one.path for one in server.requests if "world_size" in one.path}
+    assert len(asked) == 14
+    names["/run/fsdp_config.json"] = Served(b'{"world_size": 512}')
+    with counting_server(names) as server:
+        assert found(server.url("/run")).first == server.url("/run/model_world_size_512_rank_0.pt")
+        assert {one.path for one in server.requests if "world_size" in one.path} == {
+            "/run/model_world_size_512_rank_0.pt"
+        }

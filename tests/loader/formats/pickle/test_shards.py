@@ -46,7 +46,7 @@ def new_mesh(**more: Any) -> InertObject:
     return thing("device_mesh.DeviceMesh", **{**fields, **more})
 
 
-def layout_of_torch_2_9() -> InertObject:
+def older_layout() -> InertObject:
     return new_mesh(_layout=thing("_mesh_layout._MeshLayout", shape=(2, 3), stride=(3, 1)))
 
 
@@ -76,7 +76,7 @@ def dtensor(mesh: Any, *, slots: bool = True, placements: Any = None, **more: An
     return read_shard(Budget(10_000), DTENSOR, args, (None, fields) if slots else fields)
 
 
-@pytest.mark.parametrize("mesh", [new_mesh, layout_of_torch_2_9, old_mesh])
+@pytest.mark.parametrize("mesh", [new_mesh, older_layout, old_mesh])
 @pytest.mark.parametrize("slots", [True, False])
 def test_a_dtensor_says_where_its_shard_lies(mesh: Any, slots: bool) -> None:
     shard = dtensor(mesh(), slots=slots)
