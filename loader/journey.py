@@ -289,18 +289,7 @@ def load(
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
             warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
         _write_trace(request, receipt)
-    return LoadResult(rng_states, receipt, checked.extra, _step(saved, checked.extra), saved.epoch)
-
-
-def _step(saved: Saved, extra: Mapping[str, Any]) -> int | None:
-    """The steps that were done, as the checkpoint says or as torchtitan's ``train_state`` has them, in a tensor."""
-    state = extra.get("train_state")
-    if saved.step is not None or not isinstance(state, Mapping):
-        return saved.step
-    step: Any = state.get("step")
-    if hasattr(step, "numel") and step.numel() == 1:
-        step = step.item()
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+    return LoadResult(rng_states, receipt, checked.extra, saved.step_with(checked.extra), saved.epoch)
 
 
 def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:

@@ -178,7 +178,7 @@ class CheckpointFiles:
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
         found, by_file = read_items(self.context, self.remote, wanted, stage)
-        self.indexes += by_file
+        self._index_at |= {index.path: index for index in by_file}
         self._names |= {index.path: index.name for index in by_file}
         return found
 

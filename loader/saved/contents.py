@@ -156,6 +156,16 @@ class Saved:
             else _the_number(self.whole.extra, ("global_step", "step", "iteration"))
         )
 
+    def step_with(self, extra: Mapping[str, Any]) -> int | None:
+        """As `step`; else that of torchtitan, which is in a tensor: `extra` has the real values."""
+        state = extra.get("train_state")
+        if self.step is not None or not isinstance(state, Mapping):
+            return self.step
+        step: Any = state.get("step")
+        if hasattr(step, "numel") and step.numel() == 1:
+            step = step.item()
+        return _the_number({"step": step}, ("step",))
+
     @property
     def epoch(self) -> int | None:
         """The epochs that were done, or the one under way, as whoever saved it counts; None where it does not say."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .locate import FILE_SUFFIXES, LATEST, MODEL_FILES, MODEL_STATES, OTHER_FILES, OTHER_KINDS
+from .locate import DCP_METADATA, FILE_SUFFIXES, LATEST, MODEL_FILES, MODEL_STATES, OTHER_FILES, OTHER_KINDS
 
 _LISTED = 2_000
 """Entries of a folder that are looked at: a message is not worth more."""
@@ -34,6 +34,14 @@ def local_nearby(name: str) -> str:
         parent, wanted = os.path.split(parent)
     said = f"There is no folder {missing}. " if missing is not None else ""
     return (said + _sentences(parent or os.curdir, close_to=wanted)).strip()
+
+
+_KINDS = {
+    "a DeepSpeed folder": (LATEST, *MODEL_STATES),
+    "a DCP folder": (DCP_METADATA,),
+    "a model's folder": MODEL_FILES,
+}
+"""Kinds of folders that can be loaded to the files by which they are known."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _found(folder: str, name: str) -> _Found | None:
     path = os.path.join(folder, name)
     if not os.path.isdir(path):
         return _Found(name, path) if name.endswith(_CHECKPOINTS) else None
-    for kind, markers in (("a DeepSpeed folder", (LATEST, *MODEL_STATES)), ("a model's folder", MODEL_FILES)):
+    for kind, markers in _KINDS.items():
         if any(os.path.isfile(os.path.join(path, one)) for one in markers):
             return _Found(f"{name} ({kind})", path)
     for marker, (kind, _) in OTHER_KINDS.items():

@@ -166,5 +166,5 @@ def test_local_paths_of_all_kinds(data: bytes, restore: Restore, tmp_path: Path)
     (folder / "ck0 #.pt").write_bytes(data)
     for path in (f"{folder}/ck0 #.pt", (folder / "ck{rank} #.pt").as_uri(), f"file:{folder}/ck0 #.pt"):
         assert restore(path).files[0].name == f"{folder}/ck0 #.pt"
-    with pytest.raises(NotFoundError, match="neither a file nor a DeepSpeed folder"):
+    with pytest.raises(NotFoundError, match="is no checkpoint"):
         restore(f"{folder}/{'x' * 300}")

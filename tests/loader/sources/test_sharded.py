@@ -174,7 +174,7 @@ def test_a_store_without_ranges_and_folders(tmp_path: Path) -> None:
 def test_a_server_that_answers_a_page_to_every_name_has_no_model(tmp_path: Path) -> None:
     with counting_server() as server:
         server.missing = Served(b"<!doctype html><html></html>", content_type="text/html")
-        with pytest.raises(RankloadError, match=r"neither a file nor|HTML page"):
+        with pytest.raises(RankloadError, match=r"is no checkpoint|HTML page"):
             load(server.url("/m"), State(Awkward()), options={"cache_dir": str(tmp_path)})
         asked = len(server.requests)
         name = "shard-00001-model-00001-of-00001.safetensors"

@@ -37,13 +37,15 @@ def test_a_deepspeed_folder_by_latest_or_by_its_tag(tmp_path: Path) -> None:
     tag = tmp_path / "global_step3"
     tag.mkdir()
     (tag / MODEL).write_bytes(b"x")
-    with pytest.raises(NotFoundError, match="neither a file nor a DeepSpeed folder"):
+    with pytest.raises(NotFoundError, match="is no checkpoint"):
         found(tmp_path)
     (tmp_path / "latest").write_text("global_step3\n")
-    expected = Located("folder", str(tag), str(tag / MODEL), "global_step3", by_latest=True)
+    root = str(tmp_path)
+    expected = Located("folder", str(tag), str(tag / MODEL), "global_step3", by_latest=True, root=root)
     assert found(tmp_path) == expected
     assert found(f"{tmp_path}/") == expected
-    assert found(tag) == replace(expected, by_latest=False)
+    # A tag's folder holds what DeepSpeed saved, and nothing of a framework's.
+    assert found(tag) == replace(expected, by_latest=False, root=None)
 
 
 def test_stage_3_has_its_own_first_file(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_folder_of_a_model_by_the_file_that_shows_it(tmp_path: Path, name: str
     path.write_bytes(b"x")
     form, place = ("file", path) if name in SINGLE else ("folder", tmp_path)
     expected = Located(form, str(place), str(path))
-    assert found(tmp_path) == expected
+    assert found(tmp_path) == replace(expected, root=str(tmp_path))
     assert found(path) == expected
 
 
@@ -226,14 +228,17 @@ def test_a_trainers_output_folder_names_what_lies_in_it(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-16" / "optimizer.pt").write_bytes(b"x")
     (tmp_path / "checkpoint-16" / "saved_model.pt").write_bytes(b"x")
     (tmp_path / "checkpoint-24" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "checkpoint-32").mkdir()
+    (tmp_path / "checkpoint-32" / ".metadata").write_bytes(b"x")
     (tmp_path / "runs").mkdir()
     (tmp_path / "trainer_state.json").write_text("{}")
     told = message(tmp_path)
-    assert "neither a file nor a DeepSpeed folder: no 'latest' in it" in told
+    assert "is no checkpoint: no 'latest' in it" in told
     assert (
         f"In {tmp_path} there is checkpoint-8 (a DeepSpeed folder), "
-        "checkpoint-16 (a folder with optimizer.pt, saved_model.pt), checkpoint-24 (a model's folder), runs, "
-        f"trainer_state.json. Pass one of them, such as {tmp_path}/checkpoint-24"
+        "checkpoint-16 (a folder with optimizer.pt, saved_model.pt), checkpoint-24 (a model's folder), "
+        "checkpoint-32 (a DCP folder), runs, trainer_state.json. "
+        f"Pass one of them, such as {tmp_path}/checkpoint-32"
     ) in told
 
 
