@@ -20,8 +20,9 @@ from .request import LoadRequest
 from .saved.contents import Saved
 from .stages import Stages
 from .stores.base import Store
-from .stores.locate import Located, locate
+from .stores.locate import RANK_FILE, Located, locate
 from .stores.manifest import find_manifests, known_sums
+from .stores.names import file_name
 from .stores.open import open_store
 from .stores.probes import Probes
 from .template import expand_for_rank_zero, expand_for_second_rank, expand_path, template_variables
@@ -82,6 +83,8 @@ def open_own_file(
 def _one_file(store: Store, name: str) -> Located:
     """The file that `name` names. Raises as `locate`, and `FormatError` where it names a checkpoint's folder."""
     located = locate(store, name)
+    if RANK_FILE.fullmatch(file_name(name)) and located.first == name:
+        return Located("file", name, name)
     if located.form != "file":
         raise FormatError(
             f"{store.describe(name)} is a checkpoint's folder, expected one file of it, such as "

@@ -103,7 +103,9 @@ def _axes(layout: Any) -> Iterator[tuple[Sizes, Sizes]]:
     fields = _fields_of(layout, "its DeviceMesh has no tensor mesh; the _layout there")
     axes = fields.get("axes")
     if axes is None:
-        sizes, steps = fields.get("shape"), fields.get("stride")
+        # Of one dimension, they may be numbers.
+        both = (fields.get("shape"), fields.get("stride"))
+        sizes, steps = ((one,) if type(one) is int else one for one in both)
         if (
             not isinstance(sizes, tuple | list)
             or not isinstance(steps, tuple | list)

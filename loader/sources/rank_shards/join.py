@@ -7,8 +7,8 @@ same elements, the lowest one's are taken. Anything else is the lowest rank's th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import CorruptError, FormatError, LayoutError
@@ -22,6 +22,7 @@ from ...saved.values import InertShard, kind_of
 
 _MOST_DIMENSIONS = 8
 """Of a tensor in shards: whether these cover it takes time that doubles with each dimension."""
+_PLAIN = (bool, int, float, str, bytes)
 _READABLE = frozenset({SHARD, STRIDED, REPLICATE})
 
 
@@ -40,7 +41,9 @@ class Joined:
 
     tree: Any
     differing: tuple[str, ...]
-    """Places of tensors that are no shards, and are not the same on all ranks."""
+    """Places of tensors and numbers that are no shards, and are not the same on all ranks."""
+    partial: tuple[str, ...]
+    """Places of what not all ranks have."""
 
 
 def shards_in(tree: Any) -> Iterator[tuple[str, InertShard]]:
@@ -54,30 +57,44 @@ def join_trees(trees: Sequence[RankTree], path: str = "") -> Joined:
     Raises `LayoutError` where shards do not belong together, `CorruptError` where one contradicts itself, and
     `FormatError` where it is not known where one lies; messages name the file and the tensor.
     """
-    differing: list[str] = []
-    return Joined(_join(path, trees, differing.append), tuple(differing))
+    found = _Found()
+    return Joined(_join(path, trees, found), tuple(found.differing), tuple(found.partial))
 
 
-def _join(path: str, held: Sequence[RankTree], differs: Callable[[str], None]) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was met on the way through the trees."""
+
+    differing: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+
+
+def _join(path: str, held: Sequence[RankTree], found: _Found) -> Any:
     first = held[0].tree
     if any(isinstance(one.tree, InertShard) for one in held):
         return _whole(path, held)
     if isinstance(first, SavedTensor):
         if not all(_same(first, one.tree) for one in held[1:]):
-            differs(path)
+            found.differing.append(path)
+    elif isinstance(first, _PLAIN):
+        if any(one.tree != first for one in held[1:]):
+            found.differing.append(path)
     elif isinstance(first, Mapping):
         # A copy keeps the ``_metadata`` attribute of torch's state dicts.
         joined: Any = copy.copy(first)
         for key, values in _by_key(held).items():
-            joined[key] = _join(join_path(path, key), values, differs)
+            here = join_path(path, key)
+            if len(values) < len(held):
+                found.partial.append(here)
+            joined[key] = _join(here, values, found)
         return joined
     elif type(first) in (list, tuple):
         items = [one for one in held if type(one.tree) is type(first) and len(one.tree) == len(first)]
-        found = [
-            _join(join_path(path, i), [RankTree(one.file, one.tree[i]) for one in items], differs)
+        each = [
+            _join(join_path(path, i), [RankTree(one.file, one.tree[i]) for one in items], found)
             for i in range(len(first))
         ]
-        return found if isinstance(first, list) else tuple(found)
+        return each if isinstance(first, list) else tuple(each)
     return first
 
 

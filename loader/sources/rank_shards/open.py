@@ -20,7 +20,7 @@ from ..single_file import RNG_KEYS, read_layout, rng_of
 from .join import Joined, RankTree, join_trees, shards_in
 
 KIND = "rank-shards"
-_MOST_RANKS = 1 << 16
+_MOST_RANKS = 1 << 14
 _SHOWN = 8
 _FLAT = ("_flat_param", "flat_param")
 """How FSDP1 calls the parameters that it has flattened."""
@@ -74,11 +74,12 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
     count = int(match["ranks"]) if match else 0
     _check_count(count, files.first.source)
     own = demand.position.rank
-    wanted = {"model": range(count)}
+    every = tuple(range(count))
+    wanted = {"model": every}
     if not demand.weights_only:
         if demand.optimizer:
-            wanted["optim"] = range(count)
-        wanted["extra_state"] = sorted({0, own} & set(range(count)))  # type: ignore[assignment]
+            wanted["optim"] = every
+        wanted["extra_state"] = (0, own) if 0 < own < count else (0,)
     names = {
         part: {rank: f"{part}_world_size_{count}_rank_{rank}.pt" for rank in ranks}
         for part, ranks in wanted.items()
@@ -103,7 +104,6 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
             whole |= extra[0] if isinstance(extra[0], Mapping) else {"extra_state": extra[0]}
         whole["model"] = joined["model"].tree
         if "optim" in joined:
-            _check_pipeline(trees["model"], joined["optim"].tree)
             whole["optimizer"] = joined["optim"].tree
         notes = [
             f"{files.name} has no {part} files: what they would hold is not restored"
@@ -111,7 +111,7 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
             if part not in present
         ]
         rng = rng_of(extra[-1]) if extra and own < count else None
-        return _saved(files, demand, whole, count, rng, (*notes, *_differing(joined.values())))
+        return _saved(files, demand, whole, list(joined.values()), count, rng, notes)
 
 
 def _of_template(files: Files, demand: Demand) -> Saved:
@@ -128,18 +128,19 @@ def _of_template(files: Files, demand: Demand) -> Saved:
         _check_ranks(trees, count)
         joined = join_trees(trees)
         rng = rng_of(trees[own].tree) if own < count else None
-        return _saved(files, demand, joined.tree, count, rng, _differing([joined]))
+        return _saved(files, demand, joined.tree, [joined], count, rng)
 
 
 def _saved(
     files: Files,
     demand: Demand,
     tree: Any,
+    joined: Sequence[Joined],
     count: int,
     own_rng: list[Any] | None,
-    notes: Iterable[str],
+    notes: Iterable[str] = (),
 ) -> Saved:
-    """The parts of the joined `tree`, with the random states of this rank's file."""
+    """The parts of `tree`, which is made of what was `joined`, with the random states of this rank's file."""
     saved = read_layout(
         tree,
         file=files.name,
@@ -149,7 +150,10 @@ def _saved(
         scaler_class=demand.scaler,
         with_model=demand.model,
     )
-    saved = replace(saved, name=files.name, kind=KIND, world_size=count, notes=tuple(notes))
+    if demand.optimizer and not demand.weights_only:
+        _check_pipeline(saved, [place for each in joined for place in each.partial], files.name)
+    notes = (*notes, *_differing(joined))
+    saved = replace(saved, name=files.name, kind=KIND, world_size=count, notes=notes)
     if saved.rng is None or len(saved.rng) > 1:
         return saved  # none, or those of all ranks in each file
     if demand.position.rank >= count:
@@ -181,19 +185,18 @@ def _check_ranks(trees: Sequence[RankTree], count: int) -> None:
                 )
 
 
-def _check_pipeline(models: Sequence[RankTree], optimizer: Any) -> None:
+def _check_pipeline(saved: Saved, partial: Iterable[str], shown: str) -> None:
     """Raises `LayoutError` where ranks hold different parameters, and number them in the optimizer each by itself."""
-    state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
-    numbered = isinstance(state, Mapping) and any(isinstance(key, int) for key in state)
-    names = [set(one.tree) if isinstance(one.tree, Mapping) else set() for one in models]
-    other = next((i for i, each in enumerate(names) if each != names[0]), None)
-    if numbered and other is not None:
-        odd = sorted(map(str, names[other] ^ names[0]))[0]
+    model, optimizers = saved.state.get("model", {}), saved.state.get("optimizers", {})
+    states = [one.get("state") for one in optimizers.values() if isinstance(one, Mapping)]
+    numbered = any(isinstance(key, int) for state in states if isinstance(state, Mapping) for key in state)
+    odd = next((place for place in partial if place.rpartition("/")[2] in model), None)
+    if numbered and odd is not None:
         raise LayoutError(
-            f"{models[0].file} and {models[other].file} hold different parameters ({odd!r}), as stages of a pipeline "
-            "do, and their optimizers number them: which is which is not known. Load the weights with "
-            "load_weights_only=True, or leave_out=['optimizers']",
-            path=models[other].file,
+            f"{shown}: not all ranks hold {odd}, as in the stages of a pipeline, and their optimizers number what they "
+            "hold: which is which is not known. Load the weights with load_weights_only=True, or "
+            "leave_out=['optimizer']",
+            path=shown,
         )
 
 

@@ -99,6 +99,12 @@ def test_a_mesh_of_several_dimensions_in_one_and_a_rank_outside_of_it() -> None:
     assert (outside.spread.coordinate, outside.spread.origin) == (None, None)
 
 
+def test_a_mesh_of_one_dimension_may_have_numbers() -> None:
+    one = new_mesh(_layout=thing("_mesh_layout._MeshLayout", shape=6, stride=1), _coordinate_on_dim=(4,))
+    shard = dtensor(one, placements=(thing("placement_types.Shard", dim=1),))
+    assert shard.spread == Spread((6,), (4,), (Placement("Shard", 1),), 0)
+
+
 def test_strided_and_unknown_placements_keep_their_names() -> None:
     placements = [
         thing("tensor.placement_types._StridedShard", dim=-1, split_factor=4),

@@ -118,6 +118,8 @@ def test_names_of_any_rank_stay_in_order_and_all_else_is_the_lowest_ranks() -> N
     assert found == {"a": 1, "l": [1, (2, 3)], "x": [1], "b": 2}
     assert found._metadata == {"": {"version": 1}}
     assert "b" not in first
+    assert joined([first, second]).partial == ("b",)
+    assert joined([first, second]).differing == ("a", "l/0", "l/1/0", "l/1/1")
 
 
 @pytest.mark.parametrize(
