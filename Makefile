@@ -20,10 +20,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# The long tests too, and every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md): an hour on 2 cores.
+# The long tests too, every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md), and every other source into
+# every target (docs/formats.md): more than an hour on 2 cores.
 test-all: $(STAMP)
 	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
+	$(RUN) $(BIN)/python -m benchmarks.sources_matrix
 
 # What jobs of real frameworks saved, restored into jobs without them: transformers' Trainer, Accelerate, Lightning and
 # torchtitan, in an environment of their own.
