@@ -234,7 +234,7 @@ def table(
         f"{len(good)} of {len(found)} restored with every tensor equal, bit for bit "
         f"({sum(one['tensors'] for one in good):,} tensors compared). The losses of two further steps were equal in "
         f"{len(exact)} of them, and at most {max((one['apart'] for one in good), default=0):.1e} apart, relative, in "
-        f"the others. torch {torch.__version__}, DeepSpeed {_deepspeed()}, Python {platform.python_version()}, gloo.",
+        f"the others. {versions()}",
     ]
     for one in found:
         if one["problems"]:
@@ -244,10 +244,11 @@ def table(
     return "\n".join(lines)
 
 
-def _deepspeed() -> str:
+def versions() -> str:
+    """What a table was made with."""
     from importlib.metadata import version
 
-    return version("deepspeed")
+    return f"torch {torch.__version__}, DeepSpeed {version('deepspeed')}, Python {platform.python_version()}, gloo."
 
 
 if __name__ == "__main__":

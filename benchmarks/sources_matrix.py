@@ -11,6 +11,7 @@ not changed.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .reshard_matrix import SIZES, SUPPORT, Case, Matrix, command_line, cpu_seconds, run
+from .reshard_matrix import SIZES, SUPPORT, Case, Matrix, command_line, cpu_seconds, run, versions
 from .tables import publish, table
 
 from sources_worker import IN_PAIRS, SOURCES, TARGETS  # isort: skip
@@ -39,7 +40,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         begin, cpu = time.monotonic(), cpu_seconds()
         results = run(MATRIX, cases, work)
-    text = told(cases, results)
+    text = report(cases, results)
     minutes, cpu_minutes = (time.monotonic() - begin) / 60, (cpu_seconds() - cpu) / 60
     print(f"{text}\n\n{len(cases)} restores: {minutes:.1f} minutes, {cpu_minutes:.1f} of CPU", flush=True)
     if arguments.write:
@@ -51,8 +52,8 @@ def every() -> list[Case]:
     """Every source and target, at the sizes of this table; the largest last."""
     cases = [
         (source, n, target, 4 if target in IN_PAIRS else 2)
-        for source, told in SOURCES.items()
-        for n in ((4,) if told.kind in IN_PAIRS else (2, 4))
+        for source, written in SOURCES.items()
+        for n in ((4,) if written.kind in IN_PAIRS else (2, 4))
         for target in TARGETS
     ]
     by_name, one_file = "DCP by name of FSDP2", "safetensors, one file"
@@ -64,16 +65,14 @@ def every() -> list[Case]:
 
 def quick() -> list[Case]:
     """Each source into two targets and each target from one source or more, where 2 ranks are enough."""
-    sources = [name for name, told in SOURCES.items() if told.kind not in IN_PAIRS]
+    sources = [name for name, written in SOURCES.items() if written.kind not in IN_PAIRS]
     targets = [name for name in TARGETS if name not in IN_PAIRS]
     return [
-        (source, 2, targets[(2 * position + offset) % len(targets)], 2)
-        for position, source in enumerate(sources)
-        for offset in range(2)
+        (source, 2, target, 2) for source, target in zip(2 * sources, itertools.cycle(targets), strict=False)
     ]
 
 
-def told(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> str:
+def report(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> str:
     """Markdown: a row for each target, a column for each source."""
     letters = {source: chr(ord("A") + position) for position, source in enumerate(SOURCES)}
     sizes: dict[tuple[str, str], list[Case]] = {}
@@ -92,12 +91,12 @@ def told(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> st
     found = [results[case] for case in cases]
     good = [one for one in found if not one["problems"]]
     fp32 = [one["apart"] for case, one in zip(cases, found, strict=True) if "bf16" not in case[2]]
-    lines = [
+    legend = (
         f"{letter}: {source}{' (weights only)' if SOURCES[source].weights_only else ''}"
         for source, letter in letters.items()
-    ]
+    )
     lines = [
-        " · ".join(lines),
+        " · ".join(legend),
         "",
         table(["restored into", *letters.values()], rows),
         "",
@@ -105,7 +104,7 @@ def told(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> st
         f"({sum(one['tensors'] for one in good):,} tensors compared, {sum(one['seconds'] for one in good):.0f} s of "
         f"loading). The losses of two further steps were equal in {sum(one['apart'] == 0 for one in good)} of them, "
         f'and at most {max(fp32, default=0):.1e} apart, relative, in fp32. "all" is each of '
-        f"{', '.join(map(str, SIZES))} → each of them.",
+        f"{', '.join(map(str, SIZES))} → each of them. {versions()}",
     ]
     for case, one in zip(cases, found, strict=True):
         if one["problems"]:

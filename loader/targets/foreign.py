@@ -3,7 +3,7 @@
 Names and shapes are compared before anything is changed, as for a `State`. Then the object's own ``load_state_dict``
 gets real values in Composer's layout. Text that it would evaluate is among them only where it is one call of a
 registered constructor with literal arguments. A model or optimizers that it could not load itself, because they are
-saved in pieces, sharded or partly ignored, are filled from here.
+saved in pieces, sharded, or not there under every name, are filled from here.
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ class ForeignTarget:
         elif self.with_model and "model" not in options.leave_out:
             named = name_masters(saved, optimizer_groups(self.state), options.rename)
             module = plan_module(self.state.model, named, options)
-            # Buffers whose values are still to be compared are compared by the step that fills the module.
-            spread = "model" in handed_on and (module.spread or bool(module.unchecked))
-            model = module.as_plan(filled=spread)
             complete = "model" in handed_on and module.complete
-            if spread:
+            # Buffers whose values are still to be compared are compared by the step that fills the module. And a full
+            # load cannot tell the object that names may be missing, which were ignored, or are tied to one that is
+            # there.
+            filled = "model" in handed_on and (
+                module.spread or bool(module.unchecked) or not (complete or options.weights_only)
+            )
+            model = module.as_plan(filled=filled)
+            if filled:
                 del handed_on["model"]
             elif "model" in handed_on:
                 handed_on["model"] = module.sources

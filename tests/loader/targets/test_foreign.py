@@ -343,3 +343,58 @@ def test_a_model_that_is_ignored_may_differ(tmp_path: Path) -> None:
     job = Job()
     load(path, job, ignore_keys=["state/model", "state/optimizers"])
     assert set(job.handed_on) == {"algorithms", "timestamp"}
+
+
+class Tied(Net):
+    """A net with one weight under two names."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.head = nn.Linear(3, 2)
+        self.head.weight = self.body.weight
+
+
+class Strict(Job):
+    """Loads as torch does by itself: every name of the model must be there."""
+
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__(seed=seed)
+        self.model = Tied(seed)
+        self.optimizers = []
+
+    def load_state_dict(self, state: dict[str, Any], logger: Any, **options: Any) -> None:
+        self.handed_on = state
+        if "model" in state:
+            self.model.load_state_dict(state["model"])
+
+
+def test_a_model_without_all_of_its_names_is_filled_for_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "job.pt")
+    whole = Tied(0).state_dict()
+    torch.save({"model": whole}, path)
+    job = Strict()
+    load(path, job)
+    assert "model" in job.handed_on
+    assert_model(job, whole)
+    # As safetensors' writer keeps tied weights: under one name.
+    once = {name: value for name, value in whole.items() if name != "head.weight"}
+    torch.save({"model": once, "epoch": 3}, path)
+    for weights_only in (False, True):
+        job = Strict()
+        load(path, job, load_weights_only=weights_only)
+        assert_model(job, whole)
+    job = Strict()
+    before = job.model.head.bias.detach().clone()
+    result = load(path, job, ignore_keys=["state/model/head.bias"])
+    assert "model" not in job.handed_on
+    assert result.receipt.ignored == ("state/model/head.bias",)
+    assert_model(job, {**whole, "head.bias": before})
+    torch.save({"model": {name: value for name, value in once.items() if name != "head.bias"}}, path)
+    with pytest.raises(MismatchError, match=r"model/head\.bias"):
+        load(path, Strict())
+    job = Strict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(path, job, strict_model_weights=False)
+    assert torch.equal(job.model.body.weight, whole["body.weight"])
+    assert torch.equal(job.model.head.bias, before)
