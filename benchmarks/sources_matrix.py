@@ -80,7 +80,7 @@ def report(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> 
         sizes.setdefault((case[0], case[2]), []).append(case)
 
     def cell(source: str, target: str) -> str:
-        met = sizes.get((source, target), [])
+        met = sorted(sizes.get((source, target), []))
         failed = [case for case in met if results[case]["problems"]]
         if {(n, m) for _, n, _, m in met} == {(n, m) for n in SIZES for m in SIZES} and not failed:
             return "all"
@@ -91,12 +91,11 @@ def report(cases: Sequence[Case], results: Mapping[Case, Mapping[str, Any]]) -> 
     found = [results[case] for case in cases]
     good = [one for one in found if not one["problems"]]
     fp32 = [one["apart"] for case, one in zip(cases, found, strict=True) if "bf16" not in case[2]]
-    legend = (
-        f"{letter}: {source}{' (weights only)' if SOURCES[source].weights_only else ''}"
-        for source, letter in letters.items()
-    )
     lines = [
-        " · ".join(legend),
+        *(
+            f"- {letter}: {source}{' (weights only)' if SOURCES[source].weights_only else ''}"
+            for source, letter in letters.items()
+        ),
         "",
         table(["restored into", *letters.values()], rows),
         "",
