@@ -130,7 +130,8 @@ def _entry(key: str, value: Any, name: str) -> _Entry:
         )
     code, sizes, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        why = "has elements that are not whole bytes" if code in _BELOW_A_BYTE else "is not known"
+        # Not by hashing: a dtype may be a list in a damaged header.
+        why = "has elements that are not whole bytes" if code in [*_BELOW_A_BYTE] else "is not known"
         raise FormatError(
             f"{shown} is of dtype {_short(code)}, which {why}: it cannot be read. Save it in another dtype.",
             path=name,

@@ -135,6 +135,13 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
 
 
+def of_each_rank(state: State, folder: Path) -> None:
+    """Each rank's shards in files of its own, by verl's names."""
+    end = f"world_size_{WORLD_SIZE}_rank_{RANK}.pt"
+    torch.save(state.model.state_dict(), folder / f"model_{end}")
+    torch.save(state.optimizers[0].state_dict(), folder / f"optim_{end}")
+
+
 SOURCES = {
     "DCP by name of FSDP2": with_dcp("FSDP2", by_name),
     "DCP flattened of FSDP2": with_dcp("FSDP2", flattened),
@@ -146,6 +153,8 @@ SOURCES = {
     "safetensors with an index": Source("plain", several_files, weights_only=True),
     "torch's slices of FSDP2": Source("FSDP2", slices, weights_only=True),
     "Trainer's folder": Source("plain", as_trainer),
+    "one file a rank of FSDP2": Source("FSDP2", of_each_rank),
+    "one file a rank of TP with FSDP2": Source("TP with FSDP2", of_each_rank),
     "one .pt by hand": Source("plain", by_hand, "job.pt"),
 }
 

@@ -45,7 +45,8 @@ class RankShards:
 class _Set:
     """The files of one part of a checkpoint, by saved rank."""
 
-    part: str
+    what: str
+    """What messages call them."""
     names: Mapping[int, str]
     fetched: Mapping[str, NodeFile]
 
@@ -53,13 +54,13 @@ class _Set:
     def any(self) -> bool:
         return bool(self.fetched)
 
-    def check_complete(self, shown: str) -> None:
+    def check_complete(self, shown: str, count: int) -> None:
         """Raises `NotFoundError`, which names all ranks whose files are missing."""
         lost = [rank for rank, name in self.names.items() if name not in self.fetched]
         if lost:
             examples = ", ".join(self.names[rank] for rank in lost[:_SHOWN])
             raise NotFoundError(
-                f"{shown} lacks the {self.part} files of saved {_ranks(lost)}, of {len(self.names)}: {examples}"
+                f"{shown} lacks the {self.what} of saved {_ranks(lost)}, of {count}: {examples}"
                 f"{', ...' * (len(lost) > _SHOWN)}. Copy them there, or take another checkpoint",
                 path=shown,
             )
@@ -86,14 +87,14 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
     }
     found = files.fetch([name for each in names.values() for name in each.values()], "fetch", optional=True)
     sets = {
-        part: _Set(part, each, {name: found[name] for name in each.values() if name in found})
+        part: _Set(f"{part} files", each, {name: found[name] for name in each.values() if name in found})
         for part, each in names.items()
     }
     # A save may leave out parts, but no rank's file of one.
-    present = [part for part in sets if part == "model" or files.any(f"{part} files", sets[part].any)]
+    present = [part for part in sets if part == "model" or files.any(sets[part].what, sets[part].any)]
     with files.stage("read"):
         for part in present:
-            sets[part].check_complete(files.name)
+            sets[part].check_complete(files.name, count)
         trees = {part: sets[part].trees(files) for part in present}
         extra = [one.tree for one in trees.pop("extra_state", ())]
         for each in trees.values():
@@ -106,8 +107,8 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
         if "optim" in joined:
             whole["optimizer"] = joined["optim"].tree
         notes = [
-            f"{files.name} has no {part} files: what they would hold is not restored"
-            for part in sets
+            f"{files.name} has no {each.what}: what they would hold is not restored"
+            for part, each in sets.items()
             if part not in present
         ]
         rng = rng_of(extra[-1]) if extra and own < count else None
@@ -121,9 +122,9 @@ def _of_template(files: Files, demand: Demand) -> Saved:
         _check_count(count, files.first.source)
         names = {rank: files.of_rank(rank, count) for rank in range(count)}
     own = demand.position.rank
-    found = _Set("", names, files.fetch(list(names.values()), "fetch", optional=True))
+    found = _Set("files", names, files.fetch(list(names.values()), "fetch", optional=True))
     with files.stage("read all"):
-        found.check_complete(files.name)
+        found.check_complete(files.name, count)
         trees = found.trees(files)
         _check_ranks(trees, count)
         joined = join_trees(trees)
