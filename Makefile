@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums clean
+.PHONY: demo docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -74,6 +74,9 @@ bench-counts: $(SERVERS)
 
 bench-checksums: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.checksums --write docs/benchmarks.md
+
+bench-dcp: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.dcp --write docs/benchmarks.md
 
 # What the commonest mistakes are answered with, made by running each: a section of docs/errors.md.
 docs-errors: $(STAMP)
