@@ -17,19 +17,14 @@ from typing import Any, BinaryIO, cast
 from ..byte_ranges import ByteRange, subtract
 from ..context import LoadContext
 from ..errors import CorruptError
-from ..formats.torch_file import FileIndex, read_index, read_item
-from ..formats.torch_zip import open_local
+from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
 from ..saved.node_file import FileItem
 from .decompress import Expanded
 from .remote_files import RemoteFiles
 from .rounds import WantedRanges, fetch_now
 from .whole import on_disk
 
-END_BYTES = 2 << 10
-"""What is fetched of each end of an item; torch's own take half of that."""
 _COPY_BYTES = 1 << 20
-WHOLE_BYTES = 16 << 10
-"""Items up to this size are fetched whole."""
 
 
 def read_items(
@@ -72,11 +67,11 @@ def _check_sizes(wanted: Sequence[FileItem]) -> None:
 
 
 def _ends(item: FileItem) -> list[ByteRange]:
-    if item.zstd or item.stop - item.start <= WHOLE_BYTES:
+    if item.zstd or item.stop - item.start <= SMALL_ITEM_BYTES:
         return [ByteRange(item.start, item.stop)]
     return [
-        ByteRange(item.start, item.start + END_BYTES),
-        ByteRange(item.stop - END_BYTES, item.stop),
+        ByteRange(item.start, item.start + ITEM_END_BYTES),
+        ByteRange(item.stop - ITEM_END_BYTES, item.stop),
     ]
 
 
@@ -167,7 +162,10 @@ class _NotThereError(Exception):
 
 
 class _OpenFiles(contextlib.ExitStack):
-    """Files that are each opened once; those that its openers return share them, and close nothing."""
+    """Files that are each opened once; those that its openers return share them, and close nothing.
+
+    They have no buffers, which would read several times what an item's index has.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +176,7 @@ class _OpenFiles(contextlib.ExitStack):
 
         def open_file(path: str) -> BinaryIO:
             if path not in self._files:
-                self._files[path] = self.enter_context(open_local(path))
+                self._files[path] = cast(BinaryIO, self.enter_context(io.FileIO(path)))
             return cast(BinaryIO, _Shared(self._files[path], landed))
 
         return open_file

@@ -10,7 +10,7 @@ import errno
 import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Literal, cast
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError
@@ -36,8 +36,10 @@ It counts 19 to 22 for what ``torch.save`` writes of AdamW's or SGD's state of v
 takes 12 to 14 while it is read; 4 to 12 for names, numbers and larger tensors.
 """
 _LARGEST_PICKLE = 1 << 30
-_SMALL_ITEM = 16 << 10
-"""Bytes up to which a torch file inside of a larger file is read at once."""
+ITEM_END_BYTES = 2 << 10
+"""Bytes that are read at once of each end of a torch file inside of a larger one; its index takes half of that."""
+SMALL_ITEM_BYTES = 16 << 10
+"""Bytes up to which such a file is read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,35 +133,47 @@ def read_item(
     Its storages lie in that file; their keys there begin with `key`, which is this item's own. The same promises and
     errors as `read_index`, of which `FormatError` where those bytes are no torch zip.
     """
-
-    data = b""
-    if stop - start <= _SMALL_ITEM:
-        with open_file(path) as file:
-            file.seek(start)
-            data = file.read(stop - start)
+    size = stop - start
+    with open_file(path) as file:
+        if size <= SMALL_ITEM_BYTES:
+            ends = {0: _bytes(file, start, size)}
+        else:
+            last = size - ITEM_END_BYTES
+            ends = {0: _bytes(file, start, ITEM_END_BYTES), last: _bytes(file, start + last, ITEM_END_BYTES)}
 
     def open_part(path: str) -> BinaryIO:
-        return io.BytesIO(data) if data else cast(BinaryIO, _PartOfFile(open_file(path), start, stop))
+        if len(ends[0]) == size:
+            return io.BytesIO(ends[0])
+        return cast(BinaryIO, _PartOfFile(open_file(path), start, stop, ends))
 
     try:
-        archive = read_zip(path, name=name, open_file=open_part, size=stop - start)
+        archive = read_zip(path, name=name, open_file=open_part, size=size)
     except CorruptError:
         with open_part(path) as part:
             kind = sniff(part.read(HEAD_BYTES))
         if kind != "torch-zip":
-            raise _other_kind(kind, name, stop - start) from None
+            raise _other_kind(kind, name, size) from None
         raise
-    return _read_zip_index(archive, path, name, stop - start, _ZipStorages(archive, start, key))
+    # All headers were compared; the directories of many items would take more memory than all the rest of them.
+    return replace(
+        _read_zip_index(archive, path, name, size, _ZipStorages(archive, start, key)), archive=None
+    )
+
+
+def _bytes(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
 
 
 class _PartOfFile(io.RawIOBase):
-    """Bytes ``[start, stop)`` of a file, as a file of their own."""
+    """Bytes ``[start, stop)`` of a file, as a file of their own. `known`, by where they begin, were read before."""
 
-    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, stop: int, known: Mapping[int, bytes]) -> None:
         super().__init__()
         self._file = file
         self._start = start
         self._size = stop - start
+        self._known = known
         self._position = 0
 
     def readable(self) -> bool:
@@ -175,12 +189,18 @@ class _PartOfFile(io.RawIOBase):
         self._position = position
         return position
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._file.seek(self._start + self._position)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
-        buffer[: len(data)] = data
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        size = left if size < 0 else min(size, left)
+        for first, held in self._known.items():
+            at = self._position - first
+            if at >= 0 and at + size <= len(held):
+                data = held[at : at + size]
+                break
+        else:
+            data = _bytes(self._file, self._start + self._position, size)
         self._position += len(data)
-        return len(data)
+        return data
 
     def close(self) -> None:
         self._file.close()
