@@ -59,7 +59,7 @@ from .saved.copies import StorageReads, reads_of
 from .saved.ignore import Ignored, IgnoreKeys, ignore, unmatched_glob
 from .saved.names import unused_renames
 from .saved.tensor import StorageRef
-from .saved.tree import find_unknown, storages
+from .saved.tree import find_unknown, storages, tensors
 from .sources.kinds import open_saved
 from .stages import Stages
 from .state import AlgorithmPass
@@ -325,8 +325,9 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
 def _extra(request: LoadRequest, saved: Saved) -> dict[str, Any]:
     """The top-level entries of `saved` that `LoadResult.extra` gets.
 
-    With ``load_weights_only`` those that cost nothing beside the weights: no tensors but small ones, and no type that
-    would have to be allowed, since the caller wants the weights and cannot be refused for anything else.
+    With ``load_weights_only`` those that cost nothing beside the weights: no tensors but small ones in files that were
+    read, and no type that would have to be allowed, since the caller wants the weights and cannot be refused for
+    anything else.
     """
     if not request.weights_only:
         return saved.extra
@@ -335,6 +336,7 @@ def _extra(request: LoadRequest, saved: Saved) -> dict[str, Any]:
         key: value
         for key, value in saved.extra.items()
         if sum(storage.nbytes for storage in storages(value)) <= SMALL_STORAGE_BYTES
+        and all(isinstance(one.storage, StorageRef) for _, tensor in tensors(value) for one in tensor.pieces)
         and all(name in allowed for _, name in find_unknown(value))
     }
 

@@ -21,9 +21,9 @@ from rankload.loader.saved.values import InertObject
 
 
 def fixture_files(folder: Path) -> Iterator[Path]:
-    """Every torch file of the real checkpoints, unpacked into `folder`."""
+    """Every torch file of the real checkpoints, unpacked into `folder`; none of one rank's shards alone."""
     for source in sorted(DATA.rglob("*")):
-        if source.name.startswith("latest") or not source.is_file():
+        if source.name.startswith("latest") or not source.is_file() or "rank-shards" in source.parent.name:
             continue
         if source.suffix == ".pt":
             yield source

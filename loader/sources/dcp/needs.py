@@ -7,6 +7,7 @@ state the same; of everything else it needs all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ...formats.dcp_metadata import ChunkedTensor, Item, Metadata
 from ...saved.contents import Saved
@@ -20,6 +21,8 @@ from .layout import tensors_by_role
 
 Keys = Mapping[int, str]
 """The keys of an outline's tensors and objects, by ``id``."""
+SMALL_BYTES = 16 << 10
+"""Up to this size, values that are no part of the state are read with the weights alone, too."""
 STEP = "step"
 """The key of an optimizer's state that never lies along a parameter, whatever shapes the two have."""
 
@@ -36,9 +39,8 @@ def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand
     wanted = {*metadata.tensors, *metadata.objects}
     if demand.weights_only:
         # Extra state may be a dict, which has keys of its own.
-        wanted = {
-            key_of[id(value)] for _, value in iterate(outline.state.get("model")) if id(value) in key_of
-        }
+        wanted = _keys(outline.state.get("model"), key_of)
+        wanted |= {key for key in _keys(outline.extra, key_of) if _is_small(metadata, key)}
     return {item for key in wanted for item in _met(metadata, key, kept.get(key))}
 
 
@@ -59,6 +61,15 @@ def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, S
             yield key, [shard.box]
         elif asked is not None and same_shape(value.shape, asked.shape):
             yield key, [*asked.updated, *(asked.computed if role == "model" else ())]
+
+
+def _keys(tree: Any, key_of: Keys) -> set[str]:
+    return {key_of[id(value)] for _, value in iterate(tree) if id(value) in key_of}
+
+
+def _is_small(metadata: Metadata, key: str) -> bool:
+    """Whether it costs little to read all of it: counters and settings, which are worth having beside the weights."""
+    return sum(item.length for item in _all(metadata, key)) <= SMALL_BYTES
 
 
 def _all(metadata: Metadata, key: str) -> Iterator[Item]:
