@@ -157,6 +157,19 @@ class Channel:
         except (StoreLostError, StalledError) as error:
             raise self._end(error, self._store_thread.stage) from error
 
+    def failure(self) -> RankloadError | None:
+        """The failure of another rank, once it is known here, or of the store. For another thread, while the channel's
+        own one calls neither `progress` nor `check`."""
+        if self._store_thread.announced is not None:
+            return self._store_thread.announced
+        try:
+            self._store_thread.check_answering()
+        except StoreLostError as error:
+            return store_lost(self._store_thread, error, self.rank, self._process)
+        except StalledError as error:
+            return error
+        return None
+
     def counters(self) -> dict[int, dict[str, float]]:
         """The latest counters of `progress` by rank, about a second old: of all ranks on rank 0, elsewhere of this rank
         and rank 0."""

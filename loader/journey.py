@@ -19,6 +19,8 @@
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns is
 changed before ``restore``. What a stage hands on is a value that can be printed; what the stages work with is in
 `context.LoadContext`.
+
+One file: the stages are read in their order, each as a short function.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import Any
 
 from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
+from ..distributed.watchdog import watched_collectives
 from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import SMALL_STORAGE_BYTES, fetch_storages, fetching, restore_parts, small_parts
@@ -467,7 +470,11 @@ def _finish(plan: Plan, name: str, stages: Stages) -> None:
     """Runs what all ranks do together at the end, once the restore has succeeded on every rank."""
     if plan.finish is None:
         return
-    with stages.stage("finish"), after_first_change(name, ["all parts"]):
+    with (
+        stages.stage("finish"),
+        after_first_change(name, ["all parts"]),
+        watched_collectives(stages.channel, f"DeepSpeed's collectives at the end of the load of {name}"),
+    ):
         plan.finish()
 
 
