@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 train.py --steps 4 --save out
     torchrun --nproc-per-node 2 train.py --steps 2 --load out
 
-`--save` writes a DeepSpeed folder with `engine.save_checkpoint`; `--load` takes what `load_checkpoint` takes:
+`--save` writes a DeepSpeed folder, or to a URI, with `save_checkpoint`; `--load` takes what `load_checkpoint` takes:
 that folder, `s3://bucket/run/ep1-rank{rank}.tar`, an http(s) URL ... Rank 0 prints each step's loss.
 """
 
@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from rankload import State, gather_rng, load_checkpoint, restore_rng
+from rankload import State, load_checkpoint, restore_rng, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 32
@@ -28,7 +28,7 @@ def arguments():
     parser.add_argument("--config", default=str(HERE / "zero1.json"), help="DeepSpeed's configuration")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", help="a folder, visible to all nodes")
+    parser.add_argument("--save", help="a folder, visible to all nodes, or a URI")
     parser.add_argument("--save-at", type=int, help="the step after which to save; the last one by default")
     parser.add_argument("--load", help="a path, template or URL, as load_checkpoint takes it")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
@@ -75,9 +75,9 @@ def main():
         if rank == 0:
             print(f"step {engine.global_steps} loss {loss!r}", flush=True)
         if args.save and engine.global_steps == args.save_at:
-            engine.save_checkpoint(args.save, client_state={"rng": gather_rng()})
+            save_checkpoint(args.save, State(model=engine))
     if args.save and args.save_at is None:
-        engine.save_checkpoint(args.save, client_state={"rng": gather_rng()})
+        save_checkpoint(args.save, State(model=engine))
     # Ranks end together: gloo may abort one whose peer is gone while it takes its connections down.
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Loader: restores a checkpoint into a job's model, optimizers and other state, on every rank or on none.
+"""Loader: restores a checkpoint into a job's state on every rank or on none, and saves one.
 
 `journey.load` does it, in this order:
 
@@ -12,12 +12,13 @@
 5. The plan is carried out: `materialize` copies bytes into the live tensors, while others are still fetched.
 6. `rng` completes the random states, and `receipt` says what was done.
 
-`reading.read` goes the same way for one file, which becomes a dict and is restored into nothing.
+`reading.read` goes the same way for one file, which becomes a dict and is restored into nothing. `saving` goes the
+other way: `writing` puts a file or a folder into its place once it is whole.
 
 All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
 
 Not guaranteed: a rollback. Before the restore a failure changes nothing; after its first change it is a
-`PartialRestoreError`, and the state is undefined until a load succeeds. Nothing is written to a store. CRC-32 finds
+`PartialRestoreError`, and the state is undefined until a load succeeds. A load writes nothing to a store. CRC-32 finds
 damage, not forgery. Modules other than the names below may change.
 
 May import ``distributed``; which room imports which is in ``docs/map.md``. Importing this package imports neither torch
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .reading import read
     from .receipt import Receipt
     from .rng import capture_rng, gather_rng, restore_rng
+    from .saving import save_checkpoint
     from .state import State
     from .targets.algorithms import Algorithm, AlgorithmPass, Event, register_algorithm
 
@@ -85,6 +87,7 @@ _HOME = {
     "reading": ("read",),
     "receipt": ("Receipt",),
     "rng": ("capture_rng", "gather_rng", "restore_rng"),
+    "saving": ("save_checkpoint",),
     "state": ("State",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -122,6 +125,7 @@ __all__ = [
     "read",
     "register_algorithm",
     "restore_rng",
+    "save_checkpoint",
 ]
 
 

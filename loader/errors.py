@@ -1,9 +1,9 @@
-"""Defines every error that a load can raise, and turns failures after the first change into `PartialRestoreError`.
+"""Defines every error that a load or a save can raise; makes failures after the first change `PartialRestoreError`s.
 
 RankloadError                  rank, host, path
 ├── TemplateError              the path template names a variable that does not exist
 ├── NotFoundError              a file, object, tag or folder is not there
-├── AccessError                it is there, but cannot be read, or this node cannot keep it
+├── AccessError                it is there, but cannot be read, or this node cannot keep it; it may not be written
 ├── CorruptError               truncated, or its bytes do not match its checksums or its own index
 ├── UnsafeError                the file asks for code to be run, or an archive for a path outside its folder
 ├── FormatError                readable, but of a kind or layout that is not known, or not supported
@@ -57,7 +57,10 @@ class NotFoundError(RankloadError):
 
 
 class AccessError(RankloadError):
-    """The object is there (or may be), but the store refuses or fails to return it, or there is no room for it here."""
+    """The object is there (or may be), but the store refuses or fails to return it, or there is no room for it here.
+
+    In a save: the store or this user's permissions refuse what is written, or there is no room for it.
+    """
 
 
 class CorruptError(RankloadError):

@@ -99,9 +99,9 @@ def agree_on_arguments(
         lacking = what_tensors_lack()
         if lacking is not None:
             raise OptionError(
-                f"torch.empty makes {lacking} here: the load was called inside a context that changes what torch's "
+                f"torch.empty makes {lacking} here: the call was made inside a context that changes what torch's "
                 "constructors give, such as FakeTensorMode, deepspeed.zero.Init or init_empty_weights; build the model "
-                "there, and load outside of it"
+                "there, and load or save outside of it"
             )
         check_arguments(request)
     session.channel.decide("same arguments", request.comparable(), check_same)

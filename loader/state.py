@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import LayoutError
 from .torch_modes import default_modes
+
+if TYPE_CHECKING:
+    from ..distributed.channel import Channel
 
 PLAIN_PARTS = ("rank_zero_seed", "run_name", "dataset_state", "train_metrics", "eval_metrics")
 """Parts of a `State` that are saved as they are, or as their ``state_dict``."""
@@ -91,7 +94,7 @@ class State:
         self.eval_metrics = eval_metrics
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
-        """The parts in Composer's layout, for ``torch.save({"state": state.state_dict(), "rng": gather_rng()}, path)``.
+        """The parts in Composer's layout, as `save_checkpoint` saves them under ``state``, beside ``rng``.
 
         The model's own prefixes are left out where a wrapper added them; parts without a value are left out.
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
@@ -108,24 +111,30 @@ class State:
         which cannot be gathered so; and, on all ranks, where they have different sharded tensors, as the stages of a
         pipeline have.
         """
+        # Not in the caller's modes: what is detached under inference_mode could not be gathered.
+        with default_modes():
+            found, sharded = self._with_shards()
+            if sharded:
+                from ..distributed.session import open_session
+
+                with open_session() as session:
+                    _check_same_shards(sharded, session.channel)
+            return _kept(found, sharded, keep)
+
+    def _with_shards(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parts, and by their places in them the tensors of which this rank has a shard. Raises as `state_dict`."""
         if _in_shards_of_deepspeed(unwrap(self.model), self.optimizers):
             raise LayoutError(
                 "State.state_dict() of a DeepSpeed engine: its weights and optimizer are in shards on all ranks; "
-                "save it with engine.save_checkpoint(folder), which load_checkpoint restores"
+                "save it with save_checkpoint(folder, State(model=engine)), which load restores"
             )
         if self.optimizers and _is_flattened(self.model):
             raise LayoutError(
                 "State.state_dict() of FullyShardedDataParallel with an optimizer: its state is this rank's part of "
                 f"flattened parameters; {_FULL_STATE}"
             )
-        # Not in the caller's modes: what is detached under inference_mode could not be gathered.
-        with default_modes():
-            found = self._parts()
-            sharded = dict(_sharded(found, ""))
-            if sharded:
-                _check_same_shards(sharded)
-                found = _gathered(found, "", sharded, keep)
-        return found if keep else {}
+        found = self._parts()
+        return found, dict(_sharded(found, ""))
 
     def _parts(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.model is None else {"model": unwrap(self.model).state_dict()}
@@ -143,6 +152,18 @@ class State:
             if value is not None:
                 found[part] = saved_form(value)
         return found
+
+
+def full_state_dict(state: State, channel: Channel, *, keep: bool) -> dict[str, Any]:
+    """`State.state_dict` inside a session: every rank of `channel` must call, whether it has shards or not."""
+    found, sharded = state._with_shards()
+    _check_same_shards(sharded, channel)
+    return _kept(found, sharded, keep)
+
+
+def _kept(found: dict[str, Any], sharded: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    whole: dict[str, Any] = _gathered(found, "", sharded, keep) if sharded else found
+    return whole if keep else {}
 
 
 def _in_shards_of_deepspeed(model: Any, optimizers: Sequence[Any]) -> bool:
@@ -192,20 +213,17 @@ def _sharded(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _sharded(item, _under(path, index))
 
 
-def _check_same_shards(sharded: Mapping[str, Any]) -> None:
+def _check_same_shards(sharded: Mapping[str, Any], channel: Channel) -> None:
     """Raises `LayoutError` on all ranks unless each has the same sharded tensors; every rank must call.
 
     Otherwise their gathering would wait for ever, or the file would have one rank's tensors alone.
     """
-    from ..distributed.session import open_session
-
     names = [f"{path} {tuple(tensor.shape)}" for path, tensor in sharded.items()]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    with open_session() as session:
-        digests = session.channel.gather("State.state_dict", digest)
-        if len(set(digests)) == 1:
-            return
-        each = session.channel.gather("State.state_dict names", names)
+    digests = channel.gather("State.state_dict", digest)
+    if len(set(digests)) == 1:
+        return
+    each = channel.gather("State.state_dict names", names)
     other = next(rank for rank, found in enumerate(digests) if found != digests[0])
     apart = [name for name in [*each[0], *each[other]] if (name in each[0]) != (name in each[other])]
     shown = ", ".join(apart[:8]) or "the same ones in another order"

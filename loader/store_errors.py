@@ -34,12 +34,12 @@ def http_status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def store_error(error: BaseException, described: str) -> RankloadError:
-    """`error`, met while `described` was read, as one of rankload's (returned, with its cause set).
+def store_error(error: BaseException, described: str, doing: str = "read") -> RankloadError:
+    """`error`, met while `described` was read (or ``written``), as one of rankload's (returned, with its cause set).
 
     A cause whose own message holds a secret is left out, since tracebacks print causes.
     """
-    mapped = error if isinstance(error, RankloadError) else _mapped(error, described)
+    mapped = error if isinstance(error, RankloadError) else _mapped(error, described, doing)
     if mapped is not error:
         text = str(error)
         mapped.__cause__ = error if redact_text(text) == text else None
@@ -93,7 +93,7 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
-def _mapped(error: BaseException, described: str) -> RankloadError:
+def _mapped(error: BaseException, described: str, doing: str) -> RankloadError:
     status = http_status(error)
     kind = type(error).__name__
     message = redact_text(str(error)) or kind
@@ -109,4 +109,4 @@ def _mapped(error: BaseException, described: str) -> RankloadError:
         return refused(described, reason)
     if "Credentials" in kind or "Authentication" in kind:
         return no_credentials(described, reason)
-    return AccessError(f"{described}: could not be read: {kind}: {message}", path=described)
+    return AccessError(f"{described}: could not be {doing}: {kind}: {message}", path=described)

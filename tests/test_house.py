@@ -18,10 +18,10 @@ from places import REPOSITORY
 PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
-    ("journey", "reading"),
+    ("journey", "reading", "saving"),
     ("opening",),
     ("request", "receipt", "rng"),
-    ("targets", "sources", "verify", "fetch"),
+    ("targets", "sources", "verify", "fetch", "writing"),
     ("context",),
     ("materialize",),
     ("formats",),
@@ -45,6 +45,7 @@ MAY_IMPORT_HEAVY = {
     "loader.targets": {"torch"},
     "loader.verify": {"torch"},
     "loader.rng": {"torch", "numpy"},
+    "loader.saving": {"torch"},
     "launch.demo_fixture": {"torch"},
     "launch.demo_model": {"torch", "numpy"},
     "launch.demo_train": {"torch"},
@@ -100,6 +101,7 @@ PUBLIC = {
     "read",
     "register_algorithm",
     "restore_rng",
+    "save_checkpoint",
 }
 """What users are promised: neither more nor less."""
 
@@ -291,12 +293,13 @@ def test_resolving_load_imports_no_store_no_deepspeed_and_no_framework():
 
 
 def test_help_explains_every_argument_in_place():
-    from rankload import LoadOptions, State, load, load_checkpoint, read
+    from rankload import LoadOptions, State, load, load_checkpoint, read, save_checkpoint
 
     for documented, names in (
         (load, inspect.signature(load).parameters),
         (load_checkpoint, inspect.signature(load_checkpoint).parameters),
         (read, inspect.signature(read).parameters),
+        (save_checkpoint, inspect.signature(save_checkpoint).parameters),
         (LoadOptions, LoadOptions.__dataclass_fields__),
         (State, inspect.signature(State).parameters),
     ):

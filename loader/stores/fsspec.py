@@ -9,7 +9,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import NotFoundError, OptionError, UnsafeError
+from ..errors import CorruptError, NotFoundError, OptionError, UnsafeError
+from ..plurals import counted
 from ..redaction import redact_path, redact_text
 from ..store_errors import store_error
 from .base import ONE_CONNECTION, ObjectInfo, OnBytes, Store, path_scheme, path_schemes
@@ -129,6 +130,49 @@ class FsspecStore:
         except Exception as error:
             mapped = store_error(error, described)
             raise mapped from mapped.__cause__
+
+    def upload(self, source_path: str, name: str, on_bytes: OnBytes) -> None:
+        """Writes the file `source_path` to the object `name`, and compares its size with what the store then has.
+
+        Raises `AccessError` where the store refuses, `CorruptError` where it has another number of bytes.
+        """
+        meter = Meter(on_bytes)
+        described = self.describe(name)
+        size = os.path.getsize(source_path)
+        try:
+            run_watched(
+                lambda: self.files().put_file(source_path, name, callback=_callback(meter)), meter, None
+            )
+            meter.reach(size)
+            meter.report()
+            self.files().invalidate_cache()
+            got = self.files().info(name).get("size")
+        except Exception as error:
+            mapped = store_error(error, described, "written")
+            raise mapped from mapped.__cause__
+        if got not in (None, size):
+            raise CorruptError(
+                f"{described}: {counted(size, 'byte')} were written, and the store has {got}", path=described
+            )
+
+    def write_small(self, name: str, data: bytes) -> None:
+        """Writes the object whole. Raises as `upload`."""
+        try:
+            self.files().pipe_file(name, data)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name), "written")
+            raise mapped from mapped.__cause__
+
+    def remove(self, name: str) -> None:
+        """Removes the object, where there is one. Raises as `upload`."""
+        try:
+            self.files().invalidate_cache()
+            if self.files().exists(name):
+                self.files().rm_file(name)
+        except Exception as error:
+            mapped = store_error(error, self.describe(name), "removed")
+            if not isinstance(mapped, NotFoundError):
+                raise mapped from mapped.__cause__
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
         try:

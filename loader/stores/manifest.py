@@ -6,7 +6,7 @@
     <64 hex digits>              alone, in ``NAME.sha256``: of ``NAME``
 
 Blank lines and lines that begin with ``#`` are left out. `find_manifests` looks for them on one rank, and `known_sums`
-decodes on every rank what it found; `parse_manifest` parses one.
+decodes on every rank what it found; `parse_manifest` parses one, and `manifest_of` writes one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from .probes import ask_each, is_page
 
 NAMES = ("MANIFEST", "MANIFEST.sha256", "SHA256SUMS", "sha256sum.txt", "checksums.sha256")
 """What is looked for in a checkpoint's folder, in this order; and ``NAME.sha256`` next to a single file ``NAME``."""
-_SIDE = ".sha256"
+SIDE = ".sha256"
+"""The end of the name of a single file's manifest."""
+FOLDER_SUMS = "SHA256SUMS"
+"""The manifest that a save writes into a folder."""
 _ANY_KIND = "MANIFEST"
 """A name that files of other kinds have too: one that is no manifest is left out, and noted in the receipt."""
 LIMIT_BYTES = 4 << 20
@@ -35,6 +38,7 @@ _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
 _TAGGED = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)
 _ALONE = re.compile(rb"[0-9a-fA-F]{64}")
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+_ESCAPED = {char: escape for escape, char in _ESCAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,21 @@ def parse_manifest(data: bytes, described: str) -> Manifest:
     return Manifest(described, sums)
 
 
+def manifest_of(sums: Mapping[str, str]) -> bytes:
+    """A manifest of files by name, with their SHA-256s as hex digits; `parse_manifest` and ``sha256sum`` read it."""
+    lines = []
+    for name, value in sorted(sums.items()):
+        escaped = re.sub(r"[\\\n\r]", lambda found: _ESCAPED[found[0]], name)
+        lines.append(f"{chr(92) if escaped != name else ''}{value}  {escaped}\n")
+    return "".join(lines).encode("utf-8", "surrogateescape")
+
+
 def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[str]:
     first = located.first
     if has_query(first):
         return []  # it may be a signature, which is of no use for other names
     if located.form == "file":
-        return [_in_folder(store, first, name) for name in (file_name(first) + _SIDE, *names)]
+        return [_in_folder(store, first, name) for name in (file_name(first) + SIDE, *names)]
     inside = [store.join(located.name, name) for name in names]
     if not located.by_latest or located.tag is None:
         return inside
@@ -171,9 +184,9 @@ def _read(store: Store, info: ObjectInfo, notes: list[str]) -> Manifest | None:
         notes.append(f"{described} is not in sha256sum's format, and was not used")
         return None
     alone = data.strip()
-    if _ALONE.fullmatch(alone) and file_name(info.name).endswith(_SIDE):
+    if _ALONE.fullmatch(alone) and file_name(info.name).endswith(SIDE):
         # As many tools write it: the file beside it is meant.
-        return Manifest(described, {file_name(info.name).removesuffix(_SIDE): bytes.fromhex(alone.decode())})
+        return Manifest(described, {file_name(info.name).removesuffix(SIDE): bytes.fromhex(alone.decode())})
     return parse_manifest(data, described)
 
 

@@ -18,7 +18,7 @@ from ...saved.tensor import SavedTensor
 from .fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
 from .model_parallel import saved_layout
 
-_OWN_KEYS = frozenset(
+OWN_KEYS = frozenset(
     {
         "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
         "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
@@ -118,7 +118,7 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         bf16=_bf16(config),
         configured_stage=_stage(config),
         partitioned=not layout.pipeline and _is_partitioned(module, shapes, top),
-        client_state={a_name(key, top): value for key, value in tree.items() if key not in _OWN_KEYS},
+        client_state={a_name(key, top): value for key, value in tree.items() if key not in OWN_KEYS},
         num_experts=_num_experts(tree, top),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         versions=getattr(own, "_metadata", None),
