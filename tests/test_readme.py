@@ -15,7 +15,7 @@ from processes import run_ranks
 README = Path(__file__).resolve().parent.parent / "README.md"
 RANKS = 2
 DEADLINE_S = 120
-SAVE = {"plain": 0, "fsdp2": 1, "deepspeed": 2}
+SAVE = {"plain": 0, "fsdp2": 0, "deepspeed": 1}
 RESUME = {"plain": 0, "fsdp2": 0, "deepspeed": 1}
 """Which block of the section each kind of job runs."""
 
