@@ -82,15 +82,17 @@ def remove_unfinished(folder: str) -> None:
     """Removes the tags that killed saves left in `folder` under temporary names.
 
     One that has its manifest is whole, and gets its name where that is free: its save was killed between two renames.
+    Each node calls it, all at once where they share the folder.
     """
     for path, plain in parts_in(folder):
         final = os.path.join(folder, plain)
-        if os.path.exists(os.path.join(path, FOLDER_SUMS)) and not os.path.lexists(final):
-            os.rename(path, final)
-        elif os.path.isdir(path):
-            remove_folder(path)
-        else:
-            os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.exists(os.path.join(path, FOLDER_SUMS)) and not os.path.lexists(final):
+                os.rename(path, final)
+            elif os.path.isdir(path):
+                remove_folder(path)
+            else:
+                os.unlink(path)
 
 
 def remove_folder(folder: str) -> None:

@@ -39,7 +39,8 @@ def remove_parts(folder: str, names: Collection[str]) -> None:
     """Removes what killed saves of the files `names` left in `folder`."""
     for path, plain in parts_in(folder):
         if plain in names:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def parts_in(folder: str) -> list[tuple[str, str]]:

@@ -130,6 +130,61 @@ def test_engines_of_stages_1_and_3_with_a_manifest(tmp_path: Path):
         assert (tmp_path / f"stage{stage}" / "latest").read_text() == "global_step2"
 
 
+@needs_deepspeed
+def test_nodes_upload_an_engines_files_and_latest_comes_last(tmp_path: Path):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    finished = run_ranks(
+        f"{WORKER}:uploads",
+        2,
+        args=[tmp_path],
+        deadline_s=120,
+        nodes=(1, 1),
+        env={**ENVIRONMENT, "TMPDIR": str(temporary)},
+    )
+    assert [rank.returncode for rank in finished] == [0, 0], finished
+    assert os.listdir(temporary) == []
+    run = tmp_path / "run"
+    assert sorted(os.listdir(run)) == ["a", "latest"]
+    assert (run / "latest").read_text() == "a/b"
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=run / "a" / "b", check=True)
+    last = sorted(path for path in run.rglob("*") if path.is_file())
+    assert max(last, key=lambda path: path.stat().st_mtime_ns).name == "latest"
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_sigkill_in_an_engines_save_leaves_the_newest_whole_one_at_latest(tmp_path: Path, stage: int):
+    def run(point: str) -> int:
+        """The step that the job resumed from; 0 where there was nothing."""
+        (rank,) = run_ranks(
+            f"{WORKER}:is_killed", 1, args=(tmp_path, stage, point), deadline_s=60, env=ENVIRONMENT
+        )
+        assert rank.returncode == (-9 if point else 0), rank
+        lines = [line for line in rank.stdout.splitlines() if line.isdigit()]
+        return int(lines[-1]) if lines else 0
+
+    assert run("saving:take_name") == 0
+    # It was whole, but for its name: the next save gave it that, and wrote it anew.
+    assert run("") == 0
+    assert run("engine:_save_zero_checkpoint") == 1
+    assert not (tmp_path / "step2").exists()
+    assert run("saving:_write_manifest") == 1
+    assert run("saving:_write_latest") == 1
+    assert (tmp_path / "step2" / "SHA256SUMS").exists()
+    assert run("second rename") == 1
+    assert not (tmp_path / "step2").exists()
+    assert run("") == 1
+    assert run("saving:_write_latest") == 2
+    assert (tmp_path / "latest").read_text() == "step2"
+    assert {name for name in os.listdir(tmp_path) if not name.endswith(".py")} == {
+        "latest",
+        "step1",
+        "step2",
+        "step3",
+    }
+
+
 @pytest.mark.parametrize("kind", ["plain", "fsdp2"])
 @pytest.mark.parametrize("how", ["dies", "raises"])
 def test_a_rank_that_fails_is_every_ranks_error(tmp_path: Path, kind: str, how: str):

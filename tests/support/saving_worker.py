@@ -128,6 +128,68 @@ def engines(folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def uploads(folder: str) -> None:
+    """Nodes with a temporary folder each upload an engine's files, twice under the same tag, and load them again."""
+    start_deepspeed()
+    from zero_model import full_state, make_engine
+    from zero_model import train as train_engine
+
+    options = {"storage_options": {"path": folder, "target_protocol": "file"}}
+    engine = make_engine(1, seed=3)
+    train_engine(engine, 1, RANK)
+    for _ in range(2):
+        written = save_checkpoint("dir://run", State(engine), tag="a/b", extra={"epoch": 3}, options=options)
+        assert written == "dir://run/a/b"
+    expected = full_state(engine)
+    fresh = make_engine(1, seed=5)
+    result = load("dir://run", State(fresh), options=options)
+    assert (result.extra, result.step) == ({"epoch": 3}, 1)
+    found = full_state(fresh)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    print(json.dumps([one["name"] for one in result.receipt.as_dict()["files"]]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def is_killed(folder: str, stage: str, point: str) -> None:
+    """Resumes from `folder`, trains a step, and saves it under one of two tags in turn; is killed at `point`."""
+    from rankload.loader import saving
+
+    start_deepspeed()
+    from zero_model import make_engine
+    from zero_model import train as train_engine
+
+    def kill(*args: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    engine = make_engine(int(stage), seed=3)
+    if os.path.exists(f"{folder}/latest"):
+        result = load(folder, State(engine))
+        assert result.extra["losses"] == engine.global_steps
+        print(engine.global_steps, flush=True)
+    train_engine(engine, 1, RANK)
+    place, _, name = point.partition(":")
+    if place == "engine":
+        setattr(engine, name, kill)
+    elif place == "saving":
+        setattr(saving, name, kill)
+    elif place == "second rename":
+        rename, calls = os.rename, [0]
+
+        def rename_once(*args: Any) -> None:
+            calls[0] += 1
+            if calls[0] == 2:
+                kill()
+            rename(*args)
+
+        os.rename = rename_once
+    save_checkpoint(
+        folder, State(engine), tag=f"step{engine.global_steps}", extra={"losses": engine.global_steps}
+    )
+    torch.distributed.barrier()
+
+
 def fails(path: str, kind: str, how: str) -> None:
     """The last rank dies, or raises, in the middle of a save; the others say after how long which error they got."""
     from rankload.loader import saving
