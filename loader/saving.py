@@ -111,7 +111,7 @@ def save_checkpoint(
     ):
         stages = Stages(session.channel)
         agree_on_arguments(request, problem, session, stages)
-        with stages.stage("save arguments"):
+        with stages.stage("check"):
             save = _checked(request, extra, tag)
             leaving.callback(save.store.close)
         session.channel.decide("same save", save.comparable(), check_same)
@@ -175,7 +175,7 @@ def _checked(request: LoadRequest, extra: Any, tag: Any) -> _Save:
             raise OptionError(
                 "tag names a folder of a DeepSpeed engine, and this state has none: leave it out"
             )
-        if not any(vars(state).values()):
+        if not any(map(_is_set, vars(state).values())):
             raise OptionError("state has no part that could be saved: every field of it is empty")
         return _Save(path, store, name, _entries(extra, {"state", "rng"}))
     _refuse_parts(state, engine)
@@ -234,7 +234,7 @@ def _refuse_parts(state: State, engine: Any) -> None:
     found += [
         part
         for part in ("scaler", "algorithms", "callbacks", "timestamp", *PLAIN_PARTS)
-        if part != "run_name" and getattr(state, part) not in (None, [])
+        if part != "run_name" and _is_set(getattr(state, part))
     ]
     if found:
         raise LayoutError(
@@ -247,6 +247,10 @@ def _refuse_parts(state: State, engine: Any) -> None:
             f"the engine's {type(engine.checkpoint_engine).__name__} still writes when engine.save_checkpoint returns, "
             "so that the files cannot be summed: take 'checkpoint_engine' and 'nebula' out of its configuration"
         )
+
+
+def _is_set(part: Any) -> bool:
+    return part is not None and not (isinstance(part, list) and not part)
 
 
 def _save_state(state: State, save: _Save, rng: list[RngState], session: Session, stages: Stages) -> None:

@@ -98,10 +98,11 @@ def _mapped(error: BaseException, described: str, doing: str) -> RankloadError:
     kind = type(error).__name__
     message = redact_text(str(error)) or kind
     if is_not_there(error) or status in (404, 410):
-        return NotFoundError(f"{described}: not there", path=described)
+        what = "not there" if doing == "read" else f"could not be {doing}: its folder or bucket is not there"
+        return NotFoundError(f"{described}: {what}", path=described)
     if isinstance(error, IsADirectoryError):
         return FormatError(f"{described}: is a folder, expected a file", path=described)
-    if is_disk_full(error):
+    if is_disk_full(error) and doing == "read":
         return disk_full(described)
     reason = f"{kind}: {message}" if status is None else f"HTTP {status}"
     # gcsfs raises a plain OSError for 403.

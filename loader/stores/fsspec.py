@@ -140,6 +140,7 @@ class FsspecStore:
         described = self.describe(name)
         size = os.path.getsize(source_path)
         try:
+            self._make_folder(name)
             run_watched(
                 lambda: self.files().put_file(source_path, name, callback=_callback(meter)), meter, None
             )
@@ -158,10 +159,17 @@ class FsspecStore:
     def write_small(self, name: str, data: bytes) -> None:
         """Writes the object whole. Raises as `upload`."""
         try:
+            self._make_folder(name)
             self.files().pipe_file(name, data)
         except Exception as error:
             mapped = store_error(error, self.describe(name), "written")
             raise mapped from mapped.__cause__
+
+    def _make_folder(self, name: str) -> None:
+        # Object stores need no folders, and some would make the bucket.
+        folder = name.rpartition("/")[0]
+        if folder and self.protocol not in _WITH_BUCKETS:
+            self.files().makedirs(folder, exist_ok=True)
 
     def remove(self, name: str) -> None:
         """Removes the object, where there is one. Raises as `upload`."""

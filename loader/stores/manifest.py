@@ -6,7 +6,7 @@
     <64 hex digits>              alone, in ``NAME.sha256``: of ``NAME``
 
 Blank lines and lines that begin with ``#`` are left out. `find_manifests` looks for them on one rank, and `known_sums`
-decodes on every rank what it found; `parse_manifest` parses one, and `manifest_of` writes one.
+decodes on every rank what it found; `parse_manifest` parses one, and `manifest_of` makes one.
 """
 
 from __future__ import annotations
@@ -133,7 +133,15 @@ def manifest_of(sums: Mapping[str, str]) -> bytes:
     for name, value in sorted(sums.items()):
         escaped = re.sub(r"[\\\n\r]", lambda found: _ESCAPED[found[0]], name)
         lines.append(f"{chr(92) if escaped != name else ''}{value}  {escaped}\n")
-    return "".join(lines).encode("utf-8", "surrogateescape")
+    return "".join(lines).encode()
+
+
+def manifest_beside(name: str, value: str) -> bytes:
+    """The manifest ``NAME.sha256``: of the name too, where that is text."""
+    try:
+        return manifest_of({name: value})
+    except UnicodeEncodeError:
+        return f"{value}\n".encode()
 
 
 def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from ..errors import AccessError, FormatError, RankloadError
 from ..plurals import counted
 from ..store_errors import is_disk_full, store_error
 from ..stores.base import OnBytes
-from ..stores.manifest import SIDE, manifest_of
+from ..stores.manifest import SIDE, manifest_beside
 from .summed import SummedFile, write_summed
 
 _PART = re.compile(r"\.[0-9a-f]{8}\.part\Z")
@@ -71,7 +71,7 @@ def replace_file(
         part, manifest_part = (os.path.join(folder, part_name(one)) for one in (name, name + SIDE))
         try:
             digest = write_summed(part, write, on_bytes)
-            write_small(manifest_part, manifest_of({name: digest}))
+            write_small(manifest_part, manifest_beside(name, digest))
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + SIDE)
             sync_folder(folder)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from ..stores.base import OnBytes
 from ..stores.fsspec import FsspecStore
-from ..stores.manifest import SIDE, manifest_of
+from ..stores.manifest import SIDE, manifest_beside
 from ..stores.names import file_name
 from .local import check_room, write_errors
 from .summed import SummedFile, write_summed
@@ -43,7 +43,7 @@ def upload_file(
             digest = write_summed(part, write, on_bytes)
         store.remove(name + SIDE)
         store.upload(part, name, on_bytes)
-        store.write_small(name + SIDE, manifest_of({file_name(name): digest}))
+        store.write_small(name + SIDE, manifest_beside(file_name(name), digest))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

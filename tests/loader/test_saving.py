@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -21,8 +22,9 @@ from rankload import LayoutError, LoadOptions, OptionError, State, TemplateError
 WORKER = str(SUPPORT / "saving_worker.py")
 
 
-def ranks(function: str, world_size: int, *args: object, deadline_s: float = 120) -> list:
-    return run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=deadline_s, env=ENVIRONMENT)
+def ranks(function: str, world_size: int, *args: object, **more: Any) -> list:
+    more = {"deadline_s": 120, "env": ENVIRONMENT, **more}
+    return run_ranks(f"{WORKER}:{function}", world_size, args=args, **more)
 
 
 def all_well(function: str, world_size: int, *args: object) -> list:
@@ -152,6 +154,36 @@ def test_nodes_upload_an_engines_files_and_latest_comes_last(tmp_path: Path):
     assert max(last, key=lambda path: path.stat().st_mtime_ns).name == "latest"
 
 
+def resumed_from(folder: Path, stage: int, point: str, world_size: int = 1) -> int:
+    """The step that a job resumed from, which saves the next one and is killed at `point`; 0 where there was none."""
+    finished = ranks("is_killed", world_size, folder, stage, point, fork=True)
+    assert {rank.returncode for rank in finished} <= (
+        {-9, 0} if point.startswith("after") else {-9 if point else 0}
+    ), finished
+    lines = [line for line in finished[0].stdout.splitlines() if line.isdigit()]
+    return int(lines[-1]) if lines else 0
+
+
+@needs_deepspeed
+@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes minutes: set TEST_ALL")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_sigkill_of_all_ranks_at_random_times(tmp_path: Path, stage: int):
+    assert resumed_from(tmp_path, stage, "", 2) == 0
+    resumed, unfinished = 1, 0
+    for kill in range(int(os.environ.get("KILLS", "25"))):
+        at_latest = int((tmp_path / "latest").read_text().removeprefix("step"))
+        subprocess.run(
+            ["sha256sum", "--quiet", "--check", "--strict", "SHA256SUMS"],
+            cwd=tmp_path / f"step{at_latest}",
+            check=True,
+        )
+        resumed = resumed_from(tmp_path, stage, f"after:{0.02 + kill % 25 * 0.04}", 2)
+        assert resumed == at_latest
+        unfinished += any(name.endswith(".part") for name in os.listdir(tmp_path))
+    print(f"stage {stage}: latest names step {resumed}; {unfinished} kills left an unfinished folder")
+    assert unfinished > 0
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
 def test_sigkill_in_an_engines_save_leaves_the_newest_whole_one_at_latest(tmp_path: Path, stage: int):
@@ -246,7 +278,6 @@ def test_what_cannot_be_saved_is_refused_by_name(tmp_path: Path, trained: State)
     assert os.listdir(tmp_path) == []
 
 
-@needs_deepspeed
 def test_parts_beside_an_engine_are_refused():
     from rankload.loader.saving import _refuse_parts
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -174,6 +175,8 @@ def is_killed(folder: str, stage: str, point: str) -> None:
         setattr(engine, name, kill)
     elif place == "saving":
         setattr(saving, name, kill)
+    elif place == "after":
+        threading.Timer(float(name), kill).start()
     elif place == "second rename":
         rename, calls = os.rename, [0]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader import FormatError
 from rankload.loader.stores.digests import ALGORITHMS, digest_bytes, new_digest, packages_of
-from rankload.loader.stores.manifest import is_manifest, parse_manifest
+from rankload.loader.stores.manifest import is_manifest, manifest_beside, manifest_of, parse_manifest
 from rankload.loader.stores.sums import StoredSum, fastest_first, in_headers, in_info, in_linked, in_s3
 
 DATA = b"123456789"
@@ -144,3 +144,16 @@ def test_manifests_that_are_none() -> None:
     with pytest.raises(FormatError, match="SHA256SUMS"):
         parse_manifest(line.encode() + b"\xff", "SHA256SUMS")
     assert parse_manifest(f"{line}{'0' * 64}  ../b\n{'1' * 64}  /c\n".encode(), "m").sums == {"a": SHA256}
+
+
+@given(
+    st.dictionaries(st.text("a\\\n\r é*", min_size=1).filter(str.strip), st.binary(min_size=32, max_size=32))
+)
+def test_a_manifest_that_is_written_is_read_again(sums: dict[str, bytes]) -> None:
+    data = manifest_of({name: value.hex() for name, value in sums.items()})
+    assert parse_manifest(data, "m").sums == sums
+
+
+def test_a_name_that_is_no_text_is_left_out_of_the_manifest_beside_it() -> None:
+    assert manifest_beside("a", SHA256.hex()) == f"{SHA256.hex()}  a\n".encode()
+    assert manifest_beside("a\udcff", SHA256.hex()) == f"{SHA256.hex()}\n".encode()
