@@ -73,31 +73,31 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path, trained:
 
 def test_memory_gets_the_object_and_its_manifest(trained: State):
     store = fsspec.filesystem("memory")
-    store.pipe_file("/bucket/last.pt.sha256", b"0" * 64 + b"  last.pt\n")
+    store.pipe_file("/saving/last.pt.sha256", b"0" * 64 + b"  last.pt\n")
     for _ in range(2):
-        path = save_checkpoint("memory://bucket/last.pt", trained, extra={"epoch": 3, "loss": 0.5})
-        assert sorted(store.ls("/bucket", detail=False)) == ["/bucket/last.pt", "/bucket/last.pt.sha256"]
+        path = save_checkpoint("memory://saving/last.pt", trained, extra={"epoch": 3, "loss": 0.5})
+        assert sorted(store.ls("/saving", detail=False)) == ["/saving/last.pt", "/saving/last.pt.sha256"]
         fresh = job("plain", seed=9)
         result = load(path, fresh)
         check(result, fresh, values(trained))
         assert "sha256 of last.pt.sha256" in result.receipt.as_dict()["files"][0]["verified_by"]
-    store.rm("/bucket", recursive=True)
+    store.rm("/saving", recursive=True)
 
 
 def test_an_upload_that_fails_leaves_the_old_object(trained: State, monkeypatch: pytest.MonkeyPatch):
     store = fsspec.filesystem("memory")
-    save_checkpoint("memory://bucket/last.pt", trained)
-    old = store.cat_file("/bucket/last.pt")
+    save_checkpoint("memory://saving/last.pt", trained)
+    old = store.cat_file("/saving/last.pt")
 
     def refuse(*args: object, **more: object) -> None:
         raise PermissionError("not yours")
 
     monkeypatch.setattr(type(store), "put_file", refuse)
-    with pytest.raises(Exception, match=r"memory:///bucket/last\.pt: the store refused access"):
-        save_checkpoint("memory://bucket/last.pt", job("plain", seed=9))
-    assert store.ls("/bucket", detail=False) == ["/bucket/last.pt"]
-    assert store.cat_file("/bucket/last.pt") == old
-    store.rm("/bucket", recursive=True)
+    with pytest.raises(Exception, match=r"memory:///saving/last\.pt: the store refused access"):
+        save_checkpoint("memory://saving/last.pt", job("plain", seed=9))
+    assert store.ls("/saving", detail=False) == ["/saving/last.pt"]
+    assert store.cat_file("/saving/last.pt") == old
+    store.rm("/saving", recursive=True)
 
 
 def test_s3(seaweedfs_server, trained: State):

@@ -95,7 +95,8 @@ def test_sigkill_at_every_point_leaves_the_old_or_the_new_file(tmp_path: Path):
     save(path, 1, counted)
     assert counted.passed > 30
     old, without_manifest, points = 1.0, 0, 0
-    for point in range(1, counted.passed + 4):
+    every = 1 if os.environ.get("TEST_ALL") else 4
+    for point in range(1, counted.passed + 1 + every, every):
         if not killed_at(path, point + 1, point):
             break
         points = point
@@ -105,8 +106,8 @@ def test_sigkill_at_every_point_leaves_the_old_or_the_new_file(tmp_path: Path):
         old = found
         if (tmp_path / "last.pt.sha256").exists():
             subprocess.run(["sha256sum", "--quiet", "--check", "last.pt.sha256"], cwd=tmp_path, check=True)
-    assert points >= counted.passed
-    assert 0 < without_manifest < points / 2
+    assert points > counted.passed - every
+    assert 0 < without_manifest < points / 2 / every
     save_checkpoint(path, state_of(0.5))
     assert held(path) == 0.5
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.sha256"]
