@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,54 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from dcp_folders import assert_same
-from modules_worker import full, optimizer_for, plain_job, sharded_job, train
+from mesh_jobs import JOBS, RANK, train_and_save, whole, with_scheduler
+from modules_worker import plain_job, sharded_job, train
 from rankload.loader import State, load
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from zero_model import TinyModel
 
-RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def replicated_job(seed: int = 7) -> State:
-    """FSDP2 over pairs of ranks, each of which keeps the same shards."""
-    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("replicate", "shard"))
-    return _sharded(TinyModel(seed), mesh)
-
-
-def tensor_parallel_job(seed: int = 7) -> State:
-    """FSDP2 over tensor parallelism of two ranks, whose shares of a layer are uneven."""
-    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("data", "tensor"))
-    model = TinyModel(seed)
-    for block in model.blocks:
-        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return _sharded(model, mesh["data"])
-
-
-def _sharded(model: TinyModel, mesh: Any) -> State:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return State(model, optimizer_for(model))
-
-
-JOBS: dict[str, Callable[..., State]] = {
-    "plain": plain_job,
-    "numbered": plain_job,
-    "fsdp2": sharded_job,
-    "flat": sharded_job,
-    "hsdp": replicated_job,
-    "tp": tensor_parallel_job,
-}
-
-
-def with_scheduler(state: State) -> State:
-    state.schedulers = [torch.optim.lr_scheduler.MultiStepLR(state.optimizers[0], [3, 5])]
-    return state
+KINDS: dict[str, Callable[..., State]] = {**JOBS, "numbered": plain_job, "flat": sharded_job}
 
 
 def save(state: State, folder: str | Path, kind: str) -> None:
@@ -77,15 +36,6 @@ def save(state: State, folder: str | Path, kind: str) -> None:
     dcp.save(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def whole(state: State) -> dict[str, torch.Tensor]:
-    """All tensors of a job, whole and by name; every rank must call."""
-    found = {f"model/{name}": full(value).clone() for name, value in state.model.state_dict().items()}
-    entries = state.optimizers[0].state
-    for name, parameter in state.model.named_parameters():
-        found.update({f"{key}/{name}": full(one).clone() for key, one in entries.get(parameter, {}).items()})
-    return found
-
-
 def by_dcp(folder: str, state: State) -> None:
     """Restores model and optimizer by torch's own reader."""
     model, optimizer = get_state_dict(state.model, state.optimizers[0])
@@ -100,17 +50,11 @@ def write(root: str, *kinds: str) -> None:
     """Jobs of these kinds train two steps, save, and train on; their tensors and losses lie beside."""
     dist.init_process_group("gloo")
     for kind in kinds:
-        state = with_scheduler(JOBS[kind](3))
-        for _ in range(2):
-            train(state, 1)
-            state.schedulers[0].step()
-        folder = Path(root, kind)
-        save(state, folder / "saved", kind)
-        tensors = whole(state)
-        losses = train(state)
-        if RANK == 0:
-            torch.save(tensors, folder / "tensors.pt")
-            Path(folder, "losses.json").write_text(json.dumps(losses))
+        train_and_save(
+            KINDS[kind](3),
+            Path(root, kind),
+            lambda state, folder, kind=kind: save(state, folder / "saved", kind),
+        )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +11,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from journey_worker import start_deepspeed
-from modules_worker import full, optimizer_for, plain_job, sharded_job, train
+from mesh_jobs import JOBS, RANK, WORLD_SIZE, train_and_save, whole, with_scheduler
+from modules_worker import train
 from rankload.loader import LayoutError, State, capture_rng, load
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from zero_model import TinyModel, full_state, make_engine
-
-RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def replicated_job(seed: int = 7) -> State:
-    """FSDP2 over pairs of ranks, of which each keeps the same as another."""
-    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("replicate", "shard"))
-    return _sharded(TinyModel(seed), mesh)
-
-
-def tensor_parallel_job(seed: int = 7) -> State:
-    """FSDP2 over tensor parallelism of two ranks."""
-    mesh = init_device_mesh("cpu", (WORLD_SIZE // 2, 2), mesh_dim_names=("data", "tensor"))
-    model = TinyModel(seed)
-    for block in model.blocks:
-        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return _sharded(model, mesh["data"])
-
-
-def _sharded(model: TinyModel, mesh: Any) -> State:
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return State(model, optimizer_for(model))
-
-
-JOBS: dict[str, Callable[..., State]] = {
-    "plain": plain_job,
-    "fsdp2": sharded_job,
-    "hsdp": replicated_job,
-    "tp": tensor_parallel_job,
-}
-
-
-def with_scheduler(state: State) -> State:
-    state.schedulers = [torch.optim.lr_scheduler.MultiStepLR(state.optimizers[0], [3, 5])]
-    return state
+from zero_model import full_state, make_engine
 
 
 def save(state: State, folder: Path) -> None:
     """As verl saves; and as training scripts do, in one file of each rank."""
+    random.seed(RANK)
+    np.random.seed(RANK)
     folder.mkdir(parents=True, exist_ok=True)
     model, optimizer = state.model.state_dict(), state.optimizers[0].state_dict()
     scheduler, rng = state.schedulers[0].state_dict(), capture_rng()
@@ -75,32 +38,11 @@ def save(state: State, folder: Path) -> None:
     torch.save(parts, folder / f"by-hand-{RANK}.pt")
 
 
-def whole(state: State) -> dict[str, torch.Tensor]:
-    """All tensors of a job, whole and by name; every rank must call."""
-    found = {f"model/{name}": full(value).clone() for name, value in state.model.state_dict().items()}
-    entries = state.optimizers[0].state
-    for name, parameter in state.model.named_parameters():
-        found.update({f"{key}/{name}": full(one).clone() for key, one in entries.get(parameter, {}).items()})
-    return found
-
-
 def write(root: str, *kinds: str) -> None:
     """Jobs of these kinds train two steps, save, and train on; their tensors and losses lie beside."""
     dist.init_process_group("gloo")
     for kind in kinds:
-        state = with_scheduler(JOBS[kind](3))
-        for _ in range(2):
-            train(state, 1)
-            state.schedulers[0].step()
-        random.seed(RANK)
-        np.random.seed(RANK)
-        folder = Path(root, kind)
-        save(state, folder)
-        tensors = whole(state)
-        losses = train(state)
-        if RANK == 0:
-            torch.save(tensors, folder / "whole")
-            Path(folder, "losses.json").write_text(json.dumps(losses))
+        train_and_save(JOBS[kind](3), Path(root, kind), save)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -198,7 +140,7 @@ def check(path: str, state: State, *, exact: bool = False, saved_by: int = 4) ->
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     with_scheduler(state)
     result = load(path, state, progress_bar=False)
-    expected, found = torch.load(folder / "whole"), whole(state)
+    expected, found = torch.load(folder / "tensors.pt"), whole(state)
     assert found.keys() == expected.keys()
     assert not [name for name, value in found.items() if not torch.equal(value, expected[name])]
     assert state.schedulers[0].last_epoch == 2
@@ -240,7 +182,7 @@ def engines(root: str, *kinds: str) -> None:
     """DeepSpeed engines of stages 1 and 3: masters, moments, steps and rates are those that were saved."""
     start_deepspeed()
     for kind in kinds:
-        saved = torch.load(Path(root, kind, "whole"))
+        saved = torch.load(Path(root, kind, "tensors.pt"))
         for stage in (1, 3):
             engine = make_engine(stage, seed=5, client=True)
             state = State(engine)

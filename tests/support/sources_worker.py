@@ -23,7 +23,7 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from dcp_worker import replicated_job, tensor_parallel_job, whole
+from mesh_jobs import replicated_job, tensor_parallel_job, whole
 from modules_worker import optimizer_for, plain_job, sharded_job, train, wrapped_job
 from rankload.loader import State, load
 from reshard_modules_worker import difference

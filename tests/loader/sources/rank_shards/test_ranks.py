@@ -9,6 +9,7 @@ import pytest
 import rank_shards_worker
 import torch
 from deepspeed_ranks import ENVIRONMENT
+from modules_worker import plain_job
 from places import SUPPORT
 from processes import run_ranks
 from rankload.loader import LayoutError, State, load
@@ -38,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_into_a_job_of_one_rank(root: Path, kind: str) -> None:
     for path in (root / kind, root / kind / "by-hand-{rank}.pt"):
-        rank_shards_worker.check(str(path), rank_shards_worker.plain_job(seed=11))
+        rank_shards_worker.check(str(path), plain_job(seed=11))
 
 
 def test_into_shards_of_two_ranks(root: Path) -> None:
