@@ -26,7 +26,7 @@ from .unknown_layout import describe, is_emptied_by_zero, is_one_file_of_zero, l
 
 __all__ = [
     "COMPOSER_STATES", "RNG_KEYS", "STATE_DICT", "SingleFile", "by_class", "file_tree", "has_model", "is_weight",
-    "read_layout", "rng_list", "rng_of", "state_dict_of",
+    "parts_for", "read_layout", "rng_list", "rng_of", "state_dict_of",
 ]  # fmt: skip
 
 COMPOSER_STATES = "composer_states.pt"
@@ -94,15 +94,7 @@ class SingleFile:
             if index.format == "safetensors" and not demand.layout:
                 extra = {"metadata": dict(index.metadata)} if index.metadata else {}
                 return Saved(files.name, _KIND, "safetensors", {"model": index.tree}, extra=extra)
-            found = read_layout(
-                index.tree,
-                file=file.source,
-                layout=demand.layout,
-                optimizer_classes=demand.optimizers,
-                scheduler_classes=demand.schedulers,
-                scaler_class=demand.scaler,
-                with_model=demand.model,
-            )
+            found = parts_for(demand, index.tree, file=file.source)
             if is_one_file_of_zero(index.tree) and not demand.weights_only:
                 warnings.warn(
                     f"{file.source} is one file of a DeepSpeed checkpoint and has the weights alone, in the precision "
@@ -149,6 +141,19 @@ def _single_member(file: NodeFile) -> str:
     raise FormatError(
         f"{file.source}: expected {COMPOSER_STATES}, or one torch file, in the archive; it holds {shown}",
         path=file.source,
+    )
+
+
+def parts_for(demand: Demand, tree: Any, *, file: str) -> Saved:
+    """The parts of a checkpoint's `tree` by `read_layout`, with what the target demands of it. Raises as that."""
+    return read_layout(
+        tree,
+        file=file,
+        layout=demand.layout,
+        optimizer_classes=demand.optimizers,
+        scheduler_classes=demand.schedulers,
+        scaler_class=demand.scaler,
+        with_model=demand.model,
     )
 
 

@@ -19,7 +19,7 @@ from ...saved.contents import Saved
 from ...saved.demand import Demand
 from ...saved.names import match_names
 from ...saved.tensor import SavedTensor
-from ..single_file import has_model, is_weight, read_layout, rng_list
+from ..single_file import has_model, is_weight, parts_for, rng_list
 from .optimizers import GROUPS, STATE, numbered, torch_form, with_names
 
 KIND = "dcp"
@@ -33,16 +33,9 @@ def parts_of(tree: Mapping[str, Any], demand: Demand, *, name: str) -> Saved:
     """The checkpoint's parts, given its nested state dict with that of ``meta.pt``; `name` is what messages call it.
 
     Where the target is a DeepSpeed engine, an optimizer whose parameters have numbers gets the names of the engine's.
-    Raises as `read_layout`.
+    Raises as `parts_for`.
     """
-    found = read_layout(
-        _as_single_file(tree),
-        file=name,
-        layout=demand.layout,
-        optimizer_classes=demand.optimizers,
-        scheduler_classes=demand.schedulers,
-        scaler_class=demand.scaler,
-    )
+    found = parts_for(demand, _as_single_file(tree), file=name)
     state = dict(found.state)
     optimizers, schedulers = state.get("optimizers"), state.get("schedulers")
     if isinstance(optimizers, Mapping):

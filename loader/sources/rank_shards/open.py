@@ -16,7 +16,7 @@ from ...saved.demand import Demand
 from ...saved.node_file import NodeFile
 from ...stores.locate import RANK_FILE
 from ..base import Files
-from ..single_file import RNG_KEYS, read_layout, rng_of
+from ..single_file import RNG_KEYS, parts_for, rng_of
 from .join import Joined, RankTree, join_trees, shards_in
 
 KIND = "rank-shards"
@@ -142,15 +142,7 @@ def _saved(
     notes: Iterable[str] = (),
 ) -> Saved:
     """The parts of `tree`, which is made of what was `joined`, with the random states of this rank's file."""
-    saved = read_layout(
-        tree,
-        file=files.name,
-        layout=demand.layout,
-        optimizer_classes=demand.optimizers,
-        scheduler_classes=demand.schedulers,
-        scaler_class=demand.scaler,
-        with_model=demand.model,
-    )
+    saved = parts_for(demand, tree, file=files.name)
     if demand.optimizer and not demand.weights_only:
         _check_pipeline(saved, [place for each in joined for place in each.partial], files.name)
     notes = (*notes, *_differing(joined))

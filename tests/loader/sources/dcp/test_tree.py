@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rankload.loader.errors import CorruptError
+from rankload.loader.errors import CorruptError, FormatError
+from rankload.loader.saved.demand import Demand
+from rankload.loader.saved.model_parallel import Position
 from rankload.loader.saved.tensor import SavedTensor, StorageRef
+from rankload.loader.sources.dcp.layout import parts_of
 from rankload.loader.sources.dcp.optimizers import torch_form, with_names
 from rankload.loader.sources.dcp.tree import nested
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -102,3 +106,14 @@ def test_groups_of_a_flattened_optimizer() -> None:
 @pytest.mark.parametrize("value", [None, 3, [1], {}, {"a": 1}])
 def test_what_is_no_optimizer_stays(value: Any) -> None:
     assert torch_form(value) == value
+
+
+def test_an_optimizer_alone() -> None:
+    """It is of a known layout for a job that restores no model, and of none for another."""
+    tree = {"optimizer": {"state": {"w": {"step": 1}}, "param_groups": [{"lr": 1, "params": ["w"]}]}}
+    demand = Demand(Position(0, 1), optimizers=("SGD",))
+    with pytest.raises(FormatError):
+        parts_of(tree, demand, name="folder")
+    assert parts_of(tree, replace(demand, model=False), name="folder").state == {
+        "optimizers": {"SGD": tree["optimizer"]}
+    }
