@@ -126,7 +126,7 @@ class _WithEngine:
             problem = kind_problem(own, left[key], named=False)
             if problem:
                 missing = Mismatch([f"{name}: the checkpoint's {problem}"])
-                told = Plan(mismatch=missing, not_restored=(f"state/schedulers/{key}",))
+                told = told.joined(Plan(mismatch=missing, not_restored=(f"state/schedulers/{key}",)))
         warn_of_parts(told, saved, strict=self.options.strict)
         return told, keys
 

@@ -147,6 +147,15 @@ def test_a_scheduler_of_another_kind_does_not_reach_the_engine(engine: Engine) -
     assert set(Taking.taken.state) == set(ENGINES)
 
 
+def test_each_scheduler_of_another_kind_is_named(engine: Engine) -> None:
+    engine.lr_scheduler = Schedule(4)
+    other = saved(engine_schedulers=frozenset({"One", "Two"}), data_parallel_size=1)
+    other.state["schedulers"] = {"One": {"last_batch_iteration": 3}, "Two": {"epoch": 3}}
+    plan, _, _ = planned(State(engine), other)
+    assert len(plan.mismatch.missing) == 2
+    assert {"state/schedulers/One", "state/schedulers/Two"} <= set(plan.not_restored)
+
+
 def test_the_engine_knows_its_parts_and_the_state_its_other_classes(engine: Engine) -> None:
     demand = target_of(State(engine, schedulers=Schedule()), RestoreOptions()).demand(1, 2)
     assert (demand.optimizers, demand.schedulers, demand.scaler) == (("Its",), ("Schedule",), "GradScaler")
