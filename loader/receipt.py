@@ -108,7 +108,7 @@ class Receipt:
 
     path: str
     kind: str
-    """``monolithic``, ``sharded``, ``slices``, ``rank-shards``, ``composer-zero`` or ``deepspeed``."""
+    """``monolithic``, ``sharded``, ``slices``, ``rank-shards``, ``dcp``, ``composer-zero`` or ``deepspeed``."""
     layout: str
     saved_world_size: int | None
     world_size: int

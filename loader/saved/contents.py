@@ -35,9 +35,10 @@ class Saved:
     name: str
     """What messages and the receipt call the checkpoint; without secrets."""
     kind: str
-    """``monolithic``, ``sharded``, ``slices``, ``rank-shards``, ``composer-zero`` or ``deepspeed``."""
+    """``monolithic``, ``sharded``, ``slices``, ``rank-shards``, ``dcp``, ``composer-zero`` or ``deepspeed``."""
     layout: str
-    """``composer``, ``lightning``, ``state dict``, ``safetensors``, ``hand-written`` or ``deepspeed``."""
+    """``composer``, ``lightning``, ``trainer``, ``accelerate``, ``state dict``, ``safetensors``, ``hand-written`` or
+    ``deepspeed``."""
     state: dict[str, Any]
     """``model``, ``optimizers``, ``schedulers`` and so on."""
     rng: list[Any] | None = None
