@@ -232,6 +232,6 @@ def test_messages_hold_no_text_of_the_record() -> None:
 
 def test_a_hundred_thousand_ranges_take_little_time() -> None:
     told = FetchPlan({"a": [ByteRange(10 * at, 10 * at + 5) for at in range(100_000)]})
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert sent(FetchPlan, told) == told
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2

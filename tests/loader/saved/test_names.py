@@ -95,10 +95,10 @@ def test_a_whole_name_goes_before_a_prefix() -> None:
 def test_many_names_take_no_time() -> None:
     names = [f"blocks.{index}.weight" for index in range(20_000)]
     rename = {name: name.replace("blocks", "layers") for name in names}
-    began = time.monotonic()
+    began = time.process_time()
     assert not match_names(names, names).missing
     assert not match_names(names, list(rename.values()), rename).missing
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_two_names_that_become_one_are_an_error() -> None:
@@ -245,9 +245,9 @@ def test_a_rename_is_advised_beside_those_that_were_given_and_never_against_the_
 
 def test_many_names_are_explained_in_no_time() -> None:
     names = [f"blocks.{index}.mlp.weight" for index in range(5_000)]
-    began = time.monotonic()
+    began = time.process_time()
     assert suggest_rename([f"model.{name}" for name in names], names) == ({"model.": ""}, 5_000)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @given(st.sets(st.text("ab.", min_size=1, max_size=4)), st.sets(st.text("ab.", min_size=1, max_size=4)))

@@ -109,10 +109,10 @@ def tuple_bomb(levels: int, tail: bytes) -> bytes:
     ],
 )
 def test_what_no_pickler_writes(data: bytes, kind: type[RankloadError]) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(kind) as caught:
         scan(data)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert str(caught.value).startswith("f: the pickle at byte ")
 
 
