@@ -35,6 +35,7 @@ from typing import Any
 from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
+from .collector import without_collector
 from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import SMALL_STORAGE_BYTES, fetch_storages, fetching, restore_parts, small_parts
@@ -232,6 +233,7 @@ def load(
     verify = resolved.verify
     with (
         default_modes(),
+        without_collector(),
         partial_once_begun() as begun,
         open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,

@@ -30,7 +30,7 @@ ROOMS = (
     ("http",),
     ("saved",),
     ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries", "workers"),
-    ("byte_ranges", "plurals", "redaction", "torch_modes"),
+    ("byte_ranges", "collector", "plurals", "redaction", "torch_modes"),
     ("errors",),
 )
 """The rooms of `loader`, from left to right: each may import any room of a later line, and none of its own line."""

@@ -2,8 +2,9 @@
 
 A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all
 items in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one
-range. Items whose index is longer are fetched whole in a second round, and compressed ones in the first: those are
-expanded into the node's cache, a file for each.
+range. Items up to `WHOLE_ITEM_BYTES` of which a rank reads all are fetched whole in that round, so that many of them
+are one request. Items whose index is longer are fetched whole in a second round, and compressed ones in the first:
+those are expanded into the node's cache, a file for each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .rounds import WantedRanges, fetch_now
 from .whole import on_disk
 
 _COPY_BYTES = 1 << 20
+WHOLE_ITEM_BYTES = 4 << 20
+"""Up to this size, two requests for the ends of an item and one for the rest cost more than what they save."""
 
 
 def read_items(
@@ -35,7 +38,9 @@ def read_items(
     Every rank must call, whatever it wants. Raises, on all ranks alike, what `read_item` and `fetch_now` raise, and
     `CorruptError` where a file ends before one of its items.
     """
-    ends = {item: _ends(item) for item in wanted if item.file.path in remote.known}
+    # What is fetched here goes into the node's file, which mode="direct" is there to avoid.
+    most = SMALL_ITEM_BYTES if context.options.mode == "direct" else WHOLE_ITEM_BYTES
+    ends = {item: _ends(item, most) for item in wanted if item.file.path in remote.known}
     found: dict[FileItem, FileIndex] = {}
     with context.stages.stage(f"{stage}: sizes"):
         _check_sizes(wanted)
@@ -66,8 +71,8 @@ def _check_sizes(wanted: Sequence[FileItem]) -> None:
             )
 
 
-def _ends(item: FileItem) -> list[ByteRange]:
-    if item.zstd or item.stop - item.start <= SMALL_ITEM_BYTES:
+def _ends(item: FileItem, whole_up_to: int) -> list[ByteRange]:
+    if item.zstd or item.stop - item.start <= (whole_up_to if item.whole else SMALL_ITEM_BYTES):
         return [ByteRange(item.start, item.stop)]
     return [
         ByteRange(item.start, item.start + ITEM_END_BYTES),

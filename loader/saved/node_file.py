@@ -34,3 +34,5 @@ class FileItem:
     """What it holds, for messages; its own among the items of the file."""
     zstd: bool = False
     """Whether its bytes are compressed by zstd."""
+    whole: bool = False
+    """Whether this rank reads all of them."""

@@ -81,7 +81,9 @@ def deal_checks(
     together_pays = session.topology.world_size > 1 or direct
     summed = {storage: one for storage, one in reads.items() if storage.crc32 is not None}
     together = {
-        storage: one for storage, one in summed.items() if together_pays and _worth_sharing(storage, one)
+        storage: one
+        for storage, one in summed.items()
+        if together_pays and _worth_sharing(storage, one, direct)
     }
     shared = {(name_at(storage.file), storage.key): storage for storage in together}
     wanted = {name: _storage_read(storage, together[storage]) for name, storage in shared.items()}
@@ -100,10 +102,11 @@ def deal_checks(
     return Verification(verify, name, alone, shared, shares, judges[0] if judges else None)
 
 
-def _worth_sharing(storage: StorageRef, reads: StorageReads) -> bool:
+def _worth_sharing(storage: StorageRef, reads: StorageReads, direct: bool) -> bool:
     if storage.nbytes <= ALONE_BYTES:
         return False
-    return reads.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
+    # Who sums a storage alone reads it in one pass, from the node's file: so it could not be fetched directly.
+    return direct or reads.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
 
 
 def _storage_read(storage: StorageRef, reads: StorageReads) -> StorageRead:

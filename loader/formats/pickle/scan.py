@@ -13,10 +13,12 @@ and `_Faults` raises the errors. Which classes and functions the pickle names do
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ...errors import CorruptError, UnsafeError
+from ...errors import CorruptError, RankloadError, UnsafeError
 from ...saved.tree import BOUND
 from .budget import MAX_CRAFTED_KEYS
 from .opcodes import (
@@ -43,6 +45,8 @@ MAX_NUMBER_TEXT = 4300
 """Characters in a number written as text; Python's own limit for conversions."""
 MAX_PROTOCOL = 5
 
+_REMEMBERED_BYTES = 4 << 10
+"""Pickles up to this size are scanned once: in a folder with thousands of tensors of one shape, theirs are the same."""
 MAX_DEPTH = 200
 """Containers inside one another; real checkpoints stay below 20."""
 _WEIGHT_SHIFT = 4
@@ -79,10 +83,20 @@ def scan_pickle(
     hashes without end, sets the state of a class or function, or uses opcodes that reach outside the file;
     `CorruptError` where it is no pickle, or the bytes end before it does.
     """
+    made_by_call = 0 if inert else CRAFTED
     try:
-        return _follow(data, start, _Faults(name, base, len(data)), memory_limit, 0 if inert else CRAFTED)
+        if len(data) <= _REMEMBERED_BYTES:
+            # What is refused is not remembered, and refused again below, where messages have its own name.
+            with contextlib.suppress(RankloadError):
+                return _follow_small(data, start, memory_limit, made_by_call)
+        return _follow(data, start, _Faults(name, base, len(data)), memory_limit, made_by_call)
     except _TruncatedPickleError as error:
         raise CorruptError(error.message, path=error.path) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _follow_small(data: bytes, start: int, memory_limit: int, made_by_call: int) -> PickleScan:
+    return _follow(data, start, _Faults("", 0, len(data)), memory_limit, made_by_call)
 
 
 def scan_beginning(data: bytes, *, name: str, start: int = 0, memory_limit: int) -> PickleScan | None:

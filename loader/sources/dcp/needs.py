@@ -6,6 +6,7 @@ state the same; of everything else it needs all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,21 +28,24 @@ STEP = "step"
 """The key of an optimizer's state that never lies along a parameter, whatever shapes the two have."""
 
 
-def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand) -> set[Item]:
-    """The items that hold anything this rank reads.
+def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand) -> dict[Item, bool]:
+    """The items that hold anything this rank reads, each with whether it reads all of it.
 
     `outline` is the checkpoint's parts before anything of them was read, None where they show only in the items: then
-    all are read.
+    the indexes of all are read. A job that is not sharded reads all of them whole.
     """
     if outline is None:
-        return {item for key in (*metadata.tensors, *metadata.objects) for item in _all(metadata, key)}
+        whole = not (demand.parameters or demand.shards or demand.weights_only)
+        return {item: whole for key in (*metadata.tensors, *metadata.objects) for item in _all(metadata, key)}
     kept = dict(_kept(outline, key_of, demand))
     wanted = {*metadata.tensors, *metadata.objects}
+    if not demand.optimizer:
+        wanted -= _keys(outline.state.get("optimizers"), key_of)
     if demand.weights_only:
         # Extra state may be a dict, which has keys of its own.
         wanted = _keys(outline.state.get("model"), key_of)
         wanted |= {key for key in _keys(outline.extra, key_of) if _is_small(metadata, key)}
-    return {item for key in wanted for item in _met(metadata, key, kept.get(key))}
+    return {item: whole for key in wanted for item, whole in _met(metadata, key, kept.get(key))}
 
 
 def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, Sequence[Region]]]:
@@ -79,25 +83,29 @@ def _all(metadata: Metadata, key: str) -> Iterator[Item]:
         yield from (chunk.item for chunk in metadata.tensors[key].chunks)
 
 
-def _met(metadata: Metadata, key: str, kept: Sequence[Region] | None) -> Iterator[Item]:
-    """The items of `key` that hold elements of `kept`; all of them where it is None."""
+def _met(metadata: Metadata, key: str, kept: Sequence[Region] | None) -> Iterator[tuple[Item, bool]]:
+    """The items of `key` that hold elements of `kept`, each with whether one region has all of it.
+
+    Where `kept` is None, all items, and all of each.
+    """
     if kept is None or key in metadata.objects:
-        yield from _all(metadata, key)
+        yield from ((item, True) for item in _all(metadata, key))
         return
     tensor = metadata.tensors[key]
     for chunk in tensor.chunks:
-        if any(_meet(tensor, chunk.box, region) for region in kept):
-            yield chunk.item
+        common = max((_common(tensor, chunk.box, region) for region in kept), default=0)
+        if common:
+            yield chunk.item, common == chunk.box.numel
 
 
-def _meet(tensor: ChunkedTensor, box: Box, region: Region) -> bool:
-    """Whether the two have an element in common."""
+def _common(tensor: ChunkedTensor, box: Box, region: Region) -> int:
+    """How many elements the two have in common."""
     if not box.numel or not region.numel:
-        return False
+        return 0
     first, stop = extent(tensor.shape, box)
     other_first, other_stop = extent(tensor.shape, region)
     if stop <= other_first or other_stop <= first:
-        return False
+        return 0
     stride = row_major_stride(tensor.shape) if isinstance(region, Box) else (1,)
     here, there = Laid(box, 0, row_major_stride(box.sizes)), Laid(region, 0, stride)
-    return next(intersect(tensor.shape, here, there), None) is not None
+    return sum(math.prod(layout.shape) for layout, _ in intersect(tensor.shape, here, there))

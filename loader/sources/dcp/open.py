@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,14 +62,13 @@ class Dcp:
                     beside = _beside(files, fetched[_META])
         with files.stage("read metadata"):
             folders = [_folder(file) for file in metadata]
-            wanted = list(_wanted(folders, beside, demand, files.name))
+            wanted = dict(_wanted(folders, beside, demand, files.name))
         held = files.fetch(sorted({name for name, _ in wanted}), "fetch")
-        keys = {
-            (folder.name_of(item), item): key for folder in folders for key, item in _places(folder.metadata)
-        }
         items = [
-            FileItem(held[name], item.offset, item.stop, keys[name, item], item.transforms == _ZSTD)
-            for name, item in wanted
+            FileItem(
+                held[name], item.offset, item.stop, one.key, zstd=item.transforms == _ZSTD, whole=one.whole
+            )
+            for (name, item), one in wanted.items()
         ]
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
@@ -126,21 +125,34 @@ def _folder(file: NodeFile) -> _Folder:
     return _Folder(prefix, file, read_metadata(file.path, name=file.source))
 
 
-def _places(metadata: Metadata) -> Iterator[tuple[str, Item]]:
-    """Each item, with what messages call it: its key, and of a chunk its place in the tensor."""
+def _places(metadata: Metadata, items: Container[Item]) -> Iterator[tuple[Item, str]]:
+    """Those of `items`, each with what messages call it: its key, and of a chunk its place in the tensor."""
     for key, tensor in metadata.tensors.items():
         for chunk in tensor.chunks:
-            yield f"{key}{list(chunk.box.starts)}", chunk.item
-    yield from metadata.objects.items()
+            if chunk.item in items:
+                yield chunk.item, f"{key}{list(chunk.box.starts)}"
+    for key, item in metadata.objects.items():
+        if item in items:
+            yield item, key
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of one item."""
+
+    key: str
+    """What messages call it."""
+    whole: bool
+    """Whether this rank reads all of it."""
 
 
 def _wanted(
     folders: list[_Folder], beside: Mapping[str, Any], demand: Demand, name: str
-) -> Iterator[tuple[str, Item]]:
+) -> Iterator[tuple[tuple[str, Item], _Wanted]]:
     """The items that this rank reads, each with the name of its file."""
     stand_ins = [blank(folder.metadata) for folder in folders]
     outline = None
-    if demand.weights_only or demand.parameters or demand.shards:
+    if demand.weights_only or demand.parameters or demand.shards or not demand.optimizer:
         tree = dict(beside)
         for folder, stands_in in zip(folders, stand_ins, strict=True):
             tree.update(_nested(folder, stands_in))
@@ -149,9 +161,11 @@ def _wanted(
             outline = parts_of(tree, demand, name=name)
     for folder, stands_in in zip(folders, stand_ins, strict=True):
         key_of = {id(value): key for key, value in stands_in.items()}
-        for item in wanted_items(folder.metadata, outline, key_of, demand):
+        items = wanted_items(folder.metadata, outline, key_of, demand)
+        keys = dict(_places(folder.metadata, items))
+        for item, whole in items.items():
             _check(item, folder)
-            yield folder.name_of(item), item
+            yield (folder.name_of(item), item), _Wanted(keys[item], whole)
 
 
 def _nested(folder: _Folder, found: Mapping[str, Any]) -> dict[str, Any]:

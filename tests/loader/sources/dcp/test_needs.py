@@ -77,7 +77,7 @@ def elements(shape: Place, box: Box) -> set[int]:
     return found
 
 
-def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tuple[set[Item], set[Item]]:
+def asked_of(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> dict[Item, bool]:
     metadata = Metadata({"w": weight, "m": moment}, {"lr": Item("w.distcp", 9999, 1)}, {})
     stands_in = blank(metadata)
     state = {
@@ -86,8 +86,14 @@ def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tupl
     }
     outline = Saved("it", "dcp", "", state)
     found = wanted_items(metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
-    files = [{item for item in found if item.file == f"{name}.distcp"} for name in "wm"]
-    return files[0] - {metadata.objects["lr"]}, files[1]
+    found.pop(metadata.objects["lr"], None)
+    return found
+
+
+def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tuple[set[Item], set[Item]]:
+    found = asked_of(weight, moment, demand)
+    of_weight, of_moment = ({item for item in found if item.file == f"{name}.distcp"} for name in "wm")
+    return of_weight, of_moment
 
 
 def holding(tensor: ChunkedTensor, kept: set[int]) -> set[Item]:
@@ -107,12 +113,16 @@ def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
         weight.shape,
         tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
     )
-    of_weight, of_moment = wanted(
-        weight, moment, Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)})
-    )
+    demand = Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)})
+    of_weight, of_moment = wanted(weight, moment, demand)
     kept = elements(weight.shape, box)
     assert of_weight == holding(weight, kept)
     assert of_moment == holding(moment, kept)
+    for item, whole in asked_of(weight, moment, demand).items():
+        (chunk,) = (one for one in (*weight.chunks, *moment.chunks) if one.item == item)
+        assert whole == (elements(weight.shape, chunk.box) <= kept)
+    without = Demand(Position(0, 1), optimizer=False, shards=demand.shards)
+    assert wanted(weight, moment, without) == (of_weight, set())
 
 
 @given(st.data())

@@ -70,6 +70,31 @@ def test_of_weights_alone_come_their_ranges(saved: tuple[Path, State]) -> None:
     assert_same(state.model.state_dict(), expected.model.state_dict())
 
 
+@pytest.mark.parametrize(("mode", "most"), [("node", 6), ("auto", 6), ("direct", 40)])
+def test_many_small_items_are_few_requests(tmp_path: Path, mode: str, most: int) -> None:
+    """Items of which all is wanted come whole, end to end in long ranges; for ``direct`` their ends come first."""
+    torch.manual_seed(3)
+    tensors = {f"w{index}": torch.randn(40_000) for index in range(16)}
+    save(tmp_path / "it", {"model": tensors})
+    module = nn.Module()
+    for name, value in tensors.items():
+        module.register_buffer(name, torch.zeros_like(value))
+    with served(tmp_path / "it") as server:
+        load(server.url("/"), State(module), options={"mode": mode})
+        assert len([one for one in server.asked if one.path == "/__0_0.distcp"]) <= most
+        assert server.sent_bytes <= 1.05 * sum(path.stat().st_size for path in (tmp_path / "it").iterdir())
+    assert_same(dict(module.named_buffers()), tensors)
+
+
+def test_of_an_optimizer_that_is_left_out_comes_nothing(saved: tuple[Path, State]) -> None:
+    folder, expected = saved
+    state = job(2)
+    with served(folder) as server:
+        load(server.url("/"), state, options={"leave_out": ["optimizer"]})
+        assert server.sent_bytes < 1.05 * sum(one.nbytes for one in expected.model.parameters()) + 50_000
+    assert_same(state.model.state_dict(), expected.model.state_dict())
+
+
 def test_a_store_without_ranges_gives_the_file_once(saved: tuple[Path, State]) -> None:
     folder, expected = saved
     state = job(2)
