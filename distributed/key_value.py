@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import TopologyError
+from .memory_store import MemoryStore
 
 VALUE_BYTES = 1 << 20
 """A longer value is split into parts of this size."""
@@ -119,6 +120,9 @@ def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValu
         TopologyError: there is no process group, or it has another size or no store.
     """
     number = next(_loads)
+    if store is None and world_size == 1:
+        own = MemoryStore()
+        return lambda: KeyValue(own)
     shared = store if store is not None else _default_store(world_size)
 
     def open_key_value() -> KeyValue:
@@ -131,10 +135,7 @@ def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValu
 
 def _default_store(world_size: int) -> Any:
     import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
 
-    if world_size == 1:
-        return HashStore()
     if not (dist.is_available() and dist.is_initialized()):
         raise TopologyError(f"world size {world_size}, but no process group is initialised to talk over")
     if dist.get_world_size() != world_size:

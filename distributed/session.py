@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,15 @@ def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterato
             open_channel(topology, stall_timeout_s=stall_timeout_s) as channel,
         ):
             yield Session(confirm_topology(topology, channel), channel)
+
+
+@contextmanager
+def open_session_alone() -> Iterator[Session]:
+    """A session of this process alone, whatever job it may be part of; it needs no torch. One process enters."""
+    with terminable():
+        alone = Topology(0, 0, 1, 1, 0, 1, "python", socket.gethostname())
+        with open_channel(alone) as channel:
+            yield Session(confirm_topology(alone, channel), channel)
 
 
 def current_topology() -> Topology:

@@ -15,6 +15,7 @@ from ..cache.folder import folder_of
 from ..context import LoadContext
 from ..errors import InternalError, LayoutError
 from ..formats.torch_file import FileIndex
+from ..saved.contents import SetFile
 from ..saved.node_file import FileItem, NodeFile
 from ..saved.tree import find_unknown
 from ..stores.locate import Located
@@ -56,6 +57,13 @@ class CheckpointFiles:
         relative = located.first_inside or file_name(first.name)
         self._first = replace(first, name=relative) if self.in_folder else first
         self._fetched[self._first.name] = self._first
+
+    def object_of(self, file: SetFile) -> str:
+        """The name in the store of one of the checkpoint's files."""
+        located, join = self._located, self.context.store.join
+        if file.beside:
+            return join(located.root or "", file.name)
+        return join(located.name, file.name) if self.in_folder else file.name
 
     @property
     def in_folder(self) -> bool:

@@ -80,6 +80,11 @@ class Metadata:
     paths: Mapping[str, Path]
     """Of the keys whose paths are stated; all others are at the top level."""
 
+    def items(self) -> Iterator[Item]:
+        """All items, those that several keys share as often."""
+        yield from (chunk.item for tensor in self.tensors.values() for chunk in tensor.chunks)
+        yield from self.objects.values()
+
     def path_of(self, key: str) -> Path:
         """Where the value of `key` lay in the state dict."""
         return self.paths.get(key, (key,))

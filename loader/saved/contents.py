@@ -28,6 +28,18 @@ _ENGINE_SCALER = frozenset(
 """What of it is the loss scaler's."""
 
 
+@dataclass(frozen=True, slots=True)
+class SetFile:
+    """One of the files that a checkpoint consists of."""
+
+    name: str
+    """Relative to the checkpoint's folder; where it is none, the object's name."""
+    least_bytes: int = 1
+    """It is not whole where it is shorter."""
+    beside: bool = False
+    """Whether its name is relative to the folder that the path names, in which a framework puts more files."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint's parts as nested dicts, whose tensors are `SavedTensor`: nothing of them was read."""
@@ -66,6 +78,10 @@ class Saved:
     """With `rng_per_rank`: whether this rank's counterpart among the saved ranks had its random state kept."""
     notes: tuple[str, ...] = ()
     """Sentences for the receipt."""
+    files: tuple[SetFile, ...] = ()
+    """All files of the checkpoint, whether this rank reads them or not, as far as those that it read name them."""
+    unfinished: tuple[str, ...] = ()
+    """Sentences on what shows that a save of it did not end, though all that is restored may be there."""
     unfiltered: Saved | None = None
     """The same before ``ignore_keys``; None where nothing was left out."""
 

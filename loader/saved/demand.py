@@ -45,6 +45,9 @@ class Demand:
     position: Position
     """This rank's part of the model, and its place among the ranks that partition this part."""
     weights_only: bool = False
+    outline: bool = False
+    """Whether nothing is restored, and all that is asked for is what the checkpoint holds: names, shapes and settings,
+    by as few files as tell it, and whatever job saved it."""
     model: bool = True
     """Whether a model is restored; without one, a file may have other parts alone."""
     optimizer: bool = True
@@ -74,6 +77,11 @@ class Demand:
     """The module's MoE layers."""
     layers: tuple[LayerFile, ...] = ()
     """The layer files of this rank's pipeline stage."""
+
+    @property
+    def of_all_ranks(self) -> bool:
+        """Whether the files of all saved ranks are read."""
+        return not (self.in_parts or self.outline)
 
     @property
     def in_parts(self) -> bool:

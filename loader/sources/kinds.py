@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import FormatError
-from ..saved.contents import Saved
+from ..saved.contents import Saved, SetFile
 from ..saved.demand import Demand
 from .base import Files, Source
 from .dcp.open import Dcp
@@ -23,7 +25,10 @@ def open_saved(files: Files, demand: Demand) -> Saved:
 
     Every rank must call. Raises as `source_of`, `Source.open` and `with_side_files`.
     """
-    return with_side_files(files, demand, source_of(files).open(files, demand))
+    saved = source_of(files).open(files, demand)
+    if not saved.files:
+        saved = replace(saved, files=(SetFile(files.first.name),))
+    return with_side_files(files, demand, saved)
 
 
 def source_of(files: Files) -> Source:

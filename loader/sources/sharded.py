@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CorruptError
 from ..formats.model_index import ModelIndex, read_model_index
 from ..formats.torch_file import FileIndex
-from ..saved.contents import Saved
+from ..saved.contents import Saved, SetFile
 from ..saved.demand import Demand
 from ..stores.locate import MODEL_INDEX
 from .base import Files
@@ -38,7 +38,8 @@ class Sharded:
             extra = {"metadata": index.metadata} if index.metadata else {}
             model, notes = _joined(index, read, files.first.source)
             layout = "safetensors" if formats == {"safetensors"} else STATE_DICT
-            return Saved(files.name, "sharded", layout, {"model": model}, extra=extra, notes=notes)
+            own = tuple(map(SetFile, (files.first.name, *index.file_names)))
+            return Saved(files.name, "sharded", layout, {"model": model}, extra=extra, notes=notes, files=own)
 
 
 def _joined(

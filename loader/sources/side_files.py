@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import CorruptError
 from ..formats.strict_json import parse_json
-from ..saved.contents import Saved
+from ..plurals import counted
+from ..saved.contents import Saved, SetFile
 from ..saved.demand import Demand
 from ..saved.node_file import NodeFile
 from ..saved.values import kind_of
@@ -129,7 +130,15 @@ def _joined(
     counts = [each.pop("step", None) for each in ranks]
     if counts and counts[0] is not None:
         extra.setdefault("accelerator_step", counts[0])
-    joined = replace(saved, layout=writer.layout, state=state, extra=extra)
+    known = {one.name for one in saved.files}
+    more = (SetFile(name, beside=True) for name in found if name not in known)
+    joined = replace(saved, layout=writer.layout, state=state, extra=extra, files=(*saved.files, *more))
+    if saved.world_size is not None and ranks and len(ranks) < saved.world_size:
+        lost = (
+            f"{files.name} was saved by {counted(saved.world_size, 'rank')} and has random states of {len(ranks)}: the "
+            "save was not finished",
+        )
+        joined = replace(joined, unfinished=lost)
     if not ranks:
         return joined
     rng = rng_list(ranks)

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CorruptError, FormatError, LayoutError, NotFoundError
 from ..formats.strict_json import parse_json
 from ..formats.torch_file import FileIndex
-from ..saved.contents import Saved
+from ..saved.contents import Saved, SetFile
 from ..saved.demand import Demand
 from ..saved.regions import CoverageError, row_major_stride
 from ..saved.strided import Box
@@ -38,7 +38,7 @@ class Slices:
         return files.in_folder and SLICES_FILE.fullmatch(files.first.name) is not None
 
     def open(self, files: Files, demand: Demand) -> Saved:
-        by_rank = _slices_of_ranks(files)
+        by_rank, names = _slices_of_ranks(files)
         with files.stage("read"):
             slices: dict[str, list[_Slice]] = {}
             for of_rank in by_rank.values():
@@ -50,7 +50,13 @@ class Slices:
                 "further ones held would be missing from the ends of tensors"
             )
             return Saved(
-                files.name, "slices", "safetensors", {"model": model}, world_size=len(by_rank), notes=(note,)
+                files.name,
+                "slices",
+                "safetensors",
+                {"model": model},
+                world_size=len(by_rank),
+                notes=(note,),
+                files=tuple(map(SetFile, names)),
             )
 
 
@@ -65,14 +71,17 @@ class _Slice:
     file: str
 
 
-def _slices_of_ranks(files: Files) -> dict[int, list[_Slice]]:
-    """What the files of all saved ranks have, by rank; they are fetched to this node. Every rank must call.
+def _slices_of_ranks(files: Files) -> tuple[dict[int, list[_Slice]], list[str]]:
+    """What the files of all saved ranks have, by rank, and their names. Every rank must call.
+
+    They are fetched to this node.
 
     Raises `NotFoundError` where a rank has no file, and one after it has.
     """
     match = SLICES_FILE.fullmatch(files.first.name)
     parts = int(match["parts"]) if match else 0
     found: dict[int, list[_Slice]] = {}
+    held: list[str] = []
     asked = 0
     while asked < (last := max(_FIRST_RANKS, 2 * max(found, default=0))):
         names = {
@@ -85,6 +94,7 @@ def _slices_of_ranks(files: Files) -> dict[int, list[_Slice]]:
             # Before more is asked for: a server may answer to every name.
             for name, file in fetched.items():
                 found.setdefault(names[name], []).extend(_slices_of(files.index(file)))
+                held.append(name)
         asked = last
     lost = sorted(set(range(1, max(found, default=0))) - found.keys())
     if lost or not found:
@@ -93,7 +103,7 @@ def _slices_of_ranks(files: Files) -> dict[int, list[_Slice]]:
             f"{files.name} lacks the files of a rank between others that are there: {shown}. Fetch them again.",
             path=files.name,
         )
-    return found
+    return found, held
 
 
 def _slices_of(index: FileIndex) -> Iterator[_Slice]:

@@ -34,6 +34,8 @@ def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand
     `outline` is the checkpoint's parts before anything of them was read, None where they show only in the items: then
     the indexes of all are read. A job that is not sharded reads all of them whole.
     """
+    if demand.outline:
+        return {item: True for item in metadata.objects.values() if item.length <= SMALL_BYTES}
     if outline is None:
         whole = not (demand.parameters or demand.shards or demand.weights_only)
         return {item: whole for key in (*metadata.tensors, *metadata.objects) for item in _all(metadata, key)}

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import CorruptError, FormatError
 from ...formats.dcp_metadata import Item, Metadata, read_metadata
 from ...formats.torch_file import FileIndex
-from ...saved.contents import Saved
+from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
 from ...saved.node_file import FileItem, NodeFile
 from ..base import Files
@@ -73,7 +73,17 @@ class Dcp:
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
             saved = _saved(files, folders, indexes, beside, demand)
-        return replace(saved, notes=_notes(files, folders[0], held))
+        return replace(saved, notes=_notes(files, folders[0], held), files=tuple(_set_of(folders)))
+
+
+def _set_of(folders: list[_Folder]) -> Iterator[SetFile]:
+    """The folders' files, each at least as long as its last item needs."""
+    for folder in folders:
+        yield SetFile(folder.file.name)
+        stops: dict[str, int] = {}
+        for item in folder.metadata.items():
+            stops[item.file] = max(item.stop, stops.get(item.file, 1))
+        yield from (SetFile(f"{folder.prefix}{name}", stop) for name, stop in sorted(stops.items()))
 
 
 def _notes(files: Files, folder: _Folder, held: Mapping[str, NodeFile]) -> tuple[str, ...]:

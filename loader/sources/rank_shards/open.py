@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import LayoutError, NotFoundError
-from ...saved.contents import Saved
+from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
 from ...saved.node_file import NodeFile
 from ...stores.locate import RANK_FILE
@@ -112,7 +112,9 @@ def _of_folder(files: Files, demand: Demand) -> Saved:
             if part not in present
         ]
         rng = rng_of(extra[-1]) if extra and own < count else None
-        return _saved(files, demand, whole, list(joined.values()), count, rng, notes)
+        saved = _saved(files, demand, whole, list(joined.values()), count, rng, notes)
+        every_name = [f"{part}_world_size_{count}_rank_{rank}.pt" for part in present for rank in every]
+        return replace(saved, files=tuple(map(SetFile, every_name)))
 
 
 def _of_template(files: Files, demand: Demand) -> Saved:
@@ -129,7 +131,8 @@ def _of_template(files: Files, demand: Demand) -> Saved:
         _check_ranks(trees, count)
         joined = join_trees(trees)
         rng = rng_of(trees[own].tree) if own < count else None
-        return _saved(files, demand, joined.tree, [joined], count, rng)
+        saved = _saved(files, demand, joined.tree, [joined], count, rng)
+        return replace(saved, files=tuple(map(SetFile, names.values())))
 
 
 def _saved(

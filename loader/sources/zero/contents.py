@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...errors import LayoutError
+from ...errors import CorruptError, LayoutError
 from ...saved.partitions import padded_share
 from ...saved.tensor import SavedTensor
 from .layout import SavedParameter, ZeroCheckpoint, zero_checkpoint
@@ -74,8 +74,9 @@ def zero_contents(
 
 def _same(first: ModelStates, other: ModelStates | OptimStates, holds: bool, what: str) -> None:
     if not holds:
-        raise LayoutError(
-            f"{other.file} and {first.file} differ in their {what}: they were not saved together",
+        raise CorruptError(
+            f"{other.file} and {first.file} differ in their {what}: they were not saved together. Take another "
+            "checkpoint, or copy the files of one save",
             path=other.file,
         )
 

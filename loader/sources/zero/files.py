@@ -32,6 +32,13 @@ class ZeroSource(Protocol):
         Raises `NotFoundError`, on every rank, where saved rank 0 has none.
         """
 
+    def names(self, needed: Needed, *, first: ModelStates, part: int) -> list[str]:
+        """The names of the files, or of the archives, that have what is `needed` of the model's `part` (``mp_rank``).
+
+        The optimizer's are among them once they were located. Raises `LayoutError` where the path names no other rank's
+        archive.
+        """
+
     def fetch(self, needed: Needed, stage: str, *, first: ModelStates, part: int) -> None:
         """Fetches the files that are `needed` of the model's `part` (``mp_rank``).
 
@@ -60,8 +67,11 @@ class FolderSource:
         namings = {naming.name(0): naming for naming in optim_namings(bf16=bf16)}
         self._naming = namings[self._files.find(list(namings), "optimizer file of rank 0")]
 
+    def names(self, needed: Needed, *, first: ModelStates, part: int) -> list[str]:
+        return list(needed.files(partitioned=first.partitioned, naming=self._naming, part=part))
+
     def fetch(self, needed: Needed, stage: str, *, first: ModelStates, part: int) -> None:
-        names = needed.files(partitioned=first.partitioned, naming=self._naming, part=part)
+        names = self.names(needed, first=first, part=part)
         self._held.update(self._files.fetch([name for name in names if name not in self._held], stage))
 
 
@@ -85,6 +95,13 @@ class ArchiveSource:
 
     def locate_optimizer(self, *, bf16: bool | None) -> None:
         """Does nothing: the members of a fetched archive are known."""
+
+    def names(self, needed: Needed, *, first: ModelStates, part: int) -> list[str]:
+        ranks = sorted(needed.models | needed.optims)
+        return [
+            self._files.first.name if not rank else self._files.of_rank(rank, first.world_size)
+            for rank in ranks
+        ]
 
     def fetch(self, needed: Needed, stage: str, *, first: ModelStates, part: int) -> None:
         ranks = sorted((needed.models | needed.optims) - self._held.keys())

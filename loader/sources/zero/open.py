@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import NotFoundError
-from ...saved.contents import Saved
+from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
 from ...saved.model_parallel import Position
 from ...stores.locate import MODEL_STATES
@@ -19,7 +19,7 @@ from ..base import Files
 from ..single_file import COMPOSER_STATES, read_layout
 from .contents import zero_contents
 from .experts import check_experts, expert_files, optimizer_file, with_experts
-from .file_names import ZERO_FOLDER, Needed, model_file, optim_namings
+from .file_names import ZERO_FOLDER, Needed, expert_file, model_file, optim_namings
 from .files import ArchiveSource, FolderSource, ZeroSource
 from .layers import check_layers, read_layer, with_layers
 from .layout import zero_checkpoint
@@ -46,7 +46,7 @@ class Zero:
         gather_files(files, zero)
         with files.stage("read states"):
             contents = zero_contents(zero.models, zero.optims, weights_only=demand.weights_only)
-            saved = zero_saved(contents, zero.demand, name=files.name)
+            saved = replace(zero_saved(contents, zero.demand, name=files.name), files=zero.all_files())
             return saved if files.in_folder else _of_archives(files, saved, demand)
 
 
@@ -123,6 +123,22 @@ class ZeroFiles:
         """Whether this load needs files of the optimizer."""
         return self.stage == 3 or (self.stage > 0 and not self.demand.weights_only)
 
+    def all_files(self) -> tuple[SetFile, ...]:
+        """The files of all saved ranks and parts of the model; not those of a pipeline's layers, which none names."""
+        first, with_optimizer = self.head, self.stage > 0
+        ranks = all_files(first.world_size, partitioned=first.partitioned, with_optimizer=with_optimizer)
+        experts = (
+            expert_file(layer, expert)
+            for layer, count in enumerate(first.num_experts)
+            for expert in range(count)
+        )
+        names = [
+            name
+            for part in range(first.layout.parts)
+            for name in self.source.names(ranks, first=first, part=part)
+        ]
+        return tuple(map(SetFile, dict.fromkeys([*names, *experts])))
+
     def fetch(self, needed: Needed, stage: str) -> None:
         """Fetches what is `needed` and was not read. Every rank must call."""
         self.source.fetch(needed - self.held, stage, first=self.first, part=self.demand.position.part)
@@ -178,6 +194,8 @@ def _layer(tree: Any, *, file: str) -> tuple[dict[str, Any], str]:
 def _position(demand: Demand, first: ModelStates) -> Position:
     """This rank's part of the model and place in its data-parallel group; checks that they fit the saved layout."""
     position = demand.position
+    if demand.outline:
+        return replace(position, layout=first.layout)
     if demand.weights_only and position.layout.has_layers_of(first.layout):
         # The layer files hold all weights, and do not depend on how many stages there were.
         return replace(position, part=0)
@@ -198,7 +216,7 @@ def gather_files(files: Files, zero: ZeroFiles) -> None:
         frozenset(), layers=frozenset(layer.name for layer in demand.layers)
     )
     partitioned, with_optimizer = first.partitioned, zero.with_optimizer
-    if demand.in_parts:
+    if not demand.of_all_ranks:
         needed |= own_files(
             position.rank,
             position.world_size,
@@ -229,7 +247,7 @@ def _expert_files(files: Files, zero: ZeroFiles) -> Needed:
     Raises `LayoutError`, on every rank, where the checkpoint's experts are others than this job's.
     """
     demand = zero.demand
-    if not zero.first.num_experts and not demand.experts:
+    if demand.outline or not (zero.first.num_experts or demand.experts):
         return Needed(frozenset())
     with files.stage("experts"):
         check_experts(zero.first, demand.experts, weights_only=demand.weights_only)
