@@ -137,7 +137,7 @@ def _whole(slices: Sequence[_Slice], shown: str) -> SavedTensor:
     dtype, dimensions = one.tensor.dtype, len(one.start)
     for other in slices:
         if (other.tensor.dtype, len(other.start)) != (dtype, dimensions):
-            raise LayoutError(
+            raise CorruptError(
                 f"{shown}: {one.name!r} is {dtype} of {dimensions} dimensions in {one.file}, and "
                 f"{other.tensor.dtype} of {len(other.start)} in {other.file}: they were not saved together",
                 path=shown,
@@ -162,7 +162,7 @@ def _whole(slices: Sequence[_Slice], shown: str) -> SavedTensor:
     try:
         return SavedTensor.in_pieces(dtype, shape, pieces)
     except CoverageError as error:
-        raise LayoutError(
+        raise CorruptError(
             f"{shown}: the slices of {one.name!r} in {len(slices)} files do not make up a tensor of shape {shape}: "
             f"{error}. A file is missing, or they are of several saves.",
             path=shown,

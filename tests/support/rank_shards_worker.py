@@ -13,7 +13,7 @@ import torch.distributed as dist
 from journey_worker import start_deepspeed
 from mesh_jobs import JOBS, RANK, WORLD_SIZE, train_and_save, whole, with_scheduler
 from modules_worker import train
-from rankload.loader import LayoutError, State, capture_rng, load
+from rankload.loader import CorruptError, State, capture_rng, load
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -170,7 +170,7 @@ def restore(root: str, *cases: str) -> None:
     broken = Path(root, "broken")
     try:
         load(str(broken), JOBS["plain"](), progress_bar=False)
-    except LayoutError as error:
+    except CorruptError as error:
         assert "were not saved together" in error.message, error
     else:
         raise AssertionError("files of two saves were restored")

@@ -123,7 +123,7 @@ def _whole(path: str, held: Sequence[RankTree]) -> SavedTensor:
     for one in held:
         if not isinstance(one.tree, InertShard):
             kinds = f"a {first.value.kind} in {first.file}, and a {kind_of(one.tree)} in {one.file}"
-            raise LayoutError(f"{path} is {kinds}: they were not saved together", path=one.file)
+            raise CorruptError(f"{path} is {kinds}: they were not saved together", path=one.file)
     dtype, shape = first.value.dtype, first.value.shape
     for shard in shards:
         value = shard.value
@@ -134,7 +134,7 @@ def _whole(path: str, held: Sequence[RankTree]) -> SavedTensor:
                 path=shard.file,
             )
         if (value.dtype, value.shape) != (dtype, shape):
-            raise LayoutError(
+            raise CorruptError(
                 f"{path} is {dtype} of shape {shape} in {first.file}, and {value.dtype} of {value.shape} in "
                 f"{shard.file}: they were not saved together",
                 path=shard.file,
@@ -148,7 +148,7 @@ def _whole(path: str, held: Sequence[RankTree]) -> SavedTensor:
     try:
         return SavedTensor.in_pieces(dtype, shape, pieces)
     except CoverageError as error:
-        raise LayoutError(
+        raise CorruptError(
             f"the shards of {path} in {counted(len(shards), 'file')}, from {first.file} on, do not make up a tensor of "
             f"shape {shape}: {error}. A rank's file lacks it, or they are of several saves.",
             path=first.file,
@@ -179,7 +179,7 @@ def _needed(path: str, shards: Sequence[_Shard]) -> list[_Shard]:
         _check_spread(path, shard, one, on_mesh[0][0], head)
         other = places.setdefault((one.origin, one.coordinate), shard)
         if other is not shard:
-            raise LayoutError(
+            raise CorruptError(
                 f"{other.file} and {shard.file} both hold the shard of {path} at {one.coordinate} of its mesh: they "
                 "were not saved together, or one is a copy of the other",
                 path=shard.file,
@@ -199,7 +199,7 @@ def _check_spread(path: str, shard: _Shard, spread: Spread, first: _Shard, head:
             path=shard.file,
         )
     if (spread.mesh, spread.placements) != (head.mesh, head.placements):
-        raise LayoutError(
+        raise CorruptError(
             f"{path} is placed as {head} in {first.file}, and as {spread} in {shard.file}: they were not saved "
             "together",
             path=shard.file,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import LayoutError, NotFoundError
+from ...errors import CorruptError, LayoutError, NotFoundError
 from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
 from ...saved.node_file import NodeFile
@@ -163,11 +163,12 @@ def _check_count(count: int, shown: str) -> None:
 
 
 def _check_ranks(trees: Sequence[RankTree], count: int) -> None:
-    """Raises `LayoutError` where a file is of more ranks than there are files, or has FSDP1's flattened parameters."""
+    """Raises `CorruptError` where a file is of more ranks than there are files, and `LayoutError` where it has FSDP1's
+    flattened parameters."""
     for one in trees:
         for place, shard in shards_in(one.tree):
             if shard.world_size > count:
-                raise LayoutError(
+                raise CorruptError(
                     f"{one.file}: {place} is a shard of {shard.world_size} ranks, expected one of {count}: the file is "
                     "of another save",
                     path=one.file,

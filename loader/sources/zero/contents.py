@@ -49,7 +49,7 @@ def zero_contents(
 ) -> ZeroContents:
     """The checkpoint that the files make, by saved rank; rank 0's model file must be among them.
 
-    Raises `LayoutError` or `CorruptError` where they were not saved together.
+    Raises `CorruptError` where they were not saved together, and as `zero_checkpoint`.
     """
     first = models[0]
     if first.param_shapes is None and not weights_only and first.optimizer is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ...errors import LayoutError
+from ...errors import CorruptError, LayoutError
 from ...saved.model_parallel import ParallelLayout
 from .fields import Field, a_count, a_mapping
 
@@ -57,11 +57,11 @@ class _Part(Protocol):
 
 
 def check_model_part(first: _Part, other: _Part) -> None:
-    """Raises `LayoutError` where another part's model file does not belong to the `first` one."""
+    """Raises `CorruptError` where another part's model file does not belong to the `first` one."""
     for name in ("layout", "world_size", "global_steps"):
         expected, got = getattr(first, name), getattr(other, name)
         if got != expected:
-            raise LayoutError(
+            raise CorruptError(
                 f"{other.file} and {first.file} differ in their {name} ({got} and {expected}): they were not saved "
                 "together",
                 path=other.file,

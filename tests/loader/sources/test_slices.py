@@ -86,13 +86,13 @@ def test_a_lost_part_and_slices_of_two_saves_are_told_by_the_cover(tmp_path: Pat
     save_slices(tmp_path, slices, parts=2)
     (tmp_path / "shard-00002-model-00001-of-00002.safetensors").unlink()
     with pytest.raises(
-        LayoutError, match=r"the slices of 'weight' in 2 files .* \(9, 3\).*18 of 27 elements"
+        CorruptError, match=r"the slices of 'weight' in 2 files .* \(9, 3\).*18 of 27 elements"
     ):
         load(tmp_path, State(torch.nn.Linear(3, 9)))
     _, others = rows(9, 2)
     save_slices(tmp_path, {**slices, 1: others[1]})
     (tmp_path / "shard-00001-model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(LayoutError, match="of several saves"):
+    with pytest.raises(CorruptError, match="of several saves"):
         load(tmp_path / "shard-00001-model-00001-of-00001.safetensors", State(torch.nn.Linear(3, 9)))
 
 
@@ -124,13 +124,13 @@ def test_slices_that_say_nothing_or_too_much(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="9 dimensions"):
         load(tmp_path, State(torch.nn.Linear(2, 2, bias=False)))
     save_slices(tmp_path, {1: {"weight": ([0, 2**62], torch.ones(2, 2))}})
-    with pytest.raises(LayoutError, match="do not make up"):
+    with pytest.raises(CorruptError, match="do not make up"):
         load(tmp_path, State(torch.nn.Linear(2, 2, bias=False)))
     save_slices(
         tmp_path,
         {1: {"weight": ([0, 0], torch.ones(1, 2))}, 2: {"weight": ([1, 0], torch.ones(1, 2).half())}},
     )
-    with pytest.raises(LayoutError, match=r"float32 of 2 dimensions in .*float16 of 2"):
+    with pytest.raises(CorruptError, match=r"float32 of 2 dimensions in .*float16 of 2"):
         load(tmp_path, State(torch.nn.Linear(2, 2, bias=False)))
 
 

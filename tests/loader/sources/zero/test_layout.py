@@ -348,7 +348,7 @@ def test_files_of_other_kinds_are_told_by_their_keys() -> None:
 def test_files_that_were_not_saved_together_are_refused() -> None:
     models = {0: read_model(stage3=True), 1: read_model(_set("global_steps", to=4), stage3=True)}
     optims = {0: read_optim_states(stage_3_tree([9, 1], 2), file="o3.pt")}
-    with pytest.raises(LayoutError, match="differ in their global_steps"):
+    with pytest.raises(CorruptError, match="differ in their global_steps"):
         zero_contents(models, optims, weights_only=False)
 
 
