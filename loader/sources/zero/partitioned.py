@@ -102,7 +102,7 @@ def _piece(zero: ZeroContents, parameter: SavedParameter, kind: str, slot: Slot,
 
 def _wrong(
     zero: ZeroContents, parameter: SavedParameter, what: str, slot: Slot, flat: SavedTensor, dtype: str
-) -> CorruptError | LayoutError:
+) -> CorruptError:
     file = zero.holders(parameter)[slot.rank].file
     told = f"{file}: the tensor with the {what} of {parameter.name}, of saved rank {slot.rank},"
     stop = slot.start + slot.run.length
@@ -110,7 +110,7 @@ def _wrong(
         return CorruptError(f"{told} has shape {flat.shape}, expected one dimension", path=file)
     if flat.numel < stop:
         return CorruptError(f"{told} has {flat.numel} elements, expected at least {stop}", path=file)
-    return LayoutError(
+    return CorruptError(
         f"{told} has dtype {flat.dtype}, and that of another rank {dtype}: they were not saved together",
         path=file,
     )

@@ -15,6 +15,7 @@ from awkward_model import Awkward
 from http_server import Served, counting_server
 from places import DATA
 from rankload.loader import (
+    CorruptError,
     FormatError,
     LayoutError,
     MismatchError,
@@ -172,7 +173,7 @@ def rename(folder: Path, ranks: int, *names: str) -> None:
 def test_files_of_more_ranks_than_their_names_say(folder: Path) -> None:
     rename(folder, 1, MODEL.format(0))
     (folder / "fsdp_config.json").unlink()
-    with pytest.raises(LayoutError, match=r"rank_0\.pt: odd is a shard of 2 ranks, expected one of 1"):
+    with pytest.raises(CorruptError, match=r"rank_0\.pt: odd is a shard of 2 ranks, expected one of 1"):
         load(folder, job(), load_weights_only=True, progress_bar=False)
     (folder / "model_world_size_1_rank_0.pt").rename(folder / "model_world_size_0_rank_0.pt")
     with pytest.raises(LayoutError, match="is of 0 ranks, expected 1 to 16384"):
@@ -182,7 +183,7 @@ def test_files_of_more_ranks_than_their_names_say(folder: Path) -> None:
 def test_two_copies_of_one_ranks_file(folder: Path) -> None:
     shutil.copy(folder / MODEL.format(0), folder / MODEL.format(1))
     with pytest.raises(
-        LayoutError, match=r"rank_0\.pt and .*rank_1\.pt both hold the shard of model/odd at \(0,\)"
+        CorruptError, match=r"rank_0\.pt and .*rank_1\.pt both hold the shard of model/odd at \(0,\)"
     ):
         load(folder, job(), load_weights_only=True, progress_bar=False)
 
