@@ -1,0 +1,157 @@
+"""What commands print: facts, tables and trees, drawn by rich on a terminal and as plain lines anywhere else.
+
+A block is a value, and knows neither where it goes nor rich. `show` prints blocks: without colours, box drawings or
+cut lines unless standard output is a terminal. Names in blocks are shown as they are: nothing in them is markup, and
+control characters, which could change what a terminal shows, are escaped.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text; empty for a blank line."""
+
+    text: str = ""
+    strong: bool = False
+    """Whether a terminal shows it bold: a heading, or a verdict."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values, one a line; a pair whose value is None is left out."""
+
+    pairs: Sequence[tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: frozenset[int] = frozenset()
+    """Columns that are aligned to the right: numbers."""
+
+
+@dataclass
+class Branch:
+    """A tree: a label, what stands behind it in columns, and branches."""
+
+    label: str
+    columns: tuple[str, ...] = ()
+    branches: list[Branch] = field(default_factory=list)
+
+
+Block = Line | Facts | Table | Branch
+
+
+def show(blocks: Sequence[Block]) -> None:
+    """Prints `blocks` to standard output, one under the other."""
+    if sys.stdout.isatty():
+        _draw(blocks)
+    else:
+        for block in blocks:
+            for line in plain(block):
+                print(line)
+
+
+def plain(block: Block) -> Iterator[str]:
+    """The lines of `block` without colours and box drawings."""
+    if isinstance(block, Line):
+        yield escaped(block.text)
+    elif isinstance(block, Facts):
+        pairs = [(name, value) for name, value in block.pairs if value is not None]
+        width = max((len(name) for name, _ in pairs), default=0)
+        for name, value in pairs:
+            yield f"{name:<{width}}  {escaped(value)}".rstrip()
+    elif isinstance(block, Table):
+        rows = [[escaped(cell) for cell in row] for row in (block.headings, *block.rows)]
+        yield from _aligned(rows, block.right)
+    else:
+        yield from _aligned([(f"{'  ' * depth}{label}", *columns) for depth, label, columns in _walk(block)])
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters as Python writes them; what is for the eye stays."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def _walk(tree: Branch) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """Depth, label and columns of each branch of `tree`, itself first."""
+    pending = [(0, tree)]
+    while pending:
+        depth, branch = pending.pop()
+        yield depth, escaped(branch.label), tuple(map(escaped, branch.columns))
+        pending += ((depth + 1, one) for one in reversed(branch.branches))
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> Iterator[str]:
+    """`rows` as lines, their cells under each other."""
+    widths: list[int] = []
+    for row in rows:
+        widths += [0] * (len(row) - len(widths))
+        # The first of a row that has no other cell may be as long as it is.
+        for column, cell in enumerate(row if len(row) > 1 else ()):
+            widths[column] = max(widths[column], len(cell))
+    for row in rows:
+        cells = (
+            f"{cell:>{widths[column]}}" if column in right else f"{cell:<{widths[column]}}"
+            for column, cell in enumerate(row)
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _draw(blocks: Sequence[Block]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for block in blocks:
+        _draw_one(console, block)
+
+
+def _draw_one(console: Console, block: Block) -> None:
+    from rich import box, table, text, tree
+
+    if isinstance(block, Line):
+        console.print(text.Text(escaped(block.text), style="bold" if block.strong else ""))
+    elif isinstance(block, Facts):
+        grid = table.Table.grid(padding=(0, 2))
+        grid.add_column(style="cyan")
+        for name, value in block.pairs:
+            if value is not None:
+                grid.add_row(name, text.Text(escaped(value), overflow="fold"))
+        console.print(grid)
+    elif isinstance(block, Table):
+        drawn = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column, heading in enumerate(block.headings):
+            drawn.add_column(heading, justify="right" if column in block.right else "left", overflow="fold")
+        for row in block.rows:
+            drawn.add_row(*(text.Text(escaped(cell)) for cell in row))
+        console.print(drawn)
+    else:
+
+        def label(branch: Branch) -> Any:
+            drawn = text.Text(escaped(branch.label), style="" if branch.columns else "cyan")
+            for cell in branch.columns:
+                drawn.append(f"  {escaped(cell)}", style="dim")
+            return drawn
+
+        root = tree.Tree(label(block))
+        pending = [(root, block)]
+        while pending:
+            place, branch = pending.pop()
+            for one in branch.branches:
+                pending.append((place.add(label(one)), one))
+        console.print(root)
