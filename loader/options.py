@@ -36,6 +36,9 @@ PARTS = (
 _FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
 """Fields that a variable ``RANKLOAD_<FIELD>`` can set."""
 
+RESUME = "RANKLOAD_RESUME"
+"""The variable by which ``rankload run --resume`` tells `autoresume` what to resume from. No field of a load's."""
+
 _UNITS = {unit + tail: base**power
           for base, tail in ((1000, "B"), (1024, "iB"))
           for power, unit in enumerate("KMGT", 1)}  # fmt: skip
@@ -228,7 +231,7 @@ def _filled(options: LoadOptions, environ: Mapping[str, str]) -> LoadOptions:
     """`options`, whose fields at None are filled from the environment where it has them."""
     variables = {f"RANKLOAD_{name.upper()}": name for name in _FROM_ENVIRONMENT}
     for variable in sorted(environ):
-        if variable.startswith("RANKLOAD_") and variable not in variables:
+        if variable.startswith("RANKLOAD_") and variable not in variables and variable != RESUME:
             raise OptionError(
                 f"unknown environment variable {variable}; known ones: {', '.join(sorted(variables))}"
             )

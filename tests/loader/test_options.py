@@ -28,6 +28,7 @@ def test_argument_comes_before_environment_before_default() -> None:
         mode="node",
         trace=None,
     )
+    assert resolve_options(None, {"RANKLOAD_RESUME": "/runs"}) == resolve_options(None, {})
     found = resolve_options(LoadOptions(stall_timeout_s=3), environ)
     assert (found.stall_timeout_s, found.cache_dir, found.verify) == (3, "/fast", "before")
 
