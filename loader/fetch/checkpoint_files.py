@@ -66,6 +66,11 @@ class CheckpointFiles:
         return join(located.name, file.name) if self.in_folder else file.name
 
     @property
+    def located(self) -> Located:
+        """Where the checkpoint was found, by names in the store."""
+        return self._located
+
+    @property
     def in_folder(self) -> bool:
         return self._located.form == "folder"
 

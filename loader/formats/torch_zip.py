@@ -22,6 +22,8 @@ _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCAL = struct.Struct("<4s5H3L2H")
+END_BYTES = _END64.size + _END64_LOCATOR.size + _END.size
+"""How many bytes of a zip's end hold all records that may follow its directory."""
 _ENTRY_MEMORY = 12
 """Bytes of memory per byte of directory, as zipfile and this module take them."""
 _DIRECTORY_MEMORY = 5
@@ -160,6 +162,47 @@ def read_zip(
     inside = {record[len(top) :]: place for record, place in records.items() if record.startswith(top)}
     verifiable = any(record.crc32 for record in inside.values())
     return ZipRecords(path, name, inside, verifiable, open_file, derive)
+
+
+def ends_whole(tail: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that ends in `tail` (`END_BYTES` of it at least) is one zip from its first byte to
+    its last, as far as its end shows: the directory lies right before its last record, at the byte that this names."""
+    place = _directory_place(tail, size)
+    return place is not None and place[0] + place[1] == place[2]
+
+
+def check_end(file: BinaryIO, size: int, name: str) -> None:
+    """Raises `CorruptError` unless the zip in `file`, of `size` bytes, ends in a directory that lies inside of it.
+
+    Nothing but the file's last bytes is read: a zip whose writing did not end, or that was cut short, has none.
+    """
+    _directory_size(file, size, name)
+    file.seek(max(0, size - END_BYTES))
+    place = _directory_place(file.read(), size)
+    if place is not None and place[0] + place[1] > place[2]:
+        raise CorruptError(
+            f"{name}: its zip directory claims bytes {place[0]:,} to {place[0] + place[1]:,}, but it ends before byte "
+            f"{place[2]:,}. The file has lost some of its bytes; fetch it again.",
+            path=name,
+        )
+
+
+def _directory_place(tail: bytes, size: int) -> tuple[int, int, int] | None:
+    """Where the directory begins as the record at the file's end has it, its size, and where it ends in truth.
+
+    None where there is no such record, or a comment follows it, which torch does not write.
+    """
+    end = len(tail) - _END.size
+    if end < 0 or tail[end : end + 4] != b"PK\5\6" or tail[-2:] != b"\0\0":
+        return None
+    nbytes, offset = _END.unpack_from(tail, end)[5:7]
+    at = end
+    locator = end - _END64_LOCATOR.size
+    end64 = locator - _END64.size
+    if end64 >= 0 and tail[locator : locator + 4] == b"PK\6\7" and tail[end64 : end64 + 4] == b"PK\6\6":
+        nbytes, offset = _END64.unpack_from(tail, end64)[8:10]
+        at = end64
+    return offset, nbytes, size - len(tail) + at
 
 
 def _directory_size(file: BinaryIO, size: int, name: str) -> int:

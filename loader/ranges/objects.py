@@ -1,0 +1,148 @@
+"""Reads any bytes of one object, wherever it lies: of a local file in place, of a store's object by ranges.
+
+For whoever looks into many objects, a little into each: `open_bytes` opens one, and what is read of it is kept nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, cast
+
+from ..errors import AccessError, CorruptError, NotFoundError
+from ..http.connections import Connections
+from ..retries import whole_attempts
+from ..store_errors import is_not_there, store_error
+from ..stores.base import ObjectInfo, Store
+from .base import RangeSource
+from .open import open_range_source
+
+_BUFFER_BYTES = 64 << 10
+
+
+class ObjectBytes:
+    """The bytes of one object, at one version where its store states any. Several threads may read."""
+
+    def __init__(self, described: str, size_bytes: int, fill: Callable[[int, memoryview], None]) -> None:
+        self.described = described
+        """What messages call the object."""
+        self.size_bytes = size_bytes
+        self._fill = fill
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fills `view` with the bytes from `start` on, all of which the object must have.
+
+        Raises `CorruptError` where it has changed or ends before, `NotFoundError` or `AccessError`.
+        """
+        if len(view):
+            self._fill(start, view)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes ``[start, stop)``, as far as there are any. Raises as `read_into`."""
+        stop = min(stop, self.size_bytes)
+        data = bytearray(max(0, stop - start))
+        self.read_into(start, memoryview(data))
+        return bytes(data)
+
+    def as_file(self, buffer_bytes: int = _BUFFER_BYTES) -> BinaryIO:
+        """The object as a file to read from, which is read `buffer_bytes` at a time at least."""
+        return cast(BinaryIO, io.BufferedReader(_AsFile(self), buffer_bytes))
+
+
+@contextlib.contextmanager
+def open_bytes(store: Store, info: ObjectInfo, connections: Connections) -> Iterator[ObjectBytes | None]:
+    """The bytes of the object that ``store.stat`` says `info` of; None where the store gives whole objects only.
+
+    Raises `NotFoundError`, `AccessError`, or `CorruptError` where the object is no longer the one in `info`.
+    """
+    if store.is_local:
+        with _local(store.local_path(info.name)) as found:
+            yield found
+        return
+    source = whole_attempts(lambda: open_range_source(store, info, connections))
+    if source is None or not source.has_ranges:
+        if source is not None:
+            source.close()
+        yield None
+        return
+    try:
+        yield ObjectBytes(source.describe(), source.size_bytes, _filler(source))
+    finally:
+        source.close()
+
+
+def _filler(source: RangeSource) -> Callable[[int, memoryview], None]:
+    def fill(start: int, view: memoryview) -> None:
+        whole_attempts(lambda: source.read_into(start, start + len(view), [view]))
+
+    return fill
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[ObjectBytes]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if is_not_there(error):
+            raise NotFoundError(f"{path} is not there any more", path=path) from None
+        raise _unreadable(path, error) from error
+
+    def fill(start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(file, [view[done:]], start + done)
+            except OSError as error:
+                raise store_error(error, path) from error
+            if not count:
+                raise CorruptError(
+                    f"{path}: ends at byte {start + done:,}, expected more: it was cut short while it was read",
+                    path=path,
+                )
+            done += count
+
+    try:
+        yield ObjectBytes(path, os.fstat(file).st_size, fill)
+    finally:
+        os.close(file)
+
+
+def _unreadable(path: str, error: OSError) -> AccessError:
+    return AccessError(
+        f"{path}: it cannot be opened ({error.strerror}); check the permissions of the file and of the folders above "
+        "it",
+        path=path,
+    )
+
+
+class _AsFile(io.RawIOBase):
+    def __init__(self, data: ObjectBytes) -> None:
+        super().__init__()
+        self._data = data
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._data.size_bytes}[whence]
+        if base + offset < 0:
+            raise OSError(22, "a position before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start, stop = self._position, min(self._data.size_bytes, self._position + len(buffer))
+        if start >= stop:
+            return 0
+        self._data.read_into(start, memoryview(buffer)[: stop - start])
+        self._position = stop
+        return stop - start
