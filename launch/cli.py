@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COMMAND = "rankload"
 COMMANDS = (
+    "inspect",
     "demo",
 )  # fmt: skip
 """Each is a module of `commands`, in the order of ``--help``."""

@@ -19,6 +19,7 @@ PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
     ("journey", "reading", "saving"),
+    ("inspection",),
     ("completeness",),
     ("alone",),
     ("opening",),

@@ -63,6 +63,8 @@ class Saved:
     """Ranks that each part of the model was partitioned over; None where it was not."""
     global_steps: int | None = None
     """Steps that a DeepSpeed engine had done."""
+    zero_stage: int | None = None
+    """DeepSpeed's ZeRO stage, 0 to 3; None where it was saved by none of its engines."""
     masters: Mapping[str, SavedTensor] = field(default_factory=dict)
     """By a name in ``state/model``: the fp32 weights that the optimizer updates in place of those, or those themselves
     where the checkpoint has no others."""

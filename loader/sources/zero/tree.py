@@ -60,6 +60,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
         world_size=model.world_size * model.layout.parts,
         data_parallel_size=checkpoint.world_size,
         global_steps=model.global_steps,
+        zero_stage=checkpoint.stage,
         masters=_masters(zero, state["model"], made),
         unnamed_masters=_unnamed_masters(zero),
         aliases=checkpoint.aliases,
@@ -67,7 +68,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
         rng_per_rank=checkpoint.partitioned or position.layout.split,
         # Below stage 3, DeepSpeed kept only the first data-parallel rank's, for each part of the model.
         own_rng=position.rank < (checkpoint.world_size if checkpoint.partitioned else 1),
-        notes=_notes(zero, position),
+        notes=() if demand.outline else _notes(zero, position),
     )
 
 
