@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..distributed.session import open_session_alone
+from .cache.records import Purpose
 from .collector import without_collector
 from .errors import RankloadError
 from .fetch.checkpoint_files import CheckpointFiles
@@ -49,6 +50,7 @@ def open_alone(
     object_store: Any = None,
     options: Options | LoadOptions | Mapping[str, Any] | None = None,
     progress_bar: bool = False,
+    purpose: Purpose = "look",
 ) -> Iterator[OpenCheckpoint]:
     """The checkpoint at `path`, for the length of the block. One process calls it; nothing else of a job must.
 
@@ -58,13 +60,16 @@ def open_alone(
         object_store: as `load` takes it.
         options: `LoadOptions`, or a mapping of its fields.
         progress_bar: whether the bytes are shown that come from a remote store.
+        purpose: what the files in the node's cache are used for: with ``look``, what a prefetch left stays for a load.
 
     Raises:
         RankloadError: as the beginning of a load: `NotFoundError`, `AccessError`, `FormatError`, `CorruptError`,
             `UnsafeError`, `LayoutError` or `OptionError`.
     """
     resolved = options if isinstance(options, Options) else resolve_options(options)
-    request = LoadRequest(as_path(path), None, resolved, object_store=object_store, progress_bar=progress_bar)
+    request = LoadRequest(
+        as_path(path), None, resolved, object_store=object_store, progress_bar=progress_bar, purpose=purpose
+    )
     failure: BaseException | None = None
     try:
         with without_collector(), open_session_alone() as session, contextlib.ExitStack() as leaving:

@@ -110,7 +110,12 @@ def _open(
         store, first_name = open_store(first_path, *opening)
         leaving.callback(store.close)
         cache = leaving.enter_context(
-            NodeCache(options.cache_dir, size_bytes=options.cache_size, home=options.cache_home)
+            NodeCache(
+                options.cache_dir,
+                size_bytes=options.cache_size,
+                home=options.cache_home,
+                purpose=request.purpose,
+            )
         )
     path = NamedPath(request.path, request.run_name, lambda path: open_store(path, *opening)[1])
     return LoadContext(session, options, stages, store, cache), path, first_name

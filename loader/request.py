@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..distributed.session import Session
+from .cache.records import Purpose
 from .errors import OptionError
 from .options import LoadOptions, Options, resolve_options
 from .redaction import redact_path
@@ -40,6 +41,8 @@ class LoadRequest:
     ignore_keys: IgnoreKeys | str | None = None
     exclude_algorithms: Collection[str] | None = None
     algorithm_passes: Sequence[AlgorithmPass] | None = None
+    purpose: Purpose = "load"
+    """What the files in the node's cache are used for."""
 
     def __post_init__(self) -> None:
         # What is no path stays as it is: `check_arguments` refuses it, in a stage that raises it on all ranks.

@@ -25,7 +25,7 @@ class Held:
     nbytes: int
     """What it takes on the disk: a file that came in parts has holes."""
     busy: bool = False
-    """Whether a living process uses it."""
+    """Whether a living process uses it, or a prefetch made it for a load that is to come."""
     stays: bool = True
     """Whether it stays once no process uses it."""
 
@@ -92,7 +92,7 @@ def _held(folder: str, now: float) -> list[Held]:
         path = os.path.join(folder, name)
         if os.path.isdir(os.path.join(path, "users")) and not name.startswith("."):
             description = about(path)
-            busy = in_use(path, now)
+            busy = in_use(path, now) or description.awaited
             found.append(
                 Held(
                     path,

@@ -1,16 +1,16 @@
 """Keeps a node's fetched objects: each is made once, by the first process that asks, and used by all.
 
     <home>/.lock                     held for moments, for decisions
-    <home>/<entry>/about             the checkpoint it is part of, and whether it stays; touched by each use
+    <home>/<entry>/about             the checkpoint it is part of, whether it stays or is awaited; touched by each use
     <home>/<entry>/users/*           the processes that use the entry; touched while they live
     <home>/<entry>/<slot>/claim      the process that makes the slot's product, and its ``work-*`` folder
     <home>/<entry>/<slot>/done       the product is whole; the sizes of its files
     <home>/<entry>/<slot>/<product>  a file, or a folder of files
 
 A product counts as whole only where ``done`` and its sizes say so. Several processes, on several nodes too, may share
-one folder. An entry is removed with its last user, or stays until it is evicted (`bounds`). A user counts as dead where
-its process has ended, as far as that can be seen from this node, or else where its file was not touched for
-`records.STALE_S`.
+one folder. An entry is removed with its last user, or stays until it is evicted (`bounds`); one that a prefetch made
+stays until the first load that used it has ended. A user counts as dead where its process has ended, as far as that can
+be seen from this node, or else where its file was not touched for `records.STALE_S`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from ...distributed.liveness import this_process
 from ..errors import AccessError
 from ..stores.base import OnBytes
 from ..stores.transfer import bytes_on_disk
@@ -38,22 +37,29 @@ from .bounds import bound, make_room
 from .folder import locked, remove_if_empty
 from .homes import CacheHome, Room, homes_for
 from .records import (
+    PARTS,
     WORK,
     About,
+    Purpose,
+    about,
+    begin_use,
     claim,
     claimed_for,
     end_use,
     in_use,
-    note_use,
+    is_used_for,
     product_name,
     remove,
     sizes,
+    take_over,
     whole,
     write_json,
 )
 
 TOUCH_S = 5.0
 """How often the files of this process are touched."""
+GIVE_WAY_S = 30.0
+"""How long a load waits for a prefetch to leave an object to it; it fetches that anew then."""
 
 _logger = logging.getLogger("rankload")
 
@@ -75,18 +81,27 @@ class NodeCache:
     Threads may share it.
     """
 
-    def __init__(self, cache_dir: str | None = None, *, size_bytes: int = 0, home: str = "disk") -> None:
+    def __init__(
+        self,
+        cache_dir: str | None = None,
+        *,
+        size_bytes: int = 0,
+        home: str = "disk",
+        purpose: Purpose = "load",
+    ) -> None:
         """Makes no folder yet: that happens when one is first needed.
 
         `size_bytes` of what is on disk may stay there once this load has ended; `cache_dir` and `home` are as for
-        `homes.homes_for`, which may raise `AccessError`.
+        `homes.homes_for`, which may raise `AccessError`. `purpose` says what happens to what a prefetch left.
         """
+        self.purpose = purpose
         self._size_bytes = size_bytes
         self._homes = homes_for(cache_dir, home, stays=size_bytes > 0)
         self.load_id = uuid.uuid4().hex
         """Differs between any two loads."""
         self._group = ""
         self._entries: dict[str, CacheEntry] = {}
+        self._used = False
         self._lock = threading.Lock()
         self._touched: set[str] = set()
         self._ended = threading.Event()
@@ -106,6 +121,11 @@ class NodeCache:
         for home in self._homes:
             if not home.ready:
                 continue
+            if self._used and self._group and self.purpose == "load":
+                with locked(home.folder) as now:
+                    gone = list(take_over(home.folder, self._group, now))
+                for path in gone:
+                    remove(path)
             if home.in_memory:
                 home.sweep()
             elif self._size_bytes:
@@ -139,8 +159,9 @@ class NodeCache:
             if name not in self._entries:
                 home = self._home(name, nbytes)
                 stays = lasting and self._size_bytes > 0 and not home.in_memory
-                about = About(self._group or name, _digest([label]), stays)
-                self._entries[name] = CacheEntry(self, home.folder, name, about)
+                use = About(self._group or name, _digest([label]), stays, awaited=lasting)
+                self._entries[name] = CacheEntry(self, home.folder, name, use)
+                self._used = True
             return self._entries[name]
 
     def free_bytes(self, path: str = "") -> int:
@@ -173,6 +194,25 @@ class NodeCache:
     def untouch(self, path: str) -> None:
         """Ends what `touch` began."""
         self._touched.discard(path)
+
+    @property
+    def given_over(self) -> bool:
+        """Whether a load has come to use what this prefetch fetches: it takes that over, and waits for the end of the
+        prefetch."""
+        with self._lock:
+            entries = list(self._entries.values())
+        return any(entry.lasting and not about(entry.folder).awaited for entry in entries)
+
+    def is_left(self, path: str) -> bool:
+        """Whether another load will find the file at `path`: one that it could ask for, and that no other process had
+        in use when it was opened here."""
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            inside = os.path.relpath(path, entry.folder).split(os.sep)
+            if inside[0] != os.pardir:
+                return entry.lasting and not inside[0].startswith(f"{PARTS}-")
+        return False
 
     def forget(self, entry: CacheEntry) -> None:
         """Drops `entry`, which is being closed: the method `entry` makes another one then."""
@@ -215,17 +255,18 @@ class NodeCache:
 class CacheEntry:
     """One object and what is made of it; a context manager, in use until closed (twice is harmless)."""
 
-    def __init__(self, cache: NodeCache, home: str, name: str, about: About) -> None:
+    def __init__(self, cache: NodeCache, home: str, name: str, use: About) -> None:
         """Begins the use: `home` is a folder that was made ready, `name` the entry's own in it."""
         self.home = home
+        self.lasting = use.awaited
+        """Whether another load could ask for it."""
         self.folder = os.path.join(home, name)
         self._cache = cache
         self._closed = False
         self._user = os.path.join(self.folder, "users", uuid.uuid4().hex)
-        with locked(home):
-            os.makedirs(os.path.dirname(self._user), mode=0o700, exist_ok=True)
-            write_json(self._user, this_process().as_dict())
-            note_use(self.folder, about)
+        with locked(home) as now:
+            begin_use(self.folder, self._user, use, cache.purpose, now)
+        self._until = time.monotonic() + GIVE_WAY_S
         cache.touch(self._user)
 
     def __enter__(self) -> CacheEntry:
@@ -249,6 +290,20 @@ class CacheEntry:
             gone = None if in_use(self.folder, now) else end_use(self.folder)
         if gone is not None:
             remove(gone)
+
+    def await_prefetch(self, on_bytes: OnBytes) -> bool:
+        """Waits a moment for the prefetch that holds one of the entry's files to leave it to this load.
+
+        False where there is none, or it has not done so in `GIVE_WAY_S`. `on_bytes` is called with 0, and may raise.
+        """
+        if self._cache.purpose != "load" or time.monotonic() > self._until:
+            return False
+        with locked(self.home) as now:
+            if not is_used_for("prefetch", self.folder, now):
+                return False
+        on_bytes(0)
+        time.sleep(POLL_S)
+        return True
 
     def has(self, slot: str, product: str) -> bool:
         """Whether the product of `slot` is whole by now."""

@@ -12,8 +12,8 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from ...distributed.liveness import ProcessIdentity, how_ended, is_watchable, this_process
 
@@ -21,7 +21,9 @@ STALE_S = 180.0
 """A process that cannot be watched from here counts as dead where its file was not touched for so long. Network file
 systems show a new modification time up to a minute late."""
 ORPHAN_S = 86400.0
-"""Entries that a crash left behind may serve the restart; after a day without a user they are removed."""
+"""Entries that a crash or a prefetch left behind may serve a load; after a day without a user they are removed."""
+AWAITED_IN_MEMORY_S = 3600.0
+"""The same of what a prefetch left in memory, which other programs lack meanwhile."""
 WORK = "work-"
 """Begins the name of a folder in which a product is being made."""
 PARTS = "parts"
@@ -29,6 +31,12 @@ PARTS = "parts"
 _GONE = ".gone-"
 """Begins the name of an entry that is being removed."""
 _ABOUT = "about"
+_PURPOSE = "purpose"
+"""A key in the record of a user."""
+
+Purpose = Literal["load", "look", "prefetch"]
+"""What entries are used for. A prefetch leaves them behind for the next load, and a load takes them over: they go with
+it as if it had fetched them. Whoever only looks at a checkpoint leaves that as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +49,38 @@ class About:
     """The object that it is a version of, as a digest."""
     stays: bool = False
     """Whether it stays once no process uses it."""
+    awaited: bool = False
+    """Whether a prefetch made it, and no load has used it yet: until one does, it stays too."""
 
 
-def note_use(entry: str, use: About) -> None:
-    """Notes that `entry` is used now; it stays where this load or an earlier one wants it to."""
-    stays = use.stays or about(entry).stays
-    write_json(os.path.join(entry, _ABOUT), asdict(About(use.group, use.content, stays)))
+def begin_use(entry: str, user: str, use: About, purpose: Purpose, now: float) -> None:
+    """Registers this process as a user of `entry`, by a record at `user`.
+
+    The entry stays where this load or an earlier one wants it to. A prefetch makes it awaited, unless a load uses it at
+    the moment or `use` says that no load could; a load takes it over.
+    """
+    before = about(entry)
+    awaited = before.awaited and purpose != "load"
+    if purpose == "prefetch" and use.awaited:
+        awaited = before.awaited or not is_used_for("load", entry, now)
+    os.makedirs(os.path.dirname(user), mode=0o700, exist_ok=True)
+    write_json(user, {**this_process().as_dict(), _PURPOSE: purpose})
+    _write_about(entry, About(use.group, use.content, use.stays or before.stays, awaited))
 
 
 def about(entry: str) -> About:
     """What the ``about`` file of `entry` says; nothing where there is none."""
     record = read_json(os.path.join(entry, _ABOUT))
-    return About(str(record.get("group", "")), str(record.get("content", "")), record.get("stays") is True)
+    return About(
+        str(record.get("group", "")),
+        str(record.get("content", "")),
+        record.get("stays") is True,
+        record.get("awaited") is True,
+    )
+
+
+def _write_about(entry: str, use: About) -> None:
+    write_json(os.path.join(entry, _ABOUT), asdict(use))
 
 
 def last_use(entry: str) -> float:
@@ -65,7 +93,8 @@ def last_use(entry: str) -> float:
 
 def end_use(entry: str) -> str | None:
     """Ends the last use of `entry`: None where it is to stay, else the path it was moved to, for `remove`."""
-    if not about(entry).stays:
+    description = about(entry)
+    if not (description.stays or description.awaited):
         return put_away(entry)
     for slot in os.listdir(entry):
         if slot.startswith(f"{PARTS}-"):
@@ -87,11 +116,39 @@ def in_use(entry: str, now: float) -> bool:
     return used
 
 
+def is_used_for(purpose: Purpose, entry: str, now: float) -> bool:
+    """Whether a living process uses `entry` for `purpose`."""
+    users = os.path.join(entry, "users")
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(users):
+            user = os.path.join(users, name)
+            if read_json(user).get(_PURPOSE) == purpose and _lives(user, now):
+                return True
+    return False
+
+
+def take_over(root: str, group: str, now: float) -> Iterator[str]:
+    """Ends the waiting of all entries of the checkpoint `group` in `root`, which a load has used by now.
+
+    Those that no process uses go, unless they are to stay: yields paths to `remove` once the lock is released.
+    """
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if not os.path.isdir(os.path.join(path, "users")):
+            continue
+        description = about(path)
+        if description.awaited and description.group == group:
+            _write_about(path, replace(description, awaited=False))
+            gone = None if in_use(path, now) else end_use(path)
+            if gone is not None:
+                yield gone
+
+
 def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = False) -> Iterator[str]:
     """Moves away the entries of `root` that no living process uses; yields paths to `remove` once the lock is released.
 
-    Entries go after `ORPHAN_S` without a user, unless they are to stay; with `at_once`, all but those of the checkpoint
-    `spared` do.
+    Entries go after `ORPHAN_S` without a user, unless they are to stay. With `at_once` all do, but those of the
+    checkpoint `spared`, and for `AWAITED_IN_MEMORY_S` what a prefetch left.
     """
     for name in os.listdir(root):
         path = os.path.join(root, name)
@@ -100,7 +157,8 @@ def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = F
         elif os.path.isdir(os.path.join(path, "users")) and not in_use(path, now):
             description = about(path)
             if at_once:
-                orphan = spared is None or description.group != spared
+                kept = description.awaited and now - last_use(path) <= AWAITED_IN_MEMORY_S
+                orphan = (spared is None or description.group != spared) and not kept
             else:
                 orphan = not description.stays and now - os.stat(path).st_mtime > ORPHAN_S
             gone = put_away(path) if orphan else None

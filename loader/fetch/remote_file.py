@@ -114,7 +114,8 @@ def open_remote_file(
 ) -> RemoteFile:
     """The object's file in the cache, with what an earlier load landed in it.
 
-    Where another process holds that file, this one gets a file of its own. Raises OSError where the disk refuses.
+    Where another process holds that file, this one gets a file of its own; a load waits a moment for a prefetch, which
+    leaves its file to it. Raises OSError where the disk refuses.
     """
 
     def compared(count: int) -> None:
@@ -127,9 +128,12 @@ def open_remote_file(
     for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        # BlockingIOError: another job on this node holds the first.
-        with contextlib.suppress(BlockingIOError):
-            return RemoteFile(source, os.path.join(folder, product_name(described)), compared)
+        while True:
+            # BlockingIOError: another job on this node holds the first.
+            with contextlib.suppress(BlockingIOError):
+                return RemoteFile(source, os.path.join(folder, product_name(described)), compared)
+            if not entry.await_prefetch(on_bytes):
+                break
     raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
 
 

@@ -300,6 +300,14 @@ class RemoteFiles:
         files = {path: file.fetched_bytes for path, file in self._files.items()}
         return files | {path: archive.fetched_bytes for path, archive in self._archives.items()}
 
+    def held_by_path(self) -> dict[str, int]:
+        """How many bytes of each of those are on this node now, whoever fetched them."""
+        held = {path: file.source.size_bytes - file.missing_bytes for path, file in self._files.items()}
+        for path, archive in self._archives.items():
+            own = held[archive.tar.path] + sum(held.get(one.path, 0) for one in archive.files.values())
+            held[path] = min(archive.tar.source.size_bytes, own)
+        return held
+
     @property
     def streamed(self) -> list[str]:
         """The objects that came whole because their server does no ranges, as messages call them."""
@@ -341,6 +349,14 @@ class KnownParts:
 
     def __contains__(self, path: str) -> bool:
         return path in self._known
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many bytes each of them has in the end, by its path on this node."""
+        return {
+            path: part.size_bytes if part.nbytes is None else part.nbytes
+            for path, (_, part) in self._known.items()
+        }
 
     def name_of(self, path: str) -> str:
         """The name, the same on all ranks, of the file at `path`."""

@@ -75,6 +75,8 @@ class BadServer:
         self.objects = objects
         self.asked: list[Asked] = []
         self.sent_bytes = 0
+        self.pause_s = 0.0
+        """Slept after each 64 KiB."""
         self.ending = threading.Event()
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"owner": self})
@@ -176,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
             with self.owner.lock:
                 self.owner.sent_bytes += len(part)
+            if self.owner.pause_s:
+                self.owner.ending.wait(self.owner.pause_s)
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
