@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMMAND = "rankload"
 COMMANDS = (
     "inspect",
+    "cache",
     "demo",
 )  # fmt: skip
 """Each is a module of `commands`, in the order of ``--help``."""

@@ -99,7 +99,7 @@ class NodeCache:
         self._homes = homes_for(cache_dir, home, stays=size_bytes > 0)
         self.load_id = uuid.uuid4().hex
         """Differs between any two loads."""
-        self._group = ""
+        self._group = self._checkpoint = ""
         self._entries: dict[str, CacheEntry] = {}
         self._used = False
         self._lock = threading.Lock()
@@ -138,8 +138,12 @@ class NodeCache:
         return self._homes[-1].folder
 
     def of_checkpoint(self, *identity: object) -> None:
-        """Says that entries from now on are part of the checkpoint `identity`: a checkpoint is evicted as a whole."""
+        """Says that entries from now on are part of the checkpoint `identity`: a checkpoint is evicted as a whole.
+
+        The last of `identity` is what messages call it.
+        """
         self._group = _digest(identity)
+        self._checkpoint = str(identity[-1]) if identity else ""
 
     def entry(
         self, label: str, *identity: object, nbytes: int | None = None, lasting: bool = True
@@ -159,7 +163,8 @@ class NodeCache:
             if name not in self._entries:
                 home = self._home(name, nbytes)
                 stays = lasting and self._size_bytes > 0 and not home.in_memory
-                use = About(self._group or name, _digest([label]), stays, awaited=lasting)
+                group = self._group or name
+                use = About(group, _digest([label]), stays, awaited=lasting, checkpoint=self._checkpoint)
                 self._entries[name] = CacheEntry(self, home.folder, name, use)
                 self._used = True
             return self._entries[name]

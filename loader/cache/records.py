@@ -51,6 +51,8 @@ class About:
     """Whether it stays once no process uses it."""
     awaited: bool = False
     """Whether a prefetch made it, and no load has used it yet: until one does, it stays too."""
+    checkpoint: str = ""
+    """What messages call the checkpoint; without secrets."""
 
 
 def begin_use(entry: str, user: str, use: About, purpose: Purpose, now: float) -> None:
@@ -65,7 +67,7 @@ def begin_use(entry: str, user: str, use: About, purpose: Purpose, now: float) -
         awaited = before.awaited or not is_used_for("load", entry, now)
     os.makedirs(os.path.dirname(user), mode=0o700, exist_ok=True)
     write_json(user, {**this_process().as_dict(), _PURPOSE: purpose})
-    _write_about(entry, About(use.group, use.content, use.stays or before.stays, awaited))
+    _write_about(entry, replace(use, stays=use.stays or before.stays, awaited=awaited))
 
 
 def about(entry: str) -> About:
@@ -76,6 +78,7 @@ def about(entry: str) -> About:
         str(record.get("content", "")),
         record.get("stays") is True,
         record.get("awaited") is True,
+        str(record.get("checkpoint", "")),
     )
 
 
