@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp clean
+.PHONY: demo docs-commands docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -81,6 +81,10 @@ bench-dcp: $(SERVERS)
 # What the commonest mistakes are answered with, made by running each: a section of docs/errors.md.
 docs-errors: $(STAMP)
 	$(RUN) $(BIN)/python tests/support/mistakes.py
+
+# What each command prints, made by running it: the examples of docs/commands.md.
+docs-commands: $(STAMP)
+	$(RUN) $(BIN)/python tests/support/commands_page.py
 
 clean:
 	rm -rf $(VENV) .venv-* .cache build dist *.egg-info
