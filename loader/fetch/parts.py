@@ -10,38 +10,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
-from ..byte_ranges import ByteRange, subtract
+from ..byte_ranges import ByteRange
 from ..cache.holes import Landed
 from ..formats.torch_file import FileIndex
 from ..materialize.tensors import TensorReader
 from ..ranges.direct import DirectReads
-from ..saved.contents import Saved
 from ..saved.copies import StorageReads
 from ..saved.tensor import StorageRef
-from ..saved.tree import storages
 from .checkpoint_files import CheckpointFiles
 from .rounds import Parts, WantedRanges, fetch_now, plan_round
+from .wanted import SMALL_STORAGE_BYTES, add_storage, all_parts, parts_of_restore, small_parts
 
-SMALL_STORAGE_BYTES = 64 << 10
-"""Storages up to this size are fetched right after the index: counters, random states, biases."""
-
-
-def small_parts(saved: Saved) -> WantedRanges:
-    """The ranges that are read before anything is checked: small storages, random states, and `Saved.extra`."""
-    wanted: WantedRanges = {}
-    held = storages([saved.state, saved.masters, saved.unnamed_masters])
-    _add_whole(wanted, (storage for storage in held if storage.nbytes <= SMALL_STORAGE_BYTES))
-    _add_whole(wanted, storages([saved.rng, saved.extra]))
-    return wanted
-
-
-def all_parts(tree: Any) -> WantedRanges:
-    """The ranges of all storages in `tree`."""
-    wanted: WantedRanges = {}
-    _add_whole(wanted, storages(tree))
-    return wanted
+__all__ = [
+    "SMALL_STORAGE_BYTES",
+    "all_parts",
+    "fetch_storages",
+    "fetching",
+    "restore_parts",
+    "small_parts",
+]
 
 
 def restore_parts(
@@ -61,47 +49,21 @@ def restore_parts(
         shared: what it reads of weights that its node's ranks share.
         unplanned: storages of which it is not known yet what will be read: all of them is fetched.
     """
-    parts = Parts()
     if files.context.store.is_local:
-        return parts
-    for wanted in ({storage: one.ranges for storage, one in reads.items()}, summed, shared):
-        for storage, ranges in wanted.items():
-            _add_storage(parts.wanted, storage, ranges)
-    _add_whole(parts.wanted, alone)
-    whole = list(unplanned)
-    _add_whole(parts.wanted, whole)
-    if files.context.direct and not whole:
-        _add_direct(parts.direct, {one: reads[one] for one in reads.keys() - set(alone)}, summed, shared)
-        for path, ranges in parts.direct.items():
-            if path in files.remote.known:
-                # Bytes that are on this node already, with the index or from an earlier load, are read from there.
-                parts.direct[path] = list(Landed(path).missing(ranges))
+        return Parts()
+    parts = parts_of_restore(reads, summed, alone, shared, unplanned, direct=files.context.direct)
+    for path, ranges in parts.direct.items():
+        if path in files.remote.known:
+            # Bytes that are on this node already, with the index or from an earlier load, are read from there.
+            parts.direct[path] = list(Landed(path).missing(ranges))
     return parts
-
-
-def _add_direct(
-    direct: WantedRanges,
-    reads: Mapping[StorageRef, StorageReads],
-    summed: Mapping[StorageRef, Sequence[ByteRange]],
-    shared: Mapping[StorageRef, Sequence[ByteRange]],
-) -> None:
-    """Adds the ranges that can be fetched directly into this rank's tensors."""
-    for storage, one in reads.items():
-        if storage.nbytes <= SMALL_STORAGE_BYTES:
-            continue
-        # Bytes that are only summed have no memory to be fetched into.
-        spans = subtract(one.direct, subtract(summed.get(storage, ()), one.ranges))
-        if spans:
-            _add_storage(direct, storage, spans)
-    for storage, provided in shared.items():
-        _add_storage(direct, storage, provided)
 
 
 def fetch_storages(files: CheckpointFiles, wanted: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
     """As `fetch_now`, for ranges of storages that a node's ranks share. Every rank must call."""
     by_path: WantedRanges = {}
     for storage, ranges in wanted.items():
-        _add_storage(by_path, storage, ranges)
+        add_storage(by_path, storage, ranges)
     fetch_now(files.context, files.remote, by_path, "fetch weights")
 
 
@@ -156,20 +118,6 @@ def fetching(files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: 
         if not ended.is_set():
             remote.stop()
             thread.join(10)
-
-
-def _add_storage(wanted: WantedRanges, storage: StorageRef, ranges: Iterable[ByteRange]) -> None:
-    """Adds `ranges` of `storage`, and its header, to the ranges of its file."""
-    mine = wanted.setdefault(storage.file, [])
-    if storage.header >= 0:
-        mine.append(ByteRange(storage.header, storage.offset))
-    mine.extend(ByteRange(storage.offset + start, storage.offset + stop) for start, stop in ranges)
-
-
-def _add_whole(wanted: WantedRanges, storages: Iterable[StorageRef]) -> None:
-    """Adds all bytes of `storages`."""
-    for storage in storages:
-        _add_storage(wanted, storage, [ByteRange(0, storage.nbytes)])
 
 
 def _check_headers(

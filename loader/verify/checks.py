@@ -20,12 +20,7 @@ from ..saved.copies import StorageReads
 from ..saved.tensor import StorageId, StorageRef
 from ..stages import Stages
 from ..wire import decode, encode
-from .joint import JointCheck, StorageRead
-
-ALONE_BYTES = 64 << 10
-"""Each rank that needs any of a storage up to this size reads and sums all of it: to share the work would cost more."""
-SHARED_FROM_BYTES = 4 << 20
-"""From this size on, ranks that each read a whole storage share the summing of it."""
+from .joint import JointCheck, StorageRead, split_reads
 
 
 @dataclass(frozen=True)
@@ -77,16 +72,9 @@ def deal_checks(
     if verify == "off":
         return Verification(verify, name)
     session = checking.session
-    # A job of one rank sums a storage in one pass; only ranges that are fetched directly arrive in any order, as cells.
-    together_pays = session.topology.world_size > 1 or direct
-    summed = {storage: one for storage, one in reads.items() if storage.crc32 is not None}
-    together = {
-        storage: one
-        for storage, one in summed.items()
-        if together_pays and _worth_sharing(storage, one, direct)
-    }
+    together, alone = split_reads(reads, world_size=session.topology.world_size, direct=direct)
     shared = {(name_at(storage.file), storage.key): storage for storage in together}
-    wanted = {name: _storage_read(storage, together[storage]) for name, storage in shared.items()}
+    wanted = {name: together[storage] for name, storage in shared.items()}
     judges: list[JointCheck] = []
 
     def deal(records: Sequence[Any]) -> list[Any]:
@@ -98,20 +86,7 @@ def deal_checks(
     own = decode(dict[StorageId, tuple[ByteRange, ...]], dealt)
     shares = {storage: own.get(storage_id, ()) for storage_id, storage in shared.items()}
     checking.reader.share(shares)
-    alone = tuple(storage for storage in summed if storage not in together)
     return Verification(verify, name, alone, shared, shares, judges[0] if judges else None)
-
-
-def _worth_sharing(storage: StorageRef, reads: StorageReads, direct: bool) -> bool:
-    if storage.nbytes <= ALONE_BYTES:
-        return False
-    # Who sums a storage alone reads it in one pass, from the node's file: so it could not be fetched directly.
-    return direct or reads.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
-
-
-def _storage_read(storage: StorageRef, reads: StorageReads) -> StorageRead:
-    crc = storage.crc32 if storage.crc32 is not None else 0
-    return StorageRead(storage.nbytes, crc, tuple(reads.ranges), reads.names)
 
 
 def verify_before(

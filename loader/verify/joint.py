@@ -16,7 +16,13 @@ from itertools import pairwise
 from ..byte_ranges import ByteRange
 from ..checksums import CELL_BYTES, crc32_joined
 from ..errors import CorruptError
-from ..saved.tensor import StorageId
+from ..saved.copies import StorageReads
+from ..saved.tensor import StorageId, StorageRef
+
+ALONE_BYTES = 64 << 10
+"""Each rank that needs any of a storage up to this size reads and sums all of it: to share the work would cost more."""
+SHARED_FROM_BYTES = 4 << 20
+"""From this size on, ranks that each read a whole storage share the summing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,34 @@ class StorageRead:
     """The bytes that are read, from the storage's first on; disjoint and in order."""
     names: tuple[str, ...] = ()
     """A few of the tensors that they are for."""
+
+
+def split_reads(
+    reads: Mapping[StorageRef, StorageReads], *, world_size: int, direct: bool
+) -> tuple[dict[StorageRef, StorageRead], tuple[StorageRef, ...]]:
+    """Of what one rank of `world_size` reads: what it sums together with other ranks, and what it sums whole by itself.
+
+    Storages without a checksum are in neither. `direct`: ranges may be fetched directly, and so arrive in any order.
+    """
+    # A job of one rank sums a storage in one pass; only ranges that are fetched directly arrive in any order, as cells.
+    together_pays = world_size > 1 or direct
+    together: dict[StorageRef, StorageRead] = {}
+    alone: list[StorageRef] = []
+    for storage, one in reads.items():
+        if storage.crc32 is None:
+            continue
+        if together_pays and _worth_sharing(storage, one, direct):
+            together[storage] = StorageRead(storage.nbytes, storage.crc32, tuple(one.ranges), one.names)
+        else:
+            alone.append(storage)
+    return together, tuple(alone)
+
+
+def _worth_sharing(storage: StorageRef, reads: StorageReads, direct: bool) -> bool:
+    if storage.nbytes <= ALONE_BYTES:
+        return False
+    # Who sums a storage alone reads it in one pass, from the node's file: so it could not be fetched directly.
+    return direct or reads.nbytes < storage.nbytes or storage.nbytes >= SHARED_FROM_BYTES
 
 
 @dataclass

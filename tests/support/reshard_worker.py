@@ -22,8 +22,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from journey_worker import classifier_engine, forward_of_linspace, start_deepspeed
 from rankload.loader import LayoutError, State, capture_rng, load
-from rankload.loader.targets.deepspeed import weights as engine_weights
-from rankload.loader.verify import checks as verification
+from rankload.loader.targets.deepspeed import weight_regions
+from rankload.loader.verify import joint
 from torch.nn import functional
 from zero_model import LATER_DATA_SEED, make_engine, module_tensors, train
 
@@ -33,8 +33,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 _LINEAR = functional.linear
 
 # So that tensors of this size are handled as those of real models are: summed and brought to a node together.
-engine_weights.MIN_REGION_BYTES = 1
-verification.ALONE_BYTES = verification.SHARED_FROM_BYTES = 0
+weight_regions.MIN_REGION_BYTES = 1
+joint.ALONE_BYTES = joint.SHARED_FROM_BYTES = 0
 
 _LEGACY = {"config": {"checkpoint": {"checkpoint_serialization": False}}}
 _SGD: dict[str, Any] = {"optimizer": "SGD", "config": {"zero_allow_untested_optimizer": True}}

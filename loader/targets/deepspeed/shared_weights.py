@@ -38,7 +38,7 @@ from .weight_regions import (
     RegionShare,
     deal_regions,
 )
-from .weights import Region, find_regions, low_copies, offer_of, provide, read_apart, take
+from .weights import Region, find_regions, low_copies, provide, read_apart, take
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def plan_weights(plan: Plan, sharing: Sharing) -> tuple[Plan, SharedWeights | No
         offers: dict[StorageId, RegionOffer] = {}
         if step is not None and sharing.verify != "before":
             found = find_regions(step, sharing.name_of)
-            offers = {name: offer_of(step, region) for name, region in found.items()}
+            offers = {name: region.laid.offer for name, region in found.items()}
     dealer: _Dealer | None = None
 
     def deal(records: Sequence[Json]) -> list[Json]:

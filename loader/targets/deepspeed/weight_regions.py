@@ -1,21 +1,24 @@
 """Decides which rank of a node provides which bytes of the weights that all of them need whole. Pure.
 
-A region is one storage of a module file, or weights that can only be cast from fp32 masters. The regions of a node lie
-one after another in its image, the memory that its ranks share. `deal_regions` assigns to each rank a part to provide:
-to be cast from its masters, where the node's ranks hold all of them and, for a storage of a file, a checksum can prove
-that the cast gives the same bytes; to be read from the module file otherwise.
+A region is one storage of a module file, or weights that can only be cast from fp32 masters (`lay_regions`). The
+regions of a node lie one after another in its image, the memory that its ranks share. `deal_regions` assigns to each
+rank a part to provide: to be cast from its masters, where the node's ranks hold all of them and, for a storage of a
+file, a checksum can prove that the cast gives the same bytes; to be read from the module file otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from ...byte_ranges import ByteRange, subtract, union
 from ...checksums import CELL_BYTES
-from ...saved.tensor import StorageId
+from ...saved.dtypes import ITEMSIZE
+from ...saved.model_parallel import EXPERTS
+from ...saved.regions import Run
+from ...saved.tensor import SavedTensor, StorageId, StorageRef
 
 Provider = Literal["masters", "file", "apart"]
 """Where a region's bytes come from; ``apart``: each rank reads the weights by itself, and the image lacks them."""
@@ -23,8 +26,49 @@ MASTERS: Provider = "masters"
 FILE: Provider = "file"
 APART: Provider = "apart"
 
+MIN_REGION_BYTES = 1 << 20
+"""Weights of smaller regions are read by every rank itself."""
 _ALIGNMENT = 4096
 """Regions begin at multiples of this in the image, in bytes."""
+_WEIGHT_ALIGNMENT = 64
+"""Where only masters give the weights, each begins at a multiple of this in its region, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeWeight:
+    """Weights that a rank computes with as a whole."""
+
+    name: str
+    source: SavedTensor
+    """What they are filled from."""
+    dtype: str
+    """That the module computes with."""
+    from_master: bool
+    """Whether ``source`` is a saved master."""
+    cast: tuple[Run, ...]
+    """The elements that this rank can cast from masters that it restores from the checkpoint."""
+
+
+@dataclass(frozen=True)
+class LaidRegion:
+    """Weights that lie together in the node's image: a storage of the module's file, or all that only masters give."""
+
+    nbytes: int
+    storage: StorageRef | None
+    """The module file's storage; None where only the masters give the weights."""
+    complete: bool
+    """Whether the weights are all that the storage holds, except padding."""
+    spans: Mapping[str, ByteRange]
+    """The bytes of each weight in the region."""
+    cast: tuple[ByteRange, ...]
+    """The bytes that this rank can cast from masters."""
+
+    @property
+    def offer(self) -> RegionOffer:
+        """The facts about it, for all ranks to see."""
+        crc = self.storage.crc32 if self.storage is not None else None
+        spans = union(self.spans.values()) if self.complete else ()
+        return RegionOffer(self.nbytes, crc, self.storage is not None, spans, self.cast)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +107,83 @@ class NodeShare:
     maker: int
     """The rank that makes the image; the others of the node open it."""
     regions: dict[StorageId, RegionShare]
+
+
+def lay_regions(
+    weights: Iterable[WholeWeight],
+    model: Mapping[str, Any],
+    name_of: Callable[[str], str],
+    name_by_masters: str,
+) -> dict[StorageId, LaidRegion]:
+    """The regions of `weights` of at least `MIN_REGION_BYTES`, by names that are the same on all ranks.
+
+    Args:
+        model: the saved weights before ``ignore_keys``, by name.
+        name_of: gives the name, the same on all ranks, of the file at a local path.
+        name_by_masters: the file's part in the names of regions that only masters give.
+    """
+    spans: dict[StorageRef | str, dict[str, ByteRange]] = {}
+    cast: dict[StorageRef | str, list[ByteRange]] = {}
+    for one in weights:
+        source, piece, size = one.source, one.source.whole, ITEMSIZE[one.dtype]
+        if not source.numel:
+            continue
+        where: StorageRef | str
+        if one.from_master:
+            # Experts of one name are different ones on different ranks.
+            if EXPERTS in one.name:
+                continue
+            where = one.dtype
+            start = _aligned_end(spans.get(where, {}))
+        else:
+            as_it_is = source.dtype == one.dtype and source.is_contiguous
+            if piece is None or not isinstance(piece.storage, StorageRef) or not as_it_is:
+                continue
+            where, start = piece.storage, piece.offset * size
+        spans.setdefault(where, {})[one.name] = ByteRange(start, start + source.numel * size)
+        cast.setdefault(where, []).extend(
+            ByteRange(start + run.start * size, start + run.stop * size) for run in one.cast
+        )
+    beside = _tensors_in(model, [where for where in spans if isinstance(where, StorageRef)])
+    found: dict[StorageId, LaidRegion] = {}
+    for where, own in spans.items():
+        if isinstance(where, StorageRef):
+            complete = _holds_all(union(own.values()), beside[where])
+            region = LaidRegion(where.nbytes, where, complete, own, union(cast[where]))
+            found[name_of(where.file), where.key] = region
+        else:
+            region = LaidRegion(_aligned_end(own), None, True, own, union(cast[where]))
+            found[name_by_masters, where] = region
+    return {name: region for name, region in found.items() if region.nbytes >= MIN_REGION_BYTES}
+
+
+def _aligned_end(spans: dict[str, ByteRange]) -> int:
+    """Where the next weight begins in a region that only masters give, after those of `spans`, in their order."""
+    last = next(reversed(spans.values()), ByteRange(0, 0))
+    return -(-last.stop // _WEIGHT_ALIGNMENT) * _WEIGHT_ALIGNMENT
+
+
+def _tensors_in(
+    model: Mapping[str, Any], storages: Collection[StorageRef]
+) -> dict[StorageRef, list[SavedTensor]]:
+    """The tensors of the module's file that lie in each of `storages`."""
+    found: dict[StorageRef, list[SavedTensor]] = {storage: [] for storage in storages}
+    for value in model.values():
+        piece = value.whole if isinstance(value, SavedTensor) and value.numel else None
+        if piece is not None and isinstance(piece.storage, StorageRef) and piece.storage in found:
+            found[piece.storage].append(value)
+    return found
+
+
+def _holds_all(spans: Sequence[ByteRange], tensors: Iterable[SavedTensor]) -> bool:
+    """Whether `tensors`, which lie in the storage that `spans` are ranges of, have no byte outside of these."""
+    for tensor in tensors:
+        first = tensor.whole.offset * tensor.itemsize if tensor.whole is not None else 0
+        if not tensor.is_contiguous or not any(
+            start <= first and first + tensor.nbytes <= stop for start, stop in spans
+        ):
+            return False
+    return True
 
 
 def deal_regions(

@@ -7,29 +7,21 @@ the parts and `shared_weights` runs this; here is what is done to the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ...byte_ranges import ByteRange, union
+from ...byte_ranges import ByteRange
 from ...errors import InternalError
 from ...materialize.tensors import TensorReader
-from ...saved.contents import Saved
 from ...saved.copies import Copy
-from ...saved.model_parallel import EXPERTS
 from ...saved.strided import Layout
-from ...saved.tensor import SavedTensor, StorageId, StorageRef
+from ...saved.tensor import StorageId, StorageRef
 from ..dtensor import dtype_name
 from .live import LiveEngine, flat_view, memory_of
 from .step import EngineStep
-from .weight_regions import MASTERS, RegionOffer, RegionShare
-
-MIN_REGION_BYTES = 1 << 20
-"""Weights of smaller regions are read by every rank itself."""
-
-_ALIGNMENT = 64
-"""Where only masters give the weights, each begins at a multiple of this in its region, in bytes."""
+from .weight_regions import MASTERS, LaidRegion, RegionShare, WholeWeight, lay_regions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,94 +42,50 @@ class Weight:
 
 @dataclass(frozen=True)
 class Region:
-    """Weights that lie together in the node's image: a storage of the module's file, or all that only masters give."""
+    """A region, and the tensors of this rank's engine that its weights go to."""
 
-    nbytes: int
-    storage: StorageRef | None
-    """The module file's storage; None where only the masters give the weights."""
-    complete: bool
-    """Whether ``weights`` are all that the storage holds, except padding."""
+    laid: LaidRegion
     weights: tuple[Weight, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.laid.nbytes
+
+    @property
+    def storage(self) -> StorageRef | None:
+        """The module file's storage; None where only the masters give the weights."""
+        return self.laid.storage
 
 
 def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[StorageId, Region]:
-    """The regions of `step` of at least `MIN_REGION_BYTES`, by names that are the same on all ranks with this part of
-    the model; {} at stage 3, at stage 0 in fp32, and for a single file.
+    """The regions of `step`, by names that are the same on all ranks with this part of the model; {} at stage 3, at
+    stage 0 in fp32, and for a single file.
 
     `name_of(path)` is the name, the same on all ranks, of the file at a local path.
     """
     live, saved = step.live, step.saved
     if saved.data_parallel_size is None or live.kind not in ("zero", "bf16", "unfused"):
         return {}
-    in_storage: dict[StorageRef, list[Weight]] = {}
-    by_masters: dict[str, list[Weight]] = {}
-    for name, part in step.model.parameters.items():
-        if part.source is None or not part.source.numel:
-            continue
-        destination = live.low[name][0].flat
-        dtype = dtype_name(destination.dtype)
-        piece = part.source.whole
-        if part.low_is_master:
-            # Experts of one name are different ones on different ranks.
-            if EXPERTS not in name:
-                others = by_masters.setdefault(dtype, [])
-                others.append(Weight(name, destination, _aligned_end(others)))
-            continue
-        if piece is None or not isinstance(piece.storage, StorageRef):
-            continue
-        if part.source.dtype == dtype and part.source.is_contiguous:
-            start = piece.offset * part.source.itemsize
-            in_storage.setdefault(piece.storage, []).append(Weight(name, destination, start))
-    found: dict[StorageId, Region] = {}
-    beside = _tensors_in(saved, in_storage.keys())
-    for storage, weights in in_storage.items():
-        complete = _holds_all(weights, beside[storage])
-        found[name_of(storage.file), storage.key] = Region(storage.nbytes, storage, complete, tuple(weights))
-    for dtype, weights in by_masters.items():
-        region_name = (f"weights of {saved.name}, part {live.position.part}", dtype)
-        found[region_name] = Region(_aligned_end(weights), None, True, tuple(weights))
-    return {name: region for name, region in found.items() if region.nbytes >= MIN_REGION_BYTES}
-
-
-def _aligned_end(weights: Sequence[Weight]) -> int:
-    """Where the next weight begins in a region that only masters give."""
-    return -(-weights[-1].span[1] // _ALIGNMENT) * _ALIGNMENT if weights else 0
-
-
-def _tensors_in(saved: Saved, storages: Collection[StorageRef]) -> dict[StorageRef, list[SavedTensor]]:
-    """The tensors of the module's file that lie in each of `storages`."""
-    found: dict[StorageRef, list[SavedTensor]] = {storage: [] for storage in storages}
-    for value in saved.whole.state["model"].values():
-        piece = value.whole if isinstance(value, SavedTensor) and value.numel else None
-        if piece is not None and isinstance(piece.storage, StorageRef) and piece.storage in found:
-            found[piece.storage].append(value)
-    return found
-
-
-def _holds_all(weights: Sequence[Weight], tensors: Iterable[SavedTensor]) -> bool:
-    """Whether `tensors`, which lie in the storage of `weights`, have no byte outside of them."""
-    spans = union([weight.span for weight in weights])
-    for tensor in tensors:
-        first = tensor.whole.offset * tensor.itemsize if tensor.whole is not None else 0
-        if not tensor.is_contiguous or not any(
-            start <= first and first + tensor.nbytes <= stop for start, stop in spans
-        ):
-            return False
-    return True
-
-
-def offer_of(step: EngineStep, region: Region) -> RegionOffer:
-    """The bytes of `region` that this rank's masters can be cast to, and the facts about it, for all ranks to see."""
-    cast: list[ByteRange] = []
-    for weight in region.weights:
-        if step.model.parameters[weight.name].from_saved_masters:
-            for _, slot in step.live.slots_of.get(weight.name, ()):
-                size = weight.destination.element_size()
-                first = weight.start + slot.run.start * size
-                cast.append(ByteRange(first, first + slot.run.length * size))
-    spans = union([weight.span for weight in region.weights]) if region.complete else ()
-    crc = region.storage.crc32 if region.storage is not None else None
-    return RegionOffer(region.nbytes, crc, region.storage is not None, spans, union(cast))
+    weights = (
+        WholeWeight(
+            name,
+            part.source,
+            dtype_name(live.low[name][0].flat.dtype),
+            part.low_is_master,
+            tuple(slot.run for _, slot in live.slots_of.get(name, ())) if part.from_saved_masters else (),
+        )
+        for name, part in step.model.parameters.items()
+        if part.source is not None
+    )
+    by_masters = f"weights of {saved.name}, part {live.position.part}"
+    laid = lay_regions(weights, saved.whole.state["model"], name_of, by_masters)
+    return {
+        region_id: Region(
+            one,
+            tuple(Weight(name, live.low[name][0].flat, span.start) for name, span in one.spans.items()),
+        )
+        for region_id, one in laid.items()
+    }
 
 
 def provide(
