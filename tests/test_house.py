@@ -18,7 +18,7 @@ from places import REPOSITORY
 PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
-    ("journey", "reading", "saving"),
+    ("journey", "reading", "saving", "exporting"),
     ("inspection",),
     ("completeness",),
     ("alone",),
@@ -47,6 +47,7 @@ MAY_IMPORT_HEAVY = {
     "loader.materialize": {"torch", "numpy"},
     "loader.targets": {"torch"},
     "loader.verify": {"torch"},
+    "loader.exporting": {"torch"},
     "loader.rng": {"torch", "numpy"},
     "loader.saving": {"torch"},
     "launch.demo_fixture": {"torch"},
@@ -55,6 +56,7 @@ MAY_IMPORT_HEAVY = {
 }
 """Rooms and modules that import such things at their top: whoever imports them has torch."""
 MAY_IMPORT_HEAVY_LATE = {
+    "loader.exporting": {"torch"},
     "loader.stores": {"fsspec"},
     "loader.state": {"torch"},
     "loader.targets": {"torch"},

@@ -47,6 +47,8 @@ _DTYPES: dict[str, str] = {
     "BOOL": "bool",
 }
 """The format's codes to names that follow ``torch.``."""
+CODES: dict[str, str] = {dtype: code for code, dtype in _DTYPES.items()}
+"""The reverse, for whoever writes such a file."""
 _BELOW_A_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """Codes of dtypes whose elements are not whole bytes."""
 

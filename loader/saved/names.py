@@ -328,3 +328,10 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
         start = name.find(".", start) + 1
         if not start:
             return
+
+
+def rename_all(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
+    """Each of `names` to what ``LoadOptions.rename`` makes of it. Raises `OptionError` where two would become one."""
+    found = _renamed(names, rename)
+    _refuse_collision(names, found)
+    return found
