@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,20 +97,42 @@ def _walk(tree: Branch) -> Iterator[tuple[int, str, tuple[str, ...]]]:
         pending += ((depth + 1, one) for one in reversed(branch.branches))
 
 
+def _with_guides(tree: Branch) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """As `_walk`, with the lines that lead to each branch in place of its depth."""
+    pending = [("", "", tree)]
+    while pending:
+        guide, below, branch = pending.pop()
+        yield guide, escaped(branch.label), tuple(map(escaped, branch.columns))
+        last = len(branch.branches) - 1
+        pending += reversed(
+            [
+                (f"{below}└── ", f"{below}    ", one)
+                if index == last
+                else (f"{below}├── ", f"{below}│   ", one)
+                for index, one in enumerate(branch.branches)
+            ]
+        )
+
+
 def _aligned(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> Iterator[str]:
     """`rows` as lines, their cells under each other."""
-    widths: list[int] = []
-    for row in rows:
-        widths += [0] * (len(row) - len(widths))
-        # The first of a row that has no other cell may be as long as it is.
-        for column, cell in enumerate(row if len(row) > 1 else ()):
-            widths[column] = max(widths[column], len(cell))
+    widths = _widths(rows)
     for row in rows:
         cells = (
             f"{cell:>{widths[column]}}" if column in right else f"{cell:<{widths[column]}}"
             for column, cell in enumerate(row)
         )
         yield "  ".join(cells).rstrip()
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Characters of each column; a cell that is a row by itself may be longer."""
+    widths: list[int] = []
+    for row in rows:
+        widths += [0] * (len(row) - len(widths))
+        for column, cell in enumerate(row if len(row) > 1 else ()):
+            widths[column] = max(widths[column], len(cell))
+    return widths
 
 
 def _draw(blocks: Sequence[Block]) -> None:
@@ -122,7 +144,7 @@ def _draw(blocks: Sequence[Block]) -> None:
 
 
 def _draw_one(console: Console, block: Block) -> None:
-    from rich import box, table, text, tree
+    from rich import box, table, text
 
     if isinstance(block, Line):
         console.print(text.Text(escaped(block.text), style="bold" if block.strong else ""))
@@ -141,17 +163,12 @@ def _draw_one(console: Console, block: Block) -> None:
             drawn.add_row(*(text.Text(escaped(cell)) for cell in row))
         console.print(drawn)
     else:
-
-        def label(branch: Branch) -> Any:
-            drawn = text.Text(escaped(branch.label), style="" if branch.columns else "cyan")
-            for cell in branch.columns:
-                drawn.append(f"  {escaped(cell)}", style="dim")
-            return drawn
-
-        root = tree.Tree(label(block))
-        pending = [(root, block)]
-        while pending:
-            place, branch = pending.pop()
-            for one in branch.branches:
-                pending.append((place.add(label(one)), one))
-        console.print(root)
+        rows = list(_with_guides(block))
+        widths = _widths([(guide + label, *columns) for guide, label, columns in rows])
+        for guide, label, columns in rows:
+            line = text.Text(guide, style="dim")
+            line.append(f"{label:<{widths[0] - len(guide)}}", style="not dim" if columns else "not dim cyan")
+            for cell, width in zip(columns, widths[1:], strict=False):
+                line.append(f"  {cell:<{width}}", style="not dim")
+            line.rstrip()
+            console.print(line, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,7 +220,8 @@ def command(name: str, function: Callable[..., int | None]) -> Callable[..., int
         one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (own[1:] if takes_call else own)
     ] + added
     called.__name__ = function.__name__
-    called.__doc__ = function.__doc__
+    # A terminal breaks lines where it ends; those of the source would be broken once more.
+    called.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(function.__doc__ or ""))
     called.__annotations__ = {one.name: one.annotation for one in kept}
     called.__dict__["__signature__"] = inspect.Signature(kept)
     return called

@@ -266,10 +266,19 @@ def test_results_as_text_have_no_boxes_and_no_control_characters(a_command, caps
 
 def test_results_on_a_terminal_are_drawn_and_markup_is_not(a_command, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    tree = Branch("state", branches=[Branch("[red]weight\x1b", ("(2,)",))])
+    inner = Branch(
+        "model", branches=[Branch("[red]weight\x1b", ("(2,)", "int8")), Branch("b", ("()", "float32"))]
+    )
+    tree = Branch("state", branches=[inner, Branch("rng", ("list",))])
     assert a_command(lambda call: call.show({}, [tree, Table(("a",), [("[bold]1",)])]))() == 0
     out = capsys.readouterr().out
-    assert "└── [red]weight\\x1b" in out
+    assert out.splitlines()[:5] == [
+        "state",
+        "├── model",
+        "│   ├── [red]weight\\x1b  (2,)  int8",
+        "│   └── b                ()    float32",
+        "└── rng                  list",
+    ]
     assert "[bold]1" in out
 
 
