@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMMAND = "rankload"
 COMMANDS = (
     "inspect",
+    "find",
     "export",
     "cache",
     "demo",

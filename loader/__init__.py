@@ -31,6 +31,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .candidates.found import FoundCheckpoint
     from .errors import (
         AccessError,
         AlgorithmError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .options import LoadOptions
     from .reading import read
     from .receipt import Receipt
+    from .resuming import autoresume, find_checkpoints
     from .rng import capture_rng, gather_rng, restore_rng
     from .saving import save_checkpoint
     from .state import State
@@ -82,10 +84,12 @@ _HOME = {
         "TopologyError",
         "UnsafeError",
     ),
+    "candidates.found": ("FoundCheckpoint",),
     "journey": ("LoadResult", "load", "load_checkpoint"),
     "options": ("LoadOptions",),
     "reading": ("read",),
     "receipt": ("Receipt",),
+    "resuming": ("autoresume", "find_checkpoints"),
     "rng": ("capture_rng", "gather_rng", "restore_rng"),
     "saving": ("save_checkpoint",),
     "state": ("State",),
@@ -100,6 +104,7 @@ __all__ = [
     "CorruptError",
     "Event",
     "FormatError",
+    "FoundCheckpoint",
     "InternalError",
     "LayoutError",
     "LoadOptions",
@@ -118,7 +123,9 @@ __all__ = [
     "TimestampError",
     "TopologyError",
     "UnsafeError",
+    "autoresume",
     "capture_rng",
+    "find_checkpoints",
     "gather_rng",
     "load",
     "load_checkpoint",

@@ -161,6 +161,7 @@ def after_first_change(name: str, changed: Sequence[str] | None = None) -> Itera
         )
         if isinstance(error, RankloadError):
             partial.rank, partial.host = error.rank, error.host
+            partial.details["cause"] = type(error).__name__
         raise partial from error
 
 

@@ -35,6 +35,7 @@ from typing import Any
 from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
+from .candidates.found import FoundCheckpoint
 from .collector import without_collector
 from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
@@ -91,6 +92,7 @@ class LoadResult:
         step: the steps that were done when the checkpoint was saved: Composer's ``timestamp.batch``, DeepSpeed's
             ``global_steps``, Trainer's and torchtitan's counters, or an entry ``global_step``, ``step`` or
             ``iteration``. None where the checkpoint does not say, or says two things.
+        passed_over: what `autoresume` did not take, each with its reason; none of a `load`.
         epoch: in the same way ``timestamp.epoch``, or an entry ``epoch``, as whoever saved it counts them.
 
     ``print`` shows the receipt.
@@ -101,6 +103,7 @@ class LoadResult:
     extra: dict[str, Any]
     step: int | None = None
     epoch: int | None = None
+    passed_over: tuple[FoundCheckpoint, ...] = ()
 
     def __str__(self) -> str:
         return str(self.receipt)

@@ -18,8 +18,11 @@ from places import REPOSITORY
 PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
+    ("resuming",),
     ("journey", "reading", "saving", "exporting"),
-    ("inspection",),
+    ("finding",),
+    ("inspection", "prefetching"),
+    ("planning",),
     ("completeness",),
     ("alone",),
     ("opening",),
@@ -28,7 +31,7 @@ ROOMS = (
     ("context",),
     ("materialize",),
     ("formats",),
-    ("cache", "ranges"),
+    ("cache", "candidates", "ranges"),
     ("stores",),
     ("http",),
     ("saved",),
@@ -65,7 +68,7 @@ MAY_IMPORT_HEAVY_LATE = {
 }
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""
 WITH_TORCH = {
-    *MAY_IMPORT_HEAVY, "loader.journey", "loader.reading", "loader.fetch.parts",
+    *MAY_IMPORT_HEAVY, "loader.journey", "loader.reading", "loader.resuming", "loader.fetch.parts",
 }  # fmt: skip
 """What may have torch once it is imported. Everything else loads without: it reads, plans, lists and speaks."""
 LIGHT_IN_THERE = {
@@ -81,6 +84,7 @@ PUBLIC = {
     "CorruptError",
     "Event",
     "FormatError",
+    "FoundCheckpoint",
     "InternalError",
     "LayoutError",
     "LoadOptions",
@@ -99,7 +103,9 @@ PUBLIC = {
     "TimestampError",
     "TopologyError",
     "UnsafeError",
+    "autoresume",
     "capture_rng",
+    "find_checkpoints",
     "gather_rng",
     "load",
     "load_checkpoint",

@@ -79,6 +79,10 @@ class CheckpointFiles:
         return self.context.store.describe(self._located.name) if self.in_folder else self._first.source
 
     @property
+    def folder(self) -> str:
+        return "" if self._located.root is None else file_name(self._located.root)
+
+    @property
     def by_rank(self) -> bool:
         return bool(template_variables(self._path.template) & {"rank", "local_rank", "node_rank"})
 

@@ -28,6 +28,10 @@ class Files(Protocol):
         """Whether the checkpoint is a folder's files; their names are relative to it then, else names of objects."""
 
     @property
+    def folder(self) -> str:
+        """The own name of the folder that the path names; empty where it names a file, or one of DeepSpeed's tags."""
+
+    @property
     def by_rank(self) -> bool:
         """Whether the path names a file for each rank, or for each of a node's: `of_rank` gives their names."""
 

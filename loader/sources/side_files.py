@@ -11,6 +11,7 @@ those of ``transformers/trainer.py`` (5.x) and ``accelerate/checkpointing.py`` (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -27,6 +28,12 @@ from .base import Files
 from .single_file import by_class, rng_list
 
 _LARGEST_JSON = 64 << 20
+_TRAINERS = re.compile(r"checkpoint-\d+")
+"""How Trainer names its folders."""
+_TRAINERS_FIRST = ("training_args.bin", "rng_state_0.pth", "rng_state.pth")
+"""What it writes before the file that it writes last."""
+_ACCELERATES = ("pytorch_model", "pytorch_model_fsdp_0")
+"""The folders in which Accelerate has DeepSpeed and DCP save the model."""
 _NUMBERED = 8
 """How many files of a numbered kind are asked for at first; twice as many more, as long as all are there."""
 
@@ -84,13 +91,29 @@ def with_side_files(files: Files, demand: Demand, saved: Saved) -> Saved:
     there = files.beside([writer.marker for writer in _WRITERS], "look beside")
     writer = next((one for one in _WRITERS if one.marker in there), None)
     if writer is None:
-        return saved
+        return replace(saved, unfinished=_left_by_killed_save(files)) if demand.outline else saved
     wanted = [*writer.schedulers, writer.scaler, *writer.random_states, *writer.entries]
     if demand.optimizer and not saved.state.get("optimizers"):
         wanted += writer.optimizers
     found = _fetch(files, wanted, there)
     with files.stage("read beside"):
         return _joined(files, writer, found, demand, saved)
+
+
+def _left_by_killed_save(files: Files) -> tuple[str, ...]:
+    """What shows that a framework began to save the folder, and was killed before its last file. Every rank must call.
+
+    Both write the file by which their folders are known after the model and the optimizer.
+    """
+    if _TRAINERS.fullmatch(files.folder) and files.beside(_TRAINERS_FIRST, "look beside"):
+        return (
+            f"{files.folder} has no trainer_state.json, which Trainer writes last: the save was not finished",
+        )
+    if files.folder and any(part in _ACCELERATES for part in files.name.split("/")):
+        return (
+            f"{files.folder} has no random_states_0.pkl, which Accelerate writes last: the save was not finished",
+        )
+    return ()
 
 
 def _fetch(files: Files, names: Sequence[str], there: Mapping[str, NodeFile]) -> dict[str, NodeFile]:

@@ -1,7 +1,8 @@
 """The interface of a store: whole objects by name, in local files, http(s), fsspec's file systems or object stores.
 
-No store lists names: the caller derives them. Each maps every error of its backend to ``rankload.loader.errors``, with
-secrets taken out.
+What a load reads is found by names that are derived, so that stores that cannot list serve as well; `Store.entries`
+lists a folder for whoever looks for checkpoints in it. Each store maps every error of its backend to
+``rankload.loader.errors``, with secrets taken out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ class ObjectInfo:
     """Whether the store calls it a page, as servers answer to what is not there."""
     is_stream: bool = field(default=False, compare=False)
     """Whether the store tells neither its size nor that it does ranges: it has to come whole, by one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What lies directly in a folder."""
+
+    name: str
+    """Its own, without the folder's."""
+    is_folder: bool
+    size_bytes: int | None = None
+    """None for a folder, and where the store does not say."""
+    modified_s: float | None = None
+    """When it was last written, in seconds of the epoch; None where the store does not say."""
+    link: str | None = None
+    """What it links to, where it is a symbolic link, as the link has it."""
 
 
 class Store(Protocol):
@@ -91,6 +107,12 @@ class Store(Protocol):
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         """Checksums of the whole object that the store keeps; may send a request for them. Empty where that fails."""
+
+    def entries(self, name: str) -> list[Entry] | None:
+        """What lies directly in the folder `name`, in no order; None where the store cannot list.
+
+        Empty where there is no such folder. Raises `AccessError` where the store refuses.
+        """
 
     def nearby(self, name: str) -> str:
         """Sentences for a message on what lies at `name`, which is no checkpoint, or beside it; "" if not known."""

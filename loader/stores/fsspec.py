@@ -7,13 +7,14 @@ import os
 import re
 import threading
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from ..errors import CorruptError, NotFoundError, OptionError, UnsafeError
 from ..plurals import counted
 from ..redaction import redact_path, redact_text
 from ..store_errors import store_error
-from .base import ONE_CONNECTION, ObjectInfo, OnBytes, Store, path_scheme, path_schemes
+from .base import ONE_CONNECTION, Entry, ObjectInfo, OnBytes, Store, path_scheme, path_schemes
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
@@ -40,6 +41,8 @@ _VERSION_FIELDS = (
     "LastModified", "last_modified", "mtime", "modified", "created",
 )  # fmt: skip
 """What file systems call an object's version; the first one that is set counts."""
+_TIME_FIELDS = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
+"""What they call the time when it was last written."""
 
 
 class FsspecStore:
@@ -210,6 +213,20 @@ class FsspecStore:
             return ask_s3(self.files(), info.name, info.version)
         return self._sums.get(info, ())
 
+    def entries(self, name: str) -> list[Entry] | None:
+        folder = name.rstrip("/")
+        try:
+            self.files().invalidate_cache()
+            found = self.files().ls(folder, detail=True)
+        except NotImplementedError:
+            return None
+        except Exception as error:
+            mapped = store_error(error, self.describe(name))
+            if isinstance(mapped, NotFoundError):
+                return []
+            raise mapped from mapped.__cause__
+        return [_entry(one, folder) for one in found if _is_inside(one, folder)]
+
     def nearby(self, name: str) -> str:
         """Whether the bucket is there: one request."""
         bucket = name.split("/", 1)[0]
@@ -310,6 +327,35 @@ def _how_to_install(uri: str, error: ImportError) -> str:
             extra = _EXTRAS[scheme]
             return f"reading {scheme}:// needs a package that is missing; pip install 'rankload[{extra}]'"
     return f"a package that {schemes[0] if schemes else 'its protocol'}:// needs is missing: {error}"
+
+
+def _is_inside(found: Mapping[str, Any], folder: str) -> bool:
+    """Whether it lies in `folder`: some file systems list the folder itself, or a file of that name."""
+    own = str(found.get("name", "")).rstrip("/")
+    return own != folder and own != f"/{folder}" and own != folder.removeprefix("/")
+
+
+def _entry(found: Mapping[str, Any], folder: str) -> Entry:
+    is_folder = found.get("type") == "directory"
+    size = found.get("size")
+    return Entry(
+        str(found["name"]).rstrip("/").rpartition("/")[2],
+        is_folder,
+        size if isinstance(size, int) and not is_folder else None,
+        _seconds(next((found[key] for key in _TIME_FIELDS if found.get(key)), None)),
+    )
+
+
+def _seconds(time: Any) -> float | None:
+    """A time as file systems state it, in seconds of the epoch."""
+    if isinstance(time, str):
+        try:
+            time = datetime.fromisoformat(time.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if isinstance(time, datetime):
+        return time.timestamp()
+    return float(time) if isinstance(time, int | float) else None
 
 
 def _callback(meter: Meter) -> Any:

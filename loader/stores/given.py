@@ -12,7 +12,7 @@ from ..errors import CorruptError, NotFoundError, OptionError
 from ..redaction import redact_path
 from ..retries import TryAgainError, whole_attempts
 from ..store_errors import store_error
-from .base import ObjectInfo, OnBytes, Store
+from .base import Entry, ObjectInfo, OnBytes, Store
 from .local import within_limit
 from .sums import StoredSum
 from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
@@ -122,6 +122,9 @@ class GivenStore:
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return ()
+
+    def entries(self, name: str) -> list[Entry] | None:
+        return None
 
     def nearby(self, name: str) -> str:
         return ""  # such a store cannot list

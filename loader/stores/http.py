@@ -19,7 +19,7 @@ from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
 from ..retries import TryAgainError, whole_attempts
-from .base import ObjectInfo, OnBytes
+from .base import Entry, ObjectInfo, OnBytes
 from .local import within_limit
 from .names import child_of, url_link_targets
 from .sums import StoredSum, in_headers, in_linked
@@ -94,6 +94,9 @@ class HttpStore:
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return self._sums.get(info.name, ())
+
+    def entries(self, name: str) -> list[Entry] | None:
+        return None
 
     def nearby(self, name: str) -> str:
         return ""  # such a store cannot list

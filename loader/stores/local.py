@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from ..errors import AccessError, CorruptError, OptionError, RankloadError
 from ..store_errors import is_not_there, store_error
-from .base import ObjectInfo, OnBytes
+from .base import Entry, ObjectInfo, OnBytes
 from .sums import StoredSum
 from .transfer import receive
 
@@ -79,6 +79,15 @@ class LocalStore:
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
         return ()
 
+    def entries(self, name: str) -> list[Entry] | None:
+        try:
+            with os.scandir(name or os.curdir) as found:
+                return [entry for each in found if (entry := _entry(each)) is not None]
+        except OSError as error:
+            if is_not_there(error):
+                return []
+            raise _local_error(error, name) from error
+
     def nearby(self, name: str) -> str:
         from .nearby import local_nearby
 
@@ -120,6 +129,17 @@ def _local_error(error: OSError, name: str) -> RankloadError:
             path=name,
         )
     return store_error(error, name)
+
+
+def _entry(found: os.DirEntry[str]) -> Entry | None:
+    """None for what was removed meanwhile, and for a link to nothing."""
+    try:
+        known = found.stat()
+        link = os.readlink(found.path) if found.is_symlink() else None
+    except OSError:
+        return None
+    is_folder = stat.S_ISDIR(known.st_mode)
+    return Entry(found.name, is_folder, None if is_folder else known.st_size, known.st_mtime, link)
 
 
 def _copy(source: str, target: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ...errors import CorruptError, LayoutError
+from ...errors import CorruptError
 from ...saved.partitions import Slot
 from ...saved.regions import CoverageError, Run
 from ...saved.tensor import Piece, SavedTensor, Unread

@@ -1,0 +1,132 @@
+"""Finds the newest checkpoint of a run that is proven whole, in one process, and says why newer ones are not.
+
+    candidates   candidates.listing    what lies there, as far as names tell
+    order        _in_order             newest first, by step; an explicit pointer before them
+    proof        prove                 of each in turn, until one is proven: its outline is read, and completeness
+                                       compares the files that it consists of with what the store has
+
+Imports no torch. Not guaranteed: that no byte in the middle of a file is damaged: the load compares checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .alone import OUTLINE, OpenCheckpoint, open_alone
+from .candidates.found import FoundCheckpoint
+from .candidates.listing import Candidate, list_candidates
+from .completeness import faults_of
+from .errors import AccessError, RankloadError
+from .options import LoadOptions, Options, resolve_options
+from .request import as_path
+
+_SHOWN = 4
+"""Faults that a reason names."""
+
+
+def find(
+    path: str,
+    *,
+    object_store: Any = None,
+    options: Options | LoadOptions | Mapping[str, Any] | None = None,
+    run_name: str | None = None,
+    newest: bool = False,
+    every: bool = False,
+    skip: Mapping[str, str] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[FoundCheckpoint]:
+    """What is at `path`, in the order in which it would be taken: the first one that is proven is the one to take.
+
+    One process calls it.
+
+    Args:
+        path, object_store, options, run_name: as `candidates.listing.list_candidates` takes them.
+        newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
+        every: whether all are examined, also those after the first proven one.
+        skip: paths that are passed over whatever they hold, each with the reason.
+        progress: called after each step of the work.
+
+    Raises:
+        RankloadError: `AccessError` where the store refuses or cannot be reached: whether there is a checkpoint is not
+            known then. `TemplateError`, `OptionError` or `FormatError` for a path that means nothing.
+    """
+    resolved = options if isinstance(options, Options) else resolve_options(options)
+    given = list_candidates(as_path(path), object_store, resolved.storage_options, run_name=run_name)
+    progress()
+
+    def examine(one: Candidate) -> FoundCheckpoint | None:
+        found = prove(one, object_store=object_store, options=resolved)
+        progress()
+        return found
+
+    # Of a name that tells no step, the checkpoint itself must tell it before there is an order.
+    early = {one.path: examine(one) for one in given if one.step is None}
+    known = [one for one in given if one.path not in early or early[one.path] is not None]
+    steps = {path: found.step for path, found in early.items() if found is not None}
+    in_order = _in_order([replace(one, step=steps.get(one.path, one.step)) for one in known], newest=newest)
+    listed: list[FoundCheckpoint] = []
+    taken = False
+    for one in in_order:
+        if skip is not None and one.path in skip:
+            found: FoundCheckpoint | None = replace(_not_examined(one), proven=False, reason=skip[one.path])
+        elif one.path in early:
+            found = early[one.path]
+        else:
+            found = _not_examined(one) if taken and not every else examine(one)
+        if found is not None:
+            listed.append(found)
+            taken = taken or bool(found.proven)
+    return listed
+
+
+def _not_examined(one: Candidate) -> FoundCheckpoint:
+    return FoundCheckpoint(one.path, one.step, pointer=one.pointer, shown=one.shown)
+
+
+def _in_order(given: list[Candidate], *, newest: bool) -> list[Candidate]:
+    """Newest first by step; those without one last, by the time of their last write. A pointer's comes first."""
+
+    def age(one: Candidate) -> tuple[bool, int, float, str]:
+        return (one.step is not None, one.step or 0, one.modified_s or 0.0, one.path)
+
+    in_order = sorted(given, key=age, reverse=True)
+    if newest:
+        return in_order
+    return sorted(in_order, key=lambda one: not one.pointer)
+
+
+def prove(candidate: Candidate, *, object_store: Any = None, options: Options) -> FoundCheckpoint | None:
+    """Whether `candidate` is whole; None where it is no checkpoint, and its name claims none. One process calls it.
+
+    Raises `AccessError` where the store refuses to say or cannot be reached.
+    """
+    found = _not_examined(candidate)
+    if candidate.fault:
+        return replace(found, proven=False, reason=candidate.fault)
+    # What is there is looked at; nothing is compared that a load would have to fetch whole for it.
+    outline = replace(options, verify="off")
+    try:
+        with open_alone(candidate.path, OUTLINE, object_store=object_store, options=outline) as opened:
+            return _examined(found, opened)
+    except AccessError:
+        raise
+    except RankloadError as error:
+        if not candidate.surely and type(error).__name__ in ("NotFoundError", "FormatError"):
+            return None
+        return replace(found, proven=False, reason=error.message.removeprefix(f"{found.shown}: "))
+
+
+def _examined(found: FoundCheckpoint, opened: OpenCheckpoint) -> FoundCheckpoint:
+    saved = opened.saved
+    step = saved.step if saved.step is not None else found.step
+    found = replace(found, step=step, kind=saved.kind, world_size=saved.world_size)
+    faults = faults_of(opened)
+    reasons = [*map(str, faults[:_SHOWN]), *saved.unfinished]
+    if len(faults) > _SHOWN:
+        reasons.append(f"and {len(faults) - _SHOWN} more")
+    if not reasons:
+        return replace(found, proven=True)
+    missing = () if saved.unfinished else tuple(fault.file for fault in faults)
+    return replace(found, proven=False, reason="; ".join(reasons), missing=missing)
