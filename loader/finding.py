@@ -10,7 +10,9 @@ Imports no torch. Not guaranteed: that no byte in the middle of a file is damage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +23,13 @@ from .completeness import faults_of
 from .errors import AccessError, RankloadError
 from .options import LoadOptions, Options, resolve_options
 from .request import as_path
+from .stores.base import Store
+from .stores.locate import Located
+from .stores.manifest import find_manifests, key_of, known_sums
 
 _SHOWN = 4
 """Faults that a reason names."""
+_READ_BYTES = 4 << 20
 
 
 def find(
@@ -57,7 +63,7 @@ def find(
     progress()
 
     def examine(one: Candidate) -> FoundCheckpoint | None:
-        found = prove(one, object_store=object_store, options=resolved)
+        found = prove(one, object_store=object_store, options=resolved, progress=progress)
         progress()
         return found
 
@@ -97,7 +103,13 @@ def _in_order(given: list[Candidate], *, newest: bool) -> list[Candidate]:
     return sorted(in_order, key=lambda one: not one.pointer)
 
 
-def prove(candidate: Candidate, *, object_store: Any = None, options: Options) -> FoundCheckpoint | None:
+def prove(
+    candidate: Candidate,
+    *,
+    object_store: Any = None,
+    options: Options,
+    progress: Callable[[], None] = lambda: None,
+) -> FoundCheckpoint | None:
     """Whether `candidate` is whole; None where it is no checkpoint, and its name claims none. One process calls it.
 
     Raises `AccessError` where the store refuses to say or cannot be reached.
@@ -109,7 +121,7 @@ def prove(candidate: Candidate, *, object_store: Any = None, options: Options) -
     outline = replace(options, verify="off")
     try:
         with open_alone(candidate.path, OUTLINE, object_store=object_store, options=outline) as opened:
-            return _examined(found, opened)
+            return _examined(found, opened, progress)
     except AccessError:
         raise
     except RankloadError as error:
@@ -118,7 +130,9 @@ def prove(candidate: Candidate, *, object_store: Any = None, options: Options) -
         return replace(found, proven=False, reason=error.message.removeprefix(f"{found.shown}: "))
 
 
-def _examined(found: FoundCheckpoint, opened: OpenCheckpoint) -> FoundCheckpoint:
+def _examined(
+    found: FoundCheckpoint, opened: OpenCheckpoint, progress: Callable[[], None]
+) -> FoundCheckpoint:
     saved = opened.saved
     step = saved.step if saved.step is not None else found.step
     found = replace(found, step=step, kind=saved.kind, world_size=saved.world_size)
@@ -126,7 +140,49 @@ def _examined(found: FoundCheckpoint, opened: OpenCheckpoint) -> FoundCheckpoint
     reasons = [*map(str, faults[:_SHOWN]), *saved.unfinished]
     if len(faults) > _SHOWN:
         reasons.append(f"and {len(faults) - _SHOWN} more")
+    reasons = reasons or list(_other_than_listed(opened, progress))
     if not reasons:
         return replace(found, proven=True)
-    missing = () if saved.unfinished else tuple(fault.file for fault in faults)
+    missing = () if not faults or saved.unfinished else tuple(fault.file for fault in faults)
     return replace(found, proven=False, reason="; ".join(reasons), missing=missing)
+
+
+def _other_than_listed(opened: OpenCheckpoint, progress: Callable[[], None]) -> Iterator[str]:
+    """The local files that a manifest lists with another checksum, each as a sentence.
+
+    A save writes its manifest last, so that only a file which was written after it needs to be read: one of a later
+    save that did not end, or of a copy. Of remote files, the load compares those that it fetches whole.
+    """
+    files, store = opened.files, opened.files.context.store
+    if not store.is_local:
+        return
+    known = known_sums(find_manifests(store, files.located))
+    for name in map(files.object_of, opened.saved.files):
+        one = known.get(key_of(store, name))
+        if one is None or not _is_later(store, files.located, name, one.told_by):
+            continue
+        if _sha256(store.local_path(name), progress) != one.sha256:
+            yield (
+                f"{store.describe(name)} was written after {one.told_by}, which lists another checksum: its files are "
+                "of two saves"
+            )
+
+
+def _is_later(store: Store, located: Located, name: str, manifest: str) -> bool:
+    """Whether the file `name` was written after the manifest that lists it, as far as is known."""
+    folders = {os.path.dirname(name), located.name, located.root or located.name}
+    times = [
+        os.stat(path).st_mtime_ns
+        for path in (os.path.join(folder, manifest) for folder in folders)
+        if os.path.isfile(path)
+    ]
+    return not times or os.stat(store.local_path(name)).st_mtime_ns > max(times)
+
+
+def _sha256(path: str, progress: Callable[[], None]) -> bytes:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_READ_BYTES):
+            found.update(data)
+            progress()
+    return found.digest()

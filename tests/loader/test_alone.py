@@ -46,6 +46,7 @@ def test_the_outline_of_zero_reads_two_files_and_names_all(zero: Path, stage: in
         ("trainer-plain-w2/ckpt", "monolithic", 4, 6),
         ("accelerate-zero2-w2/ckpt", "deepspeed", 4, 6),
         ("dcp-fsdp2-w2/ckpt", "dcp", 3, 3),
+        ("lightning-mp-w2/ckpt", "dcp", 3, 4),
         ("rank-shards-w2", "rank-shards", None, 6),
         ("safetensors-sharded-index/ckpt", "sharded", None, None),
     ],

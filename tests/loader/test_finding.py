@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from places import DATA
 from rankload.loader import AccessError, FormatError, State, save_checkpoint
 from rankload.loader.candidates.found import FoundCheckpoint
 from rankload.loader.finding import find
+from rankload.loader.stores.manifest import manifest_of
 from torch import nn
 
 
@@ -123,6 +125,15 @@ def test_dcp_is_whole_once_its_metadata_is_there(tmp_path: Path) -> None:
     assert found[2].proven
 
 
+def test_lightning_writes_its_meta_last(tmp_path: Path) -> None:
+    for step in (10, 20):
+        shutil.copytree(DATA / "lightning-mp-w2" / "ckpt", tmp_path / f"epoch=0-step={step}.ckpt")
+    (tmp_path / "epoch=0-step=20.ckpt" / "meta.pt").unlink()
+    found = find(str(tmp_path))
+    assert "has no meta.pt, which Lightning writes last" in found[0].reason
+    assert taken(found).path.endswith("step=10.ckpt")
+
+
 def test_trainer_writes_its_state_last(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         shutil.copytree(DATA / "trainer-plain-w2" / "ckpt", tmp_path / f"checkpoint-{step}")
@@ -214,6 +225,30 @@ def test_our_own_saves_and_what_a_killed_one_leaves(tmp_path: Path) -> None:
     found = find(str(tmp_path))
     assert names(found) == ["step2.pt", "step1.pt"]
     assert taken(found).step == 2
+
+
+def test_a_manifest_decides_where_files_are_of_two_saves(tmp_path: Path) -> None:
+    """A DCP folder that was saved again, and killed: sizes fit, and the manifest is of the save before."""
+    for step in (10, 20):
+        folder = tmp_path / f"step-{step}"
+        shutil.copytree(DATA / "dcp-fsdp2-w2" / "ckpt", folder)
+        names = sorted(path.name for path in folder.iterdir())
+        sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        (folder / "SHA256SUMS").write_bytes(manifest_of(sums))
+    assert taken(find(str(tmp_path))).path.endswith("step-20")
+    part = tmp_path / "step-20" / "__1_0.distcp"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    later = (tmp_path / "step-20" / "SHA256SUMS").stat().st_mtime + 1
+    os.utime(part, (later, later))
+    found = find(str(tmp_path))
+    assert "__1_0.distcp was written after SHA256SUMS" in found[0].reason
+    assert taken(found).path.endswith("step-10")
+    # A copy may give every file a later time: what is the same stays whole.
+    same = tmp_path / "step-10" / "__0_0.distcp"
+    os.utime(same, (later, later))
+    assert taken(find(str(tmp_path))).path.endswith("step-10")
 
 
 def test_one_checkpoint_is_its_own_only_candidate(zero: Path) -> None:

@@ -53,11 +53,13 @@ class Dcp:
     def open(self, files: Files, demand: Demand) -> Saved:
         metadata = [files.first]
         beside: Mapping[str, Any] = {}
+        more: list[str] = []
         if not demand.weights_only:
-            more = files.existing(_names_beside(files.first.name))
-            fetched = files.fetch(more, "fetch beside")
-            metadata += [fetched[name] for name in more if name != _META]
+            there = files.existing(_names_beside(files.first.name))
+            fetched = files.fetch(there, "fetch beside")
+            metadata += [fetched[name] for name in there if name != _META]
             if _META in fetched:
+                more.append(_META)
                 with files.stage("read beside"):
                     beside = _beside(files, fetched[_META])
         with files.stage("read metadata"):
@@ -73,7 +75,17 @@ class Dcp:
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
             saved = _saved(files, folders, indexes, beside, demand)
-        return replace(saved, notes=_notes(files, folders[0], held), files=tuple(_set_of(folders)))
+        set_files = (*_set_of(folders), *map(SetFile, more))
+        unfinished = _without_meta(files) if demand.outline and _META not in more else ()
+        notes = _notes(files, folders[0], held)
+        return replace(saved, notes=notes, files=set_files, unfinished=unfinished)
+
+
+def _without_meta(files: Files) -> tuple[str, ...]:
+    """What shows that Lightning was killed between a folder's own files and the file beside them."""
+    if not files.folder.endswith(".ckpt"):
+        return ()
+    return (f"{files.folder} has no {_META}, which Lightning writes last: the save was not finished",)
 
 
 def _set_of(folders: list[_Folder]) -> Iterator[SetFile]:
