@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 COMMAND = "rankload"
 COMMANDS = (
     "inspect",
+    "verify",
     "find",
     "export",
+    "run",
     "cache",
     "demo",
 )  # fmt: skip
@@ -121,7 +123,9 @@ def version() -> str:
 
 def _add(place: typer.Typer, name: str, whole_name: str, function: Any, command: Any) -> None:
     settings = getattr(function, "context_settings", None)
-    place.command(name, epilog=EXIT_CODES, context_settings=settings)(command(whole_name, function))
+    kind = getattr(function, "command_class", None)
+    added = place.command(name, cls=kind, epilog=EXIT_CODES, context_settings=settings)
+    added(command(whole_name, function))
 
 
 def _say_version(wanted: bool) -> None:

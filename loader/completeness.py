@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from .alone import OpenCheckpoint
 from .errors import CorruptError, NotFoundError
@@ -48,6 +48,8 @@ class Fault:
     """As messages call it: its path or URI, without secrets."""
     reason: str
     """What is wrong with it, to follow the file's name: ``is not there``; what was expected, and what there is."""
+    state: Literal["missing", "short", "damaged"]
+    """``short``: it has fewer bytes than it must, or none; ``damaged``: its ends show that it is not whole."""
 
     def __str__(self) -> str:
         return f"{self.file} {self.reason}"
@@ -71,10 +73,10 @@ def faults_of(opened: OpenCheckpoint) -> tuple[Fault, ...]:
     with contextlib.closing(Connections()) as connections:
         found = ask_all(store, lambda each: fault_in(store, *each, connections), wanted)
         known = {key_of(store, name) for name, _ in wanted}
-        listed = {name: by for name, by in _listed(opened).items() if key_of(store, name) not in known}
+        listed = {name: by for name, by in listed_files(opened).items() if key_of(store, name) not in known}
         there = ask_all(store, lambda name: stat_surely(store, name), list(listed))
     absent = (
-        Fault(store.describe(name), f"is not there, and {by} lists it")
+        Fault(store.describe(name), f"is not there, and {by} lists it", "missing")
         for (name, by), info in zip(listed.items(), there, strict=True)
         if info is None
     )
@@ -89,20 +91,22 @@ def fault_in(store: Store, name: str, file: SetFile, connections: Connections) -
     shown = store.describe(name)
     info = stat_surely(store, name)
     if info is None:
-        return Fault(shown, "is not there")
+        return Fault(shown, "is not there", "missing")
     short = _short(info.size_bytes, file)
     if short is not None:
-        return Fault(shown, short)
+        return Fault(shown, short, "short")
     try:
         with open_bytes(store, info, connections) as data:
             if data is None:
                 return None
-            reason = _short(data.size_bytes, file) or (
-                None if file.least_bytes > 1 else _cut(data, shown)  # its index knows where it ends
-            )
+            short = _short(data.size_bytes, file)
+            if short is not None:
+                return Fault(shown, short, "short")
+            # Where its index knows how long it must be, its end tells no more.
+            cut = _cut(data, shown) if file.least_bytes == 1 else None
     except NotFoundError:
-        return Fault(shown, "is not there")
-    return None if reason is None else Fault(shown, reason)
+        return Fault(shown, "is not there", "missing")
+    return None if cut is None else Fault(shown, cut, "damaged")
 
 
 def stat_surely(store: Store, name: str) -> ObjectInfo | None:
@@ -179,7 +183,7 @@ def _check_tar(data: ObjectBytes, shown: str) -> None:
                 pass
 
 
-def _listed(opened: OpenCheckpoint) -> dict[str, str]:
+def listed_files(opened: OpenCheckpoint) -> dict[str, str]:
     """The objects that a manifest of the checkpoint's folder lists, each with the manifest's name.
 
     Of a manifest one folder up, where ``latest`` is, those beside it and those of this tag: others come and go.

@@ -19,7 +19,7 @@ PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
     ("resuming",),
-    ("journey", "reading", "saving", "exporting"),
+    ("journey", "reading", "saving", "exporting", "wholeness"),
     ("finding",),
     ("inspection", "prefetching"),
     ("planning",),

@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..errors import CorruptError, OptionError, UnsafeError
 from ..plurals import counted
@@ -49,13 +49,21 @@ class Expanded:
     or `MAX_EXPANSION` times its size, and `OptionError` where it is zstd and the package is missing.
     """
 
-    def __init__(self, path: str, kind: str, described: str, limit: int) -> None:
-        """`kind` is one of `COMPRESSED`; `described` is what messages call the file."""
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        described: str,
+        limit: int,
+        open_file: Callable[[str], BinaryIO] = lambda path: open(path, "rb"),
+    ) -> None:
+        """`kind` is one of `COMPRESSED`; `described` is what messages call the file, which `open_file` opens."""
         self._described = described
         self._kind = kind
         self._make = _decoder(kind, described)
-        self._file = open(path, "rb")  # noqa: SIM115
-        size = os.fstat(self._file.fileno()).st_size
+        self._file = open_file(path)
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
         self._limit = min(limit, max(SMALL, size * MAX_EXPANSION))
         self._decoder: _Decoder | None = self._make()
         self._pending = b""

@@ -59,6 +59,16 @@ class WholeChecks:
         """
         if self.verify == "off":
             return NOTHING
+        chosen, left_out = self.sums_of(store, info)
+        if chosen:
+            _compare(chosen, path, store.describe(info.name), on_bytes)
+        return Compared(tuple(one.label for one in chosen), left_out)
+
+    def sums_of(self, store: Store, info: ObjectInfo) -> tuple[list[StoredSum], tuple[str, ...]]:
+        """What the whole object is to be compared with: the fastest checksum of its store, and the manifest's.
+
+        Also those of the store's that cannot be computed, each with the reason, where there is no other of them.
+        """
         stored = fastest_first(store.stored_sums(info))
         usable = [one for one in stored if _can_compute(one)]
         chosen = usable[:1]
@@ -68,9 +78,7 @@ class WholeChecks:
             # Both are compared where the store's SHA-256 differs from the manifest's: one of them must be wrong.
             chosen = [one for one in chosen if (one.algorithm, one.value) != (listed.algorithm, listed.value)]
             chosen.append(listed)
-        if chosen:
-            _compare(chosen, path, store.describe(info.name), on_bytes)
-        return Compared(tuple(one.label for one in chosen), left_out)
+        return chosen, left_out
 
     def compare_in_place(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> Compared:
         """As `compare`, for a file that is used where it lies; reads it with ``verify="before"`` only.
@@ -117,7 +125,7 @@ def _why_not(one: StoredSum) -> str:
     return f"needs {' or '.join(packages_of(one.algorithm))}"
 
 
-class _Running:
+class RunningSum:
     """One checksum while bytes come: of the whole, or of the checksums of its parts (S3's multipart uploads)."""
 
     def __init__(self, stored: StoredSum) -> None:
@@ -154,7 +162,7 @@ class _Running:
 
 
 def _compare(chosen: list[StoredSum], path: str, described: str, on_bytes: OnBytes) -> None:
-    running = [_Running(one) for one in chosen]
+    running = [RunningSum(one) for one in chosen]
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while n_bytes := file.readinto(buffer):

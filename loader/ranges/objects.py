@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, cast
 
+from ..byte_ranges import ByteRange
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..http.connections import Connections
 from ..retries import whole_attempts
-from ..store_errors import is_not_there, store_error
-from ..stores.base import ObjectInfo, Store
+from ..store_errors import is_not_there
+from ..stores.base import ObjectInfo, OnBytes, Store
 from .base import RangeSource
+from .concurrency import Concurrency
+from .destinations import MemoryDestination
+from .engine import ObjectRead, read_ranges
 from .open import open_range_source
 
 _BUFFER_BYTES = 64 << 10
@@ -25,11 +29,19 @@ _BUFFER_BYTES = 64 << 10
 class ObjectBytes:
     """The bytes of one object, at one version where its store states any. Several threads may read."""
 
-    def __init__(self, described: str, size_bytes: int, fill: Callable[[int, memoryview], None]) -> None:
+    def __init__(
+        self,
+        described: str,
+        size_bytes: int,
+        fill: Callable[[int, memoryview], None],
+        source: RangeSource | None = None,
+    ) -> None:
         self.described = described
         """What messages call the object."""
         self.size_bytes = size_bytes
         self._fill = fill
+        self._source = source
+        self._concurrency = Concurrency()
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, all of which the object must have.
@@ -46,6 +58,20 @@ class ObjectBytes:
         self.read_into(start, memoryview(data))
         return bytes(data)
 
+    def read_much(self, start: int, view: memoryview, on_bytes: OnBytes) -> None:
+        """As `read_into`, for many bytes: over several connections at once. For one thread at a time.
+
+        `on_bytes` hears of them as they come (`stores.base.OnBytes`).
+        """
+        if self._source is None or not len(view):
+            self.read_into(start, view)
+            on_bytes(len(view))
+            return
+        wanted = ObjectRead(
+            self._source, [ByteRange(start, start + len(view))], MemoryDestination([(start, view)])
+        )
+        read_ranges([wanted], on_bytes, concurrency=self._concurrency)
+
     def as_file(self, buffer_bytes: int = _BUFFER_BYTES) -> BinaryIO:
         """The object as a file to read from, which is read `buffer_bytes` at a time at least."""
         return cast(BinaryIO, io.BufferedReader(_AsFile(self), buffer_bytes))
@@ -58,7 +84,7 @@ def open_bytes(store: Store, info: ObjectInfo, connections: Connections) -> Iter
     Raises `NotFoundError`, `AccessError`, or `CorruptError` where the object is no longer the one in `info`.
     """
     if store.is_local:
-        with _local(store.local_path(info.name)) as found:
+        with open_local(store.local_path(info.name)) as found:
             yield found
         return
     source = whole_attempts(lambda: open_range_source(store, info, connections))
@@ -68,7 +94,7 @@ def open_bytes(store: Store, info: ObjectInfo, connections: Connections) -> Iter
         yield None
         return
     try:
-        yield ObjectBytes(source.describe(), source.size_bytes, _filler(source))
+        yield ObjectBytes(source.describe(), source.size_bytes, _filler(source), source)
     finally:
         source.close()
 
@@ -81,7 +107,8 @@ def _filler(source: RangeSource) -> Callable[[int, memoryview], None]:
 
 
 @contextlib.contextmanager
-def _local(path: str) -> Iterator[ObjectBytes]:
+def open_local(path: str) -> Iterator[ObjectBytes]:
+    """The bytes of a file on this node. Raises `NotFoundError` or `AccessError`."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -95,7 +122,11 @@ def _local(path: str) -> Iterator[ObjectBytes]:
             try:
                 count = os.preadv(file, [view[done:]], start + done)
             except OSError as error:
-                raise store_error(error, path) from error
+                raise CorruptError(
+                    f"{path}: cannot be read at byte {start + done:,} ({error.strerror}): the disk may be failing; fetch "
+                    "the file again",
+                    path=path,
+                ) from error
             if not count:
                 raise CorruptError(
                     f"{path}: ends at byte {start + done:,}, expected more: it was cut short while it was read",
