@@ -91,7 +91,9 @@ def with_side_files(files: Files, demand: Demand, saved: Saved) -> Saved:
     there = files.beside([writer.marker for writer in _WRITERS], "look beside")
     writer = next((one for one in _WRITERS if one.marker in there), None)
     if writer is None:
-        return replace(saved, unfinished=_left_by_killed_save(files)) if demand.outline else saved
+        if not demand.outline:
+            return saved
+        return replace(saved, unfinished=(*saved.unfinished, *_left_by_killed_save(files)))
     wanted = [*writer.schedulers, writer.scaler, *writer.random_states, *writer.entries]
     if demand.optimizer and not saved.state.get("optimizers"):
         wanted += writer.optimizers
@@ -161,7 +163,7 @@ def _joined(
             f"{files.name} was saved by {counted(saved.world_size, 'rank')} and has random states of {len(ranks)}: the "
             "save was not finished",
         )
-        joined = replace(joined, unfinished=lost)
+        joined = replace(joined, unfinished=(*saved.unfinished, *lost))
     if not ranks:
         return joined
     rng = rng_list(ranks)
