@@ -84,4 +84,6 @@ def open_alone(
         error.rank = error.host = None
         raise
     if failure is not None:
+        if isinstance(failure, RankloadError):
+            failure.rank = failure.host = None
         raise failure

@@ -24,6 +24,8 @@ from .cache.node import NodeCache
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.rounds import Parts, WantedRanges, plan_round
 from .options import LoadOptions, Options
+from .planning.jobs import TargetName
+from .planning.loads import node_ranges
 
 _LOOK_S = 0.2
 """How often it is checked whether a load has come."""
@@ -58,20 +60,30 @@ class Prefetched:
 def prefetch(
     path: str | os.PathLike[str],
     *,
+    target: TargetName | None = None,
+    world_size: int = 1,
+    n_nodes: int = 1,
+    node_rank: int = 0,
     object_store: Any = None,
     options: Options | LoadOptions | Mapping[str, Any] | None = None,
     progress_bar: bool = False,
 ) -> Prefetched:
-    """Fetches all of the checkpoint at `path` into this node's cache, for the next load. One process of a node calls.
+    """Fetches the checkpoint at `path` into this node's cache, for the next load. One process of a node calls.
 
     Args:
         path: as `load` takes it. ``{rank}`` and its like stand for the files of every saved rank.
+        target: what the job restores into (`planning.jobs`): then what its ranks on this node restore is fetched, and
+            all of the checkpoint otherwise.
+        world_size: ranks of the job, as many on each node; with `target`.
+        n_nodes: nodes that they are on; with `target`.
+        node_rank: this node; with `target`.
         object_store: as `load` takes it.
         options: `LoadOptions`, or a mapping of its fields; those of the cache as the load will have them.
         progress_bar: whether the bytes are shown as they come.
 
     Raises:
-        RankloadError: as the beginning of a load, and `AccessError` where there is too little room on this node.
+        RankloadError: as the beginning of a load, and `AccessError` where there is too little room on this node. With
+            `target` also as `plan_load`.
     """
     with open_alone(
         path,
@@ -83,14 +95,16 @@ def prefetch(
     ) as opened:
         files = opened.files
         cache = files.context.cache
-        missing = _fetch_files(opened, cache)
+        missing: tuple[str, ...] = ()
+        if target is None:
+            missing = _fetch_files(opened, cache)
+            wanted = {file: [ByteRange(0, size)] for file, size in files.remote.known.sizes.items()}
+        else:
+            wanted = node_ranges(
+                opened, world_size=world_size, n_nodes=n_nodes, node=node_rank, target=target
+            )
         if not cache.given_over:
-            wanted = {
-                file: [ByteRange(0, size)]
-                for file, size in files.remote.known.sizes.items()
-                if cache.is_left(file)
-            }
-            _fetch_ranges(files, wanted)
+            _fetch_ranges(files, {file: ranges for file, ranges in wanted.items() if cache.is_left(file)})
         return _result(files, missing)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from bad_server import BadServer, Behaviour, Fault, bad_server
 from places import DATA, SUPPORT
 from processes import run_ranks
-from rankload.loader import MismatchError, NotFoundError, State, load
+from rankload.loader import MismatchError, NotFoundError, OptionError, State, load
 from rankload.loader.alone import open_alone
 from rankload.loader.cache import homes, records
 from rankload.loader.cache.holes import Landed
@@ -23,6 +22,7 @@ from rankload.loader.cache.node import NodeCache
 from rankload.loader.prefetching import prefetch
 from rankload.loader.stores.transfer import bytes_on_disk
 from wide_model import ALL_BYTES, a_module
+from zero_folders import unpack_zero
 
 SPOKEN = 64 << 10
 """What a load may still ask for: which version there is, and the first byte of each file."""
@@ -228,9 +228,7 @@ def test_what_has_no_version_is_not_kept(saved: bytes, cache: Path) -> None:
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
-    with tarfile.open(DATA / "deepspeed-zero1-w4.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
-    files = served_folder(tmp_path / "s1-w4", "/zero")
+    files = served_folder(unpack_zero(1, tmp_path), "/zero")
     del files["/zero/step3/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"]
     with bad_server(files) as server:
         found = prefetch(server.url("/zero"))
@@ -238,6 +236,21 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
         assert found.files == 4
         with pytest.raises(NotFoundError):
             prefetch(server.url("/nothing"))
+
+
+def test_of_a_node_what_its_ranks_restore(tmp_path: Path, cache: Path) -> None:
+    """Rank 1 of an engine's two has the second half of each parameter group."""
+    url_of = unpack_zero(1, tmp_path)
+    files = served_folder(url_of, "/zero")
+    with bad_server(files) as server:
+        of = {"target": "stage1", "world_size": 2, "n_nodes": 2}
+        found = prefetch(server.url("/zero"), **of, node_rank=1)
+        assert found.files == 4  # the model's, two of the optimizer's, and rank 0's, which tells the layout
+        server.sent.clear()
+        prefetch(server.url("/zero"), **of, node_rank=1)
+        assert sum(server.sent.values()) < SPOKEN
+        with pytest.raises(OptionError, match="node_rank=2"):
+            prefetch(server.url("/zero"), **of, node_rank=2)
 
 
 def test_of_a_local_path_there_is_nothing_to_fetch(cache: Path) -> None:

@@ -75,6 +75,8 @@ class BadServer:
         self.objects = objects
         self.asked: list[Asked] = []
         self.sent_bytes = 0
+        self.sent: dict[str, int] = {}
+        """Bytes of bodies, by path."""
         self.pause_s = 0.0
         """Slept after each 64 KiB."""
         self.ending = threading.Event()
@@ -147,9 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("If-Match")
         if served.checks_if_match and wanted is not None and wanted != served.etag:
             return self._head(412, {"Content-Length": "0"})
-        return self._serve(served, fault, match)
+        return self._serve(path, served, fault, match)
 
-    def _serve(self, served: Behaviour, fault: Fault, match: re.Match[str] | None) -> None:
+    def _serve(self, path: str, served: Behaviour, fault: Fault, match: re.Match[str] | None) -> None:
         status, start, stop = 200, 0, len(served.body)
         headers = {"ETag": served.etag, "Last-Modified": served.modified, **served.headers}
         if match is not None and served.has_ranges and not fault.whole:
@@ -167,17 +169,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {**headers, **fault.headers})
         end = stop if fault.send_only is None else start + fault.send_only
         with contextlib.suppress(OSError):
-            self._send(served.body[start:end], served.chunked and fault.send_only is None)
+            self._send(path, served.body[start:end], served.chunked and fault.send_only is None)
         if fault.send_only is not None:
             self._end(fault.ending)
         return None
 
-    def _send(self, body: bytes, chunked: bool) -> None:
+    def _send(self, path: str, body: bytes, chunked: bool) -> None:
         for start in range(0, len(body), 64 << 10):
             part = body[start : start + (64 << 10)]
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
             with self.owner.lock:
                 self.owner.sent_bytes += len(part)
+                self.owner.sent[path] = self.owner.sent.get(path, 0) + len(part)
             if self.owner.pause_s:
                 self.owner.ending.wait(self.owner.pause_s)
         if chunked:
