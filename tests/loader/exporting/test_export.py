@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as torch_dcp
 from awkward_model import Awkward
 from deepspeed_ranks import needs_deepspeed
 from every_kind import KINDS, copy_kind, serving
-from places import DATA
+from places import DATA, SUPPORT
 from rankload.loader.alone import EVERYTHING, open_alone
 from rankload.loader.exporting.export import Exported, export_checkpoint
 from safetensors import safe_open
@@ -517,6 +518,43 @@ def test_an_export_in_a_store_is_replaced_whole(tmp_path: Path) -> None:
         assert_equal({k: v for k, v in fresh.state_dict().items() if k != "head.weight"}, held("sharded"))
     finally:
         memory.rm("/export", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("replaces", "scheme", "to"),
+    [
+        (False, "", "safetensors"),
+        (True, "", "safetensors"),
+        (True, "", "dcp"),
+        (True, "disk://", "safetensors"),
+        (False, "disk://", "dcp"),
+    ],
+)
+def test_a_kill_at_any_step_leaves_nothing_or_a_whole_export(
+    replaces: bool, scheme: str, to: str, tmp_path: Path
+) -> None:
+    source, before = copy_kind("sharded", tmp_path), ""
+    if replaces:
+        before = str(tmp_path / "before")
+        other = Awkward(seed=8)
+        torch.save(other.state_dict(), tmp_path / "other.pt")
+        # Of other files, and of as many: those of the two would fit each other by their names.
+        export_checkpoint(tmp_path / "other.pt", before, to=to, max_shard_bytes=4000)
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "export_worker.py"), source, f"{scheme}{tmp_path}/out", to, before],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert len(outcomes) > 10
+    assert set(outcomes) <= {"old", "nothing", "new"}
+    # On this node an export before stays until the new one is on the disk; in a store it makes room first.
+    order = ["old", "nothing", "new"] if replaces else ["nothing", "new"]
+    assert outcomes == sorted(outcomes, key=order.index)
+    assert (outcomes.count("old") > 10) == (replaces and not scheme)
 
 
 def test_it_says_what_it_did(tmp_path: Path) -> None:
