@@ -18,6 +18,8 @@ DEADLINE_S = 120
 SAVE = {"plain": 0, "fsdp2": 0, "deepspeed": 1}
 RESUME = {"plain": 0, "fsdp2": 0, "deepspeed": 1}
 """Which block of the section each kind of job runs."""
+BY_ITSELF = 2
+"""The block that resumes by itself, and saves."""
 
 
 def blocks(section: str) -> list[str]:
@@ -103,6 +105,35 @@ def save_and_resume(folder: str, kind: str) -> None:
     assert train(job, 3) == expected
 
 
+def resume_by_itself(folder: str) -> None:
+    """One rank's part: a run begins, saves, and is begun again."""
+    import torch
+
+    os.chdir(folder)
+    Path("run").mkdir(exist_ok=True)
+    block = blocks("Resume")[BY_ITSELF]
+    job = make_job("plain", seed=0)
+    torch.manual_seed(10 + int(os.environ["RANK"]))
+    exec(block, names := {**job})
+    assert (names["result"], names["step"]) == (None, 0)
+    train(job, 3)
+    exec(block.splitlines()[-1], {**names, "step": 3})
+    expected = train(job, 3)
+
+    job = make_job("plain", seed=1)
+    exec(block, names := {**job})
+    assert names["step"] == 3
+    assert names["result"].receipt.not_restored == ()
+    assert train(job, 3) == expected
+
+
+def test_a_job_that_resumes_by_itself_goes_on_exactly(tmp_path: Path) -> None:
+    finished = run_ranks(
+        f"{__file__}:resume_by_itself", RANKS, args=(tmp_path,), deadline_s=DEADLINE_S, python=sys.executable
+    )
+    assert [rank.returncode for rank in finished] == [0] * RANKS, finished
+
+
 @pytest.mark.parametrize("kind", SAVE)
 def test_a_job_that_resumes_by_these_lines_goes_on_exactly(tmp_path: Path, kind: str) -> None:
     if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
@@ -120,4 +151,4 @@ def test_a_job_that_resumes_by_these_lines_goes_on_exactly(tmp_path: Path, kind:
 
 def test_every_block_is_run() -> None:
     assert len(blocks("Save")) == len(set(SAVE.values()))
-    assert len(blocks("Resume")) == len(set(RESUME.values()))
+    assert len(blocks("Resume")) == len({*RESUME.values(), BY_ITSELF})
