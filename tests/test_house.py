@@ -64,6 +64,7 @@ MAY_IMPORT_HEAVY_LATE = {
     "loader.state": {"torch"},
     "loader.targets": {"torch"},
     "loader.torch_modes": {"torch"},
+    "launch.elastic": {"torch"},
     "distributed": {"torch"},
 }
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""
