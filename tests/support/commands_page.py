@@ -67,6 +67,13 @@ def lose_a_file(server: str) -> None:
     os.unlink("run-1/step3/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt")
 
 
+def save_again_and_be_killed(server: str) -> None:
+    shutil.copytree("trainer/checkpoint-4", "trainer/checkpoint-8")
+    os.unlink("trainer/checkpoint-8/trainer_state.json")
+    shutil.copytree("trainer/checkpoint-4", "trainer/checkpoint-12")
+    os.truncate("trainer/checkpoint-12/model.safetensors", 1000)
+
+
 def load_into_cache(server: str) -> None:
     from rankload import read
 
@@ -95,6 +102,12 @@ EXAMPLES: tuple[Example, ...] = (
     ),
     Example("inspect run-2", "A path that is not there.", code=3),
     Example("inspect run-2 --json", "The same as JSON, on standard error.", code=3),
+    Example(
+        "find trainer",
+        "A run of Trainer whose last two saves were killed.",
+        save_again_and_be_killed,
+    ),
+    Example("find nothing", "Where a run would start cold, the exit code is 1.", code=1),
     Example("cache list --cache-dir cache", "What a load left, which had a `cache_size`.", load_into_cache),
     Example(
         "cache prune --cache-dir cache --cache-size 10KB",
