@@ -1,10 +1,10 @@
 """A DeepSpeed training job that saves and resumes, for any launcher.
 
-    torchrun --nproc-per-node 2 train.py --steps 4 --save out
-    torchrun --nproc-per-node 2 train.py --steps 2 --load out
+    rankload run --nproc-per-node 2 --resume out train.py --until 1000 --save out --save-every 100
 
-`--save` writes a DeepSpeed folder, or to a URI, with `save_checkpoint`; `--load` takes what `load_checkpoint` takes:
-that folder, `s3://bucket/run/ep1-rank{rank}.tar`, an http(s) URL ... Rank 0 prints each step's loss.
+Run again, it goes on from the newest checkpoint in `out` that is whole; the first time it starts cold. `--save` writes a
+DeepSpeed folder, or to a URI, with `save_checkpoint`. `--load` takes one checkpoint, as `load_checkpoint` takes it:
+`s3://bucket/run/ep1-rank{rank}.tar`, an http(s) URL ... Rank 0 prints each step's loss.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from rankload import State, load_checkpoint, restore_rng, save_checkpoint
+from rankload import State, autoresume, load_checkpoint, restore_rng, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 32
@@ -26,11 +26,15 @@ WIDTH = 32
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=str(HERE / "zero1.json"), help="DeepSpeed's configuration")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="how many to train")
+    parser.add_argument("--until", type=int, help="train until so many steps are done, with those before a restart")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="a folder, visible to all nodes, or a URI")
     parser.add_argument("--save-at", type=int, help="the step after which to save; the last one by default")
-    parser.add_argument("--load", help="a path, template or URL, as load_checkpoint takes it")
+    parser.add_argument("--save-every", type=int, help="save after each so many steps instead")
+    parser.add_argument(
+        "--load", help="a path, template or URL; by default what `rankload run --resume` names, if anything"
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     return parser.parse_args()
 
@@ -68,16 +72,20 @@ def main():
     torch.manual_seed(args.seed + 1 + rank)
     if args.load:
         rng_states = load_checkpoint(args.load, State(model=engine))
-        if rng_states is not None:
-            restore_rng(rng_states)
-    for _ in range(args.steps):
+    else:
+        result = autoresume(None, State(model=engine))
+        rng_states = None if result is None else result.rng_states
+    if rng_states is not None:
+        restore_rng(rng_states)
+    last = args.until or engine.global_steps + args.steps
+    while engine.global_steps < last:
         loss = train_step(engine)
+        step = engine.global_steps
         if rank == 0:
-            print(f"step {engine.global_steps} loss {loss!r}", flush=True)
-        if args.save and engine.global_steps == args.save_at:
+            print(f"step {step} loss {loss!r}", flush=True)
+        now = step % args.save_every == 0 if args.save_every else step == (args.save_at or last)
+        if args.save and now:
             save_checkpoint(args.save, State(model=engine))
-    if args.save and args.save_at is None:
-        save_checkpoint(args.save, State(model=engine))
     # Ranks end together: gloo may abort one whose peer is gone while it takes its connections down.
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

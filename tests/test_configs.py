@@ -1,4 +1,4 @@
-"""The launch examples in configs/, run as they are: torchrun, deepspeed, and Slurm with played commands."""
+"""The launch examples in configs/, run as they are: torchrun, deepspeed, mpirun, and Slurm with played commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import pytest
 from places import REPOSITORY
 from processes import INHERITED_LAUNCHERS, free_port
 from rankload.launch.children import end
+from rankload.launch.command_lines import is_open_mpi
 
 CONFIGS = REPOSITORY / "configs"
 DEADLINE_S = 120
 STEPS = 3
+OPEN_MPI = "--allow-run-as-root --oversubscribe --bind-to none"
+"""What Open MPI wants for two ranks, of any user, on a machine of any size."""
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -104,24 +107,28 @@ def check(said: str, whole: dict[int, str]) -> None:
 @needs_deepspeed
 def test_torchrun(trained, tmp_path):
     saved, whole = trained
+    check(run("torchrun.sh", "--until", STEPS + 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
+
+
+@needs_deepspeed
+def test_one_checkpoint_by_its_path(trained, tmp_path):
+    saved, whole = trained
     check(run("torchrun.sh", "--steps", 2, "--seed", 5, "--load", saved, cwd=tmp_path), whole)
 
 
 @needs_deepspeed
 def test_deepspeed_launcher(trained, tmp_path):
     saved, whole = trained
-    launcher = shutil.which("deepspeed", path=environment()["PATH"])
-    if launcher is None:
-        pytest.skip("the deepspeed command is not installed")
-    if " " in launcher:
-        # The kernel splits the command's first line at the space; the module is the same launcher.
-        command = tmp_path / "deepspeed"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m deepspeed.launcher.runner "$@"\n')
-        command.chmod(0o755)
-        environ = {"DEEPSPEED": str(command)}
-    else:
-        environ = {}
-    check(run("deepspeed.sh", "--steps", 2, "--seed", 5, "--load", saved, cwd=tmp_path, **environ), whole)
+    check(run("deepspeed.sh", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
+
+
+@needs_deepspeed
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_mpirun(trained, tmp_path):
+    saved, whole = trained
+    options = {"OPTIONS": OPEN_MPI} if is_open_mpi() else {}
+    said = run("mpi.sh", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved), **options)
+    check(said, whole)
 
 
 @needs_deepspeed
@@ -141,7 +148,8 @@ def test_slurm(trained, tmp_path):
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "PATH": str(commands) + os.pathsep + environment()["PATH"],
     }
-    check(run("slurm.sbatch", "--steps", 2, "--seed", 5, "--load", saved, cwd=tmp_path, **slurm), whole)
+    said = run("slurm.sbatch", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved), **slurm)
+    check(said, whole)
 
 
 @needs_deepspeed
@@ -162,7 +170,7 @@ def test_configurations_are_of_their_stage(stage):
     assert config["optimizer"]["params"]["torch_adam"] is True
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "mpi.sh", "slurm.sbatch"])
 def test_scripts_are_sound(script):
     assert os.access(CONFIGS / script, os.X_OK)
     checked = subprocess.run(
