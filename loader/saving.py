@@ -25,7 +25,6 @@ import posixpath
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from .stages import Stages
 from .state import PLAIN_PARTS, State, full_state_dict
 from .stores.fsspec import FsspecStore
 from .stores.local import LocalStore
-from .stores.locate import LATEST
+from .stores.locate import LATEST, LATEST_LIMIT
 from .stores.manifest import FOLDER_SUMS, manifest_of
 from .stores.open import open_store
 from .targets.deepspeed.ownership import engine_behind, is_part_of
@@ -60,6 +59,7 @@ from .writing.engine import (
 )
 from .writing.local import (
     check_room,
+    is_part_name,
     part_name,
     remove_parts,
     replace_file,
@@ -223,6 +223,12 @@ def _tag(tag: Any, engine: Any) -> str:
     parts = tag.split("/") if isinstance(tag, str) else [""]
     if any(part in ("", ".", "..") for part in parts) or "\\" in tag or not tag.isprintable():
         raise OptionError(f"tag is {tag!r}: expected the name of a folder inside the path, such as 'step3'")
+    if tag != tag.strip() or len(tag.encode()) > LATEST_LIMIT or tag == LATEST or is_part_name(tag):
+        # A load could not find it by latest, or a save would take it for what a killed one left.
+        raise OptionError(
+            f"tag is {tag[:80]!r}: expected a name without blanks at its ends, of at most {LATEST_LIMIT:,} bytes, "
+            f"which is not {LATEST!r} and does not end as temporary names do"
+        )
     return str(tag)
 
 
@@ -290,9 +296,14 @@ def _save_engine(save: _Save, rng: list[RngState], session: Session, stages: Sta
                         store.remove(store.join(target, FOLDER_SUMS))
             with stages.stage("sums"):
                 sums = _sum_files(save, part, mine, stages)
-            write_manifest = partial(_write_manifest, save, part)
-            channel.decide("manifest", sums, write_manifest)
+            sums_of_ranks = channel.gather("sums of ranks", sums)
+            with stages.stage("manifest"):
+                if rank == 0:
+                    _write_manifest(save, part, sums_of_ranks)
             if isinstance(store, LocalStore):
+                with stages.stage("manifests"):
+                    if session.topology.local_rank == 0 and rank != 0:
+                        _write_own_manifest(save, part, sums_of_ranks, session)
                 # Nodes with disks of their own each rename their own folder; elsewhere rank 0 has renamed the one.
                 for first in (rank == 0, rank != 0 and session.topology.local_rank == 0):
                     with stages.stage("names"), write_errors(target):
@@ -385,6 +396,16 @@ def _write_manifest(save: _Save, part: str, sums: list[dict[str, str]]) -> None:
         return
     with write_errors(part):
         write_small(os.path.join(part, FOLDER_SUMS), data)
+
+
+def _write_own_manifest(save: _Save, part: str, sums: list[dict[str, str]], session: Session) -> None:
+    """On a node with a disk of its own: the manifest of the files there, by which the next save knows a whole folder.
+
+    Where nodes share the folder, rank 0 has written it.
+    """
+    topology = session.topology
+    if os.path.isdir(part) and not os.path.exists(os.path.join(part, FOLDER_SUMS)):
+        _write_manifest(save, part, [sums[rank] for rank in topology.ranks_by_node[topology.node_rank]])
 
 
 def _write_latest(save: _Save) -> None:

@@ -88,7 +88,7 @@ FILE_SUFFIXES = (
     ".safetensors", ".distcp", ".json",
 )  # fmt: skip
 LATEST = "latest"
-_LATEST_LIMIT = 4096
+LATEST_LIMIT = 4096
 """Bytes of a ``latest`` file that are read: it holds a folder's name."""
 
 
@@ -252,7 +252,7 @@ def read_tag(store: Store, latest: str) -> str:
     """
     shown = store.describe(latest)
     try:
-        tag = store.read_small(latest, _LATEST_LIMIT).decode("utf-8-sig").strip()
+        tag = store.read_small(latest, LATEST_LIMIT).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise CorruptError(f"{shown} is not text: {error}", path=shown) from error
     if not tag:

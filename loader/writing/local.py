@@ -35,6 +35,11 @@ def part_name(name: str) -> str:
     return f"{name}.{uuid.uuid4().hex[:8]}.part"
 
 
+def is_part_name(name: str) -> bool:
+    """Whether `name` is one that `part_name` could have made."""
+    return _PART.search(name) is not None
+
+
 def remove_parts(folder: str, names: Collection[str]) -> None:
     """Removes what killed saves of the files `names` left in `folder`."""
     for path, plain in parts_in(folder):

@@ -154,6 +154,32 @@ def test_nodes_upload_an_engines_files_and_latest_comes_last(tmp_path: Path):
     assert max(last, key=lambda path: path.stat().st_mtime_ns).name == "latest"
 
 
+@pytest.mark.parametrize(
+    "tag", ["step3 ", "latest", "step3.0123abcd.part", "a" * 5000, "../step3", "a//b", ""]
+)
+def test_a_tag_that_no_load_would_find_is_refused(tag: str):
+    from rankload.loader.saving import _tag
+
+    with pytest.raises(OptionError, match="tag is"):
+        _tag(tag, None)
+
+
+@needs_deepspeed
+def test_nodes_with_disks_of_their_own_have_each_a_manifest_of_their_files(tmp_path: Path):
+    for node in (0, 1):
+        (tmp_path / f"disk{node}").mkdir()
+    finished = run_ranks(
+        f"{WORKER}:saves_on_own_disks", 2, args=[tmp_path], deadline_s=120, nodes=(1, 1), env=ENVIRONMENT
+    )
+    assert [rank.returncode for rank in finished] == [0, 0], finished
+    for node in (0, 1):
+        folder = tmp_path / f"disk{node}" / "run" / "step1"
+        listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+        there = set(os.listdir(folder)) - {"SHA256SUMS"}
+        assert there < listed if node == 0 else there == listed  # rank 0's has all files of the checkpoint
+        assert any(f"_rank_{node}_mp" in name for name in listed)
+
+
 def resumed_from(folder: Path, stage: int, point: str, world_size: int = 1) -> int:
     """The step that a job resumed from, which saves the next one and is killed at `point`; 0 where there was none."""
     finished = ranks("is_killed", world_size, folder, stage, point, fork=True)

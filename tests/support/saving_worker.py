@@ -153,6 +153,21 @@ def uploads(folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def saves_on_own_disks(folder: str) -> None:
+    """Each node is in a folder of its own, in which the same path is its own disk's."""
+    os.chdir(f"{folder}/disk{os.environ['GROUP_RANK']}")
+    start_deepspeed()
+    from zero_model import make_engine
+    from zero_model import train as train_engine
+
+    engine = make_engine(1, seed=3)
+    train_engine(engine, 1, RANK)
+    for _ in range(2):
+        assert save_checkpoint("run", State(engine), tag="step1") == "run/step1"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def is_killed(folder: str, stage: str, point: str) -> None:
     """Resumes from `folder`, trains a step, and saves it under one of two tags in turn; is killed at `point`."""
     from rankload.loader import saving
