@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 COMMAND = "rankload"
 COMMANDS = (
     "inspect",
+    "plan",
     "verify",
     "find",
+    "fetch",
     "export",
     "run",
     "cache",

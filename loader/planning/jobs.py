@@ -166,6 +166,23 @@ def job_of(outline: Saved, target: TargetName, world_size: int) -> Job:
     )
 
 
+def likeliest_target(outline: Saved) -> TargetName:
+    """The target of the job that saved: an engine of its stage (1 for both 1 and 2), shards, or a plain model."""
+    model = outline.state.get("model")
+    tensors = [
+        one for one in (model if isinstance(model, Mapping) else {}).values() if isinstance(one, SavedTensor)
+    ]
+    in_runs = any(_has_runs(one) for one in tensors)
+    if outline.data_parallel_size is not None:
+        masters = any(_has_runs(one) for one in outline.masters.values())
+        return "stage3" if in_runs else "stage1" if masters else "stage0"
+    return "fsdp2" if any(len(one.pieces) > 1 for one in tensors) else "plain"
+
+
+def _has_runs(tensor: SavedTensor) -> bool:
+    return any(isinstance(piece.region, Run) for piece in tensor.pieces)
+
+
 @dataclass(frozen=True)
 class _SavedOptimizer:
     states: Mapping[Any, Mapping[str, Any]]
@@ -233,7 +250,7 @@ def _numbered(
 
 def _is_parameter(name: str, tensor: SavedTensor, trained: set[str]) -> bool:
     """Whether a saved tensor is a parameter, as far as the checkpoint tells; otherwise it is a buffer."""
-    if name in trained or any(isinstance(piece.region, Run) for piece in tensor.pieces):
+    if name in trained or _has_runs(tensor):
         return True
     last = name.rpartition(".")[2]
     floating = tensor.dtype.startswith(("float", "bfloat"))

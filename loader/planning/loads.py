@@ -13,7 +13,6 @@ from typing import Any
 
 from ..alone import OUTLINE, OpenCheckpoint, open_alone
 from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
-from ..cache.folder import folder_of
 from ..cache.holes import Landed
 from ..errors import OptionError
 from ..fetch.checkpoint_files import CheckpointFiles
@@ -27,7 +26,7 @@ from ..ranges.concurrency import MOST
 from ..ranges.destinations import BUFFER_BYTES
 from ..saved.contents import Saved
 from ..sources.kinds import open_saved
-from .jobs import TARGETS, Job, TargetName, job_of
+from .jobs import TARGETS, Job, TargetName, job_of, likeliest_target
 from .nodes import Dealt, RankReads, deal, fetches, rank_reads
 from .recording import RankFiles
 from .restores import Restore, Slice, restore_of
@@ -131,7 +130,7 @@ def plan_load(
     *,
     world_size: int,
     n_nodes: int = 1,
-    target: TargetName = "plain",
+    target: TargetName | None = None,
     rank: int | None = None,
     object_store: Any = None,
     options: Options | LoadOptions | Mapping[str, Any] | None = None,
@@ -142,7 +141,7 @@ def plan_load(
         path: as `load` takes it.
         world_size: ranks of the job.
         n_nodes: nodes that they are on.
-        target: what the job restores into (`jobs`).
+        target: what the job restores into (`jobs`); None: what the job that saved it would.
         rank: the rank whose slices are listed; None: of none.
         object_store: as `load` takes it.
         options: `LoadOptions`, or a mapping of its fields; ``mode`` and ``verify`` count.
@@ -159,7 +158,7 @@ def plan_load(
         own = replace(resolved, cache_dir=folder, cache_size=0)
         with open_alone(path, OUTLINE, object_store=object_store, options=own) as opened:
             files = opened.files
-            job = job_of(opened.saved, target, world_size)
+            job = job_of(opened.saved, target or likeliest_target(opened.saved), world_size)
             seen = _Seen(files)
             ranks: list[RankReads] = []
             plans: list[RankPlan] = []
@@ -226,8 +225,8 @@ def _of_rank(
     return restore, reads, frozenset(recorder.asked)
 
 
-def _check(world_size: int, n_nodes: int, target: str, rank: int | None) -> None:
-    if target not in TARGETS:
+def _check(world_size: int, n_nodes: int, target: str | None, rank: int | None) -> None:
+    if target is not None and target not in TARGETS:
         raise OptionError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
     if world_size < 1 or n_nodes < 1 or world_size % n_nodes:
         raise OptionError(
@@ -351,10 +350,11 @@ def _plan(
 def _left(wanted: WantedRanges, seen: _Seen, files: CheckpointFiles) -> WantedRanges:
     """The ranges of files that are still to be fetched or read once their indexes are here."""
     known, local = files.remote.known, files.context.store.is_local
+    unpacked = os.path.join(files.context.cache.folder, "")
     return {
         path: list(subtract(ranges, seen.landed.get(path, ())))
         for path, ranges in wanted.items()
-        if (folder_of(path) is None if local else path in known)
+        if (not path.startswith(unpacked) if local else path in known)
     }
 
 

@@ -108,6 +108,18 @@ EXAMPLES: tuple[Example, ...] = (
         save_again_and_be_killed,
     ),
     Example("find nothing", "Where a run would start cold, the exit code is 1.", code=1),
+    Example(
+        "plan run-1 --world-size 2 --nodes 2 --target stage2 --rank 1",
+        "What a load of that folder by an engine on two nodes would do. Local files are read in place.",
+        most_lines=44,
+    ),
+    Example(
+        "plan {server}/dcp --world-size 4 --nodes 2",
+        "A DCP folder by HTTP, into the kind of job that saved it.",
+    ),
+    Example(
+        "fetch {server}/dcp --cache-dir cache", "Before a load: what it fetches is found by the first one."
+    ),
     Example("cache list --cache-dir cache", "What a load left, which had a `cache_size`.", load_into_cache),
     Example(
         "cache prune --cache-dir cache --cache-size 10KB",

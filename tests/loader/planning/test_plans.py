@@ -100,6 +100,8 @@ def test_nodes_share_ranks_evenly_and_add_up(zero: dict[int, Path]) -> None:
     assert [one.ranks for one in plan.nodes] == [(0, 1), (2, 3)]
     assert [one.node for one in plan.ranks] == [0, 0, 1, 1]
     assert sum(plan.by_file.values()) == plan.fetched_bytes == sum(one.fetched_bytes for one in plan.nodes)
+    # The optimizer's files of two saved ranks each, and the model's.
+    assert [len([one for one in node.files if one.fetched_bytes > 20_000]) for node in plan.nodes] == [3, 3]
     for node in plan.nodes:
         own = [plan.ranks[rank] for rank in node.ranks]
         kept = sum(one.weights_bytes + one.optimizer_bytes + one.staging_bytes for one in own)
