@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import FormatError, NotFoundError, RankloadError
+from ..errors import CorruptError, FormatError, NotFoundError, UnsafeError
+from ..redaction import redact_path
 from ..stores.base import Entry, Store
 from ..stores.locate import LATEST, read_tag
 from ..stores.names import child_of, is_url
@@ -55,7 +56,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder that was listed."""
+    """A folder, and what is in it."""
 
     store: Store
     name: str
@@ -63,6 +64,8 @@ class _Folder:
     path: str
     """For `load`, without a slash at its end."""
     entries: Mapping[str, Entry]
+    listed: bool
+    """Whether the store could list it; else what is in it is not known."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -92,21 +95,23 @@ def list_candidates(
     """What may be the checkpoints of a run, in no order; empty where there is nothing. One process calls it.
 
     Args:
-        path: a folder of checkpoints, or one checkpoint; or a template with ``{rank}``, whose last part may have ``*``
-            for what differs between checkpoints: ``run/ep*-ba*-rank{rank}.pt``.
+        path: a folder of checkpoints, or one checkpoint; or a template with ``{rank}``. One part of it may have ``*``
+            for what differs between checkpoints: ``run/ep*-ba*-rank{rank}.pt``, ``run/global_step_*/actor``.
         object_store, storage_options: as `load` takes them.
         run_name: stands for ``{run_name}``.
 
     Raises:
-        RankloadError: `AccessError` where the store refuses to list, or cannot be reached; `TemplateError` or
-            `OptionError` for a path that means nothing.
+        RankloadError: `AccessError` where the store refuses to list, or cannot be reached; `TemplateError`,
+            `FormatError` or `OptionError` for a path that means nothing.
     """
     by_rank = bool(template_variables(path) & _RANK_VARIABLES)
     plain = expand_path(path, rank=0, local_rank=0, node_rank=0, run_name=run_name)
     store, name = open_store(plain, object_store, storage_options)
     try:
+        if "*" in path and not (store.is_local and os.path.lexists(name)):
+            return _of_pattern(path, object_store, storage_options, run_name)
         if by_rank:
-            return _of_folder_for_each(store, path, name) or _of_template(store, path, name, run_name)
+            return _of_folder_for_each(store, path, name) or _of_template(store, path, name)
         return _of_path(store, escaped(plain) if not is_url(plain) else plain, name)
     finally:
         store.close()
@@ -114,7 +119,7 @@ def list_candidates(
 
 def _of_folder_for_each(store: Store, template: str, name: str) -> list[Candidate]:
     """What is in the first rank's folder, where the template names a folder: each node's own disk, say."""
-    entries = None if "*" in template else store.entries(name)
+    entries = store.entries(name)
     return _of_folder(_folder(store, name, template, entries)) if entries else []
 
 
@@ -128,21 +133,17 @@ def _of_path(store: Store, path: str, name: str) -> list[Candidate]:
     return _of_folder(_folder(store, name, path, entries))
 
 
-def _folder(store: Store, name: str, path: str, entries: Iterable[Entry]) -> _Folder:
-    return _Folder(
-        store, name.rstrip("/") or name, path.rstrip("/") or path, {one.name: one for one in entries}
-    )
+def _folder(store: Store, name: str, path: str, entries: Iterable[Entry] | None) -> _Folder:
+    held = {one.name: one for one in entries or ()}
+    return _Folder(store, name.rstrip("/") or name, path.rstrip("/") or path, held, entries is not None)
 
 
 def _by_pointer(store: Store, path: str, name: str) -> list[Candidate]:
     """Where nothing can be listed: what ``latest`` names, else the path itself."""
-    folder = _folder(store, name, path, ())
-    pointed = _latest(folder) if Probes(store).exists(store.join(name, LATEST)) else None
-    return (
-        [pointed]
-        if pointed is not None
-        else [Candidate(path, store.describe(name), step_of(name), surely=False)]
-    )
+    pointed = _latest(_folder(store, name, path, None))
+    if pointed is not None:
+        return [pointed]
+    return [Candidate(path, store.describe(name), step_of(posixpath.basename(name)), surely=False)]
 
 
 def _of_folder(folder: _Folder) -> list[Candidate]:
@@ -173,8 +174,10 @@ def _is_run(folder: _Folder) -> bool:
 
 def _inside(folder: _Folder) -> Iterator[Candidate]:
     """The candidates directly in a folder: other folders, files, and files of each rank."""
-    pointers = dict(_pointers(folder))
-    seen = set()
+    latest = _latest(folder)
+    pointers = dict(_links(folder))
+    if latest is not None and not latest.fault:
+        pointers[latest.path.removeprefix(f"{folder.path}/")] = LATEST
     sets: dict[tuple[str, str], list[int]] = {}
     for name, entry in folder.entries.items():
         if entry.link is not None and _link_target(folder, entry) is not None:
@@ -182,8 +185,7 @@ def _inside(folder: _Folder) -> Iterator[Candidate]:
         if entry.is_folder:
             made = _of_subfolder(folder, name)
             if made is not None:
-                seen.add(name)
-                yield replace(made, pointer=pointers.get(name, ""))
+                yield replace(made, pointer=pointers.pop(escaped(name), ""))
             continue
         if not is_checkpoint_file(name):
             continue
@@ -191,22 +193,18 @@ def _inside(folder: _Folder) -> Iterator[Candidate]:
         if ranked is not None:
             sets.setdefault((ranked.before, ranked.after), []).append(ranked.rank)
             continue
-        yield folder.candidate(name, pointer=pointers.get(name, ""))
+        yield folder.candidate(name, pointer=pointers.get(escaped(name), ""))
     for (before, after), ranks in sets.items():
         first = OfRank(before, 0, after)
-        pointer = pointers.get(first.name, "")
+        one = folder.candidate(first.name, pointer=pointers.get(escaped(first.name), ""))
         if 0 not in ranks:
-            yield folder.candidate(first.name, pointer=pointer, fault=f"{first.name} is not there")
+            yield replace(one, fault=f"{first.name} is not there")
         elif len(ranks) > 1 or ".tar" in after:
-            one = folder.candidate(first.name, pointer=pointer)
             yield replace(one, path=_joined(folder.path, first.template))
         else:
-            yield folder.candidate(first.name, pointer=pointer)
-    latest = _latest(folder) if LATEST in folder.names else None
-    if latest is not None and "/" in latest.path.removeprefix(f"{folder.path}/"):
-        yield latest  # a tag below another folder, which was not listed
-    elif latest is not None and latest.path.rpartition("/")[2] not in map(escaped, seen):
-        yield latest
+            yield one
+    if latest is not None and (latest.fault or LATEST in pointers.values()):
+        yield latest  # it names nothing that is there, or a tag below another folder, which was not listed
 
 
 def _of_subfolder(folder: _Folder, name: str) -> Candidate | None:
@@ -223,21 +221,19 @@ def _of_subfolder(folder: _Folder, name: str) -> Candidate | None:
     return folder.candidate(name, surely=False)
 
 
-def _pointers(folder: _Folder) -> Iterator[tuple[str, str]]:
-    """What is pointed at by name, each with the name of the pointer: links, and DeepSpeed's ``latest``."""
+def _links(folder: _Folder) -> Iterator[tuple[str, str]]:
+    """What links point at, each with the link's name; of the links of several ranks, what the first one's does."""
     for name, entry in folder.entries.items():
+        ranked = of_rank(name)
+        if ranked is not None and ranked.rank != 0:
+            continue
+        target = None
         if entry.link is not None:
             target = _link_target(folder, entry)
-            if target is not None and (of_rank(name) or OfRank("", 0, "")).rank == 0:
-                yield target, name
-        elif name.endswith(SUFFIX) and (of_rank(name) or OfRank("", 0, "")).rank == 0:
+        elif name.endswith(SUFFIX):
             target = _text_target(folder, name)
-            if target is not None:
-                yield target, name
-    if LATEST in folder.names and not folder.entries[LATEST].is_folder:
-        latest = _latest(folder)
-        if latest is not None and not latest.fault:
-            yield latest.path.removeprefix(f"{folder.path}/"), LATEST
+        if target is not None:
+            yield escaped(target), name
 
 
 def _link_target(folder: _Folder, entry: Entry) -> str | None:
@@ -250,65 +246,94 @@ def _link_target(folder: _Folder, entry: Entry) -> str | None:
 
 def _text_target(folder: _Folder, name: str) -> str | None:
     """The entry that a ``.symlink`` object names, relative to its bucket or its folder."""
+    link = folder.store.join(folder.name, name)
     try:
-        text = (
-            folder.store.read_small(folder.store.join(folder.name, name), MAX_TEXT)
-            .decode("utf-8-sig")
-            .strip()
-        )
-    except (RankloadError, UnicodeDecodeError):
+        text = folder.store.read_small(link, MAX_TEXT).decode("utf-8-sig").strip()
+    except (CorruptError, NotFoundError, UnicodeDecodeError):
         return None
     target = posixpath.basename(text)
     return target if target in folder.entries else None
 
 
 def _latest(folder: _Folder) -> Candidate | None:
-    """What DeepSpeed's ``latest`` names; with its fault where that is no name."""
+    """What DeepSpeed's ``latest`` names, with its fault where that is no name; None where there is none.
+
+    Raises `AccessError` where the store refuses to say.
+    """
+    entry = folder.entries.get(LATEST)
+    if folder.listed and (entry is None or entry.is_folder):
+        return None
     latest = folder.store.join(folder.name, LATEST)
+    if not folder.listed and not Probes(folder.store).exists(latest):
+        return None
     try:
         tag = read_tag(folder.store, latest)
     except NotFoundError:
         return None
-    except RankloadError as error:
+    except (CorruptError, UnsafeError) as error:
         return folder.candidate(LATEST, fault=error.message)
     return folder.candidate(tag, pointer=LATEST)
 
 
-def _of_template(store: Store, template: str, name: str, run_name: str | None) -> list[Candidate]:
-    """The sets of files that a template names; ``*`` stands for what differs between them."""
+def _of_template(store: Store, template: str, name: str) -> list[Candidate]:
+    """The set of files that a template names, and the others beside it: a pointer's own run goes on with them."""
     before, slash, last = template.rpartition("/")
-    if "*" in before:
-        raise FormatError(f"{template!r}: '*' may stand in the last part of the path alone", path=template)
-    folder_name = name.rpartition("/")[0]
-    entries = store.entries(folder_name)
+    entries = store.entries(name.rpartition("/")[0])
+    named = Candidate(template, store.describe(name), step_of(last), surely=False)
     if entries is None:
-        if "*" in last:
-            raise FormatError(
-                f"{store.describe(name)}: this store cannot list, so that '*' finds nothing: name the files, such as "
-                "latest-rank{rank}.pt",
-                path=store.describe(name),
-            )
-        return [Candidate(template, store.describe(name), step_of(last), surely=False)]
-    folder = _folder(store, folder_name, f"{before}{slash}", entries)
-    wanted = expand_path(last, rank=0, local_rank=0, node_rank=0, run_name=run_name)
+        return [named]
+    folder = _folder(store, name.rpartition("/")[0], f"{before}{slash}", entries)
     found = {one.shown: one for one in _inside(folder)}
+    entry = folder.entries.get(posixpath.basename(name))
+    if entry is None:
+        return list(found.values())
+    target = _link_target(folder, entry) if entry.link is not None else None
+    if target is None:
+        made = replace(found.get(named.shown, named), path=template, surely=True)
+    else:
+        # The files of one save, not links of each rank, which a killed save may have left at two of them.
+        of_save = folder.candidate(target, pointer=entry.name)
+        made = found.get(of_save.shown, replace(of_save, path=template))
+    return [made, *(one for shown, one in found.items() if shown != made.shown)]
+
+
+def _of_pattern(
+    path: str, object_store: Any, storage_options: Mapping[str, Any] | None, run_name: str | None
+) -> list[Candidate]:
+    """What fits a path of which one part has ``*``."""
+    parts = path.split("/")
+    at = next(number for number, part in enumerate(parts) if "*" in part)
+    before, part, rest = "/".join(parts[:at]), parts[at], "/".join(parts[at + 1 :])
+    if "*" in rest:
+        raise FormatError(
+            f"{redact_path(path)!r}: '*' may stand in one part of the path alone", path=redact_path(path)
+        )
+
+    def first(text: str) -> str:
+        return expand_path(text, rank=0, local_rank=0, node_rank=0, run_name=run_name) if text else text
+
+    store, name = open_store(
+        first(before) or ("/" if path.startswith("/") else "."), object_store, storage_options
+    )
+    entries = store.entries(name)
+    if entries is None:
+        raise FormatError(
+            f"{store.describe(name)}: this store cannot list, so that '*' finds nothing: name the files, such as "
+            "latest-rank{rank}.pt",
+            path=store.describe(name),
+        )
+    folder = _folder(store, name, f"{before}/" if at else "", entries)
     made: dict[str, Candidate] = {}
     for entry in entries:
-        if not fnmatch.fnmatchcase(entry.name, wanted):
+        if not fnmatch.fnmatchcase(entry.name, first(part)) or (rest and not entry.is_folder):
             continue
-        target = _link_target(folder, entry) if entry.link is not None else None
-        own = folder.candidate(target or entry.name, pointer=entry.name if target is not None else "")
-        ranked = of_rank(target or entry.name)
+        ranked = of_rank(entry.name) if "{rank" in part or "<rank>" in part else None
+        own = folder.candidate(f"{entry.name}/{first(rest)}" if rest else entry.name)
         of_all = ranked.template if ranked is not None else escaped(entry.name)
-        path = template if "*" not in wanted else _joined(folder.path, of_all)
-        # The files of one save, not links of each rank, which a killed save may have left at two of them.
-        made[own.shown] = found.get(own.shown) or replace(own, path=path)
-        if target is None and own.shown in found:
-            made[own.shown] = replace(found[own.shown], path=path)
-    if "*" in wanted:
-        return list(made.values())
-    # A pointer's own run goes on with what lies beside it.
-    return [*made.values(), *(one for shown, one in found.items() if shown not in made)]
+        child = f"{of_all}/{rest}" if rest else of_all
+        made[own.path] = replace(own, path=_joined(folder.path, child), step=step_of(entry.name))
+    links = dict(_links(folder))
+    return [replace(one, pointer=links.get(path.rpartition("/")[2], "")) for path, one in made.items()]
 
 
 def _joined(path: str, child: str) -> str:

@@ -25,7 +25,7 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 _EPOCH = re.compile(r"(?:^|[^a-z])ep(?:och)?[-_=]?(\d{1,18})(?![0-9])", re.IGNORECASE)
-_RANK = re.compile(r"(?P<before>.*[-_.]rank[-_]?)(?P<rank>\d{1,9})(?P<after>(?:\D.*)?)", re.DOTALL)
+_RANK = re.compile(r"(?P<before>(?:.*[-_.])?rank[-_]?)(?P<rank>\d{1,9})(?P<after>(?:\D.*)?)", re.DOTALL)
 _SUFFIXES = tuple(end for end in FILE_SUFFIXES if end not in (".json", ".distcp", ".symlink"))
 _WEIGHTS = (".safetensors", ".bin")
 """Ends of the names of files from which no run goes on: they have weights alone."""

@@ -204,6 +204,19 @@ def test_composers_links_in_a_store_without_links(tmp_path: Path) -> None:
     store.rm(folder, recursive=True)
 
 
+def test_a_pattern_in_the_middle_of_a_path(tmp_path: Path) -> None:
+    """As verl saves: a folder for each step, and in it one for each model."""
+    for step in (10, 20):
+        shutil.copytree(DATA / "rank-shards-w2", tmp_path / f"global_step_{step}" / "actor")
+        (tmp_path / f"global_step_{step}" / "critic").mkdir()
+    (tmp_path / "global_step_20" / "actor" / "model_world_size_2_rank_1.pt").unlink()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    found = find(f"{tmp_path}/global_step_*/actor")
+    assert [one.path for one in found] == [f"{tmp_path}/global_step_{step}/actor" for step in (20, 10)]
+    assert "model_world_size_2_rank_1.pt" in found[0].reason
+    assert taken(found).step == 10
+
+
 def test_files_of_scripts_and_lightning_by_what_they_tell_themselves(tmp_path: Path) -> None:
     for name, step in (("last.ckpt", 30), ("epoch=0-step=10.ckpt", 10), ("epoch=1-step=20.ckpt", 20)):
         weights = nn.Linear(2, 2).state_dict()
@@ -277,8 +290,10 @@ def test_nothing_and_what_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "logs").mkdir()
     assert find(str(tmp_path)) == []
-    with pytest.raises(FormatError, match="last part"):
-        find(str(tmp_path / "*" / "rank{rank}.pt"))
+    with pytest.raises(FormatError, match="one part of the path alone"):
+        find(str(tmp_path / "*" / "*-rank{rank}.pt"))
+    with pytest.raises(FormatError, match="cannot list"):
+        find("https://example.com/run/*.pt")
     with counting_server({"/run/latest": Served(b"", status=403)}) as server, pytest.raises(AccessError):
         find(server.url("/run"))
 
