@@ -66,8 +66,8 @@ def find_checkpoints(
     Every rank of the job must call it, with the same arguments; a script without a job may too.
 
     Args:
-        path: a folder in which a run keeps its checkpoints, or one checkpoint, or a template with ``{rank}``; one part of
-            it may have ``*``. A local path or any URI. None: what the variable ``RANKLOAD_RESUME`` names.
+        path: a folder in which a run keeps its checkpoints, or one checkpoint, or a template with ``{rank}``; one part
+            of it may have ``*``. A local path or any URI. None: what the variable ``RANKLOAD_RESUME`` names.
         object_store: as `load` takes it.
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
         every: whether all are examined, also those after the first proven one.
