@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "verify",
+    "diff",
     "find",
     "fetch",
     "export",

@@ -19,7 +19,7 @@ PACKAGES = ("distributed", "loader", "launch")
 MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
 ROOMS = (
     ("resuming",),
-    ("journey", "reading", "saving", "exporting", "wholeness"),
+    ("journey", "reading", "saving", "exporting", "wholeness", "comparing"),
     ("finding",),
     ("inspection", "prefetching"),
     ("planning",),
@@ -53,6 +53,7 @@ MAY_IMPORT_HEAVY = {
     "loader.exporting": {"torch"},
     "loader.rng": {"torch", "numpy"},
     "loader.saving": {"torch"},
+    "loader.comparing": {"torch"},
     "launch.demo_fixture": {"torch"},
     "launch.demo_model": {"torch", "numpy"},
     "launch.demo_train": {"torch"},
@@ -75,6 +76,7 @@ WITH_TORCH = {
 LIGHT_IN_THERE = {
     "loader.verify.joint", "loader.targets.deepspeed.shared_memory", "loader.targets.deepspeed.weight_regions",
     "loader.materialize.safe_types", "loader.materialize.storages", "loader.targets.algorithms",
+    "loader.comparing.leaves", "loader.comparing.results",
 }  # fmt: skip
 """Modules of those rooms that load without it all the same."""
 PUBLIC = {
