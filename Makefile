@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-commands docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp clean
+.PHONY: demo docs-commands docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -55,9 +55,10 @@ servers: $(SERVERS)
 check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .cache/rankload && mkdir -p .cache/rankload
-	ln -s ../../rankload/__init__.py ../../rankload/__main__.py ../../rankload/py.typed ../../distributed ../../loader ../../launch \
-		.cache/rankload/
+	rm -rf .cache/rankload && mkdir -p .cache/rankload/launch
+	ln -s ../../rankload/__init__.py ../../rankload/__main__.py ../../rankload/py.typed ../../distributed ../../loader \
+		../../launch/integrations .cache/rankload/
+	ln -s $$(ls -d launch/* | grep -v integrations | sed 's|^|../../../|') .cache/rankload/launch/
 	MYPYPATH=.cache $(BIN)/mypy --strict -p rankload
 
 bench: $(STAMP)
@@ -77,6 +78,11 @@ bench-checksums: $(SERVERS)
 
 bench-dcp: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.dcp --write docs/benchmarks.md
+
+# The second takes 40 GB on the disk of TMPDIR for a while.
+bench-export: $(STAMP)
+	$(RUN) $(BIN)/python -m benchmarks.export --write docs/benchmarks.md
+	$(RUN) $(BIN)/python -m benchmarks.export --sparse 20 --write docs/benchmarks.md
 
 # What the commonest mistakes are answered with, made by running each: a section of docs/errors.md.
 docs-errors: $(STAMP)

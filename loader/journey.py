@@ -92,6 +92,7 @@ class LoadResult:
         step: the steps that were done when the checkpoint was saved: Composer's ``timestamp.batch``, DeepSpeed's
             ``global_steps``, Trainer's and torchtitan's counters, or an entry ``global_step``, ``step`` or
             ``iteration``. None where the checkpoint does not say, or says two things.
+        batch_size: samples of one step over all ranks when it was saved, where the checkpoint says so: DeepSpeed's.
         passed_over: what `autoresume` did not take, each with its reason; none of a `load`.
         epoch: in the same way ``timestamp.epoch``, or an entry ``epoch``, as whoever saved it counts them.
 
@@ -103,6 +104,7 @@ class LoadResult:
     extra: dict[str, Any]
     step: int | None = None
     epoch: int | None = None
+    batch_size: int | None = None
     passed_over: tuple[FoundCheckpoint, ...] = ()
 
     def __str__(self) -> str:
@@ -297,7 +299,8 @@ def load(
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
             warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
         _write_trace(request, receipt)
-    return LoadResult(rng_states, receipt, checked.extra, saved.step_with(checked.extra), saved.epoch)
+    step = saved.step_with(checked.extra)
+    return LoadResult(rng_states, receipt, checked.extra, step, saved.epoch, saved.batch_size)
 
 
 def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOptions:

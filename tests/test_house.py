@@ -15,8 +15,15 @@ from pathlib import Path
 import pytest
 from places import REPOSITORY
 
-PACKAGES = ("distributed", "loader", "launch")
-MAY_IMPORT = {"distributed": set(), "loader": {"distributed"}, "launch": {"loader", "distributed"}}
+PACKAGES = ("distributed", "loader", "launch", "integrations")
+HOMES = {"integrations": "launch/integrations"}
+"""Where a package's modules lie, if not in a folder of its name."""
+MAY_IMPORT = {
+    "distributed": set(),
+    "loader": {"distributed"},
+    "launch": {"loader", "distributed"},
+    "integrations": {"loader", "distributed"},
+}
 ROOMS = (
     ("resuming",),
     ("journey", "reading", "saving", "exporting", "wholeness", "comparing"),
@@ -60,6 +67,7 @@ MAY_IMPORT_HEAVY = {
 }
 """Rooms and modules that import such things at their top: whoever imports them has torch."""
 MAY_IMPORT_HEAVY_LATE = {
+    "integrations": {"torch", "deepspeed", "transformers", "accelerate", "lightning", "composer", "torchtitan"},
     "loader.exporting": {"torch"},
     "loader.stores": {"fsspec"},
     "loader.state": {"torch"},
@@ -122,8 +130,13 @@ PUBLIC = {
 
 def modules() -> Iterator[tuple[str, Path]]:
     for package in PACKAGES:
-        for path in sorted((REPOSITORY / package).rglob("*.py")):
-            yield package, path
+        for path in sorted(home_of(package).rglob("*.py")):
+            if package in HOMES or not any(path.is_relative_to(REPOSITORY / other) for other in HOMES.values()):
+                yield package, path
+
+
+def home_of(package: str) -> Path:
+    return REPOSITORY / HOMES.get(package, package)
 
 
 def label(path: Path) -> str:
@@ -133,6 +146,9 @@ def label(path: Path) -> str:
 def named(path: Path) -> str:
     """A module's name below ``rankload``."""
     parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    for package, home in HOMES.items():
+        if path.is_relative_to(REPOSITORY / home):
+            parts = (package, *parts[len(Path(home).parts) :])
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -157,7 +173,7 @@ def imported(path: Path) -> Iterator[tuple[int, str, int]]:
 
 @pytest.mark.parametrize(("package", "path"), MODULES)
 def test_imports_go_one_way_and_are_relative_inside(package, path):
-    depth = len(path.relative_to(REPOSITORY / package).parts)
+    depth = len(path.relative_to(home_of(package)).parts)
     for level, module, line in imported(path):
         where = f"{label(path)}:{line}"
         if level == 0:

@@ -63,6 +63,8 @@ class Saved:
     """Ranks that each part of the model was partitioned over; None where it was not."""
     global_steps: int | None = None
     """Steps that a DeepSpeed engine had done."""
+    batch_size: int | None = None
+    """Samples of one such step, over all ranks; None where the checkpoint does not say."""
     zero_stage: int | None = None
     """DeepSpeed's ZeRO stage, 0 to 3; None where it was saved by none of its engines."""
     masters: Mapping[str, SavedTensor] = field(default_factory=dict)

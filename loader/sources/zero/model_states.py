@@ -56,6 +56,8 @@ class ModelStates:
     global_steps: int
     global_samples: int | None
     skipped_steps: int
+    batch_size: int | None
+    """Samples of one step over all ranks, by the saved configuration; None where it does not say."""
     bf16: bool | None
     """Whether the saved configuration has bf16 on; None where it does not say."""
     configured_stage: int | None
@@ -115,6 +117,7 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         global_steps=a_count(tree.get("global_steps"), top.at("global_steps")),
         global_samples=None if samples is None else a_count(samples, top.at("global_samples")),
         skipped_steps=a_count(tree.get("skipped_steps"), top.at("skipped_steps")),
+        batch_size=_batch_size(config, tree.get("dp_world_size")),
         bf16=_bf16(config),
         configured_stage=_stage(config),
         partitioned=not layout.pipeline and _is_partitioned(module, shapes, top),
@@ -124,6 +127,20 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
         versions=getattr(own, "_metadata", None),
         layout=layout,
     )
+
+
+def _batch_size(config: Mapping[Any, Any], ranks: Any) -> int | None:
+    """Samples of one step, as DeepSpeed makes it of what is configured (``runtime/config.py``)."""
+    whole = _positive(config.get("train_batch_size"))
+    own = _positive(config.get("train_micro_batch_size_per_gpu"))
+    accumulated = _positive(config.get("gradient_accumulation_steps", 1))
+    if whole is not None or own is None or accumulated is None or type(ranks) is not int:
+        return whole
+    return own * accumulated * ranks
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _num_experts(tree: Mapping[Any, Any], top: Field) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ def zero_saved(zero: ZeroContents, demand: Demand, *, name: str) -> Saved:
         world_size=model.world_size * model.layout.parts,
         data_parallel_size=checkpoint.world_size,
         global_steps=model.global_steps,
+        batch_size=model.batch_size,
         zero_stage=checkpoint.stage,
         masters=_masters(zero, state["model"], made),
         unnamed_masters=_unnamed_masters(zero),

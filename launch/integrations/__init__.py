@@ -1,0 +1,14 @@
+"""Adapters: the frameworks' own loads, done by `rankload.load`, so that a job resumes at any world size.
+
+Each module needs its own framework alone, and is imported by its name: ``from rankload.integrations import deepspeed``.
+
+- `deepspeed`: ``engine.load_checkpoint``, for one engine or for all that a block loads.
+
+Every adapter warns where the batch of one step over all ranks is another than when the checkpoint was saved
+(`batches`): the frameworks count in steps, and would train on other samples without a word. It warns too of a version
+of its framework that it was not tried with (`versions`).
+
+Not guaranteed: what a framework does not hand out. docs/frameworks.md lists it.
+
+May import `rankload.loader` and `rankload.distributed`.
+"""
