@@ -12,9 +12,11 @@ import torch
 
 from ..alone import EVERYTHING, OUTLINE, OpenCheckpoint, open_alone
 from ..byte_ranges import ByteRange
+from ..collector import collect_young
 from ..errors import OptionError
 from ..materialize.tensors import TensorReader, read_tensor, torch_dtype
 from ..options import LoadOptions, Options, resolve_options
+from ..plurals import counted
 from ..ranges.direct import DirectReads
 from ..saved.copies import Copy, Memory, copies_into, reads_of
 from ..saved.regions import Laid, Run, row_major_stride
@@ -29,6 +31,10 @@ PIECE_BYTES = 8 << 20
 """Bytes of a tensor, or of several small ones, that are read of each checkpoint at a time."""
 _ITEM_BYTES = 8
 """What an element takes at least while it is compared."""
+_MOST_AT_ONCE = 4096
+"""Pieces that are read at a time."""
+_ALIGNMENT = 16
+"""Pieces in the buffer begin at multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,9 @@ def _compared(a: OpenCheckpoint, b: OpenCheckpoint, how: _How) -> Comparison:
             said.append(Difference(*where, "value", text_of(value), text_of(theirs)))
     for which, count in from_masters.items():
         if count:
+            other_one = "B" if which == "A" else "A"
             notes.append(
-                f"of {count:,} weights, {which}'s fp32 masters were compared: the other has them in fp32"
+                f"{counted(count, 'weight')} of {which} compared by its fp32 masters: {other_one} keeps fp32"
             )
     _count(list(pairs.values()), a, b, how)
     for place, one in pairs.items():
@@ -253,6 +260,7 @@ def _count(pairs: Sequence[_Pair], a: OpenCheckpoint, b: OpenCheckpoint, how: _H
         for (one, run), mine, theirs in zip(batch, mine_read, theirs_read, strict=True):
             one.found.count(mine, theirs, run.start, how.tolerance)
             how.watch.on_elements(run.length)
+        collect_young()
 
 
 def _batches(pairs: Sequence[_Pair]) -> Iterator[list[tuple[_Pair, Run]]]:
@@ -264,7 +272,7 @@ def _batches(pairs: Sequence[_Pair]) -> Iterator[list[tuple[_Pair, Run]]]:
         step = PIECE_BYTES // size
         for start in range(0, one.a.numel, step):
             run = Run(start, min(step, one.a.numel - start))
-            if batch and held + run.length * size > PIECE_BYTES:
+            if batch and (held + run.length * size > PIECE_BYTES or len(batch) == _MOST_AT_ONCE):
                 yield batch
                 batch, held = [], 0
             batch.append((one, run))
@@ -281,18 +289,25 @@ class _Pieces:
         self._known = opened.files.remote.known
         self._reader = TensorReader(verify="off")
         self._whole: tuple[SavedTensor, torch.Tensor] | None = None
+        # One for all batches: what reads ranges is in cycles, which would keep each batch's own for a while.
+        self._buffer = torch.empty(PIECE_BYTES + _MOST_AT_ONCE * _ALIGNMENT, dtype=torch.uint8)
 
     def read(self, wanted: Sequence[tuple[SavedTensor, Run]]) -> list[torch.Tensor]:
-        """The elements of each run, in row-major order and the saved dtype. Raises as `TensorReader.copy`."""
+        """The elements of each run, in row-major order and the saved dtype, until the next call.
+
+        Raises as `TensorReader.copy`.
+        """
         found: list[torch.Tensor] = []
         memories: dict[str, torch.Tensor] = {}
         copies: list[Copy] = []
+        taken = 0
         for number, (tensor, run) in enumerate(wanted):
             if _out_of_order(tensor):
                 found.append(self._all_of(tensor).reshape(-1)[run.start : run.stop])
                 continue
-            key = str(number)
-            memories[key] = torch.empty(run.length, dtype=torch_dtype(tensor.dtype))
+            key, nbytes = str(number), run.length * tensor.itemsize
+            memories[key] = self._buffer[taken : taken + nbytes].view(torch_dtype(tensor.dtype))
+            taken += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             memory = Memory(key, tensor.dtype, (run.length,), (1,), plain=True)
             copies += copies_into(tensor, Laid(run, 0, (1,)), memory, name="a tensor")
             found.append(memories[key])

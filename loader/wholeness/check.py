@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..alone import EVERYTHING, OUTLINE, OpenCheckpoint, open_alone
+from ..collector import collect_young
 from ..completeness import Fault, ask_all, faults_of, listed_files, stat_surely
 from ..errors import (
     CorruptError,
@@ -234,7 +235,7 @@ class _Examination:
         alone = getattr(self._store, "protocol", "") in ONE_CONNECTION
         run_jobs(
             [job(number) for number in range(len(plans))],
-            lambda: None,
+            collect_young,  # what reads ranges is in cycles
             n_threads=1 if alone else FILES_AT_ONCE,
         )
         return [one for one in found if one is not None]

@@ -67,6 +67,15 @@ def lose_a_file(server: str) -> None:
     os.unlink("run-1/step3/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt")
 
 
+def flip_a_bit(server: str) -> None:
+    path = "run-1/step3/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    with open(path, "r+b") as file:
+        file.seek(20_000)
+        byte = file.read(1)[0]
+        file.seek(20_000)
+        file.write(bytes([byte ^ 8]))
+
+
 def save_again_and_be_killed(server: str) -> None:
     shutil.copytree("trainer/checkpoint-4", "trainer/checkpoint-8")
     os.unlink("trainer/checkpoint-8/trainer_state.json")
@@ -102,6 +111,27 @@ EXAMPLES: tuple[Example, ...] = (
     ),
     Example("inspect run-2", "A path that is not there.", code=3),
     Example("inspect run-2 --json", "The same as JSON, on standard error.", code=3),
+    Example("verify run-1", "Every byte that a checksum is known of is read and compared."),
+    Example(
+        "verify {server}/run-3 --subset 10% --seed 7",
+        "A random tenth of one by HTTP. Without `--seed`, a seed is taken at random, and shown.",
+    ),
+    Example(
+        "verify run-1",
+        "One bit of a tensor is another: file, record, tensor and place are named, and the exit code is 1.",
+        flip_a_bit,
+        code=1,
+    ),
+    Example(
+        "verify trainer/checkpoint-4 --write-manifest",
+        "What has no checksum is not called whole. From now on `SHA256SUMS` has one of each file.",
+    ),
+    Example(
+        "diff run-1 run-3 --grep 'state/model/blocks.0*'",
+        "Two checkpoints of one model, of different kinds: stage 1 keeps fp32 masters beside its weights.",
+        code=1,
+    ),
+    Example("diff dcp {server}/dcp", "A folder and its copy on a server."),
     Example(
         "find trainer",
         "A run of Trainer whose last two saves were killed.",

@@ -68,7 +68,7 @@ def test_zero_equals_its_weights_in_fp32(kind: str, tmp_path: Path) -> None:
         found = compare_checkpoints(*pair, weights_only=True)
         assert told(found) == []
         # Stage 1 keeps bf16 weights, and masters beside them.
-        assert any("fp32 masters were compared" in one for one in found.notes) == (kind == "zero1")
+        assert any("compared by its fp32 masters" in one for one in found.notes) == (kind == "zero1")
         assert found.equal
         assert found.n_equal > 10
     everything = compare_checkpoints(folder, weights)
