@@ -306,7 +306,8 @@ import importlib, json, pkgutil, types
 import rankload, rankload.loader, rankload.distributed, rankload.launch
 for package in (rankload.loader, rankload.distributed, rankload.launch):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith("__main__"):
+        # In a clone, launch/integrations is seen as a part of launch, too: only rankload.integrations is one.
+        if not module.name.endswith("__main__") and ".launch.integrations" not in module.name:
             importlib.import_module(module.name)
 for api in (rankload, rankload.loader):
     for name in api.__all__:
