@@ -2,8 +2,8 @@
 
     rankload run --nproc-per-node 2 --resume out train.py --until 1000 --save out --save-every 100
 
-Run again, it goes on from the newest checkpoint in `out` that is whole; the first time it starts cold. `--save` writes a
-DeepSpeed folder, or to a URI, with `save_checkpoint`. `--load` takes one checkpoint, as `load_checkpoint` takes it:
+Run again, it goes on from the newest checkpoint in `out` that is whole; the first time it starts cold. `--save` writes
+a DeepSpeed folder, or to a URI, with `save_checkpoint`. `--load` takes one checkpoint, as `load_checkpoint` takes it:
 `s3://bucket/run/ep1-rank{rank}.tar`, an http(s) URL ... Rank 0 prints each step's loss.
 """
 
@@ -27,7 +27,9 @@ def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=str(HERE / "zero1.json"), help="DeepSpeed's configuration")
     parser.add_argument("--steps", type=int, default=4, help="how many to train")
-    parser.add_argument("--until", type=int, help="train until so many steps are done, with those before a restart")
+    parser.add_argument(
+        "--until", type=int, help="train until so many steps are done, with those before a restart"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="a folder, visible to all nodes, or a URI")
     parser.add_argument("--save-at", type=int, help="the step after which to save; the last one by default")
