@@ -79,7 +79,7 @@ bench-checksums: $(SERVERS)
 bench-dcp: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.dcp --write docs/benchmarks.md
 
-# The second takes 40 GB on the disk of TMPDIR for a while.
+# The second takes 20 GB on the disk of TMPDIR for a while.
 bench-export: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks.export --write docs/benchmarks.md
 	$(RUN) $(BIN)/python -m benchmarks.export --sparse 20 --write docs/benchmarks.md

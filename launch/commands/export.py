@@ -120,7 +120,7 @@ def _blocks(done: Exported) -> list[Block]:
                 ("weights", weights + masters),
                 ("cast", ", ".join(f"{count:,} {cast}" for cast, count in done.casts.items()) or None),
                 ("tied", ", ".join(f"{alias} = {name}" for alias, name in done.aliases.items()) or None),
-                ("written", f"{in_units(done.bytes)} in {done.seconds:.1f} s"),
+                ("written", f"{counted(len(done.files), 'file')}, {in_units(done.bytes)}"),
             ]
         ),
         Line(),

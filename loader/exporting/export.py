@@ -140,8 +140,8 @@ def export_checkpoint(
         force: whether an export that `out` has is replaced. Other files there are left as they are.
         ignore_keys: parts to leave out, as `load` takes them: ``state/model/head.*``.
         object_store: as `load` takes it; for `path` alone.
-        options: `LoadOptions`, or a mapping of its fields. ``rename`` changes the names of weights, and ``leave_out``
-            leaves parts out.
+        options: `LoadOptions`, or a mapping of its fields. ``rename`` changes the names of weights where they alone are
+            exported, and ``leave_out`` leaves parts out.
         out_storage_options: those for `out`; where not given, those of `options`.
         progress_bar: whether the bytes are shown that come from a remote store.
         on_progress: called as bytes of tensors are read to be written.
@@ -159,6 +159,11 @@ def export_checkpoint(
     if limit <= 0:
         raise OptionError(f"max_shard_bytes={max_shard_bytes!r}: expected at least 1 byte")
     resolved = options if isinstance(options, Options) else resolve_options(options)
+    if everything and resolved.rename:
+        raise OptionError(
+            "rename changes the names of weights alone, and an optimizer's state has them too: export everything under "
+            "the saved names, and load it with this rename; or export the weights alone"
+        )
     # One process has no ranks to share with, and nobody has the export before all of it was compared.
     reading = replace(resolved, mode="node")
     where = as_path(out)

@@ -6,7 +6,7 @@ is: each of its pieces would read all of the storage again.
 
 from __future__ import annotations
 
-import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -24,8 +24,11 @@ from .select import OutTensor
 
 PIECE_BYTES = 8 << 20
 """Bytes of a tensor that are read or written at a time."""
+_BUFFERS = 4
+"""How many pieces are being read or written at most. With two, either thread would wait for the other at each piece,
+which takes long where processors are busy."""
 _AT_ONCE_BYTES = 64 << 10
-"""Pieces up to this size are written at once: to hand them to another thread would take longer."""
+"""Pieces up to this size are written at once where nothing else is being written: to hand them over takes longer."""
 
 Write = Callable[[memoryview], object]
 
@@ -47,20 +50,21 @@ class Pieces:
         """`on_bytes` is called with how many bytes were just read to be written."""
         self._reader = reader
         self._on_bytes = on_bytes
-        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(_BUFFERS)]
         self._uncast = torch.empty(0, dtype=torch.uint8)
         self._turn = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rankload-export")
-        self._pending: Future[object] | None = None
+        self._pending: deque[Future[object]] = deque()
 
     def __enter__(self) -> Pieces:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # Where writing failed, the error is on its way already, or another one is.
-        with contextlib.suppress(BaseException):
-            self.settle()
-        self._writer.shutdown()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self._writer.shutdown(cancel_futures=True)
 
     def write(self, tensor: OutTensor, write: Write) -> None:
         """Has `write` called with the bytes of `tensor`, in order; `settle` waits for the last call.
@@ -69,18 +73,20 @@ class Pieces:
         """
         for piece in self._read(tensor):
             self._on_bytes(len(piece))
-            self.settle()
-            if len(piece) <= _AT_ONCE_BYTES:
+            if not self._pending and len(piece) <= _AT_ONCE_BYTES:
                 write(piece)
-            else:
-                # The next piece is read into the other buffer; before the one after it, this one is waited for.
-                self._pending = self._writer.submit(write, piece)
+                continue
+            self._pending.append(self._writer.submit(write, piece))
+            # Then the next piece is read into a buffer that nobody writes any more.
+            self._settle(_BUFFERS - 1)
 
     def settle(self) -> None:
         """Returns once all that was to be written has been; raises what writing it raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        self._settle(0)
+
+    def _settle(self, left: int) -> None:
+        while len(self._pending) > left:
+            self._pending.popleft().result()
 
     def _read(self, tensor: OutTensor) -> Iterator[memoryview]:
         source, size = tensor.source, max(tensor.source.itemsize, ITEMSIZE[tensor.dtype])
@@ -107,7 +113,7 @@ class Pieces:
             yield memoryview(out.numpy())  # type: ignore[arg-type]
 
     def _next_buffer(self) -> torch.Tensor:
-        self._turn = 1 - self._turn
+        self._turn = (self._turn + 1) % _BUFFERS
         return self._buffers[self._turn]
 
     def _uncast_elements(self, count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -150,6 +150,15 @@ EXAMPLES: tuple[Example, ...] = (
     Example(
         "fetch {server}/dcp --cache-dir cache", "Before a load: what it fetches is found by the first one."
     ),
+    Example(
+        "export run-1 weights --dtype fp32 --max-shard-size 20KB",
+        "The weights of ZeRO stage 1 in fp32, as transformers reads them.",
+    ),
+    Example(
+        "export {server}/ep2-ba8-rank0.pt memory://bucket/dcp --format dcp --all",
+        "All of a file on a server as a DCP folder in another store.",
+    ),
+    Example("export run-1 dcp", "A folder that has something in it is left alone.", code=2),
     Example("cache list --cache-dir cache", "What a load left, which had a `cache_size`.", load_into_cache),
     Example(
         "cache prune --cache-dir cache --cache-size 10KB",

@@ -382,6 +382,8 @@ def test_names_change_and_parts_stay_away_as_asked_for(tmp_path: Path) -> None:
         export_checkpoint(
             source, tmp_path / "other", options={"rename": {"module.0.weight": "a", "module.0.bias": "a"}}
         )
+    with pytest.raises(OptionError, match="rename changes the names of weights alone"):
+        export_checkpoint(source, tmp_path / "other", everything=True, options={"rename": {"module.": ""}})
     assert not (tmp_path / "other").exists()
 
 
