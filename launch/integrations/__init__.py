@@ -3,6 +3,7 @@
 Each module needs its own framework alone, and is imported by its name: ``from rankload.integrations import deepspeed``.
 
 - `deepspeed`: ``engine.load_checkpoint``, for one engine or for all that a block loads.
+- `data`: a sampler that counts samples of all ranks; torchdata's loaders at another number of ranks.
 
 Every adapter warns where the batch of one step over all ranks is another than when the checkpoint was saved
 (`batches`): the frameworks count in steps, and would train on other samples without a word. It warns too of a version
