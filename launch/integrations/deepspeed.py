@@ -40,6 +40,7 @@ def load_checkpoint(
     *,
     object_store: Any = None,
     options: LoadOptions | Mapping[str, Any] | None = None,
+    warns_of_batch: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """Restores `engine` as ``engine.load_checkpoint`` does, at any world size and from any path or URI.
 
@@ -55,6 +56,8 @@ def load_checkpoint(
         load_module_only: restore the module, and none of these nor the engine's counters.
         custom_load_fn: refused: rankload puts the weights in place itself.
         object_store, options: as `rankload.load` takes them.
+        warns_of_batch: whether to warn where a step's samples are others than when it was saved: a framework's adapter
+            that knows more of them does so itself.
 
     Returns:
         The path of what was restored, and the whole client_state of this rank, for ``rng`` one random state for each
@@ -85,7 +88,7 @@ def load_checkpoint(
         ignore_keys=[_COUNTERS] if load_module_only else None,
         options=replace(given, leave_out=tuple(sorted(left_out))),
     )
-    if load_optimizer_states and not load_module_only:
+    if warns_of_batch and load_optimizer_states and not load_module_only:
         warn_of_batch(
             result.batch_size,
             engine.train_batch_size(),

@@ -1,0 +1,111 @@
+"""Lightning's jobs go on at other world sizes, by the lines that docs/frameworks.md gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from http_server import Served, counting_server
+from processes import run_ranks
+
+HERE = Path(__file__).parent
+SAVED_WORLD_SIZE = 2
+Saved = Callable[[str], Path]
+
+
+def run(python: str, job: str, world_size: int, *args: object) -> Any:
+    """What rank 0 of a job's function prints as JSON; all ranks must end well."""
+    finished = run_ranks(
+        f"{HERE / job}", world_size, args=args, deadline_s=120, env={"DS_ACCELERATOR": "cpu"}, python=python
+    )
+    assert [rank.returncode for rank in finished] == [0] * world_size, finished
+    told = [line for line in finished[0].stdout.splitlines() if line.startswith("{")]
+    return json.loads(told[-1]) if told else None
+
+
+@contextlib.contextmanager
+def served(path: Path, name: str) -> Iterator[str]:
+    """A URL of `path`, a file or a folder."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    objects = {
+        f"/run/{name}{'' if one == path else '/' + str(one.relative_to(path))}": Served(one.read_bytes())
+        for one in files
+    }
+    with counting_server(objects) as server:
+        yield server.url(f"/run/{name}")
+
+
+@pytest.fixture(scope="module")
+def saved(frameworks: str, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Runs a job on two ranks, once for each kind; gives the folder that it wrote."""
+    known: dict[str, Path] = {}
+
+    def save(kind: str) -> Path:
+        if kind not in known:
+            known[kind] = tmp_path_factory.mktemp(kind)
+            job = "fabric" if kind.startswith("fabric") else "lightning"
+            run(frameworks, f"{job}_resume_job.py:save", SAVED_WORLD_SIZE, known[kind], kind)
+        return known[kind]
+
+    return save
+
+
+def check(told: dict[str, Any], world_size: int) -> None:
+    assert told["differences"] == []
+    if told["whole"]:  # three ranks have no four samples between them
+        apart = max(abs(a - b) for a, b in zip(told["losses"], told["expected"], strict=True))
+        assert apart <= (0.0 if world_size == SAVED_WORLD_SIZE else 1e-5), told
+    assert bool(told["warnings"]) == (not told["whole"] and told["batch_known"]), told["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "remote"),
+    [
+        ("zero2", 1, False), ("zero2", 2, False), ("zero2", 3, False), ("zero3", 1, False), ("zero3", 2, True),
+        ("zero3", 3, False), ("ddp", 1, False), ("ddp", 2, True), ("ddp", 3, False), ("zero2", 1, True),
+    ],
+)  # fmt: skip
+def test_fit_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
+    folder = saved(kind)
+    path = folder / "step-4.ckpt"
+    with served(path, "step-4.ckpt") if remote else contextlib.nullcontext(str(path)) as where:
+        told = run(frameworks, "lightning_resume_job.py:resume", world_size, folder, kind, where)
+    check(told, world_size)
+    assert told["start"] == {
+        "step": 4, "epoch": 0, "last_epoch": 4, "rates": [0.00025], "counted": 4,
+    }  # fmt: skip
+    assert told["batch_numbers"] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("zero2", 1), ("zero2", 2), ("zero3", 2), ("zero3", 3)])
+def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> None:
+    folder = saved(kind)
+    told = run(
+        frameworks, "lightning_resume_job.py:validate", world_size, folder, kind, folder / "step-4.ckpt"
+    )
+    assert abs(told["losses"][0] - told["expected"][0]) < 1e-6, told
+    assert told["step"] == 4
+    assert {"callbacks", "loops", "pytorch-lightning_version"} <= set(told["extra"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "remote"),
+    [
+        ("fabric-zero2", 1, False),
+        ("fabric-zero2", 2, True),
+        ("fabric-zero3", 2, False),
+        ("fabric-zero3", 3, False),
+    ],
+)
+def test_fabric_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
+    folder = saved(kind)
+    path = folder / "step-4"
+    with served(path, "step-4") if remote else contextlib.nullcontext(str(path)) as where:
+        told = run(frameworks, "fabric_resume_job.py:resume", world_size, folder, kind, where)
+    check(told, world_size)
+    assert told["step"] == 4
+    assert told["rest"] == {"left": [1, 2], "note": {"a": [1]}}
