@@ -18,13 +18,8 @@ from ..loader.errors import OptionError
 Launcher = Literal["torchrun", "deepspeed", "slurm", "mpi"]
 RANKED = "rankload.launch.ranked"
 LOOPBACK = "127.0.0.1"
-_WHERE = {
-    "torchrun": ("--nnodes", "--node-rank", "--rdzv-", "--master-", "--standalone", "--local-addr"),
-    "deepspeed": ("--num_gpus", "--master_port"),
-    "slurm": ("--kill-on-bad-exit", "-K"),
-    "mpi": ("-n", "-np", "--n", "--np", "-c"),
-}
-"""Options that say what is otherwise chosen here."""
+_PLACED = ("--nnodes", "--node-rank", "--rdzv-", "--master-", "--standalone", "--local-addr")
+"""Options by which torchrun is told where its nodes meet."""
 _HOSTS = ("-H", "--host", "-host", "--hosts", "-hosts")
 _HOST_FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
 
@@ -115,7 +110,7 @@ def command_line(job: Job, place: Place) -> list[str]:
 
 def _torchrun(job: Job, place: Place) -> list[str]:
     words = [*job.options]
-    if not _has(words, _WHERE["torchrun"]):
+    if not _has(words, _PLACED):
         # One node, a port of its own, and no look-up of this host's name.
         words = ["--standalone", "--local-addr", LOOPBACK, *words]
     if job.nproc_per_node is not None:
@@ -137,7 +132,7 @@ def _deepspeed(job: Job, place: Place) -> list[str]:
 
 def _slurm(job: Job, place: Place) -> list[str]:
     words = [*job.options]
-    if not _has(words, _WHERE["slurm"]):
+    if not _has(words, ("--kill-on-bad-exit",)) and not any(word.startswith("-K") for word in words):
         # Else the other tasks of a rank that failed wait for it until the job's time is over.
         words += ["--kill-on-bad-exit=1"]
     if job.nproc_per_node is not None:

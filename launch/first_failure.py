@@ -7,7 +7,8 @@ launcher ends it. So failures are ordered by what they are, then by time:
 2. exceptions that tell of another rank (`RankRecord.follows`); SIGABRT; the watchdog's exit code
 3. SIGTERM and SIGINT, by which launchers end ranks
 
-The time of a process that was killed is the last at which it was seen alive. It comes before what others notice of it.
+The time of a process that a signal killed is the last at which it was seen alive. It comes before what others notice of
+it. Where it is not known how a process ended, its launcher may have ended it: its time is when it was first seen gone.
 Not guaranteed: the order of failures within a tenth of a second; anything of nodes that do not see the records' folder.
 """
 
@@ -23,15 +24,18 @@ from .rank_records import RankRecord
 
 _OWN, _FOLLOWS, _ENDED = 0, 1, 2
 _BY_LAUNCHERS = frozenset({signal.SIGTERM, signal.SIGINT})
+_GONE = "its process is gone"
+"""What a watcher says who came too late to see how a process ended."""
 _SHOWN = 3
 """Failures after the first one that are shown."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """How a process ended that its watcher saw: when it was seen alive for the last time, and in words."""
+    """How a process ended that its watcher saw: when it was seen alive for the last time, first gone, and in words."""
 
     alive_s: float
+    gone_s: float
     how: str
 
 
@@ -158,15 +162,14 @@ def _failure(record: RankRecord, death: Death | None, exit_code: int | None) -> 
     if record.ended_s is not None or death is None or exit_code == 0 or death.how == "its process has ended":
         return None
     weight = _OWN
+    if death.how == _GONE:
+        return _made(record, death.gone_s, "its process ended without an exception: killed?", weight)
     for number in signal.Signals:
         if death.how == f"killed by {number.name}":
             weight = _weight_of(number)
     if death.how == f"exited with status {EXIT_CODE}":
         weight = _FOLLOWS
-    reason = (
-        death.how if death.how != "its process is gone" else "its process ended without an exception: killed?"
-    )
-    return _made(record, at_s, reason, weight)
+    return _made(record, at_s, death.how, weight)
 
 
 def _weight_of(number: int) -> int:

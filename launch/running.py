@@ -246,7 +246,7 @@ class _Run:
             if how is None:
                 self._alive_s[process.pid] = now
             else:
-                self._deaths[process.pid] = Death(self._alive_s.get(process.pid, now), how)
+                self._deaths[process.pid] = Death(self._alive_s.get(process.pid, now), now, how)
 
     def _meet(self, names: set[str]) -> None:
         for record in read_records(self._folder):

@@ -83,6 +83,12 @@ def save_again_and_be_killed(server: str) -> None:
     os.truncate("trainer/checkpoint-12/model.safetensors", 1000)
 
 
+def write_a_script(server: str) -> None:
+    Path("train.py").write_text(
+        "import os, time\n\nif os.environ['RANK'] == '1':\n    raise ValueError('the loss is nan')\ntime.sleep(60)\n"
+    )
+
+
 def load_into_cache(server: str) -> None:
     from rankload import read
 
@@ -159,6 +165,13 @@ EXAMPLES: tuple[Example, ...] = (
         "All of a file on a server as a DCP folder in another store.",
     ),
     Example("export run-1 dcp", "A folder that has something in it is left alone.", code=2),
+    Example(
+        "run --nproc-per-node 2 --max-restarts 1 train.py",
+        "A job whose rank 1 fails each time that it is started. The report is the last part of the output.",
+        write_a_script,
+        code=1,
+        compared=False,
+    ),
     Example("cache list --cache-dir cache", "What a load left, which had a `cache_size`.", load_into_cache),
     Example(
         "cache prune --cache-dir cache --cache-size 10KB",
@@ -217,6 +230,9 @@ def run(example: Example) -> tuple[int, str]:
         # As long as most ports are, so that columns stay under each other.
         (r"127\.0\.0\.1:\d+", SERVER),
         (rf"\b{re.escape(socket.gethostname())}\b", "node-a"),
+        (re.escape(sys.executable), "python"),
+        # torch's own log, whose files are none of ours.
+        (r"[\w./-]*torch/[\w/]+/(\w+\.py:\d+)", r"\1"),
         (r"rankload-demo-\w{8}\b", "rankload-demo-0"),
         (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "2026-01-31T12:00:00Z"),
         (r"process \d+", "process 4711"),
