@@ -12,7 +12,7 @@ CLIENTS := $(VENV)/.clients
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-commands docs-errors frameworks test test-all test-frameworks test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
+.PHONY: demo docs-commands docs-errors frameworks kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -33,6 +33,11 @@ frameworks: $(FRAMEWORKS)/.installed
 
 test-frameworks: $(FRAMEWORKS)/.installed
 	$(RUN) FRAMEWORKS_PYTHON=$(abspath $(FRAMEWORKS))/bin/python $(BIN)/python -m pytest -q tests/frameworks
+
+# Whole jobs under torchrun, deepspeed, mpirun and Slurm, which are killed and restarted; those that are not installed
+# are skipped.
+test-launchers: $(STAMP)
+	$(RUN) TEST_LAUNCHERS=1 $(BIN)/python -m pytest -q tests/launch/test_run.py
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed
@@ -91,6 +96,11 @@ docs-errors: $(STAMP)
 # What each command prints, made by running it: the examples of docs/commands.md.
 docs-commands: $(STAMP)
 	$(RUN) $(BIN)/python tests/support/commands_page.py
+
+# Saves that are killed at 50 points each, and what autoresume makes of what is left: a table in docs/resuming.md. Half
+# an hour on 2 cores.
+kills: $(FRAMEWORKS)/.installed
+	$(RUN) $(BIN)/python tests/support/killed_saves.py --points 50 --write docs/resuming.md
 
 clean:
 	rm -rf $(VENV) .venv-* .cache build dist *.egg-info

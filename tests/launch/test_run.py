@@ -38,6 +38,10 @@ OPEN_MPI = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
+whole_jobs = pytest.mark.skipif(
+    not (os.environ.get("TEST_LAUNCHERS") or os.environ.get("TEST_ALL")),
+    reason="takes minutes with the others: make test-launchers",
+)
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 
 
@@ -150,6 +154,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return {step: one[0] for step, one in losses(folder).items()}
 
 
+@whole_jobs
 def test_torchrun_restarts_and_the_losses_go_on(whole: dict[int, float], tmp_path: Path) -> None:
     saved = tmp_path / "run"
     code, job = run(
@@ -169,6 +174,7 @@ def test_torchrun_restarts_and_the_losses_go_on(whole: dict[int, float], tmp_pat
     assert job.report[1] == "torchrun ended with exit code 0"
 
 
+@whole_jobs
 def test_torchrun_goes_on_at_a_smaller_size(tmp_path: Path) -> None:
     steps = ("--steps", STEPS, "--dropout", 0)
     code, job = run(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "one", *steps, name="one")
@@ -200,6 +206,7 @@ def test_torchrun_goes_on_at_a_smaller_size(tmp_path: Path) -> None:
         assert one == pytest.approx(expected[step] * len(one), abs=1e-5)
 
 
+@whole_jobs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_ranks(number: signal.Signals, tmp_path: Path) -> None:
     with started(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1) as job:
@@ -211,6 +218,7 @@ def test_a_signal_ends_all_ranks(number: signal.Signals, tmp_path: Path) -> None
     assert job.report == [f"{number.name} was passed to torchrun", "torchrun ended with exit code 1"]
 
 
+@whole_jobs
 def test_what_ignores_the_signal_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     script = tmp_path / "stubborn.py"
     script.write_text(
@@ -226,6 +234,7 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_period(tmp_path: Path
     assert job.report[0] == "SIGTERM was passed to torchrun"
 
 
+@whole_jobs
 def test_sigusr1_reaches_the_ranks(tmp_path: Path) -> None:
     with started(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1) as job:
         job.wait_until(lambda: job.said.count("waits, pid") == 2)
@@ -237,7 +246,7 @@ def test_sigusr1_reaches_the_ranks(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpi", marks=needs_mpirun)])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpi", marks=[needs_mpirun, whole_jobs])])
 def test_the_rank_that_failed_first_is_named(launcher: str, tmp_path: Path) -> None:
     options = OPEN_MPI if launcher == "mpi" and is_open_mpi() else ()
     code, job = run(
@@ -258,6 +267,7 @@ def test_the_rank_that_failed_first_is_named(launcher: str, tmp_path: Path) -> N
     assert "runpy" not in job.said
 
 
+@whole_jobs
 def test_the_report_as_json(tmp_path: Path) -> None:
     code, job = run(
         tmp_path, "--json", "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--raise-at", 1
@@ -274,6 +284,7 @@ def test_the_report_as_json(tmp_path: Path) -> None:
     assert report["restarts"] == []
 
 
+@whole_jobs
 def test_a_module_and_its_arguments(tmp_path: Path) -> None:
     (tmp_path / "job_of_tests.py").write_text(
         "import os, sys\nprint('seen', os.environ['RANK'], __name__, sys.argv[1:], sys.path[0], flush=True)\n"
@@ -284,6 +295,7 @@ def test_a_module_and_its_arguments(tmp_path: Path) -> None:
         assert f"seen {rank} __main__ ['--json', '--', 'x'] {tmp_path}" in job.said
 
 
+@whole_jobs
 def test_what_a_job_resumes_from_is_fetched_before_it_loads(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -317,6 +329,7 @@ def test_what_a_job_resumes_from_is_fetched_before_it_loads(
         server.communicate(timeout=20)
 
 
+@whole_jobs
 def test_a_fetch_that_fails_is_told_and_nothing_else(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text("import time\ntime.sleep(8)\n")
@@ -342,6 +355,7 @@ def test_wrong_command_lines(tmp_path: Path) -> None:
     assert "NotFoundError: the command srun is not on this node's PATH" in job.said
 
 
+@whole_jobs
 @needs_deepspeed
 def test_deepspeed_on_two_nodes_goes_on(tmp_path: Path) -> None:
     """Two made-up nodes on this machine, a launcher on each, as without ssh."""
@@ -415,6 +429,7 @@ def is_rank(pid: int, rank: str) -> bool:
     return False
 
 
+@whole_jobs
 @needs_mpirun
 def test_mpirun_goes_on(whole: dict[int, float], tmp_path: Path) -> None:
     options = OPEN_MPI if is_open_mpi() else ()
@@ -444,6 +459,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment(SLURM_CONF=variables["SLURM_CONF"])
 
 
+@whole_jobs
 def test_srun_goes_on(whole: dict[int, float], slurm: dict[str, str], tmp_path: Path) -> None:
     saved = tmp_path / "run"
     words = (
@@ -457,6 +473,7 @@ def test_srun_goes_on(whole: dict[int, float], slurm: dict[str, str], tmp_path: 
     check_gone_on(tmp_path, whole)
 
 
+@whole_jobs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_tasks(number: signal.Signals, slurm: dict[str, str], tmp_path: Path) -> None:
     words = ("--launcher", "slurm", "-n", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1)
@@ -467,6 +484,7 @@ def test_a_signal_ends_all_tasks(number: signal.Signals, slurm: dict[str, str], 
     assert f"{number.name} was passed to srun" in job.report
 
 
+@whole_jobs
 def test_a_job_of_slurms_that_is_requeued_goes_on(
     whole: dict[int, float], slurm: dict[str, str], tmp_path: Path
 ) -> None:
