@@ -89,7 +89,7 @@ def losses(said: str) -> dict[int, str]:
 def trained(tmp_path_factory):
     """A folder saved after `STEPS` steps under torchrun, and the losses of a run that went two further.
 
-    Rank 0's loss of the first step is of its own random numbers; the other rank's show in the second, by the gradients.
+    A loss is the mean over the ranks, each with dropout by its own random numbers.
     """
     folder = tmp_path_factory.mktemp("trained")
     save = ("--save", folder / "saved", "--save-at", STEPS)
@@ -150,6 +150,50 @@ def test_slurm(trained, tmp_path):
     }
     said = run("slurm.sbatch", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved), **slurm)
     check(said, whole)
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """The examples, with a training script that notes its samples; a folder that two ranks saved, and their whole run.
+
+    In fp32 and without dropout, so that the losses of other numbers of ranks can be compared.
+    """
+    folder = tmp_path_factory.mktemp("followed")
+    shutil.copytree(CONFIGS, folder / "configs")
+    script = folder / "configs" / "train.py"
+    head = "    def __getitem__(self, index):\n"
+    assert script.read_text().count(head) == 1
+    note = '        print(index, file=open(f"samples-{os.environ[\'RANK\']}", "a"))\n'
+    script.write_text(script.read_text().replace(head, head + note))
+    config = json.loads((CONFIGS / "zero1.json").read_text())
+    del config["bf16"]
+    config["train_batch_size"] = 12
+    (folder / "configs" / "zero1.json").write_text(json.dumps(config))
+    return folder, follow(folder, folder, 2, "--save", "saved", "--save-at", 6)
+
+
+def follow(folder: Path, cwd: Path, ranks: int, *arguments: object, **extra: str) -> tuple[list[int], dict]:
+    """Trains until step 12: the samples in the order of the global batches, and each step's loss and learning rate."""
+    script = folder / "configs" / "torchrun.sh"
+    said = run(script, "--until", 12, "--dropout", 0, *arguments, cwd=cwd, RANKS=str(ranks), **extra)
+    of_ranks = [(cwd / f"samples-{rank}").read_text().split() for rank in range(ranks)]
+    samples = [int(sample) for row in zip(*of_ranks, strict=True) for sample in row]
+    numbers = re.findall(r"step (\d+) loss (\S+) lr (\S+)", said)
+    return samples, {int(step): (float(loss), float(rate)) for step, loss, rate in numbers}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, tmp_path):
+    folder, (samples, numbers) = followed
+    assert sorted(samples[:96]) == list(range(96))  # an epoch; the next one begins after step 8
+    assert samples[96:] != samples[:48]
+    went_on, found = follow(folder, tmp_path, ranks, "--seed", 5, RESUME=str(folder / "saved"))
+    assert went_on == samples[72:]
+    assert sorted(found) == list(range(7, 13))
+    for step, (loss, rate) in found.items():
+        assert rate == numbers[step][1]
+        assert abs(loss - numbers[step][0]) <= (0.0 if ranks == 2 else 1e-5)
 
 
 @needs_deepspeed
