@@ -19,7 +19,8 @@ from typing import Any
 from ..loader import LoadOptions, OptionError
 from . import deepspeed
 from .batches import warn_of_batch
-from .lightning_home import TRIED, import_home, warn_of_inert
+from .inert import warn_of_inert
+from .lightning_home import TRIED, import_home
 from .versions import warn_of_version
 
 _home, _distribution = import_home("lightning.fabric", "lightning_fabric")

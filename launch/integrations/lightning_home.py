@@ -1,15 +1,11 @@
-"""Finds Lightning under the name by which the job has imported it, and tells what could not be restored for it."""
+"""Finds Lightning under the name by which the job has imported it."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
-
-from ..loader.saved.values import GlobalName, InertObject
 
 TRIED = ("2.6",)
 
@@ -36,28 +32,3 @@ def import_home(unified: str, alone: str) -> tuple[Callable[[str], ModuleType], 
         importlib.import_module(alone)
         distribution = alone.replace("_", "-")
     return (lambda name: importlib.import_module(f"{home}.{name}")), distribution
-
-
-def warn_of_inert(client_state: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    """Warns of objects under the keys `needed` that stayed descriptions, which their owners cannot restore."""
-    found = sorted({name for key in needed for name in _inert(client_state.get(key))})
-    if found:
-        warnings.warn(
-            f"the checkpoint holds objects of types that are not made: {', '.join(found)}. What is restored from them "
-            f"(in {', '.join(needed)}) is not as it was. If you trust their constructors, pass "
-            f"options=LoadOptions(safe_types={found})",
-            stacklevel=3,
-        )
-
-
-def _inert(value: Any) -> Iterator[str]:
-    if isinstance(value, InertObject):
-        yield value.global_name
-    elif isinstance(value, GlobalName):
-        yield str(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _inert(item)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
-            yield from _inert(item)
