@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -36,3 +37,18 @@ def test_a_loader_at_another_number_of_ranks(torchdata: str, function: str, samp
     args = () if sampler is None else (sampler,)
     finished = run_ranks(f"{JOB}:{function}", 1, args=args, deadline_s=240, python=torchdata)
     assert [rank.returncode for rank in finished] == [0], finished
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_lines_of_the_docs(torchdata: str, world_size: int, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for function, ranks in (("save", 2), ("resume", world_size)):
+        finished = run_ranks(
+            f"{JOB}:{function}_by_the_lines", ranks, args=(path,), deadline_s=120, python=torchdata
+        )
+        assert [rank.returncode for rank in finished] == [0] * ranks, finished
+    told = [
+        json.loads(line) for rank in finished for line in rank.stdout.splitlines() if line.startswith("{")
+    ]
+    samples = [sample for row in zip(*(one["samples"] for one in told), strict=True) for sample in row]
+    assert samples == told[0]["order"][12:]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
 import pytest
 import torch
+from framework_lines import run_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.integrations.data import GlobalSampler, reshard_loader_state
@@ -259,3 +261,30 @@ def _counting(world_size: int, batch_size: int, workers: int) -> list[tuple[Glob
 
 def _steps(job: list[tuple[GlobalSampler, Any]]) -> Iterator[list[int]]:
     return Ranks._of([sampler.batches(loader) for sampler, loader in job])
+
+
+def _job() -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
+    """What each real rank has."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    sampler = StatefulDistributedSampler(range(48), world_size, rank, seed=5)
+    loader = StatefulDataLoader(range(48), batch_size=12 // world_size, sampler=sampler, num_workers=2)
+    return model, torch.optim.AdamW(model.parameters()), loader
+
+
+def save_by_the_lines(path: str) -> None:
+    model, optimizer, loader = _job()
+    loop = iter(loader)
+    next(loop)
+    names = {"path": path, "model": model, "optimizer": optimizer, "loader": loader}
+    run_lines("torchdata-save", names)
+
+
+def resume_by_the_lines(path: str) -> None:
+    """Prints what this rank is given."""
+    model, optimizer, loader = _job()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    names = {"path": path, "model": model, "optimizer": optimizer, "loader": loader}
+    run_lines("torchdata-resume", {**names, "rank": rank, "world_size": world_size})
+    print(json.dumps({"samples": flat(batch.tolist() for batch in loader), "order": order_of(48)}))
