@@ -50,7 +50,7 @@ def find(
     Args:
         path, object_store, options, run_name: as `candidates.listing.list_candidates` takes them.
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
-        every: whether all are examined, also those after the first proven one.
+        every: whether all are examined, also older ones than the first proven one.
         skip: paths that are passed over whatever they hold, each with the reason.
         progress: called after each step of the work.
 
@@ -73,18 +73,24 @@ def find(
     steps = {path: found.step for path, found in early.items() if found is not None}
     in_order = _in_order([replace(one, step=steps.get(one.path, one.step)) for one in known], newest=newest)
     listed: list[FoundCheckpoint] = []
-    taken = False
+    taken: Candidate | None = None
     for one in in_order:
         if skip is not None and one.path in skip:
             found: FoundCheckpoint | None = replace(_not_examined(one), proven=False, reason=skip[one.path])
         elif one.path in early:
             found = early[one.path]
         else:
-            found = _not_examined(one) if taken and not every else examine(one)
+            # Of what is newer than the one that a pointer names, it must be told why it is not taken.
+            needed = every or taken is None or _is_newer(one, taken)
+            found = examine(one) if needed else _not_examined(one)
         if found is not None:
             listed.append(found)
-            taken = taken or bool(found.proven)
+            taken = one if taken is None and found.proven else taken
     return listed
+
+
+def _is_newer(one: Candidate, other: Candidate) -> bool:
+    return one.step is not None and (other.step is None or one.step > other.step)
 
 
 def _not_examined(one: Candidate) -> FoundCheckpoint:

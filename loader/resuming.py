@@ -70,7 +70,7 @@ def find_checkpoints(
             of it may have ``*``. A local path or any URI. None: what the variable ``RANKLOAD_RESUME`` names.
         object_store: as `load` takes it.
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
-        every: whether all are examined, also those after the first proven one.
+        every: whether all are examined, also older ones than the first proven one.
         run_name: stands for ``{run_name}`` in `path`.
         options: `LoadOptions`, or a mapping of its fields.
 
@@ -248,12 +248,12 @@ def _tell(chosen: FoundCheckpoint, found: Sequence[FoundCheckpoint]) -> None:
     for one in found:
         if one.proven is False:
             warnings.warn(f"passed over {one.shown}: {one.reason}", stacklevel=3)
-    newer = [one for one in found if not one.reason and _step(one) > _step(chosen)]
+    newer = [one for one in found if one.proven and _step(one) > _step(chosen)]
     if newer:
         listed = ", ".join(str(one) for one in newer[:_SHOWN])
         warnings.warn(
-            f"{chosen.shown} is restored, which {chosen.pointer or 'was found first'} names; newer by its name is "
-            f"{listed}. autoresume(..., newest=True) takes the newest that is proven",
+            f"{chosen.shown} is restored, which {chosen.pointer or 'was found first'} names; newer, and "
+            f"whole too, is {listed}. autoresume(..., newest=True) takes the newest that is proven",
             stacklevel=3,
         )
     _logger.info("resuming from %s", chosen)

@@ -96,6 +96,18 @@ def test_the_pointer_goes_first_where_it_is_proven_and_newest_turns_that_off(
     assert [one.proven for one in find(str(tmp_path), newest=True, every=True)] == [True, True, True]
 
 
+def test_what_is_newer_than_the_pointers_is_examined_too(zero: Path, tmp_path: Path) -> None:
+    """A killed save of DeepSpeed's leaves ``latest`` on the older tag: the reason why the newer one is not taken."""
+    for tag in ("global_step1", "global_step3", "global_step6", "global_step9"):
+        shutil.copytree(zero, tmp_path / tag)
+    (tmp_path / "latest").write_text("global_step3")
+    cut("*rank_1*optim*")(tmp_path / "global_step6")
+    found = find(str(tmp_path))
+    assert names(found) == ["global_step3", "global_step9", "global_step6", "global_step1"]
+    assert [one.proven for one in found] == [True, True, False, None]
+    assert re.search(r"rank_1.*optim_states\.pt is damaged.*zip directory", found[2].reason), found[2]
+
+
 @pytest.mark.parametrize("text", ["", "../elsewhere", "gone"], ids=["empty", "elsewhere", "gone"])
 def test_a_latest_that_names_nothing_is_passed_over(zero: Path, tmp_path: Path, text: str) -> None:
     shutil.copytree(zero, tmp_path / "global_step3")
