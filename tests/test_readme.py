@@ -152,3 +152,15 @@ def test_a_job_that_resumes_by_these_lines_goes_on_exactly(tmp_path: Path, kind:
 def test_every_block_is_run() -> None:
     assert len(blocks("Save")) == len(set(SAVE.values()))
     assert len(blocks("Resume")) == len({*RESUME.values(), BY_ITSELF})
+
+
+def test_the_lines_for_frameworks_are_those_of_their_page_which_are_run():
+    section = README.read_text().split("\n## From your framework\n")[1].split("\n## ")[0]
+    lines = [
+        line for row in section.splitlines() if row.startswith("| ") for line in re.findall(r"`(.*?)`", row)
+    ]
+    lines = [line for line in lines if line != ".ckpt"]
+    assert len(lines) > 20
+    page = (README.parent / "docs" / "frameworks.md").read_text()
+    run = "\n".join(re.findall(r"^<!-- lines: [\w-]+ -->\n```python\n(.*?)^```$", page, flags=re.S | re.M))
+    assert [line for line in lines if line not in run] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from framework_lines import run_lines
 from journey_worker import start_deepspeed
 from rankload.integrations import deepspeed as adapter
 
@@ -48,7 +49,8 @@ def resume(folder: str, stage: str, path: str, how: str) -> None:
             with adapter.replaced():
                 found, client = engine.load_checkpoint(path, tag="global_step2")
         else:
-            found, client = adapter.load_checkpoint(engine, path)
+            names = run_lines("deepspeed", {"engine": engine, "load_dir": path})
+            found, client = names["path"], names["client_state"]
     assert DeepSpeedEngine.load_checkpoint is own
     assert found.endswith("global_step2"), found
     assert {key: client[key] for key in ("epoch", "note")} == {"epoch": 5, "note": [1, 2]}
