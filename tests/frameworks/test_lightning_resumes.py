@@ -65,8 +65,8 @@ def check(told: dict[str, Any], world_size: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "world_size", "remote"),
     [
-        ("zero2", 1, False), ("zero2", 2, False), ("zero2", 3, False), ("zero3", 1, False), ("zero3", 2, True),
-        ("zero3", 3, False), ("ddp", 1, False), ("ddp", 2, True), ("ddp", 3, False), ("zero2", 1, True),
+        ("zero2", 1, False), ("zero2", 2, False), ("zero2", 3, False), ("zero3", 1, True), ("zero3", 2, False),
+        ("ddp", 1, True), ("ddp", 2, False), ("ddp", 3, False),
     ],
 )  # fmt: skip
 def test_fit_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
@@ -81,7 +81,7 @@ def test_fit_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, 
     assert told["batch_numbers"] == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("zero2", 1), ("zero2", 2), ("zero3", 2), ("zero3", 3)])
+@pytest.mark.parametrize(("kind", "world_size"), [("zero2", 1), ("zero3", 3)])
 def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> None:
     folder = saved(kind)
     told = run(
@@ -93,13 +93,7 @@ def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "remote"),
-    [
-        ("fabric-zero2", 1, False),
-        ("fabric-zero2", 2, True),
-        ("fabric-zero3", 2, False),
-        ("fabric-zero3", 3, False),
-    ],
+    ("kind", "world_size", "remote"), [("fabric-zero2", 1, True), ("fabric-zero3", 2, False)]
 )
 def test_fabric_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
     folder = saved(kind)

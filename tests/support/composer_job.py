@@ -68,7 +68,9 @@ def squeeze_and_smooth() -> list[Any]:
     return [algorithms.SqueezeExcite(latent_channels=4, min_channels=8), algorithms.LabelSmoothing(0.1)]
 
 
-def trainer(given: Sequence[Any] = (), *, data: Any = None, seed: int = 7, **options: Any) -> Trainer:
+def trainer(
+    given: Sequence[Any] = (), *, data: Any = None, train_loader: Any = None, seed: int = 7, **options: Any
+) -> Trainer:
     """A job like the one that wrote the monolithic checkpoints, with other weights."""
     torch.manual_seed(seed)
     net = nn.Sequential(
@@ -80,7 +82,8 @@ def trainer(given: Sequence[Any] = (), *, data: Any = None, seed: int = 7, **opt
     data = data if data is not None else Images()
     return Trainer(
         model=model,
-        train_dataloader=DataLoader(data, batch_size=4, sampler=dist.get_sampler(data, shuffle=True)),
+        train_dataloader=train_loader
+        or DataLoader(data, batch_size=4, sampler=dist.get_sampler(data, shuffle=True)),
         eval_dataloader=DataLoader(Images(), batch_size=4, sampler=dist.get_sampler(Images())),
         optimizers=optimizer,
         schedulers=torch.optim.lr_scheduler.StepLR(optimizer, 1),
