@@ -79,6 +79,8 @@ MAY_IMPORT_HEAVY_LATE = {
 """Rooms and modules that import such things inside functions, where they are used. All others never do."""
 WITH_TORCH = {
     *MAY_IMPORT_HEAVY, "loader.journey", "loader.reading", "loader.resuming", "loader.fetch.parts",
+    "integrations.deepspeed", "integrations.transformers", "integrations.accelerate", "integrations.choosing",
+    "integrations.random_states",
 }  # fmt: skip
 """What may have torch once it is imported. Everything else loads without: it reads, plans, lists and speaks."""
 LIGHT_IN_THERE = {

@@ -3,6 +3,8 @@
 Each module needs its own framework alone, and is imported by its name: ``from rankload.integrations import deepspeed``.
 
 - `deepspeed`: ``engine.load_checkpoint``, for one engine or for all that a block loads.
+- `transformers`: Trainer's ``train(resume_from_checkpoint=...)``, in a block.
+- `accelerate`: ``accelerator.load_state``, with schedules that count processes (`schedules`).
 - `data`: a sampler that counts samples of all ranks; torchdata's loaders at another number of ranks.
 
 Every adapter warns where the batch of one step over all ranks is another than when the checkpoint was saved

@@ -1,0 +1,205 @@
+"""A job of transformers' Trainer that saves at step 4, and one that goes on from there to step 8, as docs/frameworks.md
+has it; every rank runs each function."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from framework_lines import run_lines
+from framework_model import (
+    SAVED_AT,
+    Tokens,
+    differences,
+    held,
+    held_by_engine,
+    hold,
+    rank,
+    tiny_gpt2,
+    world_size,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+GLOBAL_BATCH = 6
+"""Which one, two and three ranks can share."""
+
+
+def digest() -> list[str]:
+    """The random states of this process, in short."""
+    return [
+        hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
+        hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
+        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+    ]
+
+
+def arguments(folder: str, kind: str, batch: int) -> TrainingArguments:
+    """`kind`: ``ddp``, ``zero2`` or ``zero3``; `batch`: samples of a step over all ranks."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": int(kind[-1]) if kind.startswith("zero") else 0},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True
+            },
+        },
+    }  # fmt: skip
+    return TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=batch // world_size(),
+        max_steps=2 * SAVED_AT,
+        save_steps=SAVED_AT,
+        logging_steps=1,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        warmup_steps=2,
+        lr_scheduler_type="linear",
+        report_to=[],
+        disable_tqdm=True,
+        seed=3,
+        deepspeed=config if kind.startswith("zero") else None,
+    )
+
+
+class Watched(Trainer):  # type: ignore[misc]
+    """Keeps the samples that this rank has trained on, and draws from its generators."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[list[int]] = []
+        self.watch: Any = None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.watch.at_first_step()
+        torch.rand(rank() + 3)
+        random.random()
+        self.seen.append(inputs["input_ids"][:, 0].tolist())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """What the job holds when it saves, and when it has been restored."""
+
+    def __init__(self, kind: str, *, resumes: bool) -> None:
+        self.kind = kind
+        self.resumes = resumes
+        self.trainer: Any = None
+        self.first: dict[str, Any] | None = None
+        self.at_save: dict[str, Any] = {}
+
+    def found(self) -> dict[str, torch.Tensor]:
+        trainer = self.trainer
+        if self.kind.startswith("zero"):
+            return held_by_engine(trainer.model_wrapped)
+        return held(trainer.model, [trainer.optimizer.optimizer])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == SAVED_AT and not self.at_save:
+            self.at_save = {
+                "found": self.found(),
+                "rates": self.trainer.lr_scheduler.get_last_lr(),
+                "states": gathered(digest()),
+            }
+
+    def at_first_step(self) -> None:
+        """Called where Trainer and its callbacks have restored all."""
+        trainer = self.trainer
+        if self.first is None and self.resumes:
+            self.first = {
+                "step": trainer.state.global_step,
+                "found": self.found(),
+                "rates": trainer.lr_scheduler.get_last_lr(),
+                "states": gathered(digest()),
+            }
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's, by rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def by_step(seen: list[Any]) -> list[list[int]]:
+    """The samples of each step over all ranks, sorted."""
+    return [sorted(sample for one in ranks for sample in one) for ranks in zip(*gathered(seen), strict=True)]
+
+
+def trainer_of(folder: str, kind: str, batch: int, *, resumes: bool) -> tuple[Watched, Watch]:
+    watch = Watch(kind, resumes=resumes)
+    trainer = Watched(
+        model=tiny_gpt2(seed=7 if resumes else 0),
+        args=arguments(folder, kind, batch),
+        train_dataset=Tokens(),
+        callbacks=[watch],
+    )
+    watch.trainer, trainer.watch = trainer, watch
+    return trainer, watch
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save(folder: str, kind: str) -> None:
+    """Leaves ``checkpoint-4`` in `folder`, and what a killed save leaves under a higher number."""
+    os.makedirs(folder, exist_ok=True)
+    trainer, watch = trainer_of(folder, kind, GLOBAL_BATCH, resumes=False)
+    trainer.train()
+    losses = losses_of(trainer)
+    seen = by_step(trainer.seen)
+    at = watch.at_save
+    hold(folder, at["found"], rates=at["rates"], states=at["states"], losses=losses, seen=seen)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if rank() == 0:
+        shutil.rmtree(f"{folder}/checkpoint-8")
+        os.mkdir(f"{folder}/checkpoint-9")
+
+
+def resume(folder: str, kind: str, checkpoint: str, batch: str, out: str) -> None:
+    """Goes on by the lines of docs/frameworks.md; rank 0 prints what it finds, as JSON."""
+    trainer, watch = trainer_of(out, kind, int(batch), resumes=True)
+    own = (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_lines("transformers", {"trainer": trainer, "run": checkpoint})
+    assert (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint) == own
+    assert watch.first is not None
+    seen = by_step(trainer.seen)
+    if rank() == 0:
+        first = watch.first
+        print(
+            json.dumps(
+                {
+                    "differences": differences(
+                        folder, first["found"], without=("step/",) if kind.startswith("zero") else ()
+                    ),
+                    "step": first["step"],
+                    "final": trainer.state.global_step,
+                    "rates": first["rates"],
+                    "states": first["states"],
+                    "seen": seen,
+                    "losses": losses_of(trainer),
+                    "callbacks": [type(one).__name__ for one in trainer.callback_handler.callbacks],
+                    "warnings": [str(one.message) for one in told if "a step was" in str(one.message)],
+                }
+            )
+        )
