@@ -6,6 +6,10 @@ Each module needs its own framework alone, and is imported by its name: ``from r
 - `transformers`: Trainer's ``train(resume_from_checkpoint=...)``, in a block.
 - `accelerate`: ``accelerator.load_state``, with schedules that count processes (`schedules`).
 - `data`: a sampler that counts samples of all ranks; torchdata's loaders at another number of ranks.
+- `lightning`: a strategy for DeepSpeed's folders and a ``CheckpointIO`` for ``.ckpt`` files, for its Trainer.
+- `fabric`: a strategy for DeepSpeed's folders, for its ``Fabric``.
+- `torchtitan`: its ``CheckpointManager``.
+- `composer`: a callback that loads before training.
 
 Every adapter warns where the batch of one step over all ranks is another than when the checkpoint was saved
 (`batches`): the frameworks count in steps, and would train on other samples without a word. It warns too of a version

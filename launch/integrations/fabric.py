@@ -13,6 +13,7 @@ It is Fabric's own extension point: nothing is replaced. It saves as Fabric does
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,6 +110,12 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
                 remedy="Keep the batch, or count samples",
             )
         warn_of_inert(client_state, tuple(state))
+        if "lr_scheduler" in state:
+            warnings.warn(
+                "state['lr_scheduler'] is not restored, by Fabric neither: DeepSpeed's files have the engine's own "
+                "under that name. Save it under another key",
+                stacklevel=2,
+            )
         for key in [key for key in state if key in client_state and key not in _ENGINES_OWN]:
             value, saved = state[key], client_state.pop(key)
             if callable(getattr(value, "load_state_dict", None)):
