@@ -203,3 +203,34 @@ def resume(folder: str, kind: str, checkpoint: str, batch: str, out: str) -> Non
                 }
             )
         )
+
+
+def mistakes(folder: str) -> None:
+    """What the block does where nothing can be resumed, and what it leaves behind after an error."""
+    from rankload.integrations.accelerate import attach
+    from rankload.integrations.transformers import newest, replaced
+
+    from rankload import NotFoundError, OptionError
+
+    trainer, _ = trainer_of(folder, "ddp", GLOBAL_BATCH, resumes=True)
+    own = (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint)
+    before = list(trainer.callback_handler.callbacks)
+    os.makedirs(f"{folder}/checkpoint-9")
+    assert newest(folder) is None
+    for checkpoint, kind in ((True, NotFoundError), (f"{folder}/checkpoint-9", FileNotFoundError)):
+        try:
+            with replaced():
+                assert Trainer.train is not own[0]
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except (kind, ValueError) as error:
+            assert "checkpoint" in str(error), error
+        else:
+            raise AssertionError(f"{checkpoint} was resumed from")
+        assert (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint) == own
+        assert trainer.callback_handler.callbacks == before
+    try:
+        attach(trainer.model)
+    except OptionError as error:
+        assert "expected the Accelerator" in str(error), error
+    else:
+        raise AssertionError("a model was attached")
