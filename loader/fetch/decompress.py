@@ -8,9 +8,10 @@ import os
 import zlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from ..errors import CorruptError, OptionError, UnsafeError
+from ..formats.torch_zip import OpenFile, open_local
 from ..plurals import counted
 
 COMPRESSED = frozenset({"gzip", "bzip2", "xz", "zstd"})
@@ -55,7 +56,7 @@ class Expanded:
         kind: str,
         described: str,
         limit: int,
-        open_file: Callable[[str], BinaryIO] = lambda path: open(path, "rb"),
+        open_file: OpenFile = open_local,
     ) -> None:
         """`kind` is one of `COMPRESSED`; `described` is what messages call the file, which `open_file` opens."""
         self._described = described

@@ -123,8 +123,8 @@ def open_local(path: str) -> Iterator[ObjectBytes]:
                 count = os.preadv(file, [view[done:]], start + done)
             except OSError as error:
                 raise CorruptError(
-                    f"{path}: cannot be read at byte {start + done:,} ({error.strerror}): the disk may be failing; fetch "
-                    "the file again",
+                    f"{path}: cannot be read at byte {start + done:,} ({error.strerror}): the disk may be failing; "
+                    "fetch the file again",
                     path=path,
                 ) from error
             if not count:
