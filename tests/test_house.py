@@ -67,7 +67,15 @@ MAY_IMPORT_HEAVY = {
 }
 """Rooms and modules that import such things at their top: whoever imports them has torch."""
 MAY_IMPORT_HEAVY_LATE = {
-    "integrations": {"torch", "deepspeed", "transformers", "accelerate", "lightning", "composer", "torchtitan"},
+    "integrations": {
+        "torch",
+        "deepspeed",
+        "transformers",
+        "accelerate",
+        "lightning",
+        "composer",
+        "torchtitan",
+    },
     "loader.exporting": {"torch"},
     "loader.stores": {"fsspec"},
     "loader.state": {"torch"},
@@ -137,7 +145,9 @@ PUBLIC = {
 def modules() -> Iterator[tuple[str, Path]]:
     for package in PACKAGES:
         for path in sorted(home_of(package).rglob("*.py")):
-            if package in HOMES or not any(path.is_relative_to(REPOSITORY / other) for other in HOMES.values()):
+            if package in HOMES or not any(
+                path.is_relative_to(REPOSITORY / other) for other in HOMES.values()
+            ):
                 yield package, path
 
 

@@ -38,10 +38,7 @@ class WarmRank:
     """What `subprocess.Popen` is for a rank that starts cold; the first one starts the Python that all are forks of."""
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
-        # Read while libraries are imported.
-        with mock.patch.dict(os.environ, dict.fromkeys(THREADS, "1")):
-            _context.set_forkserver_preload(list(PRELOADED))
-            forkserver.ensure_running()
+        warm_up()
         path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *_installed_path()]
         self._process = _context.Process(
             target=_become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
@@ -59,6 +56,14 @@ class WarmRank:
     def wait(self) -> None:
         self._process.kill()  # where it had not got as far as a session of its own
         self._process.join()
+
+
+def warm_up(*more: str) -> None:
+    """Starts the Python that all ranks are forks of, unless it runs: it imports `more` modules besides."""
+    # Read while libraries are imported.
+    with mock.patch.dict(os.environ, dict.fromkeys(THREADS, "1")):
+        _context.set_forkserver_preload([*PRELOADED, *more])
+        forkserver.ensure_running()
 
 
 @cache
