@@ -24,12 +24,15 @@ from ..saved.contents import Saved, SetFile
 from ..saved.demand import Demand
 from ..saved.node_file import NodeFile
 from ..saved.values import kind_of
+from ..stores.locate import MODEL_FILES
 from .base import Files
 from .single_file import by_class, rng_list
 
 _LARGEST_JSON = 64 << 20
 _TRAINERS = re.compile(r"checkpoint-\d+")
 """How Trainer names its folders."""
+_ACCELERATES_OWN = re.compile(r"checkpoint_\d+")
+"""How Accelerate does."""
 _TRAINERS_FIRST = ("training_args.bin", "rng_state_0.pth", "rng_state.pth")
 """What it writes before the file that it writes last."""
 _ACCELERATES = ("pytorch_model", "pytorch_model_fsdp_0")
@@ -105,13 +108,16 @@ def with_side_files(files: Files, demand: Demand, saved: Saved) -> Saved:
 def _left_by_killed_save(files: Files) -> tuple[str, ...]:
     """What shows that a framework began to save the folder, and was killed before its last file. Every rank must call.
 
-    Both write the file by which their folders are known after the model and the optimizer.
+    Both write the file by which their folders are known after the model and the optimizer; the weights come first, so
+    that a folder of their name may have them alone.
     """
-    if _TRAINERS.fullmatch(files.folder) and files.beside(_TRAINERS_FIRST, "look beside"):
+    weights = files.first.name.rpartition("/")[2] in MODEL_FILES
+    if _TRAINERS.fullmatch(files.folder) and (weights or files.beside(_TRAINERS_FIRST, "look beside")):
         return (
             f"{files.folder} has no trainer_state.json, which Trainer writes last: the save was not finished",
         )
-    if files.folder and any(part in _ACCELERATES for part in files.name.split("/")):
+    named = weights and _ACCELERATES_OWN.fullmatch(files.folder)
+    if named or (files.folder and any(part in _ACCELERATES for part in files.name.split("/"))):
         return (
             f"{files.folder} has no random_states_0.pkl, which Accelerate writes last: the save was not finished",
         )

@@ -164,6 +164,30 @@ def test_trainer_writes_its_state_last(tmp_path: Path) -> None:
     assert names(find(str(tmp_path / "checkpoint-4"))) == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize(
+    ("writer", "name", "last"),
+    [
+        ("trainer-plain-w2", "checkpoint-{}", "trainer_state.json, which Trainer"),
+        ("accelerate-plain-w2", "checkpoint_{}", "random_states_0.pkl, which Accelerate"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("config.json",)], ids=["weights", "and their configuration"])
+def test_frameworks_write_the_weights_first(
+    tmp_path: Path, writer: str, name: str, last: str, more: tuple[str, ...]
+) -> None:
+    """A kill right after them leaves a folder that would do for inference: no run goes on from it."""
+    shutil.copytree(DATA / writer / "ckpt", tmp_path / name.format(4))
+    killed = tmp_path / name.format(8)
+    killed.mkdir()
+    shutil.copy(DATA / writer / "ckpt" / "model.safetensors", killed)
+    for each in more:
+        (killed / each).write_text("{}")
+    found = find(str(tmp_path))
+    assert names(found) == [name.format(8), name.format(4)]
+    assert f"has no {last} writes last: the save was not finished" in found[0].reason
+    assert taken(found).path == str(tmp_path / name.format(4))
+
+
 def test_accelerate_in_its_projects_folder(tmp_path: Path) -> None:
     project = tmp_path / "project" / "checkpoints"
     for number in (0, 1, 2):
