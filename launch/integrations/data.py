@@ -144,6 +144,8 @@ class GlobalSampler:
 
     def _counted(self, loader: Any, size: int) -> Iterator[Any]:
         this = self._loop = object()
+        # The last batch may be a smaller one; with drop_last, what is left after it is dealt to nobody.
+        end = min(self.samples, self.done + self._share(self.samples - self.done) * self.world_size)
         try:
             for batch in _begin(loader, self.seed, self.epoch, self.done, self.rank):
                 if self._loop is not this:
@@ -151,7 +153,7 @@ class GlobalSampler:
                         "the sampler's position was loaded, or another loop over it began, while this one ran: load "
                         "sampler.state_dict() before the loop, and not the loader's state"
                     )
-                self.done = min(self.done + size, self.samples)
+                self.done = min(self.done + size, end)
                 yield batch
         finally:
             if self._loop in (this, _LOADED):

@@ -24,7 +24,7 @@ KINDS = [
     ("trainer-plain-w2/ckpt", "monolithic", "trainer", None, None, 4, 6),
     ("dcp-fsdp2-w2/ckpt", "dcp", "hand-written", None, None, 3, 3),
     ("dcp-tp-fsdp-w4/ckpt", "dcp", "hand-written", None, None, 3, 5),
-    ("lightning-mp-w2/ckpt", "dcp", "lightning", None, None, 3, 3),
+    ("lightning-mp-w2/ckpt", "dcp", "lightning", None, None, 3, 4),
     ("rank-shards-w2", "rank-shards", "hand-written", None, 2, None, 6),
     ("dcp-hf-sharded-w2/ckpt", "slices", "safetensors", None, 2, None, 2),
     ("safetensors-sharded-index/ckpt", "sharded", "safetensors", None, None, None, 3),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rankload.integrations.data import GlobalSampler, gather_loader_states
 from rankload.loader import OptionError
@@ -66,6 +66,7 @@ def order_of(samples: int, epoch: int = 0) -> list[int]:
 
 
 @settings(deadline=None)
+@example(samples=3, sizes=[(2, 2, 1)], last=(1, 1), drop_last=True)
 @given(
     samples=st.integers(1, 40),
     sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)), max_size=4),
