@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
 
 test: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -q -n 3 --dist loadfile tests
+	$(RUN) $(BIN)/python -m pytest -q -n 4 --dist loadfile tests
 
 # The long tests too, every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md), and every other source into
 # every target (docs/formats.md): more than an hour on 2 cores.
@@ -37,7 +37,7 @@ test-frameworks: $(FRAMEWORKS)/.installed
 # Whole jobs under torchrun, deepspeed, mpirun and Slurm, which are killed and restarted; those that are not installed
 # are skipped.
 test-launchers: $(STAMP)
-	$(RUN) TEST_LAUNCHERS=1 $(BIN)/python -m pytest -q tests/launch/test_run.py
+	$(RUN) TEST_LAUNCHERS=1 $(BIN)/python -m pytest -q tests/launch/test_run.py tests/test_configs.py tests/loader/test_killed_saves.py
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed

@@ -85,6 +85,12 @@ def losses(said: str) -> dict[int, str]:
     return {int(step): loss for step, loss in re.findall(r"step (\d+) loss (\S+)", said)}
 
 
+whole_jobs = pytest.mark.skipif(
+    not (os.environ.get("TEST_LAUNCHERS") or os.environ.get("TEST_ALL")),
+    reason="takes minutes with the others: make test-launchers",
+)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder saved after `STEPS` steps under torchrun, and the losses of a run that went two further.
@@ -110,18 +116,21 @@ def test_torchrun(trained, tmp_path):
     check(run("torchrun.sh", "--until", STEPS + 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
 
 
+@whole_jobs
 @needs_deepspeed
 def test_one_checkpoint_by_its_path(trained, tmp_path):
     saved, whole = trained
     check(run("torchrun.sh", "--steps", 2, "--seed", 5, "--load", saved, cwd=tmp_path), whole)
 
 
+@whole_jobs
 @needs_deepspeed
 def test_deepspeed_launcher(trained, tmp_path):
     saved, whole = trained
     check(run("deepspeed.sh", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
 
 
+@whole_jobs
 @needs_deepspeed
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 def test_mpirun(trained, tmp_path):
@@ -131,6 +140,7 @@ def test_mpirun(trained, tmp_path):
     check(said, whole)
 
 
+@whole_jobs
 @needs_deepspeed
 def test_slurm(trained, tmp_path):
     saved, whole = trained
@@ -182,6 +192,7 @@ def follow(folder: Path, cwd: Path, ranks: int, *arguments: object, **extra: str
     return samples, {int(step): (float(loss), float(rate)) for step, loss, rate in numbers}
 
 
+@whole_jobs
 @needs_deepspeed
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, tmp_path):
@@ -197,7 +208,7 @@ def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, 
 
 
 @needs_deepspeed
-@pytest.mark.skipif("RANKLOAD_TEST_ALL" not in os.environ, reason="stages 2 and 3 run with make test-all")
+@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="stages 2 and 3 run with make test-all")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_other_stages(stage, tmp_path):
     config = {"CONFIG": str(CONFIGS / f"zero{stage}.json")}

@@ -19,6 +19,8 @@ from saving_worker import check, job, train, values
 
 from rankload import LayoutError, LoadOptions, OptionError, State, TemplateError, load, save_checkpoint
 
+LONG = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+
 WORKER = str(SUPPORT / "saving_worker.py")
 
 
@@ -211,7 +213,13 @@ def test_sigkill_of_all_ranks_at_random_times(tmp_path: Path, stage: int):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        1,
+        pytest.param(3, marks=LONG),
+    ],
+)
 def test_sigkill_in_an_engines_save_leaves_the_newest_whole_one_at_latest(tmp_path: Path, stage: int):
     def run(point: str) -> int:
         """The step that the job resumed from; 0 where there was nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from deepspeed_ranks import needs_deepspeed
 from places import DATA, SUPPORT
 from processes import run_ranks
 from rankload.loader.planning.loads import plan_load
+
+LONG = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
 
 WORKER = SUPPORT / "plan_worker.py"
 ENGINES = SUPPORT / "fetch_engine_worker.py"
@@ -116,7 +119,17 @@ def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_pat
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "ways"), [("1", ((2,), (1, 1))), ("3", ((1, 1),))])
+@pytest.mark.parametrize(
+    ("stage", "ways"),
+    [
+        pytest.param(
+            "1",
+            ((2,), (1, 1)),
+            marks=LONG,
+        ),
+        ("3", ((1, 1),)),
+    ],
+)
 def test_of_an_engine_in_parts(stage: str, ways: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
     folder = tmp_path / "served" / "run"
     run(f"{ENGINES}:save", 3, folder, stage, cache=tmp_path)
