@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..loader import LoadOptions, OptionError, State, load
+from ..loader.stores.names import child_of
 from .batches import warn_of_batch
 from .versions import warn_of_version
 
@@ -78,7 +79,7 @@ def load_checkpoint(
         left_out |= {"optimizer"}
     if load_module_only or not load_lr_scheduler_states:
         left_out |= {"scheduler"}
-    path = os.fspath(load_dir) if tag is None else f"{os.fspath(load_dir).rstrip('/')}/{tag}"
+    path = os.fspath(load_dir) if tag is None else child_of(os.fspath(load_dir), tag)
     result = load(
         path,
         State(model=engine),
