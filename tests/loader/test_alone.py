@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from places import DATA
-from rankload.loader import NotFoundError
+from rankload.loader import LayoutError, NotFoundError
 from rankload.loader.alone import EVERYTHING, OUTLINE, open_alone
 from rankload.loader.saved.demand import Demand
+from rankload.loader.saved.model_parallel import Position
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,15 @@ def test_every_kind_names_its_files(
             path = Path(opened.files.object_of(one))
             assert path.stat().st_size >= one.least_bytes
         assert of_set is None or len(opened.saved.files) == of_set
+
+
+def test_weights_alone_need_no_path_to_the_other_archives() -> None:
+    first = DATA / "composer-zero1-w2" / "ep1-ba4-rank0.pt.tar"
+    with open_alone(first, Demand(Position(0, 1), weights_only=True)) as opened:
+        assert opened.saved.state["model"]
+    for demand in (OUTLINE, EVERYTHING):
+        with pytest.raises(LayoutError, match=r"first of 2 ranks' archives"), open_alone(first, demand):
+            pass
 
 
 def test_what_the_block_raises_is_raised_as_it_is(zero: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...errors import NotFoundError
+from ...errors import LayoutError, NotFoundError
 from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
 from ...saved.model_parallel import Position
@@ -46,8 +46,21 @@ class Zero:
         gather_files(files, zero)
         with files.stage("read states"):
             contents = zero_contents(zero.models, zero.optims, weights_only=demand.weights_only)
-            saved = replace(zero_saved(contents, zero.demand, name=files.name), files=zero.all_files())
+            saved = replace(
+                zero_saved(contents, zero.demand, name=files.name), files=_set_of_files(zero, demand)
+            )
             return saved if files.in_folder else _of_archives(files, saved, demand)
+
+
+def _set_of_files(zero: ZeroFiles, demand: Demand) -> tuple[SetFile, ...]:
+    """All files of the checkpoint; none where the path names the first archive alone, and a load needs no other."""
+    try:
+        return zero.all_files()
+    except LayoutError:
+        # Weights below stage 3 are all in the first one.
+        if demand.outline:
+            raise
+        return ()
 
 
 def _of_archives(files: Files, saved: Saved, demand: Demand) -> Saved:
