@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..stores.transfer import bytes_on_disk
 from .folder import locked
-from .records import about, in_use, last_use, put_away, remove
+from .records import ORPHAN_S, about, in_use, last_use, put_away, remove
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Held:
     nbytes: int
     """What it takes on the disk: a file that came in parts has holes."""
     busy: bool = False
-    """Whether a living process uses it, or a prefetch made it for a load that is to come."""
+    """Whether a living process uses it, or a prefetch left it for a load less than `records.ORPHAN_S` ago."""
     stays: bool = True
     """Whether it stays once no process uses it."""
 
@@ -92,13 +92,14 @@ def _held(folder: str, now: float) -> list[Held]:
         path = os.path.join(folder, name)
         if os.path.isdir(os.path.join(path, "users")) and not name.startswith("."):
             description = about(path)
-            busy = in_use(path, now) or description.awaited
+            used_at = last_use(path)
+            busy = in_use(path, now) or (description.awaited and now - used_at <= ORPHAN_S)
             found.append(
                 Held(
                     path,
                     description.group or name,
                     description.content,
-                    last_use(path),
+                    used_at,
                     bytes_on_disk(path),
                     busy,
                     description.stays,

@@ -9,8 +9,8 @@
 
 A product counts as whole only where ``done`` and its sizes say so. Several processes, on several nodes too, may share
 one folder. An entry is removed with its last user, or stays until it is evicted (`bounds`); one that a prefetch made
-stays until the first load that used it has ended. A user counts as dead where its process has ended, as far as that can
-be seen from this node, or else where its file was not touched for `records.STALE_S`.
+stays until the first load that used it has ended, or for `records.ORPHAN_S`. A user counts as dead where its process
+has ended, as far as that can be seen from this node, or else where its file was not touched for `records.STALE_S`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class About:
     stays: bool = False
     """Whether it stays once no process uses it."""
     awaited: bool = False
-    """Whether a prefetch made it, and no load has used it yet: until one does, it stays too."""
+    """Whether a prefetch made it, and no load has used it yet: until one does, it stays too, for a day at most."""
     checkpoint: str = ""
     """What messages call the checkpoint; without secrets."""
 

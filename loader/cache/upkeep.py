@@ -54,7 +54,8 @@ def cached_files(homes: Sequence[CacheHome]) -> tuple[CachedFile, ...]:
 
 def prune(homes: Sequence[CacheHome], size_bytes: int) -> tuple[CachedFile, ...]:
     """Removes what does not fit in `size_bytes` on each disk, the least recently used checkpoint first, and what nobody
-    uses in memory; returns what was removed. What a prefetch has fetched for a load that is to come stays.
+    uses in memory; returns what was removed. What a prefetch has fetched for a load that is to come stays for a day, in
+    memory for an hour.
 
     Raises as `cached_files`.
     """

@@ -14,6 +14,7 @@ from rankload.loader.cache import homes as cache_homes
 from rankload.loader.cache.bounds import Held, victims
 from rankload.loader.cache.holes import PartialFile
 from rankload.loader.cache.node import NodeCache
+from rankload.loader.cache.records import ORPHAN_S
 from rankload.loader.errors import AccessError
 from rankload.loader.fetch.space_check import RoomReport, agree_on_room
 from rankload.loader.stores.transfer import bytes_on_disk
@@ -87,6 +88,20 @@ def test_what_fits_stays_and_the_least_recently_used_goes(tmp_path: Path) -> Non
     use(folder, "five", size=0)
     use(folder, "one", size=0, made=False)
     assert held(folder) == {"one"}
+
+
+def test_what_a_prefetch_left_is_evicted_once_a_day_has_passed(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    with NodeCache(str(folder), size_bytes=100 * SIZE, purpose="prefetch") as cache:
+        cache.of_checkpoint("store", "awaited")
+        cache.entry("s3://awaited", "store", "awaited").fill("object", "awaited", writes, nothing)
+    (entry,) = (one for one in folder.iterdir() if one.is_dir())
+    use(str(folder), "other", size=1)
+    assert held(str(folder)) == {"awaited"}
+    day_ago = time.time() - ORPHAN_S - 60
+    os.utime(entry / "about", (day_ago, day_ago))
+    use(str(folder), "other", size=1)
+    assert held(str(folder)) == set()
 
 
 def test_what_no_other_load_can_ask_for_does_not_stay(tmp_path: Path) -> None:
