@@ -211,13 +211,10 @@ class NodeCache:
     def is_left(self, path: str) -> bool:
         """Whether another load will find the file at `path`: one that it could ask for, and that no other process had
         in use when it was opened here."""
+        name, slot = [*os.path.relpath(path, self._home_at(path).folder).split(os.sep), ""][:2]
         with self._lock:
-            entries = list(self._entries.values())
-        for entry in entries:
-            inside = os.path.relpath(path, entry.folder).split(os.sep)
-            if inside[0] != os.pardir:
-                return entry.lasting and not inside[0].startswith(f"{PARTS}-")
-        return False
+            entry = self._entries.get(name)
+        return entry is not None and entry.lasting and not slot.startswith(f"{PARTS}-")
 
     def forget(self, entry: CacheEntry) -> None:
         """Drops `entry`, which is being closed: the method `entry` makes another one then."""
