@@ -10,7 +10,6 @@ Imports no torch. Not guaranteed: that no byte in the middle of a file is damage
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -20,16 +19,16 @@ from .alone import OUTLINE, OpenCheckpoint, open_alone
 from .candidates.found import FoundCheckpoint
 from .candidates.listing import Candidate, list_candidates
 from .completeness import faults_of
-from .errors import AccessError, RankloadError
+from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .options import LoadOptions, Options, resolve_options
 from .request import as_path
 from .stores.base import Store
 from .stores.locate import Located
 from .stores.manifest import find_manifests, key_of, known_sums
+from .writing.summed import sum_of
 
 _SHOWN = 4
 """Faults that a reason names."""
-_READ_BYTES = 4 << 20
 
 
 def find(
@@ -51,7 +50,7 @@ def find(
         path, object_store, options, run_name: as `candidates.listing.list_candidates` takes them.
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
         every: whether all are examined, also older ones than the first proven one.
-        skip: paths that are passed over whatever they hold, each with the reason.
+        skip: what messages call the checkpoints that are passed over whatever they hold, each with the reason.
         progress: called after each step of the work.
 
     Raises:
@@ -75,8 +74,8 @@ def find(
     listed: list[FoundCheckpoint] = []
     taken: Candidate | None = None
     for one in in_order:
-        if skip is not None and one.path in skip:
-            found: FoundCheckpoint | None = replace(_not_examined(one), proven=False, reason=skip[one.path])
+        if skip is not None and one.shown in skip:
+            found: FoundCheckpoint | None = replace(_not_examined(one), proven=False, reason=skip[one.shown])
         elif one.path in early:
             found = early[one.path]
         else:
@@ -131,7 +130,7 @@ def prove(
     except AccessError:
         raise
     except RankloadError as error:
-        if not candidate.surely and type(error).__name__ in ("NotFoundError", "FormatError"):
+        if not candidate.surely and isinstance(error, NotFoundError | FormatError):
             return None
         return replace(found, proven=False, reason=error.message.removeprefix(f"{found.shown}: "))
 
@@ -167,7 +166,9 @@ def _other_than_listed(opened: OpenCheckpoint, progress: Callable[[], None]) -> 
         one = known.get(key_of(store, name))
         if one is None or not _is_later(store, files.located, name, one.told_by):
             continue
-        if _sha256(store.local_path(name), progress) != one.sha256:
+        with open(store.local_path(name), "rb") as file:
+            found = sum_of(file, lambda _: progress())
+        if found != one.sha256.hex():
             yield (
                 f"{store.describe(name)} was written after {one.told_by}, which lists another checksum: its files are "
                 "of two saves"
@@ -183,12 +184,3 @@ def _is_later(store: Store, located: Located, name: str, manifest: str) -> bool:
         if os.path.isfile(path)
     ]
     return not times or os.stat(store.local_path(name)).st_mtime_ns > max(times)
-
-
-def _sha256(path: str, progress: Callable[[], None]) -> bytes:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(_READ_BYTES):
-            found.update(data)
-            progress()
-    return found.digest()

@@ -34,7 +34,7 @@ from .journey import LoadResult, load
 from .options import RESUME, LoadOptions, Options
 from .plurals import counted
 from .redaction import redact_path
-from .request import LoadRequest, agree_on_arguments, settle_options
+from .request import LoadRequest, agree_on_arguments, check_same, settle_options
 from .saved.contents import SetFile
 from .saved.ignore import IgnoreKeys
 from .stages import Stages
@@ -135,22 +135,24 @@ def autoresume(
             older one would not fit it either.
     """
     resolved, problem = settle_options(options)
-    if path is None and not os.environ.get(RESUME):
-        _cold(f"no path was passed, and {RESUME} is not set", (), require=require)
-        return None
     request = LoadRequest(_path(path), state, resolved, object_store=object_store)
+    asked = {"newest": str(newest), "require": str(require), "max_attempts": str(max_attempts)}
     if problem is None and max_attempts is not None and (type(max_attempts) is not int or max_attempts < 1):
         problem = OptionError(f"max_attempts is {max_attempts!r}: expected a number from 1 on, or None")
     broken: dict[str, str] = {}
     while True:
         with open_session(stall_timeout_s=resolved.stall_timeout_s) as session:
-            agree_on_arguments(request, problem, session, Stages(session.channel))
-            found = _find(request, session, newest=newest, skip=broken, max_attempts=max_attempts)
             is_first = session.topology.rank == 0
+            if not any(session.channel.gather("a path", bool(path is not None or os.environ.get(RESUME)))):
+                found, what = [], f"no path was passed, and {RESUME} is not set"
+            else:
+                agree_on_arguments(request, problem, session, Stages(session.channel))
+                session.channel.decide("same resume", asked, check_same)
+                found = _find(request, session, newest=newest, skip=broken, max_attempts=max_attempts)
+                what = f"{redact_path(request.path)} has no checkpoint that is whole"
         passed = tuple(one for one in found if one.proven is False)
         chosen = next((one for one in found if one.proven), None)
         if chosen is None:
-            what = f"{redact_path(request.path)} has no checkpoint that is whole"
             _cold(what, passed, require=require, is_first=is_first)
             return None
         try:
@@ -169,15 +171,15 @@ def autoresume(
             )
         except RankloadError as error:
             if is_first and max_attempts is not None:
-                _count(resolved, chosen.path, error)
+                _count(resolved, chosen.shown, error)
             if not isinstance(error, CorruptError | NotFoundError):
                 raise
             # Nothing was changed, and what is damaged or missing is the checkpoint's own: the next one may be whole.
-            broken[chosen.path] = error.message.removeprefix(f"{chosen.shown}: ")
+            broken[chosen.shown] = error.message.removeprefix(f"{chosen.shown}: ")
             continue
         if is_first:
             if max_attempts is not None:
-                _count(resolved, chosen.path, None)
+                _count(resolved, chosen.shown, None)
             _tell(chosen, found)
         return replace(result, passed_over=passed)
 
@@ -263,7 +265,7 @@ def _step(one: FoundCheckpoint) -> int:
     return -1 if one.step is None else one.step
 
 
-def _cold(what: str, passed: Sequence[FoundCheckpoint], *, require: bool, is_first: bool = True) -> None:
+def _cold(what: str, passed: Sequence[FoundCheckpoint], *, require: bool, is_first: bool) -> None:
     """Says that the run starts cold, and why. Raises `NotFoundError` in place of that where it must not."""
     reasons = "".join(f"\n  passed over {one.shown}: {one.reason}" for one in passed)
     if require:
@@ -280,9 +282,9 @@ def _worn_out(options: Options, max_attempts: int | None) -> dict[str, str]:
     if max_attempts is None:
         return {}
     return {
-        path: f"{counted(len(kinds), 'load')} of it ended in {', '.join(dict.fromkeys(kinds))}, and "
+        shown: f"{counted(len(kinds), 'load')} of it ended in {', '.join(dict.fromkeys(kinds))}, and "
         f"max_attempts={max_attempts}; {_attempts_file(options)} counts them"
-        for path, kinds in _attempts(options).items()
+        for shown, kinds in _attempts(options).items()
         if len(kinds) >= max_attempts
     }
 
@@ -292,7 +294,7 @@ def _attempts_file(options: Options) -> str:
 
 
 def _attempts(options: Options) -> dict[str, list[str]]:
-    """By path, what each failed load of it ended in."""
+    """By what messages call a checkpoint, what each failed load of it ended in."""
     try:
         with open(_attempts_file(options), encoding="utf-8") as file:
             found = json.load(file)
@@ -301,15 +303,15 @@ def _attempts(options: Options) -> dict[str, list[str]]:
     return found if isinstance(found, dict) else {}
 
 
-def _count(options: Options, path: str, error: RankloadError | None) -> None:
+def _count(options: Options, shown: str, error: RankloadError | None) -> None:
     """Counts a load that failed by the checkpoint's fault; with None forgets those of a checkpoint that was loaded."""
     kind = None if error is None else error.details.get("cause", type(error).__name__)
     known = _attempts(options)
     if kind is None:
-        if known.pop(path, None) is None:
+        if known.pop(shown, None) is None:
             return
     elif kind in _COUNTED:
-        known.setdefault(path, []).append(kind)
+        known.setdefault(shown, []).append(kind)
     else:
         return
     file = _attempts_file(options)

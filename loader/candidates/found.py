@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FoundCheckpoint:
         shown: `path` without secrets, for messages.
     """
 
-    path: str
+    path: str = field(repr=False)  # may have a signature or a password in it
     step: int | None
     kind: str | None = None
     world_size: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..stores.base import OnBytes
 
@@ -64,12 +64,18 @@ def write_summed(path: str, write: Callable[[SummedFile], None], on_bytes: OnByt
 
 def sum_file(path: str, on_bytes: OnBytes) -> str:
     """The SHA-256 of a file that another library wrote, which is on the disk when this returns."""
-    found = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-            on_bytes(len(chunk))
+        found = sum_of(file, on_bytes)
         os.fsync(file.fileno())
+    return found
+
+
+def sum_of(file: BinaryIO, on_bytes: OnBytes) -> str:
+    """The SHA-256 of what is left of a file that is open; `on_bytes` hears of every chunk."""
+    found = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        found.update(chunk)
+        on_bytes(len(chunk))
     return found.hexdigest()
 
 

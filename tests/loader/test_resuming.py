@@ -14,7 +14,15 @@ import torch
 from deepspeed_ranks import ENVIRONMENT
 from places import DATA, SUPPORT
 from processes import run_ranks
-from rankload.loader import NotFoundError, OptionError, State, autoresume, find_checkpoints, save_checkpoint
+from rankload.loader import (
+    FoundCheckpoint,
+    NotFoundError,
+    OptionError,
+    State,
+    autoresume,
+    find_checkpoints,
+    save_checkpoint,
+)
 from torch import nn
 
 WORKER = str(SUPPORT / "resume_worker.py")
@@ -132,6 +140,20 @@ def test_what_the_launcher_was_told(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert autoresume(None, State(nn.Linear(4, 4))) is None
     with pytest.raises(NotFoundError, match="RANKLOAD_RESUME is not set"):
         autoresume(None, State(nn.Linear(4, 4)), require=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("require", "argument require differs"), ("path", "path is empty")]
+)
+def test_ranks_that_ask_for_different_things_are_told_at_once(folder: Path, how: str, told: str) -> None:
+    for one in run("resume_unlike_others", 2, folder, how):
+        assert one["error"] == "OptionError"
+        assert told in one["message"]
+
+
+def test_a_path_with_a_secret_is_shown_without() -> None:
+    found = FoundCheckpoint("https://host/run?sig=hush", 3, proven=True, shown="https://host/run")
+    assert "hush" not in f"{found!r} {found}"
 
 
 def test_nodes_with_disks_of_their_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ def told(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def resume(folder: str, options: str = "{}", **arguments: Any) -> None:
+def resume(folder: str | None, options: str = "{}", **arguments: Any) -> None:
     """Resumes from `folder`; says what was taken."""
     logging.basicConfig(stream=sys.stderr)
     state = job()
@@ -55,6 +56,17 @@ def resume_or_raise(folder: str) -> None:
 
 def resume_few_times(folder: str, options: str) -> None:
     resume(folder, options, max_attempts=2)
+
+
+def resume_unlike_others(folder: str, how: str) -> None:
+    """The last rank asks for something else than the others."""
+    is_last = os.environ["RANK"] != "0"
+    if how == "require":
+        resume(folder, require=is_last)
+    elif is_last:
+        resume(None)
+    else:
+        resume(folder)
 
 
 def resume_where_told() -> None:
