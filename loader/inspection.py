@@ -20,7 +20,8 @@ from .completeness import ask_all, stat_surely
 from .errors import OptionError
 from .options import LoadOptions, Options
 from .saved.contents import Saved, SetFile
-from .saved.tensor import SavedTensor, StorageRef
+from .saved.tensor import SavedTensor
+from .saved.ties import tied_names
 from .saved.values import GlobalName, InertArray, InertObject, InertTensor, kind_of
 from .template import expand_path, template_variables
 
@@ -262,14 +263,8 @@ def _elements(saved: Saved) -> int:
     if not isinstance(model, dict):
         return 0
     tensors = {name: value for name, value in model.items() if isinstance(value, SavedTensor)}
-    sizes: dict[Any, int] = {}
-    for name in tensors:
-        of = saved.aliases.get(name, name)
-        tensor = tensors[of if of in tensors else name]
-        where = tuple((piece.storage, piece.offset) for piece in tensor.pieces)
-        known = len(tensor.storages) > 0 and all(isinstance(one, StorageRef) for one, _ in where)
-        sizes[(where, tensor.shape) if known else of] = tensor.numel
-    return sum(sizes.values())
+    tied = tied_names(tensors, saved.aliases)
+    return sum(tensor.numel for name, tensor in tensors.items() if name not in tied)
 
 
 def _keys(node: Any, parts: tuple[str, ...]) -> Iterator[Key]:

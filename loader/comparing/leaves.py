@@ -19,6 +19,7 @@ from ..plurals import counted
 from ..saved.contents import Saved
 from ..saved.names import match_names
 from ..saved.tensor import SavedTensor
+from ..saved.ties import place_of, tied_names
 from ..saved.values import GlobalName, InertArray, InertObject, InertShard, InertTensor, kind_of
 
 Path = tuple[str, ...]
@@ -68,10 +69,13 @@ def side_of(saved: Saved, *, weights_only: bool) -> Side:
             {
                 (MASTERS, name): tensor
                 for name, tensor in saved.masters.items()
-                if not isinstance(named.get(name), SavedTensor) or _place(named[name]) != _place(tensor)
+                if not isinstance(named.get(name), SavedTensor) or place_of(named[name]) != place_of(tensor)
             }
         )
-    return Side(saved.name, leaves, saved.masters, _tied(saved.aliases, named))
+    tensors = {
+        name: one for name, one in named.items() if isinstance(one, SavedTensor) and isinstance(name, str)
+    }
+    return Side(saved.name, leaves, saved.masters, tied_names(tensors, saved.aliases))
 
 
 def leaves_of(tree: Any) -> Iterator[tuple[Path, Any]]:
@@ -251,25 +255,6 @@ def _other(path: Path, keys: Mapping[str, str], b: Side) -> Path:
         mapped = (*mapped[:2], own_class, *mapped[3:])
     # A key may happen to be called like a parameter.
     return path if mapped not in b.leaves and path in b.leaves else mapped
-
-
-def _tied(aliases: Mapping[str, str], model: Mapping[Any, Any]) -> dict[str, str]:
-    """The names of `model` that share all elements with an earlier one, or with the one that the checkpoint says."""
-    found: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name, tensor in model.items():
-        if not isinstance(tensor, SavedTensor) or not isinstance(name, str):
-            continue
-        owner = aliases.get(name) or (first.setdefault(_place(tensor), name) if tensor.numel else name)
-        if owner != name and owner in model:
-            found[name] = owner
-    return found
-
-
-def _place(tensor: SavedTensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements of the same storages."""
-    pieces = tuple((one.region, one.offset, one.stride, one.storage) for one in tensor.pieces)
-    return tensor.dtype, tensor.shape, pieces
 
 
 def _without_tied(only: Iterable[Path], side: Side) -> tuple[list[Path], list[str]]:

@@ -12,6 +12,7 @@ from ..saved.contents import Saved
 from ..saved.dtypes import ITEMSIZE
 from ..saved.names import rename_all
 from ..saved.tensor import SavedTensor, Unread
+from ..saved.ties import tied_names
 from ..saved.values import is_tensor, kind_of
 
 DType = Literal["as-saved", "fp32", "bf16"]
@@ -96,11 +97,11 @@ def select(saved: Saved, dtype: DType, *, everything: bool, rename: Mapping[str,
         )
     new_name = rename_all([name for name in model if isinstance(name, str)], rename)
     tensors = {name: value for name, value in model.items() if isinstance(value, SavedTensor)}
-    owners = _owners(saved.aliases, tensors)
+    owners = tied_names(tensors, saved.aliases)
     weights: dict[str, OutTensor] = {}
     from_masters = 0
     for name, value in tensors.items():
-        if owners.get(name, name) != name:
+        if name in owners:
             continue
         wanted = _TARGET.get(dtype, value.dtype) if value.dtype in _CAST else value.dtype
         master = saved.masters.get(name) if value.dtype != wanted or wanted == "float32" else None
@@ -117,7 +118,7 @@ def select(saved: Saved, dtype: DType, *, everything: bool, rename: Mapping[str,
     left_out.update(_lost_masters(saved, tensors, dtype, from_masters))
     return Selection(
         weights,
-        {new_name[name]: new_name[owner] for name, owner in owners.items() if owner != name},
+        {new_name[name]: new_name[owner] for name, owner in owners.items()},
         objects,
         _without_model(saved) if everything else None,
         from_masters,
@@ -130,26 +131,6 @@ def refused(value: Any) -> str:
     """Why a model's entry that is no `SavedTensor` is in no safetensors file."""
     what = f"a {kind_of(value)}" if is_tensor(value) else f"no tensor, but a {kind_of(value)}"
     return f"{what}: safetensors holds plain tensors alone; --format dcp keeps it"
-
-
-def _owners(aliases: Mapping[str, str], tensors: Mapping[str, SavedTensor]) -> dict[str, str]:
-    """For each name the one that its tensor is written under: its owner's by the checkpoint, else the first name that
-    has the same elements of the same storages."""
-    found: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name, tensor in tensors.items():
-        owner = aliases.get(name, name)
-        if owner in tensors and tensors[owner].shape == tensor.shape:
-            found[name] = owner
-    for name, tensor in tensors.items():
-        if found.get(name, name) == name and tensor.numel:
-            place = tensor.dtype, tensor.shape, tuple((*_place(one),) for one in tensor.pieces)
-            found[name] = first.setdefault(place, name)
-    return {name: found.get(owner, owner) for name, owner in found.items()}
-
-
-def _place(piece: Any) -> tuple[Any, ...]:
-    return piece.region, piece.offset, piece.stride, piece.storage
 
 
 def _check_pieces(where: str, name: str, tensor: SavedTensor) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from every_kind import KINDS, copy_kind, serving
 from rankload.loader import NotFoundError, OptionError
+from rankload.loader.alone import open_alone
 from rankload.loader.comparing import compare
 from rankload.loader.comparing.compare import Watch, compare_checkpoints
 from rankload.loader.comparing.results import Comparison
@@ -231,6 +232,21 @@ def test_views_and_tied_weights(tmp_path: Path) -> None:
     assert "tied to names that both have: head" in found.notes[0]
     c = saved(tmp_path / "c.pt", {"turned": base.T.contiguous()})
     assert compare_checkpoints(a, c).only_a == ("state/model/wte", "state/model/head", "state/model/wide")
+
+
+@pytest.mark.parametrize("kind", ["dcp", "zero3"])
+def test_a_weight_that_is_lacking_is_not_taken_for_a_tied_one_where_no_tensor_is_read(
+    kind: str, tmp_path: Path
+) -> None:
+    path = copy_kind(kind, tmp_path)
+    with open_alone(path) as opened:
+        names = [str(name) for name in opened.saved.state["model"] if str(name) != "blocks.0.down.bias"]
+        shapes = {name: opened.saved.state["model"][name].shape for name in names}
+    # Another weight has its shape.
+    other = saved(tmp_path / "other.pt", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    for keys_only in (True, False):
+        found = compare_checkpoints(path, other, weights_only=True, keys_only=keys_only)
+        assert "state/model/blocks.0.down.bias" in found.only_a
 
 
 @pytest.mark.parametrize("kind", ["dcp", "dcp-tp", "rank-shards", "slices", "sharded"])
