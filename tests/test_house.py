@@ -27,10 +27,8 @@ MAY_IMPORT = {
 ROOMS = (
     ("resuming",),
     ("journey", "reading", "saving", "exporting", "wholeness", "comparing"),
-    ("finding",),
-    ("inspection", "prefetching"),
-    ("planning",),
-    ("completeness",),
+    ("finding", "inspection", "prefetching"),
+    ("completeness", "planning"),
     ("alone",),
     ("opening",),
     ("request", "receipt", "rng"),
