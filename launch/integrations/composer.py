@@ -63,7 +63,7 @@ class LoadCheckpoint(_core.Callback):  # type: ignore[misc, name-defined]
             "object_store": object_store,
             "options": options,
         }
-        self._restores_rng = False
+        self._has_started = False
 
     def before_load(self, state: Any, logger: Any) -> None:
         """Restores the checkpoint into `state`; every rank must call it. Raises as `rankload.load`."""
@@ -73,21 +73,21 @@ class LoadCheckpoint(_core.Callback):  # type: ignore[misc, name-defined]
         # As after a load of its own: the run is this one, whatever the saved one was called.
         state.run_name = run_name
         state.load_path = os.fspath(self.path)
-        self._restores_rng = self.result.rng_states is not None
+        self._has_started = False
 
     def batch_start(self, state: Any, logger: Any) -> None:
         """Puts the random states back before the first batch is trained on; later ones are left alone."""
-        if self.result is None:
+        if self.result is None or self._has_started:
             return
-        if self._restores_rng and self.result.rng_states is not None:
-            self._restores_rng = False
-            restore_rng(self.result.rng_states)
-            warn_of_batch(
-                _saved_batch(state.timestamp),
-                _batch(state.dataloader),
-                counted_by="Composer",
-                remedy="Keep the batch by the DataLoader's batch_size",
-            )
+        self._has_started = True
+        if self.result.rng_states is not None:
+            restore_rng(self.result)
+        warn_of_batch(
+            _saved_batch(state.timestamp),
+            _batch(state.dataloader),
+            counted_by="Composer",
+            remedy="Keep the batch by the DataLoader's batch_size",
+        )
 
 
 def _saved_batch(timestamp: Any) -> int | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import types
+import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from http_server import Served, counting_server
@@ -45,3 +50,34 @@ def test_a_trainer_goes_on(saved: Path, world_size: int) -> None:
 def test_from_a_url(saved: Path) -> None:
     with counting_server({"/a.pt": Served((saved / "ep0-ba4-rank0.pt").read_bytes())}) as server:
         run("resume", 2, saved, server.url("/a.pt"))
+
+
+@pytest.mark.parametrize("rng", [True, False])
+def test_another_batch_is_warned_of_whether_or_not_random_states_were_saved(
+    rng: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Composer: the callback's own part in what a Trainer calls."""
+    from rankload import LoadResult, capture_rng
+
+    core, dist = types.ModuleType("composer.core"), types.ModuleType("composer.utils.dist")
+    core.Callback = object  # type: ignore[attr-defined]
+    dist.get_world_size = lambda: 2  # type: ignore[attr-defined]
+    for module in (core, dist):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "rankload.integrations.composer", raising=False)
+    adapter = importlib.import_module("rankload.integrations.composer")
+    monkeypatch.delitem(sys.modules, "rankload.integrations.composer")
+    result = Mock(spec=LoadResult, rng_states=[capture_rng()] if rng else None)
+    monkeypatch.setattr(adapter, "load", lambda *_, **__: result)
+    state = types.SimpleNamespace(
+        run_name="run",
+        timestamp=types.SimpleNamespace(sample_in_epoch=24, batch_in_epoch=4),
+        dataloader=types.SimpleNamespace(batch_size=4),
+    )
+    callback = adapter.LoadCheckpoint("run/ep0-ba4-rank0.pt")
+    callback.before_load(state, None)
+    with pytest.warns(UserWarning, match="a step was 6 samples when the checkpoint was saved, and is 8 here"):
+        callback.batch_start(state, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.batch_start(state, None)
