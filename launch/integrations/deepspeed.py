@@ -16,12 +16,12 @@ import contextlib
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..loader import LoadOptions, OptionError, State, load
 from ..loader.stores.names import child_of
 from .batches import warn_of_batch
+from .parts import leave_out
 from .versions import warn_of_version
 
 TRIED = ("0.19", "0.18")
@@ -73,12 +73,11 @@ def load_checkpoint(
             "LoadOptions(rename=...), or leave some out with rankload.load(..., ignore_keys=...)"
         )
     warn_of_version("deepspeed", TRIED)
-    given = options if isinstance(options, LoadOptions) else LoadOptions(**(options or {}))
-    left_out = set(given.leave_out)
+    left_out = []
     if load_module_only or not load_optimizer_states:
-        left_out |= {"optimizer"}
+        left_out.append("optimizer")
     if load_module_only or not load_lr_scheduler_states:
-        left_out |= {"scheduler"}
+        left_out.append("scheduler")
     path = os.fspath(load_dir) if tag is None else child_of(os.fspath(load_dir), tag)
     result = load(
         path,
@@ -87,7 +86,7 @@ def load_checkpoint(
         strict_model_weights=load_module_strict,
         progress_bar=False,
         ignore_keys=[_COUNTERS] if load_module_only else None,
-        options=replace(given, leave_out=tuple(sorted(left_out))),
+        options=leave_out(options, left_out),
     )
     if warns_of_batch and load_optimizer_states and not load_module_only:
         warn_of_batch(

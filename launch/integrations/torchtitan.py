@@ -26,13 +26,13 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..distributed.session import open_session
 from ..loader import LayoutError, LoadOptions, LoadResult, MismatchError, State, UnsafeError, load
 from ..loader.formats.plain_pickle import read_plain
 from .inert import inert_types
+from .parts import leave_out
 from .versions import warn_of_version
 
 TRIED = ("0.2",)
@@ -60,7 +60,7 @@ class CheckpointManager(_titan.CheckpointManager):  # type: ignore[misc, name-de
     ) -> None:
         self.rankload_result: LoadResult | None = None
         self._object_store = object_store
-        self._options = options if isinstance(options, LoadOptions) else LoadOptions(**(options or {}))
+        self._options = options
         super().__init__(*args, **kwargs)
 
     def load(self, step: int = -1) -> bool:
@@ -121,18 +121,14 @@ class CheckpointManager(_titan.CheckpointManager):  # type: ignore[misc, name-de
         """Restores the model and the parts `wanted` by rankload."""
         optimizer = next(iter(self.states[_titan.OPTIMIZER])) if _titan.OPTIMIZER in wanted else None
         scheduler = next(iter(self.states[_titan.LR_SCHEDULER])) if _titan.LR_SCHEDULER in wanted else None
-        left_out = set(self._options.leave_out)
-        left_out |= {"optimizer"} if optimizer is None else set()
-        left_out |= {"scheduler"} if scheduler is None else set()
+        left_out = [part for part, one in (("optimizer", optimizer), ("scheduler", scheduler)) if one is None]
         result = load(
             path,
             State(model.model[0], optimizer, scheduler),
             object_store=self._object_store,
             load_weights_only=not wanted,
             progress_bar=False,
-            options=self._options
-            if not wanted
-            else replace(self._options, leave_out=tuple(sorted(left_out))),
+            options=leave_out(self._options, left_out) if wanted else self._options,
         )
         self.rankload_result = result
         model.cache_state_dict = model._get_state_dict()
