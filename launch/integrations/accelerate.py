@@ -15,7 +15,7 @@ import contextlib
 import functools
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..distributed.session import open_session
@@ -28,7 +28,7 @@ from .batches import warn_of_batch
 from .choosing import newest
 from .random_states import restore_missing
 from .schedules import STEPS, Resumed, resumed
-from .side_folders import count_numbered, is_elsewhere, origin_of, side_folder
+from .side_folders import count_numbered, is_elsewhere, side_folder
 from .versions import warn_of_version
 
 __all__ = ["attach", "load_state", "newest"]
@@ -36,8 +36,6 @@ __all__ = ["attach", "load_state", "newest"]
 TRIED = ("1.15",)
 
 _OF_RANK = "random_states_{}.pkl"
-_NUMBERED = 8
-"""Up to how many models, optimizers, schedulers and data loaders of one accelerator are copied from a URI."""
 
 
 def attach(
@@ -96,6 +94,8 @@ def load_state(
     """
     warn_of_version("accelerate", TRIED)
     path = _path(accelerator, input_dir, options)
+    if input_dir is None:
+        object_store = None  # what Accelerate named is in its own local folder
     by_engine = _kind(accelerator) == "DEEPSPEED"
     load_native, now = type(accelerator).load_state, accelerator.num_processes
     with contextlib.ExitStack() as leaving:
@@ -122,7 +122,7 @@ def load_state(
         own_states = os.path.join(folder, _OF_RANK.format(accelerator.process_index))
         has_own = os.path.isfile(own_states)
         if by_engine:
-            leaving.enter_context(deepspeed.replaced(_load_engine(given)))
+            leaving.enter_context(deepspeed.replaced_by_origins(**given))
         load_native(accelerator, folder, load_kwargs, **load_model_func_kwargs)
         for one, plan in zip(schedulers.values(), plans, strict=True):
             _go_on(one, plan, now)
@@ -171,25 +171,33 @@ def _side_folder(
             f"Accelerate reads the files of {kind} itself, from a local folder: fetch the checkpoint to one, or "
             "restore model and optimizer with rankload.load"
         )
-    small = [*_names("scheduler", ".bin"), *_names("sampler", ".bin"), *_names("dl_state_dict", ".bin")]
-    small += ["scaler.pt", *(f"custom_checkpoint_{number}.pkl" for number in range(_NUMBERED))]
-    models = [
-        *_names("model", ".safetensors"),
-        *_names("pytorch_model", ".bin"),
-        *_names("optimizer", ".bin"),
+    loaders, models = accelerator._dataloaders, accelerator._models
+    small = [
+        "scaler.pt",
+        *_names("scheduler", ".bin", accelerator._schedulers),
+        *_names("sampler", ".bin", loaders),
+        *_names("dl_state_dict", ".bin", loaders),
+        # One more than there are here: Accelerate refuses a checkpoint that has more.
+        *(f"custom_checkpoint_{number}.pkl" for number in range(len(accelerator._custom_objects) + 1)),
+    ]
+    whole = [
+        *_names("model", ".safetensors", models),
+        *_names("pytorch_model", ".bin", models),
+        *_names("optimizer", ".bin", accelerator._optimizers),
     ]
     return side_folder(
         path,
         small,
         _OF_RANK.format,
         marker=_OF_RANK.format(0),
-        whole=() if kind == "DEEPSPEED" else models,
+        whole=() if kind == "DEEPSPEED" else whole,
         **given,
     )
 
 
-def _names(name: str, end: str) -> list[str]:
-    return [f"{name}{end}", *(f"{name}_{number}{end}" for number in range(1, _NUMBERED))]
+def _names(name: str, end: str, of: Sequence[Any]) -> list[str]:
+    """The files that Accelerate writes of those of one kind: all but the first one's have their number."""
+    return [f"{name}_{number}{end}" if number else f"{name}{end}" for number in range(len(of))]
 
 
 def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -234,19 +242,9 @@ def _counting(accelerator: Any) -> dict[str, Any]:
     listed = [one for one in accelerator._schedulers if not isinstance(one, DeepSpeedSchedulerWrapper)]
     return {
         name: one
-        for name, one in zip(_names("scheduler", ".bin"), listed, strict=False)
+        for name, one in zip(_names("scheduler", ".bin", listed), listed, strict=True)
         if isinstance(one, AcceleratedScheduler) and one.step_with_optimizer and not one.split_batches
     }
-
-
-def _load_engine(given: Mapping[str, Any]) -> Any:
-    """What `DeepSpeedEngine.load_checkpoint` is while Accelerate loads."""
-    load: Any = deepspeed.load_checkpoint
-
-    def load_engine(engine: Any, load_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        return load(engine, origin_of(load_dir), *args, **given, **kwargs)
-
-    return load_engine
 
 
 def _go_on(wrapper: Any, plan: Resumed, processes: int) -> None:

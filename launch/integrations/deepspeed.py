@@ -22,6 +22,7 @@ from ..loader import LoadOptions, OptionError, State, load
 from ..loader.stores.names import child_of
 from .batches import warn_of_batch
 from .parts import leave_out
+from .side_folders import origin_of
 from .versions import warn_of_version
 
 TRIED = ("0.19", "0.18")
@@ -125,3 +126,20 @@ def replaced(load: Callable[..., Any] = load_checkpoint) -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine.load_checkpoint = before
+
+
+def replaced_by_origins(
+    *, object_store: Any = None, options: LoadOptions | Mapping[str, Any] | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """`replaced` for a framework that was handed a side folder: its engines are loaded from what that stands for.
+
+    Args:
+        object_store: the store of what a side folder stands for; other folders are local, whatever it is.
+        options: as `rankload.load` takes them.
+    """
+
+    def load(engine: Any, load_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        origin, store = origin_of(load_dir, object_store)
+        return load_checkpoint(engine, origin, *args, object_store=store, options=options, **kwargs)
+
+    return replaced(load)

@@ -7,7 +7,6 @@ engine loads the model, the framework itself reads its files, which then are cop
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +14,16 @@ from typing import Any
 
 from ..distributed.session import Session, open_session
 from ..loader import LoadOptions, NotFoundError
+from ..loader.formats.model_index import read_model_index
 from ..loader.request import LoadRequest, agree_on_arguments, settle_options
 from ..loader.stages import Stages
 from ..loader.state import State
 from ..loader.stores.base import Store, path_scheme
 from ..loader.stores.local import file_uri_path
-from ..loader.stores.locate import LATEST, LATEST_LIMIT, MODEL_INDEX
+from ..loader.stores.locate import LATEST, MODEL_INDEX, read_tag
 from ..loader.stores.open import open_store
 from ..loader.stores.probes import all_there
 
-_LARGEST_INDEX = 64 << 20
 _origins: dict[str, str] = {}
 """Side folders of this process, by their real paths, to the URIs that they stand for. In memory alone: a URI may hold
 secrets."""
@@ -37,9 +36,11 @@ def is_elsewhere(path: str, object_store: Any = None) -> bool:
     return path_scheme(path) is not None and file_uri_path(path) is None and not os.path.exists(path)
 
 
-def origin_of(path: str | os.PathLike[str]) -> str:
-    """What the side folder at `path` stands for; any other path itself."""
-    return _origins.get(os.path.realpath(path), os.fspath(path))
+def origin_of(path: str | os.PathLike[str], object_store: Any = None) -> tuple[str, Any]:
+    """What the side folder at `path` stands for, and `object_store`, which has it; any other path itself, a local one,
+    and None."""
+    origin = _origins.get(os.path.realpath(path))
+    return (os.fspath(path), None) if origin is None else (origin, object_store)
 
 
 @contextlib.contextmanager
@@ -68,7 +69,8 @@ def side_folder(
         object_store, options: as `load` takes them.
 
     Raises:
-        RankloadError: the same on all ranks: `NotFoundError` where `marker` is not there, `AccessError` and so on.
+        RankloadError: the same on all ranks: `NotFoundError` where `marker` is not there, or a file that an index
+            names, `CorruptError` for an index or a ``latest`` that is none, `AccessError` and so on.
     """
     resolved, problem = settle_options(options)
     request = LoadRequest(path, State(model=None), resolved, object_store=object_store)
@@ -118,11 +120,13 @@ def _make(
             for name in taken:
                 _copy(store, root, name, folder, stages)
             for name in [name for name in taken if name.endswith(MODEL_INDEX)]:
-                for shard in _shards(os.path.join(folder, name)):
+                index = read_model_index(
+                    os.path.join(folder, name), name=store.describe(store.join(root, name))
+                )
+                for shard in index.file_names:
                     _copy(store, root, shard, folder, stages)
             if LATEST in found:
-                tag = store.read_small(store.join(root, LATEST), LATEST_LIMIT).decode().strip()
-                os.makedirs(os.path.join(folder, os.path.basename(tag)), exist_ok=True)
+                os.makedirs(os.path.join(folder, read_tag(store, store.join(root, LATEST))), exist_ok=True)
             return folder
     finally:
         store.close()
@@ -137,16 +141,8 @@ def _copy(store: Store, root: str, name: str, folder: str, stages: Stages) -> No
     target, source = os.path.join(folder, name), store.join(root, name)
     if os.path.exists(target):
         return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     store.download(source, target, stages.count, store.stat(source))
-
-
-def _shards(index: str) -> list[str]:
-    """The files that a model's index names; only plain names."""
-    if os.path.getsize(index) > _LARGEST_INDEX:
-        return []
-    with open(index, "rb") as opened:
-        names = set(json.load(opened)["weight_map"].values())
-    return sorted(name for name in names if name == os.path.basename(name))
 
 
 def count_numbered(path: str, name: str, *, object_store: Any = None, options: Any = None) -> int:

@@ -71,17 +71,10 @@ def replaced(
         with _resuming(trainer, resume_from_checkpoint, given) as folder:
             return own(trainer, folder, *args, **kwargs)
 
-    load: Any = deepspeed.load_checkpoint
-
-    def load_engine(engine: Any, load_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        origin = origin_of(load_dir)
-        # The store is asked for what a side folder stands for; others are local, as Trainer's best checkpoint is.
-        more = given if origin != os.fspath(load_dir) else {"options": options}
-        return load(engine, origin, *args, **more, **kwargs)
-
     with contextlib.ExitStack() as leaving:
         if importlib.util.find_spec("deepspeed") is not None:
-            leaving.enter_context(deepspeed.replaced(load_engine))
+            # Trainer's best checkpoint is a local folder, also where the store has the one that it resumes from.
+            leaving.enter_context(deepspeed.replaced_by_origins(**given))
         Trainer.train = train
         try:
             yield
@@ -192,12 +185,13 @@ def random_states_callback(
             rank, several = args.process_index, args.world_size > 1
             own = _OF_RANK.format(rank) if several else _OF_ONE
             firsts = [_OF_RANK.format(0), _OF_ONE]
+            origin, store = origin_of(checkpoint, object_store)
             restore_missing(
-                origin_of(checkpoint),
+                origin,
                 next((name for name in firsts if _is_there(checkpoint, name)), None),
                 rank=rank,
                 has_own=_is_there(checkpoint, own),
-                object_store=object_store,
+                object_store=store,
                 options=options,
             )
 
@@ -240,8 +234,6 @@ def _saved_batch(folder: str, object_store: Any, options: Any) -> int | None:
         return None  # not saved, or in another form: nothing to compare with
     if not isinstance(each, int) or not isinstance(accumulated, int):
         return None
-    origin = origin_of(folder)
-    ranks = count_numbered(
-        origin, _OF_RANK, object_store=object_store if origin != folder else None, options=options
-    )
+    origin, store = origin_of(folder, object_store)
+    ranks = count_numbered(origin, _OF_RANK, object_store=store, options=options)
     return each * accumulated * max(ranks, 1)
