@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,7 +140,8 @@ def _compared(a: OpenCheckpoint, b: OpenCheckpoint, how: _How) -> Comparison:
     differences: dict[tuple[Path, Path], list[Difference]] = {}
     pairs: dict[tuple[Path, Path], _Pair] = {}
     notes = [*paired.notes]
-    from_masters = {"A": 0, "B": 0}
+    from_masters: dict[str, set[str]] = {"A": set(), "B": set()}
+    """Of each side the weights whose masters are compared."""
     for path, other in paired.pairs:
         value, theirs = side_a.leaves[path], side_b.leaves[other]
         where = (key_text(path), key_text(other))
@@ -148,7 +149,7 @@ def _compared(a: OpenCheckpoint, b: OpenCheckpoint, how: _How) -> Comparison:
         if isinstance(value, SavedTensor) and isinstance(theirs, SavedTensor):
             value, theirs, whose = _in_one_dtype(path, other, side_a, side_b, value, theirs)
             if whose:
-                from_masters[whose] += 1
+                from_masters[whose].add(path[-1] if whose == "A" else other[-1])
             said += _shapes(*where, value, theirs)
             if not how.keys_only and same_shape(value.shape, theirs.shape):
                 pairs[path, other] = _Pair(*where, value, theirs)
@@ -160,18 +161,18 @@ def _compared(a: OpenCheckpoint, b: OpenCheckpoint, how: _How) -> Comparison:
             said.append(Difference(*where, "kind", text_of(value), text_of(theirs)))
         elif not how.keys_only and not values_equal(value, theirs, paired.renamed, how.tolerance.allows):
             said.append(Difference(*where, "value", text_of(value), text_of(theirs)))
-    for which, count in from_masters.items():
-        if count:
+    for which, names in from_masters.items():
+        if names:
             other_one = "B" if which == "A" else "A"
             notes.append(
-                f"{counted(count, 'weight')} of {which} compared by its fp32 masters: {other_one} keeps fp32"
+                f"{counted(len(names), 'weight')} of {which} compared by its fp32 masters: {other_one} keeps fp32"
             )
     _count(list(pairs.values()), a, b, how)
     for place, one in pairs.items():
         if one.found.differing:
             differences[place].append(_of_elements(one))
-    used = from_masters["A"] or from_masters["B"]
-    only_a, only_b = ([*map(key_text, _unused(only, bool(used)))] for only in (paired.only_a, paired.only_b))
+    only_a = map(key_text, _unused(paired.only_a, side_a, from_masters["A"]))
+    only_b = map(key_text, _unused(paired.only_b, side_b, from_masters["B"]))
     return Comparison(
         a.saved.name,
         b.saved.name,
@@ -215,9 +216,14 @@ def _in_one_dtype(
     return value, theirs, ""
 
 
-def _unused(only: Sequence[Path], masters_were_compared: bool) -> list[Path]:
-    """`only` without masters, where they were compared with the other's weights."""
-    return [path for path in only if not (masters_were_compared and path[0] == MASTERS)]
+def _unused(only: Sequence[Path], side: Side, compared: Collection[str]) -> list[Path]:
+    """`only` without masters that were compared with the other side's weights: those of `compared`, by any name."""
+
+    def owner(name: str) -> str:
+        return side.tied.get(name, name)
+
+    owners = {owner(name) for name in compared}
+    return [path for path in only if not (path[0] == MASTERS and owner(path[1]) in owners)]
 
 
 def _shapes(key: str, other_key: str, a: SavedTensor, b: SavedTensor) -> Iterator[Difference]:

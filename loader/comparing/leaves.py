@@ -100,9 +100,7 @@ def pair(a: Side, b: Side, *, rename: Mapping[str, str], exact: bool) -> Pairing
     match = match_names(names_a, names_b, rename)
     target_of = match.target_of
     if exact:
-        target_of = {name: hit for name, hit in target_of.items() if rename or name == hit}
-        if rename:
-            target_of = {one: hit for one, hit in target_of.items() if _renamed_exactly(one, hit, rename)}
+        target_of = {name: hit for name, hit in target_of.items() if _renamed_exactly(name, hit, rename)}
     keys = {**_classes(a, b), **{name: hit for name, hit in target_of.items() if name != hit}}
     there: dict[Path, Path] = {}
     for path in a.leaves:

@@ -79,6 +79,19 @@ def test_zero_equals_its_weights_in_fp32(kind: str, tmp_path: Path) -> None:
     assert not any("masters" in key for key in everything.only_a)
 
 
+def test_masters_that_were_compared_with_nothing_are_said_to_be_in_one_alone(tmp_path: Path) -> None:
+    folder, weights = with_weights("zero1", tmp_path)
+    state = torch.load(weights)
+    name = "blocks.1.down.weight"
+    with open_alone(folder) as opened:
+        dtype = getattr(torch, opened.saved.state["model"][name].dtype)
+    # Of one dtype in both: so the weights themselves are compared.
+    state[name] = state[name].to(dtype)
+    found = compare_checkpoints(folder, saved(weights, state))
+    assert not found.differences
+    assert [key for key in found.only_a if "masters" in key] == [f"fp32 masters/{name}"]
+
+
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 def test_one_changed_element_is_found_with_its_place(kind: str, tmp_path: Path) -> None:
     folder, weights = with_weights(kind, tmp_path)
