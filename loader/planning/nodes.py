@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..byte_ranges import ByteRange, subtract
+from ..byte_ranges import ByteRange, subtract, union
 from ..fetch.plan import FetchPlan, FetchRequest, plan_fetch
 from ..fetch.rounds import Parts, WantedRanges
 from ..fetch.wanted import parts_of_restore
@@ -76,7 +76,7 @@ def deal(
             weight for key, source in own.items() if source == APART for weight in one.regions[key].spans
         ]
         more = reads_of(copy for weight in apart for copy in one.shareable[weight])
-        reads.append(_joined(one.reads, more))
+        reads.append(joined_reads(one.reads, more))
         provided.append(
             {
                 region.storage: share.regions[key].provide
@@ -94,17 +94,18 @@ def deal(
     )
 
 
-def _joined(
+def joined_reads(
     one: Mapping[StorageRef, StorageReads], other: Mapping[StorageRef, StorageReads]
 ) -> dict[StorageRef, StorageReads]:
+    """What `reads_of` gives for the copies of both together; the names are those of `one`."""
     found = dict(one)
     for storage, more in other.items():
         known = found.get(storage)
-        found[storage] = (
-            more
-            if known is None
-            else StorageReads([*known.ranges, *subtract(more.ranges, known.ranges)], known.names, [])
-        )
+        if known is not None:
+            # What both read is not direct: it would have to be fetched twice.
+            direct = union(subtract(known.direct, more.ranges), subtract(more.direct, known.ranges))
+            more = StorageReads(list(union(known.ranges, more.ranges)), known.names, list(direct))
+        found[storage] = more
     return found
 
 

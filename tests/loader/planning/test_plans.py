@@ -15,10 +15,13 @@ from places import DATA
 from rankload.loader import LayoutError, OptionError
 from rankload.loader.planning.jobs import TARGETS, job_of
 from rankload.loader.planning.loads import LoadPlan, plan_load
+from rankload.loader.planning.nodes import joined_reads
 from rankload.loader.planning.restores import Slice, region_text
 from rankload.loader.saved.contents import Saved
+from rankload.loader.saved.copies import Copy, Memory, reads_of
 from rankload.loader.saved.regions import Run, whole_box
-from rankload.loader.saved.strided import Box
+from rankload.loader.saved.strided import Box, Layout
+from rankload.loader.saved.tensor import StorageRef
 from wide_model import MODEL_BYTES, save_trained
 from zero_folders import unpack_zero
 
@@ -152,6 +155,36 @@ def test_nothing_but_indexes_is_fetched_and_no_cache_is_touched(
     assert MODEL_BYTES * 3 < node.fetched_bytes < 3.2 * MODEL_BYTES
     assert node.cache_bytes == node.fetched_bytes
     assert plan.fetched_bytes == 2 * node.fetched_bytes
+
+
+def a_copy(start: int, stop: int, *, storage: int = 0, dtype: str = "float32") -> Copy:
+    """A copy of elements of a storage; as it is into memory of the same dtype."""
+    size = (stop - start,)
+    return Copy(
+        "w",
+        StorageRef("f", str(storage), storage << 10, 1 << 10, None),
+        "float32",
+        Layout(size, (1,), start),
+        Memory("w", dtype, size, (1,), plain=True),
+        Layout(size, (1,), 0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([a_copy(40, 60)], [a_copy(0, 20), a_copy(80, 90)]),
+        ([a_copy(0, 50)], [a_copy(20, 30)]),
+        ([a_copy(0, 50), a_copy(40, 70)], [a_copy(60, 90), a_copy(0, 10, dtype="bfloat16")]),
+        ([a_copy(0, 50, dtype="bfloat16")], [a_copy(50, 90)]),
+        ([a_copy(0, 50)], [a_copy(0, 50, storage=1)]),
+    ],
+)
+def test_reads_of_two_lots_of_copies_are_those_of_all_together(one: list[Copy], other: list[Copy]) -> None:
+    joined, together = joined_reads(reads_of(one), reads_of(other)), reads_of([*one, *other])
+    assert joined.keys() == together.keys()
+    for storage, reads in together.items():
+        assert (joined[storage].ranges, joined[storage].direct) == (reads.ranges, reads.direct)
 
 
 def by_mode(path: str, mode: str) -> LoadPlan:
