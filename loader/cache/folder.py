@@ -30,10 +30,9 @@ def make_private_folder(path: str) -> None:
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        # 0700 from the start: a mode that is set afterwards leaves a moment in which others could write.
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
+        with contextlib.suppress(FileExistsError):
+            # 0700 from the start: a mode that is set afterwards leaves a moment in which others could write.
+            os.mkdir(path, 0o700)
     except OSError as error:
         raise AccessError(
             f"{path}: the cache folder can't be made: {error.strerror}; set cache_dir to a folder that you "

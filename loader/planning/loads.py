@@ -13,6 +13,7 @@ from typing import Any
 
 from ..alone import OUTLINE, OpenCheckpoint, open_alone
 from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
+from ..cache.folder import make_private_folder
 from ..cache.holes import Landed
 from ..errors import OptionError
 from ..fetch.checkpoint_files import CheckpointFiles
@@ -153,6 +154,8 @@ def plan_load(
     _check(world_size, n_nodes, target, rank)
     resolved = options if isinstance(options, Options) else resolve_options(options)
     nodes = [each // (world_size // n_nodes) for each in range(world_size)]
+    if resolved.cache_dir is not None and not os.path.lexists(resolved.cache_dir):
+        make_private_folder(resolved.cache_dir)
     with tempfile.TemporaryDirectory(prefix="rankload-plan-", dir=resolved.cache_dir) as folder:
         # Not the node's own cache: what it has already would not be planned, and indexes alone are of no use there.
         own = replace(resolved, cache_dir=folder, cache_size=0)

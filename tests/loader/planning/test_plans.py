@@ -12,7 +12,7 @@ import pytest
 import torch
 from bad_server import Behaviour, bad_server
 from places import DATA
-from rankload.loader import LayoutError, OptionError
+from rankload.loader import AccessError, LayoutError, OptionError
 from rankload.loader.planning.jobs import TARGETS, job_of
 from rankload.loader.planning.loads import LoadPlan, plan_load
 from rankload.loader.planning.nodes import joined_reads
@@ -155,6 +155,17 @@ def test_nothing_but_indexes_is_fetched_and_no_cache_is_touched(
     assert MODEL_BYTES * 3 < node.fetched_bytes < 3.2 * MODEL_BYTES
     assert node.cache_bytes == node.fetched_bytes
     assert plan.fetched_bytes == 2 * node.fetched_bytes
+
+
+def test_a_cache_folder_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
+    cache = tmp_path / "scratch" / "cache"
+    plan = plan_load(DCP, world_size=2, options={"cache_dir": str(cache)})
+    assert plan.fetched_bytes
+    assert not list(cache.iterdir())
+    assert not cache.stat().st_mode & 0o077
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(AccessError, match="can't be made"):
+        plan_load(DCP, world_size=2, options={"cache_dir": str(tmp_path / "file" / "cache")})
 
 
 def a_copy(start: int, stop: int, *, storage: int = 0, dtype: str = "float32") -> Copy:
