@@ -19,6 +19,7 @@ from ..errors import OptionError
 from ..fetch.checkpoint_files import CheckpointFiles
 from ..fetch.files import FetchedFile
 from ..fetch.plan import FetchPlan
+from ..fetch.remote_files import OF_ITEMS
 from ..fetch.rounds import WantedRanges
 from ..fetch.wanted import small_parts
 from ..materialize.storages import STAGING_BYTES
@@ -269,8 +270,7 @@ class _Seen:
             if path not in self.landed:
                 self._sizes[path] = size
                 # Of files of items, what is here are items of which several ranks may have asked for others.
-                own = () if path.endswith(".distcp") else _landed(path, size)
-                self.landed[path] = own
+                self.landed[path] = () if path.endswith(OF_ITEMS) else _landed(path, size)
 
     def index_ranges(self, recorder: RankFiles) -> WantedRanges:
         """The ranges that one rank's indexes are in, of files that come in parts and are no index by themselves."""
@@ -278,11 +278,8 @@ class _Seen:
         found: WantedRanges = {}
         for item in recorder.items_read:
             if item.file.path in known:
-                here = overlap(
-                    [ByteRange(item.start, item.stop)], _landed(item.file.path, self._sizes[item.file.path])
-                )
-                found.setdefault(item.file.path, []).extend(here)
-        return found
+                found.setdefault(item.file.path, []).append(ByteRange(item.start, item.stop))
+        return {path: list(overlap(items, _landed(path, self._sizes[path]))) for path, items in found.items()}
 
 
 def _landed(path: str, size: int) -> tuple[ByteRange, ...]:
@@ -371,8 +368,10 @@ def _file_reads(
 ) -> Iterator[FileRead]:
     names: dict[str, list[str]] = {}
     for path in (*seen.landed, *(path for path in needed if local)):
-        owner = next((one for one in needed if path == one or path.startswith(f"{one}/")), None)
-        if owner is not None:
+        owner = path
+        while owner not in needed and owner != os.path.dirname(owner):
+            owner = os.path.dirname(owner)  # of an archive's member, the folder that stands for the archive
+        if owner in needed:
             names.setdefault(owner, []).append(files.name_at(path))
     for path in sorted(needed, key=lambda one: seen.files[one].source):
         file = seen.files[path]
