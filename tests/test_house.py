@@ -91,6 +91,7 @@ WITH_TORCH = {
 """What may have torch once it is imported. Everything else loads without: it reads, plans, lists and speaks."""
 LIGHT_IN_THERE = {
     "loader.verify.joint", "loader.targets.deepspeed.shared_memory", "loader.targets.deepspeed.weight_regions",
+    "loader.targets.deepspeed.parameter_sources",
     "loader.materialize.safe_types", "loader.materialize.storages", "loader.targets.algorithms",
     "loader.comparing.leaves", "loader.comparing.results",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from ..saved.copies import Copy, Memory, copies_into, copies_of_tree
 from ..saved.dtypes import ITEMSIZE
 from ..saved.regions import Laid, Region, Run, row_major_stride, whole_box
 from ..saved.tensor import SavedTensor
+from ..targets.deepspeed.parameter_sources import choose_sources
 from ..targets.deepspeed.weight_regions import WholeWeight
 from .jobs import STEP, Job
 
@@ -118,29 +119,25 @@ def _engine_parameter(
     trained, dtype = name in job.trained, job.parameters[name].dtype
     updated, computed = job.updated(name, rank), job.computed(name, rank)
     apart = job.target in ("stage1", "stage2") or dtype != MASTER_DTYPE
-    source = value if master is None or value.dtype == dtype else master
-    from_shares = trained and job.target == "stage3" and source is master
-    if apart:
-        into_masters = master if master is not None else value if value.dtype != dtype else None
-    else:
-        into_masters = source if from_shares else None
-    if into_masters is not None:
+    in_shares = trained and job.target == "stage3"
+    chosen = choose_sources(value, master, dtype, apart=apart, trained_in_shares=in_shares)
+    if chosen.masters is not None:
         for run in updated:
-            _take(found.copies, into_masters, run, f"fp32/{name}", MASTER_DTYPE)
+            _take(found.copies, chosen.masters, run, f"fp32/{name}", MASTER_DTYPE)
     if apart:
         found.slices += [Slice("masters", name, MASTER_DTYPE, value.shape, run) for run in updated]
     found.slices += [Slice("weights", name, dtype, value.shape, run) for run in computed]
-    if from_shares:
+    if chosen.low is None:
         return
     low: list[Copy] = []
     for run in computed:
-        _take(low, source, run, f"model/{name}", dtype)
+        _take(low, chosen.low, run, f"model/{name}", dtype)
     if job.target == "stage3" or not apart or saved.data_parallel_size is None:
         found.copies += low
         return
     found.shareable[name] = low
     cast = updated if master is not None and trained else ()
-    found.whole_weights.append(WholeWeight(name, source, dtype, source is master, cast))
+    found.whole_weights.append(WholeWeight(name, chosen.low, dtype, chosen.low is master, cast))
 
 
 def _optimizer_tensors(job: Job, saved: Saved) -> Iterator[tuple[str, str, SavedTensor]]:

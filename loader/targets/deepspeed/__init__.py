@@ -8,8 +8,9 @@ a run of a parameter's elements lies in it. A "share" is a rank's part of a para
 
 1. `live.live_engine` lists what this rank's tensors hold: `flats` reads the optimizers, `parallel` the layout.
 2. `EngineTarget.demand` tells a source which elements of each parameter this rank keeps, and how the model is split.
-3. `EngineTarget.plan` matches the checkpoint with the engine by parameters' names: `plan` weights, buffers and masters,
-   `states` the optimizer's state. Saved pieces are intersected with the engine's slots, for any two world sizes.
+3. `EngineTarget.plan` matches the checkpoint with the engine by parameters' names: `plan` weights, buffers and masters
+   (`parameter_sources` chooses between saved weights and masters), `states` the optimizer's state. Saved pieces are
+   intersected with the engine's slots, for any two world sizes.
 4. `shared_weights.plan_weights` takes out of the plan those weights that a node reads once and its ranks share: the
    ranks offer what they can cast or read (`weights`), and rank 0 assigns it to them (`weight_regions`).
 5. `step.EngineStep.apply` reads into the engine's tensors, and sets counters, scaler and scheduler.

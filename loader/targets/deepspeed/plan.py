@@ -23,6 +23,7 @@ from ..buffers import check_saved
 from ..dtensor import dtype_name, unfillable
 from ..module import rename_advice
 from .live import LiveEngine, flat_view, laid, memory_of
+from .parameter_sources import choose_sources
 
 
 @dataclass(frozen=True)
@@ -188,25 +189,16 @@ def _plan_parameter(
     live: LiveEngine, name: str, value: SavedTensor, master: SavedTensor | None
 ) -> ParameterPart:
     """Plans parameter `name`, given its saved weights and, where the checkpoint has it, its saved master."""
-    dtype = live.dtypes[name]
     slots = live.slots_of.get(name, ())
-    apart = name not in live.shared_memory
-    # A module of another dtype than saved is filled from the masters, which are more precise.
-    source = value if master is None or value.dtype == dtype else master
-    from_shares = name in live.owned and live.kind == "zero3" and source is master
+    apart, trained = name not in live.shared_memory, name in live.owned
+    chosen = choose_sources(
+        value, master, live.dtypes[name], apart=apart, trained_in_shares=trained and live.kind == "zero3"
+    )
     masters: tuple[Copy, ...] = ()
-    master_from_low: tuple[tuple[int, Slot], ...] = ()
-    if not apart:
-        # The masters are the weights.
-        masters = tuple(_into_masters(live, name, source, slots)) if from_shares else ()
-    elif master is not None:
-        masters = tuple(_into_masters(live, name, master, slots))
-    elif value.dtype == dtype:
-        master_from_low = slots
-    else:
-        masters = tuple(_into_masters(live, name, value, slots))
-    from_saved_masters = apart and master is not None and name in live.owned
-    if from_shares:
+    if chosen.masters is not None:
+        masters = tuple(_into_masters(live, name, chosen.masters, slots))
+    from_saved_masters = apart and master is not None and trained
+    if chosen.low is None:
         return ParameterPart(
             masters=masters,
             low_from_master=slots if apart else (),
@@ -215,15 +207,15 @@ def _plan_parameter(
     low: list[Copy] = []
     for one in live.low[name]:
         memory = memory_of(one.key, one.flat)
-        low += copies_into(source, laid(one.slot, memory), memory, name=f"model/{name}")
+        low += copies_into(chosen.low, laid(one.slot, memory), memory, name=f"model/{name}")
     whole = all(one.flat.dim() == 1 and one.slot.run.length == one.flat.numel() for one in live.low[name])
     return ParameterPart(
         tuple(low),
         masters,
-        master_from_low=master_from_low,
-        source=source if whole else None,
+        master_from_low=slots if apart and chosen.masters is None else (),
+        source=chosen.low if whole else None,
         from_saved_masters=from_saved_masters,
-        low_is_master=source is master,
+        low_is_master=chosen.low is master,
     )
 
 
