@@ -6,7 +6,7 @@
     stage1    an engine whose ranks each update a partition of each parameter group; ``stage2`` is the same here
     stage3    an engine whose ranks each have a share of each parameter
 
-The rules of partition are those of `saved.partitions` and of `targets.dtensor`; ``round_robin_gradients`` and
+The rules of partition are those of `saved.partitions` and of `saved.shards`; ``round_robin_gradients`` and
 ``parameter_alignment``, which move elements between ranks, are taken to be off.
 """
 
@@ -22,6 +22,7 @@ from ..saved.demand import Demand, ParameterDemand, Shape, ShardDemand
 from ..saved.model_parallel import Position
 from ..saved.partitions import cut, padded_partition, shares
 from ..saved.regions import Run
+from ..saved.shards import chunk
 from ..saved.strided import Box
 from ..saved.tensor import SavedTensor, Unread
 
@@ -79,10 +80,9 @@ class Job:
 
     def shard(self, shape: Shape, rank: int) -> Box:
         """What `rank` keeps of a parameter of `shape` that ``fully_shard`` has cut."""
-        share = -(-shape[0] // self.world_size)
-        first = min(shape[0], rank * share)
+        first, length = chunk(shape[0], self.world_size, rank)
         rest = shape[1:]
-        return Box((first, *(0 for _ in rest)), (min(share, shape[0] - first), *rest))
+        return Box((first, *(0 for _ in rest)), (length, *rest))
 
     def is_sharded(self, name: str) -> bool:
         """Whether each rank keeps a shard of the parameter."""

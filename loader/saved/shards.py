@@ -98,6 +98,14 @@ def kept_boxes(shape: Shape, spread: Spread, sizes: Shape) -> list[tuple[Box, Sh
     )
 
 
+def chunk(size: int, ranks: int, at: int) -> tuple[int, int]:
+    """The first element that the rank `at` of `ranks` keeps of a dimension of `size`, and how many, as ``torch.chunk``
+    cuts it."""
+    share = -(-size // ranks)
+    start = min(size, at * share)
+    return start, min(share, size - start)
+
+
 _Step = tuple[Placement, int, int]
 """A placement that cuts, the ranks that it cuts for, and which of them this one is."""
 
@@ -155,9 +163,8 @@ def _cut(runs: _Runs, ranks: int, at: int, split_factor: int) -> _Runs:
     found: _Runs = []
     for first in range(0, total, each):
         size = min(each, total - first)
-        share = -(-size // ranks)
-        start = min(size, at * share)
-        found += _part(runs, first + start, first + min(size, start + share))
+        start, length = chunk(size, ranks, at)
+        found += _part(runs, first + start, first + start + length)
         if len(found) > _MOST_PARTS:
             raise SpreadError(f"is in more than {_MOST_PARTS} parts")
     return found

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import LayoutError
 from ..saved.copies import Memory
 from ..saved.regions import Laid, whole_box
+from ..saved.shards import chunk
 from ..saved.strided import Box
 from ..torch_modes import callers_device
 
@@ -82,10 +83,8 @@ def dtensor_box(tensor: Any, name: str) -> Box:
                 "fully_shard over tensor parallelism. Load before the module is sharded that way"
             )
         dim = placement.dim % tensor.ndim
-        share = -(-sizes[dim] // mesh.size(mesh_dim))
-        first = min(sizes[dim], coordinate[mesh_dim] * share)
+        first, sizes[dim] = chunk(sizes[dim], mesh.size(mesh_dim), coordinate[mesh_dim])
         starts[dim] += first
-        sizes[dim] = min(share, sizes[dim] - first)
     return Box(tuple(starts), tuple(sizes))
 
 
