@@ -11,9 +11,9 @@ Each module needs its own framework alone, and is imported by its name: ``from r
 - `torchtitan`: its ``CheckpointManager``.
 - `composer`: a callback that loads before training.
 
-Every adapter warns where the batch of one step over all ranks is another than when the checkpoint was saved
-(`batches`): the frameworks count in steps, and would train on other samples without a word. It warns too of a version
-of its framework that it was not tried with (`versions`).
+Where the checkpoint tells the batch of one step over all ranks, an adapter warns of another one (`batches`): the
+frameworks count in steps, and would train on other samples without a word. Lightning's ``.ckpt`` files and torchtitan's
+folders do not tell it. Every adapter warns of a version of its framework that it was not tried with (`versions`).
 
 Not guaranteed: what a framework does not hand out. docs/frameworks.md lists it.
 
