@@ -9,25 +9,23 @@ compared with checksums. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from .alone import OpenCheckpoint
-from .errors import CorruptError, NotFoundError
-from .fetch.archive import checked_members
+from .errors import CorruptError, NotFoundError, RankloadError
+from .fetch.archive import checked_members_of
 from .formats.safetensors import read_safetensors
 from .formats.sniff import HEAD_BYTES, KINDS, sniff
 from .formats.torch_zip import END_BYTES, check_end, ends_whole
 from .http.connections import Connections
 from .ranges.objects import ObjectBytes, open_bytes
 from .saved.contents import SetFile
-from .stores.base import ONE_CONNECTION, ObjectInfo, Store
+from .stores.base import ObjectInfo, Store
 from .stores.manifest import find_manifests, key_of, known_sums
 from .stores.probes import HEAD_BYTES as PAGE_BYTES
-from .stores.probes import is_page
+from .stores.probes import ask_each, is_page
 
 AT_ONCE = 8
 """How many objects of a remote store are asked for at once: all of them ought to be there."""
@@ -125,12 +123,14 @@ def stat_surely(store: Store, name: str) -> ObjectInfo | None:
     return None if head is not None and is_page(head) else info
 
 
+def reason_of(error: RankloadError, shown: str) -> str:
+    """What `error` says of the file that messages call `shown`, without that name."""
+    return error.message.removeprefix(shown).removeprefix(":").strip()
+
+
 def ask_all(store: Store, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What `ask` says of each of `items`, in their order; several at once where the store is asked over a network."""
-    if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
-        return [ask(one) for one in items]
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(ask, items))
+    """As `ask_each`, for objects that ought all to be there."""
+    return ask_each(store, ask, items, at_once=AT_ONCE)
 
 
 def _fetch_whole(store: Store, info: ObjectInfo) -> None:
@@ -167,18 +167,14 @@ def _cut(data: ObjectBytes, shown: str) -> str | None:
     except CorruptError as error:
         if error.path != shown:
             raise
-        return f"is damaged: {error.message.removeprefix(shown).removeprefix(':').strip()}"
+        return f"is damaged: {reason_of(error, shown)}"
     return None
 
 
 def _check_tar(data: ObjectBytes, shown: str) -> None:
     with data.as_file(_READ_BYTES) as file:
         size = data.size_bytes
-
-        def skip(ahead: int) -> None:
-            file.seek(ahead, os.SEEK_CUR)
-
-        with checked_members(file.read, shown, size=size, limit=size, skip=skip) as (_, members):
+        with checked_members_of(file, shown, size=size, limit=size) as (_, members):
             for _ in members:
                 pass
 

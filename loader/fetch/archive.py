@@ -87,6 +87,19 @@ def checked_members(
         raise CorruptError(f"{shown}: damaged tar archive: {error}", path=shown) from error
 
 
+@contextlib.contextmanager
+def checked_members_of(
+    file: BinaryIO, shown: str, *, size: int, limit: int
+) -> Iterator[tuple[_Source, Iterator[tuple[tarfile.TarInfo, str]]]]:
+    """As `checked_members`, of a tar of `size` bytes in a file, whose contents are passed over by seeking."""
+
+    def skip(ahead: int) -> None:
+        file.seek(ahead, os.SEEK_CUR)
+
+    with checked_members(file.read, shown, size=size, limit=limit, skip=skip) as found:
+        yield found
+
+
 def write_member(read: Callable[[int], bytes], folder: str, name: str, size: int, shown: str) -> None:
     """Writes the member `name` of `size` bytes, which `read` returns, into `folder`. Raises as `unpack` does."""
     target = os.path.join(folder, *name.split("/"))
@@ -105,18 +118,15 @@ def _opened(
 ) -> Iterator[tuple[_Source, Iterator[tuple[tarfile.TarInfo, str]]]]:
     kind = sniff(path)
     with contextlib.ExitStack() as stack:
-        size: int | None = None
-        skip: Callable[[int], object] | None = None
-        read: Callable[[int], bytes]
         if kind in COMPRESSED:
-            read = stack.enter_context(Expanded(path, kind, shown, limit)).read
+            expanded = stack.enter_context(Expanded(path, kind, shown, limit))
+            yield stack.enter_context(checked_members(expanded.read, shown, size=None, limit=limit))
         elif kind == "tar":
-            file: BinaryIO = stack.enter_context(open(path, "rb"))
-            read, size = file.read, os.fstat(file.fileno()).st_size
-            skip = lambda ahead: file.seek(ahead, os.SEEK_CUR)  # noqa: E731
+            file = stack.enter_context(open(path, "rb"))
+            size = os.fstat(file.fileno()).st_size
+            yield stack.enter_context(checked_members_of(file, shown, size=size, limit=limit))
         else:
             raise FormatError(f"{shown}: expected a tar archive, got a file of another kind", path=shown)
-        yield stack.enter_context(checked_members(read, shown, size=size, limit=limit, skip=skip))
 
 
 def _checked(

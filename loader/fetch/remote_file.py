@@ -22,6 +22,7 @@ from ..errors import RankloadError
 from ..ranges.base import RangeSource
 from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, read_ranges
+from ..ranges.seekable import SeekableFile
 from ..stores.base import ObjectInfo, OnBytes
 from .object_cache import ObjectCache
 
@@ -166,42 +167,18 @@ class _SummedTarget(FileDestination):
         return value
 
 
-class _FetchingFile(io.RawIOBase):
+class _FetchingFile(SeekableFile):
     """A position in a remote file; reading fetches what has not landed, in whole blocks."""
 
     def __init__(self, file: RemoteFile, on_bytes: OnBytes) -> None:
-        super().__init__()
+        super().__init__(file.source.size_bytes)
         self._file = file
         self._on_bytes = on_bytes
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.source.size_bytes}[
-            whence
-        ]
-        if base + offset < 0:
-            raise OSError(22, "a position before the beginning")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        size = self._file.source.size_bytes
-        start, stop = self._position, min(size, self._position + len(buffer))
-        if start >= stop:
-            return 0
+    def read_at(self, start: int, view: memoryview) -> int:
         first = start // BLOCK_BYTES * BLOCK_BYTES
-        last = min(size, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
+        last = min(self.size_bytes, -(-(start + len(view)) // BLOCK_BYTES) * BLOCK_BYTES)
         self._file.ensure([ByteRange(first, last)], self._on_bytes)
-        data = self._file.read(start, stop - start)
-        buffer[: len(data)] = data
-        self._position += len(data)
+        data = self._file.read(start, len(view))
+        view[: len(data)] = data
         return len(data)

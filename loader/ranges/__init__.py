@@ -9,7 +9,8 @@
 5. Where a read fails with `TryAgainError`, ``loader.retries`` decides whether it is tried again, and when.
 6. `RangeSource.confirm` compares the version once more where answers do not state it.
 
-`direct.DirectReads` reads this way into a rank's own tensors.
+`direct.DirectReads` reads this way into a rank's own tensors. `objects.open_bytes` is for whoever looks into many
+objects, a little into each; `seekable` gives what is read anywhere the form of a file.
 
 Not promised: chunks land in any order, and what has landed stays where it is if the rest fails. No checksum is
 compared. A server without ranges is read from its first byte, once.

@@ -22,6 +22,7 @@ from .concurrency import Concurrency
 from .destinations import MemoryDestination
 from .engine import ObjectRead, read_ranges
 from .open import open_range_source
+from .seekable import SeekableFile
 
 _BUFFER_BYTES = 64 << 10
 
@@ -72,9 +73,15 @@ class ObjectBytes:
         )
         read_ranges([wanted], on_bytes, concurrency=self._concurrency)
 
-    def as_file(self, buffer_bytes: int = _BUFFER_BYTES) -> BinaryIO:
-        """The object as a file to read from, which is read `buffer_bytes` at a time at least."""
-        return cast(BinaryIO, io.BufferedReader(_AsFile(self), buffer_bytes))
+    def as_file(
+        self, buffer_bytes: int = _BUFFER_BYTES, *, start: int = 0, stop: int | None = None
+    ) -> BinaryIO:
+        """The bytes ``[start, stop)``, or all, as a file to read from, which is read `buffer_bytes` at a time at least.
+
+        The object must have them.
+        """
+        part = _AsFile(self, start, self.size_bytes if stop is None else stop)
+        return cast(BinaryIO, io.BufferedReader(part, buffer_bytes))
 
 
 @contextlib.contextmanager
@@ -148,32 +155,12 @@ def _unreadable(path: str, error: OSError) -> AccessError:
     )
 
 
-class _AsFile(io.RawIOBase):
-    def __init__(self, data: ObjectBytes) -> None:
-        super().__init__()
+class _AsFile(SeekableFile):
+    def __init__(self, data: ObjectBytes, start: int, stop: int) -> None:
+        super().__init__(stop - start)
         self._data = data
-        self._position = 0
+        self._start = start
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._data.size_bytes}[whence]
-        if base + offset < 0:
-            raise OSError(22, "a position before the beginning")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        start, stop = self._position, min(self._data.size_bytes, self._position + len(buffer))
-        if start >= stop:
-            return 0
-        self._data.read_into(start, memoryview(buffer)[: stop - start])
-        self._position = stop
-        return stop - start
+    def read_at(self, start: int, view: memoryview) -> int:
+        self._data.read_into(self._start + start, view)
+        return len(view)

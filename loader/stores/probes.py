@@ -18,6 +18,7 @@ from ..store_errors import ADVICE_CREDENTIALS, refusals_in
 from .base import ONE_CONNECTION, ObjectInfo, Store
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 AT_ONCE = 3
 """How many requests for names that may not exist are made at once: servers with a small backlog let more of them wait
@@ -110,12 +111,15 @@ class Probes:
         self.refused |= found
 
 
-def ask_each(store: Store, ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
-    """What `ask` says of each of `names`; `AT_ONCE` at a time, except where each thread would have to log in."""
+def ask_each(store: Store, ask: Callable[[T], R], items: Sequence[T], *, at_once: int = AT_ONCE) -> list[R]:
+    """What `ask` says of each of `items`, in their order.
+
+    Of a store that is asked over a network `at_once` at a time, except where each thread would have to log in.
+    """
     if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
-        return [ask(name) for name in names]
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(ask, names))
+        return [ask(one) for one in items]
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(ask, items))
 
 
 def all_there(store: Store, names: Sequence[str]) -> list[str]:

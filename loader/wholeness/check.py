@@ -12,7 +12,7 @@ from typing import Any
 
 from ..alone import EVERYTHING, OUTLINE, OpenCheckpoint, open_alone
 from ..collector import collect_young
-from ..completeness import Fault, ask_all, faults_of, listed_files, stat_surely
+from ..completeness import Fault, ask_all, faults_of, listed_files, reason_of, stat_surely
 from ..errors import (
     CorruptError,
     FormatError,
@@ -32,7 +32,7 @@ from ..stores.open import open_store
 from ..template import expand_for_rank_zero
 from ..workers import Stop, run_jobs
 from .manifests import require_writable, write_manifests
-from .reading import INDEX_ERRORS, TOO_LARGE, FilePlan, bytes_of, compare, reason_of
+from .reading import INDEX_ERRORS, TOO_LARGE, FilePlan, bytes_of, compare
 from .subset import Subset, choose, parse_subset
 from .units import Item, contents_of, items_of
 from .values import FileVerdict, Wholeness

@@ -14,11 +14,9 @@ from ..errors import OptionError
 from ..stores.base import Store
 from ..stores.fsspec import FsspecStore
 from ..stores.locate import Located
-from ..stores.manifest import FOLDER_SUMS, SIDE, manifest_beside, manifest_of, parse_manifest
+from ..stores.manifest import FOLDER_SUMS, LIMIT_BYTES, SIDE, manifest_beside, manifest_of, parse_manifest
 from ..stores.names import file_name, folder_of
 from ..writing.local import replace_small, write_errors
-
-_LIMIT_BYTES = 4 << 20
 
 
 def require_writable(store: Store, described: str) -> None:
@@ -66,7 +64,7 @@ def _merge(store: Store, folder: str, sums: Mapping[str, str]) -> str:
     info = store.stat(name)
     kept: dict[str, str] = {}
     if info is not None and not info.is_folder:
-        before = parse_manifest(store.read_small(name, _LIMIT_BYTES), store.describe(name))
+        before = parse_manifest(store.read_small(name, LIMIT_BYTES), store.describe(name))
         kept = {one: value.hex() for one, value in before.sums.items()}
     return _write(store, name, manifest_of({**kept, **sums}))
 

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from ..byte_ranges import ByteRange
 from ..checksums import crc32
-from ..errors import CorruptError, FormatError, NotFoundError, RankloadError, UnsafeError
+from ..completeness import reason_of
+from ..errors import CorruptError, FormatError, NotFoundError, UnsafeError
 from ..fetch.decompress import Expanded
 from ..fetch.whole_checks import RunningSum
 from ..http.connections import Connections
@@ -56,8 +57,6 @@ class FilePlan:
     whole: bool = False
     """Whether checksums of all of it are compared, and a compressed file is expanded."""
     with_sha256: bool = False
-    unreadable: str = ""
-    """Why its bytes cannot be had at all."""
 
     @property
     def can_be_compared(self) -> bool:
@@ -120,16 +119,12 @@ def _compared(data: ObjectBytes, plan: FilePlan, store: Store, on_bytes: OnBytes
     running = _Units(units, plan.shown)
     everything = bool(sums or sha256 is not None)
 
-    def take(start: int, view: memoryview) -> None:
-        running.take(start, view)
-        if everything:
-            for one in sums:
-                one.update(view)
-            if sha256 is not None:
-                sha256.update(view)
-
     for start, view in _blocks(data, [ByteRange(0, plan.size)] if everything else _spans(units), on_bytes):
-        take(start, view)
+        running.take(start, view)
+        for one in sums:
+            one.update(view)
+        if sha256 is not None:
+            sha256.update(view)
     found = running.finish()
     unsummed += running.unsummed
     damages += (
@@ -345,8 +340,3 @@ def _counted(data: ObjectBytes, on_bytes: OnBytes) -> BinaryIO:
         data.read_much(start, view, on_bytes)
 
     return ObjectBytes(data.described, data.size_bytes, fill).as_file(BLOCK_BYTES // 2)
-
-
-def reason_of(error: RankloadError, shown: str) -> str:
-    """What `error` says of the file that messages call `shown`, without that name."""
-    return error.message.removeprefix(shown).removeprefix(":").strip()

@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from ..byte_ranges import ByteRange
 from ..errors import RankloadError
-from ..fetch.archive import checked_members
+from ..fetch.archive import checked_members_of
 from ..fetch.checkpoint_files import CheckpointFiles
 from ..fetch.decompress import COMPRESSED
 from ..formats.dcp_metadata import read_metadata
@@ -166,7 +166,7 @@ def _of_zip(
     """The records of the zip in bytes ``[start, stop)``, and whether they have checksums."""
 
     def open_part(_: str) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(_Part(data, start, stop)))
+        return data.as_file(io.DEFAULT_BUFFER_SIZE, start=start, stop=stop)
 
     # Far away, each local header would be a request of its own; they are compared as the bytes pass.
     archive = read_zip(data.described, name=shown, open_file=open_part, derive=not local, size=stop - start)
@@ -205,37 +205,6 @@ class _At(io.BytesIO):
         return super().seek(offset - self._place if whence == os.SEEK_SET else offset, whence)
 
 
-class _Part(io.RawIOBase):
-    """Bytes ``[start, stop)`` of an object as a file."""
-
-    def __init__(self, data: ObjectBytes, start: int, stop: int) -> None:
-        super().__init__()
-        self._data, self._start, self._size = data, start, stop - start
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise OSError(22, "a position before the beginning")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self._size - self._position))
-        self._data.read_into(self._start + self._position, memoryview(buffer)[:count])
-        self._position += count
-        return count
-
-
 def _of_tar(data: ObjectBytes, shown: str, *, local: bool) -> Contents:
     units: list[Unit] = []
     unsummed: list[str] = []
@@ -255,11 +224,7 @@ def _members(data: ObjectBytes, shown: str) -> Iterator[tuple[str, int, int]]:
     """Each file in the tar that has any bytes, by its name, with where they begin and end."""
     with data.as_file(_HEADER_READ) as file:
         size = data.size_bytes
-
-        def skip(ahead: int) -> None:
-            file.seek(ahead, os.SEEK_CUR)
-
-        with checked_members(file.read, shown, size=size, limit=size, skip=skip) as (_, members):
+        with checked_members_of(file, shown, size=size, limit=size) as (_, members):
             for info, name in members:
                 if name and info.size and not info.isdir():
                     yield name, info.offset_data, info.offset_data + info.size
