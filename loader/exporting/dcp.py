@@ -17,7 +17,6 @@ from .real import tensors_of
 from .select import OutTensor
 from .torch_stream import OVERHEAD_BYTES, write_torch
 
-METADATA = ".metadata"
 Path = tuple[str | int, ...]
 
 

@@ -32,6 +32,7 @@ from ..saved.tree import storages
 from ..saved.values import is_tensor
 from ..stores.fsspec import FsspecStore
 from ..stores.local import LocalStore
+from ..stores.locate import DCP_METADATA
 from ..stores.open import open_store
 from ..torch_modes import default_modes
 from ..writing.summed import SummedFile
@@ -368,7 +369,7 @@ def _plan_dcp(
         )
         for name, items in folder.files.items()
     ]
-    return _Plan(selection, files, lambda: {dcp.METADATA: folder.metadata(aliases)})
+    return _Plan(selection, files, lambda: {DCP_METADATA: folder.metadata(aliases)})
 
 
 def _items_writer(folder: dcp.DcpFolder, name: str) -> Callable[[Pieces, SummedFile], None]:

@@ -15,6 +15,8 @@ from .select import OutTensor
 
 _PLAIN = (str, int, float, bool, bytes, complex, type(None))
 _CONTAINERS = (dict, list, tuple)
+_NOT_REAL = object()
+"""Stands for a value that cannot be made real."""
 
 
 class RealValues:
@@ -35,18 +37,14 @@ class RealValues:
         if isinstance(tree, SavedTensor):
             return OutTensor(path, tree, tree.dtype)
         if isinstance(tree, TorchSize) or not isinstance(tree, _CONTAINERS):
-            return self._leaf(tree)
+            return self._checked(self._leaf(tree), path)
         if isinstance(tree, dict):
-            items = {self._key(key): (value, join_path(path, key)) for key, value in tree.items()}
-            return {
-                key: self.real(value, where)
-                for key, (value, where) in items.items()
-                if self._can(value, where)
-            }
-        values = [(value, join_path(path, index)) for index, value in enumerate(tree)]
+            made = {self._key(key): self.real(value, join_path(path, key)) for key, value in tree.items()}
+            return {key: value for key, value in made.items() if value is not _NOT_REAL}
+        values = [self.real(value, join_path(path, index)) for index, value in enumerate(tree)]
         # A list keeps its length: what stands behind is found by its place.
-        made = [self.real(value, where) if self._can(value, where) else None for value, where in values]
-        return made if isinstance(tree, list) else tuple(made)
+        kept = [None if value is _NOT_REAL else value for value in values]
+        return kept if isinstance(tree, list) else tuple(kept)
 
     def _leaf(self, value: Any) -> Any:
         return materialize(
@@ -56,20 +54,15 @@ class RealValues:
     def _key(self, key: Any) -> Any:
         return key if type(key) in _PLAIN else self._leaf(key)
 
-    def _can(self, value: Any, path: str) -> bool:
-        """Whether `value` becomes real; what does not is noted."""
-        if isinstance(value, SavedTensor) or (
-            isinstance(value, _CONTAINERS) and not isinstance(value, TorchSize)
-        ):
-            return True
-        made = self._leaf(value)
+    def _checked(self, made: Any, path: str) -> Any:
+        """`made`, or `_NOT_REAL` where a part of it is not real; that is noted."""
         for _, one in iterate(made):
             if isinstance(one, InertObject | GlobalName | InertArray):
                 self.left_out[path] = (
                     f"holds a {kind_of(one)}, which is made by no known constructor; --safe-type allows it"
                 )
-                return False
-        return True
+                return _NOT_REAL
+        return made
 
 
 def inert_values(tree: Any) -> list[Any]:
