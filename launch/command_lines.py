@@ -163,8 +163,12 @@ def _python(job: Job, place: Place, address: str | None = None) -> list[str]:
 
 def _told(job: Job, place: Place) -> list[str]:
     words = ["--records", str(place.records)]
-    if job.resume is not None and not agents_everywhere(job):
-        words += ["--fetch", "--resume", job.resume]
+    if not agents_everywhere(job):
+        # Not every launcher takes the environment to other nodes.
+        for name, value in job.variables.items():
+            words += ["--variable", f"{name}={value}"]
+        if job.resume is not None:
+            words += ["--resume", job.resume]
     return [*words, "--", *job.script]
 
 

@@ -19,7 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..distributed.liveness import ProcessIdentity
 from ..distributed.watchdog import EXIT_CODE
+from ..loader.plurals import counted
 from .rank_records import RankRecord
 
 _OWN, _FOLLOWS, _ENDED = 0, 1, 2
@@ -91,12 +93,12 @@ class Report:
             said.append(f"restart {number}: {_headline(one)}")
         if self.failures:
             first, *others = self.failures
-            said.append(f"{_headline(first)}")
+            said.append(_headline(first))
             if first.where:
                 said.append(f"  at {first.where}")
             said += [f"  after it {_headline(one, short=True)}" for one in others[:_SHOWN]]
             if len(others) > _SHOWN:
-                said.append(f"  after it {len(others) - _SHOWN} more ranks")
+                said.append(f"  after it {counted(len(others) - _SHOWN, 'more rank')}")
         elif self.exit_code and not self.stopped_by:
             said.append("no rank recorded a failure" if self.ranks else "no rank of this node was started")
         if self.stopped_by:
@@ -119,16 +121,16 @@ def rounds(records: Iterable[RankRecord]) -> list[list[RankRecord]]:
 
 
 def failures_of(
-    records: Sequence[RankRecord], deaths: Mapping[int, Death], exit_codes: Mapping[int, int]
+    records: Sequence[RankRecord], deaths: Mapping[ProcessIdentity, Death], exit_codes: Mapping[int, int]
 ) -> list[Failure]:
     """The failures of one round, the first one first.
 
-    `deaths` and `exit_codes` (as launchers know them, negative for a signal) are by process id.
+    `exit_codes`, as launchers know them (negative for a signal), are by process id.
     """
     found = [
         failure
         for record in records
-        if (failure := _failure(record, deaths.get(record.process.pid), exit_codes.get(record.process.pid)))
+        if (failure := _failure(record, deaths.get(record.process), exit_codes.get(record.process.pid)))
     ]
     found.sort(key=lambda one: (one.weight, one.at_s))
     if not found or found[0].weight == _OWN:
@@ -148,9 +150,7 @@ def _failure(record: RankRecord, death: Death | None, exit_code: int | None) -> 
     at_s = death.alive_s if death is not None else record.began_s
     if exit_code:
         if exit_code < 0:
-            number = -exit_code
-            weight = _weight_of(number)
-            return _made(record, at_s, f"killed by {_signal_name(number)}", weight)
+            return _made(record, at_s, f"killed by {_signal_name(-exit_code)}", _weight_of(-exit_code))
         if record.ended_s is not None:
             return _made(
                 record, record.ended_s, f"its script ended well, the process with exit code {exit_code}", _OWN
@@ -161,9 +161,9 @@ def _failure(record: RankRecord, death: Death | None, exit_code: int | None) -> 
         return _made(record, at_s, f"ended with exit code {exit_code}, without an exception", _OWN)
     if record.ended_s is not None or death is None or exit_code == 0 or death.how == "its process has ended":
         return None
-    weight = _OWN
     if death.how == _GONE:
-        return _made(record, death.gone_s, "its process ended without an exception: killed?", weight)
+        return _made(record, death.gone_s, "its process ended without an exception: killed?", _OWN)
+    weight = _OWN
     for number in signal.Signals:
         if death.how == f"killed by {number.name}":
             weight = _weight_of(number)
@@ -180,22 +180,12 @@ def _weight_of(number: int) -> int:
 
 def _told_by_others(records: Sequence[RankRecord], known: set[int]) -> Failure | None:
     """The failure of a rank that left no record here, by what the first other rank says of it."""
-    telling = sorted(
-        (one for one in records if one.met_by is not None and one.met_by not in known),
-        key=lambda one: one.ended_s or 0,
-    )
-    for one in telling:
-        if one.met_by is not None:
-            return Failure(
-                one.met_by,
-                one.met_on or "unknown",
-                None,
-                one.ended_s or one.began_s,
-                (one.ended_s or one.began_s) - one.began_s,
-                f"as rank {one.rank} says: {one.error}",
-                None,
-                _FOLLOWS,
-            )
+    for one in sorted(records, key=lambda one: one.ended_s or 0):
+        if one.met_by is not None and one.met_by not in known:
+            at_s = one.ended_s or one.began_s
+            reason = f"as rank {one.rank} says: {one.error}"
+            host = one.met_on or "unknown"
+            return Failure(one.met_by, host, None, at_s, at_s - one.began_s, reason, None, _FOLLOWS)
     return None
 
 

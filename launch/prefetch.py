@@ -12,22 +12,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from types import FrameType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..loader.options import RESUME, LoadOptions
 from ..loader.redaction import redact_path
+from .children import end
 
-_ENDING_S = 5.0
+
+@contextlib.contextmanager
+def fetching(
+    path: str | None, environ: Mapping[str, str], storage_options: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Around a job that resumes from `path`: what it will load is fetched, until it ends. None fetches nothing."""
+    process = _start(path, environ, storage_options) if path is not None and "://" in path else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            end(process)
 
 
-def start_fetch(
-    path: str, environ: Mapping[str, str], storage_options: Mapping[str, Any] | None = None
+def _start(
+    path: str, environ: Mapping[str, str], storage_options: Mapping[str, Any] | None
 ) -> subprocess.Popen[bytes] | None:
-    """The process that fetches what a job will resume from `path`; None where there is nothing to fetch."""
-    if "://" not in path:
-        return None
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "rankload.launch.prefetch"],
@@ -43,18 +51,6 @@ def start_fetch(
         _say(f"{redact_path(path)} is not fetched ahead: {error}")
         return None
     return process
-
-
-def end_fetch(process: subprocess.Popen[bytes] | None) -> None:
-    """Ends the process, if it still runs: the job does not need it any more."""
-    if process is None or process.poll() is not None:
-        return
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_ENDING_S)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
 
 
 def main(path: str, storage_options: Mapping[str, Any]) -> None:
@@ -83,10 +79,6 @@ def _say(text: str) -> None:
     print(f"rankload run: {text}", file=sys.stderr, flush=True)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(os.environ.get(RESUME, ""), json.load(sys.stdin))

@@ -36,7 +36,6 @@ class RankRecord:
 
     rank: int
     local_rank: int
-    world_size: int
     process: ProcessIdentity
     began_s: float
     ended_s: float | None = None
@@ -53,15 +52,9 @@ class RankRecord:
     """That rank's host."""
 
 
-def write_start(folder: str, *, rank: int, local_rank: int, world_size: int) -> RankRecord:
+def write_start(folder: str, *, rank: int, local_rank: int) -> RankRecord:
     """Records that this process begins as `rank`."""
-    record = RankRecord(
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
-        process=this_process(),
-        began_s=time.time(),
-    )
+    record = RankRecord(rank=rank, local_rank=local_rank, process=this_process(), began_s=time.time())
     _write(folder, record)
     return record
 
@@ -87,12 +80,21 @@ def write_end(folder: str, record: RankRecord, error: BaseException | None = Non
 
 def read_records(folder: Path) -> list[RankRecord]:
     """All records in `folder`, the earliest start first."""
-    found = []
-    for path in folder.glob("rank*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            fields = json.loads(path.read_text())
-            found.append(RankRecord(**{**fields, "process": ProcessIdentity(**fields["process"])}))
+    found = [record for path in record_paths(folder) if (record := read_record(path)) is not None]
     return sorted(found, key=lambda one: (one.began_s, one.rank))
+
+
+def record_paths(folder: Path) -> Iterator[Path]:
+    """The files of all records in `folder`."""
+    return folder.glob("rank*.json")
+
+
+def read_record(path: Path) -> RankRecord | None:
+    """The record in `path`; None where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        fields = json.loads(path.read_text())
+        return RankRecord(**{**fields, "process": ProcessIdentity(**fields["process"])})
+    return None
 
 
 def described(error: BaseException) -> str:

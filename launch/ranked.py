@@ -15,12 +15,12 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import TracebackType
 
 from ..distributed.launchers import Claim, read_claim
 from ..loader.options import RESUME
-from .prefetch import end_fetch, start_fetch
+from .prefetch import fetching
 from .rank_records import write_end, write_start
 
 LOOPBACK = "127.0.0.1"
@@ -37,6 +37,9 @@ def main(words: Sequence[str]) -> None:
     if options.local_rank is not None:
         # DeepSpeed's launcher puts it before all that its script is given; so does the script get it.
         script.insert(1, f"--local_rank={options.local_rank}")
+    for variable in options.variable:
+        name, _, value = variable.partition("=")
+        os.environ[name] = value
     claim = read_claim(os.environ, script[1:])
     name_variables(os.environ, claim, address=options.master_addr, port=options.master_port)
     if options.resume is not None:
@@ -46,9 +49,9 @@ def main(words: Sequence[str]) -> None:
         _run(script[0], is_module)
         return
     local_rank = claim.local_rank or 0
-    record = write_start(options.records, rank=claim.rank, local_rank=local_rank, world_size=claim.world_size)
+    record = write_start(options.records, rank=claim.rank, local_rank=local_rank)
     try:
-        with _fetching(options.fetch and local_rank == 0):
+        with fetching(options.resume if local_rank == 0 else None, os.environ):
             _run(script[0], is_module)
     except SystemExit as error:
         write_end(options.records, record, None if error.code in (None, 0) else error)
@@ -69,12 +72,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="rankload.launch.ranked", allow_abbrev=False)
     parser.add_argument("--records", required=True, metavar="FOLDER", help="where the rank's record goes")
     parser.add_argument(
-        "--resume", help="what autoresume takes, on nodes that the environment does not reach"
+        "--variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one of the environment, on nodes that the launcher's own does not reach",
     )
     parser.add_argument(
-        "--fetch",
-        action="store_true",
-        help="this node's first rank fetches meanwhile what the job resumes from",
+        "--resume", help="what autoresume takes; this node's first rank fetches it while the script runs"
     )
     parser.add_argument("--master-addr", help="rank 0's host, where several nodes do not show it")
     parser.add_argument("--master-port")
@@ -121,7 +126,7 @@ def own_frames(trace: TracebackType | None) -> TracebackType | None:
     one = trace
     while one is not None:
         name = one.tb_frame.f_code.co_filename
-        if name not in (__file__, contextlib.__file__) and "runpy" not in name:
+        if name not in (__file__, contextlib.__file__, runpy.run_path.__code__.co_filename):
             return one
         one = one.tb_next
     return trace
@@ -135,20 +140,6 @@ def _run(script: str, is_module: bool) -> None:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(script))
     runpy.run_path(script, run_name="__main__")
-
-
-@contextlib.contextmanager
-def _fetching(wanted: bool) -> Iterator[None]:
-    """Around the script: fetches what the job resumes from in a process of its own, and ends that."""
-    path = os.environ.get(RESUME)
-    if not wanted or not path:
-        yield
-        return
-    fetch = start_fetch(path, os.environ)
-    try:
-        yield
-    finally:
-        end_fetch(fetch)
 
 
 if __name__ == "__main__":

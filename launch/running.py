@@ -35,8 +35,8 @@ from .children import descendants
 from .command_lines import Job, Place, agents_everywhere, command_line
 from .elastic import FAILURES
 from .first_failure import Death, Failure, Report, failures_of, rounds
-from .prefetch import end_fetch, start_fetch
-from .rank_records import RankRecord, read_records
+from .prefetch import fetching
+from .rank_records import read_record, read_records, record_paths
 
 GRACE_S = 60.0
 """How long a job may take to end after SIGINT or SIGTERM: longer than torchrun's own 30 seconds."""
@@ -76,17 +76,14 @@ def run(
         place = Place(folder, int(os.environ.get("MASTER_PORT") or free_port()))
         command = command_line(job, place)
         environ = environment(job)
-        fetching = None
-        if job.resume is not None and agents_everywhere(job):
-            fetching = start_fetch(job.resume, environ, storage_options)
-        # A session of its own: a terminal's Ctrl-C then comes to this process alone, which passes it on once.
-        process = subprocess.Popen(command, env=environ, start_new_session=True)  # noqa: S603 - the user's job
-        run = _Run(job, process, folder, received)
-        try:
-            run.wait(grace_s)
-        finally:
-            run.end()
-            end_fetch(fetching)
+        with fetching(job.resume if agents_everywhere(job) else None, environ, storage_options):
+            # A session of its own: a terminal's Ctrl-C then comes to this process alone, which passes it on once.
+            process = subprocess.Popen(command, env=environ, start_new_session=True)  # noqa: S603 - the user's job
+            run = _Run(job, process, folder, received)
+            try:
+                run.wait(grace_s)
+            finally:
+                run.end()
         return run.report()
 
 
@@ -103,10 +100,9 @@ def environment(job: Job) -> dict[str, str]:
 
 def check_installed(job: Job) -> None:
     """Raises `NotFoundError` where the launcher of `job` is not here."""
-    program = {"slurm": "srun", "mpi": "mpirun"}.get(job.launcher)
-    if program is not None and shutil.which(program) is None:
+    if job.launcher in ("slurm", "mpi") and shutil.which(job.program) is None:
         raise NotFoundError(
-            f"the command {program} is not on this node's PATH: --launcher {job.launcher} starts it"
+            f"the command {job.program} is not on this node's PATH: --launcher {job.launcher} starts it"
         )
     if job.launcher == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise NotFoundError("deepspeed is not installed here: pip install 'rankload[deepspeed]'")
@@ -130,9 +126,11 @@ class _Run:
         self._folder = folder
         self._received = received
         self._stopped_by: tuple[signal.Signals, float] | None = None
-        self._seen: dict[str, ProcessIdentity] = {}
-        self._alive_s: dict[int, float] = {}
-        self._deaths: dict[int, Death] = {}
+        self._met: set[Path] = set()
+        """Records whose process is known."""
+        self._alive_s: dict[ProcessIdentity, float] = {}
+        """When each rank's process on this machine was last seen alive."""
+        self._deaths: dict[ProcessIdentity, Death] = {}
 
     def wait(self, grace_s: float) -> None:
         """Returns when the launcher and all that it started here have ended, or must be ended."""
@@ -230,30 +228,24 @@ class _Run:
 
     def _living(self) -> list[ProcessIdentity]:
         """The ranks' processes on this machine that run."""
-        return [one for one in self._seen.values() if is_watchable(one) and how_ended(one) is None]
+        return [one for one in self._alive_s if one not in self._deaths and how_ended(one) is None]
 
     def _look(self) -> None:
         """Sees which ranks run."""
         with contextlib.suppress(OSError):
-            new = {name for name in os.listdir(self._folder) if name.endswith(".json")} - set(self._seen)
-            if new - {FAILURES}:
-                self._meet(new)
+            for path in record_paths(self._folder):
+                if path not in self._met and (record := read_record(path)) is not None:
+                    self._met.add(path)
+                    if is_watchable(record.process):
+                        self._alive_s[record.process] = record.began_s
         now = time.time()
-        for process in self._seen.values():
-            if process.pid in self._deaths or not is_watchable(process):
-                continue
-            how = how_ended(process)
-            if how is None:
-                self._alive_s[process.pid] = now
-            else:
-                self._deaths[process.pid] = Death(self._alive_s.get(process.pid, now), now, how)
-
-    def _meet(self, names: set[str]) -> None:
-        for record in read_records(self._folder):
-            name = record_name(record)
-            if name in names:
-                self._seen[name] = record.process
-                self._alive_s.setdefault(record.process.pid, record.began_s)
+        for process, alive_s in self._alive_s.items():
+            if process not in self._deaths:
+                how = how_ended(process)
+                if how is None:
+                    self._alive_s[process] = now
+                else:
+                    self._deaths[process] = Death(alive_s, now, how)
 
     def _exit_codes(self) -> dict[int, int]:
         """By process id, of the ranks that torchrun says have failed."""
@@ -262,11 +254,6 @@ class _Run:
         except (OSError, ValueError):
             return {}
         return {one["pid"]: one["exit_code"] for one in failures}
-
-
-def record_name(record: RankRecord) -> str:
-    """The name of the file that has `record`."""
-    return f"rank{record.rank}-{record.process.pid}.json"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from rankload.launch.command_lines import (
     split_words,
 )
 from rankload.launch.ranked import first_host, name_variables
+from rankload.launch.ranked import main as ranked_main
 from rankload.loader.errors import OptionError
 
 OWN = {"--resume": True, "--json": False, "--help": False}
@@ -75,7 +76,7 @@ def test_deepspeed() -> None:
     ]  # fmt: skip
     by_ssh = ("--hostfile", "hosts")
     assert line("deepspeed", *by_ssh, resume="run") == [
-        *start, *by_ssh, *told, "--fetch", "--resume", "run", "--", "train.py", "x",
+        *start, *by_ssh, *told, "--resume", "run", "--", "train.py", "x",
     ]  # fmt: skip
     alone = (*by_ssh, "--no_ssh", "--node_rank", "1")
     assert line("deepspeed", *alone, resume="run") == [*start, *alone, *told, "--", "train.py", "x"]
@@ -84,7 +85,7 @@ def test_deepspeed() -> None:
 def test_srun() -> None:
     python = [sys.executable, "-u", *RANKED, "--master-port", "4000", "--records", "/records"]
     assert line("slurm", "-n", "16", nproc_per_node="8", resume="run") == [
-        "srun", "-n", "16", "--kill-on-bad-exit=1", "--ntasks-per-node=8", *python, "--fetch", "--resume", "run",
+        "srun", "-n", "16", "--kill-on-bad-exit=1", "--ntasks-per-node=8", *python, "--resume", "run",
         "--", "train.py", "x",
     ]  # fmt: skip
     for option in ("-K0", "--kill-on-bad-exit=0"):
@@ -110,6 +111,27 @@ def test_mpirun(open_mpi: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             "mpirun", *each, *options, *python, "--master-addr", "a", *told,
         ]  # fmt: skip
     assert first_of_hosts(["--hostfile", "/not/here"]) is None
+
+
+def test_the_loads_variables_reach_the_nodes_that_a_launcher_reaches_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mpirun and ssh leave most of the environment behind."""
+    chosen = {"RANKLOAD_CACHE_DIR": "/fast/a=b", "RANKLOAD_MODE": "direct"}
+    told = ["--variable", "RANKLOAD_CACHE_DIR=/fast/a=b", "--variable", "RANKLOAD_MODE=direct"]
+    for launcher, options in (("slurm", ()), ("mpi", ()), ("deepspeed", ("--hostfile", "hosts"))):
+        words = line(launcher, *options, variables=chosen)
+        assert words[words.index("--records") + 2 :] == [*told, "--", "train.py", "x"]
+    for launcher in ("torchrun", "deepspeed"):
+        assert "--variable" not in line(launcher, variables=chosen)
+    script = tmp_path / "script.py"
+    script.write_text(f"import os\nassert {chosen!r}.items() <= os.environ.items()\n")
+    monkeypatch.setattr("rankload.launch.ranked.read_claim", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for name in chosen:
+        monkeypatch.setenv(name, "")
+    ranked_main(["--records", str(tmp_path), *told, "--", str(script)])
 
 
 def test_what_is_no_python_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rankload.loader.errors import CorruptError
 
 def record(rank: int, *, began_s: float = 100.0, **fields: Any) -> RankRecord:
     process = ProcessIdentity(f"host{rank}", 1000 + rank, 1, "machine")
-    return RankRecord(rank=rank, local_rank=rank, world_size=4, process=process, began_s=began_s, **fields)
+    return RankRecord(rank=rank, local_rank=rank, process=process, began_s=began_s, **fields)
 
 
 def reported(*failures: Any) -> list[str]:
@@ -34,7 +35,7 @@ def test_an_own_exception_comes_before_what_others_notice_of_it() -> None:
         record(2, ended_s=None),
         record(3, ended_s=110.1, error="RuntimeError: Connection closed by peer", follows=True),
     ]
-    deaths = {1002: Death(110.0, 110.5, "killed by SIGTERM")}
+    deaths = {records[2].process: Death(110.0, 110.5, "killed by SIGTERM")}
     found = failures_of(records, deaths, {})
     assert [one.rank for one in found] == [1, 0, 3, 2]
     assert reported(*found) == [
@@ -50,14 +51,14 @@ def test_an_own_exception_comes_before_what_others_notice_of_it() -> None:
 def test_a_killed_rank_comes_before_what_looks_like_another_failure() -> None:
     records = [record(0, ended_s=110.03, error="OSError: lost"), record(1)]
     seen = Death(110.0, 110.05, "killed by SIGKILL")
-    assert [one.rank for one in failures_of(records, {1001: seen}, {})] == [1, 0]
+    assert [one.rank for one in failures_of(records, {records[1].process: seen}, {})] == [1, 0]
     # The launcher's word where the watcher came too late.
     late = Death(110.0, 110.05, "its process is gone")
-    assert failures_of(records, {1001: late}, {1001: -9})[0].reason == "killed by SIGKILL"
+    assert failures_of(records, {records[1].process: late}, {1001: -9})[0].reason == "killed by SIGKILL"
     # Where nobody knows, the launcher may have ended it for the failure of the other.
-    assert [one.rank for one in failures_of(records, {1001: late}, {})] == [0, 1]
+    assert [one.rank for one in failures_of(records, {records[1].process: late}, {})] == [0, 1]
     told = [record(0, ended_s=110.03, error="PeerError: rank 1", follows=True), record(1)]
-    first, second = failures_of(told, {1001: late}, {})
+    first, second = failures_of(told, {records[1].process: late}, {})
     assert (first.rank, first.reason) == (1, "its process ended without an exception: killed?")
     assert second.rank == 0
 
@@ -76,7 +77,7 @@ def test_a_killed_rank_comes_before_what_looks_like_another_failure() -> None:
 )
 def test_what_exit_codes_mean(exit_code: int, rank: int, reason: str) -> None:
     records = [record(0, ended_s=109.0, error="KeyError: 'a'"), record(1)]
-    deaths = {1001: Death(108.0, 108.1, "its process is gone")}
+    deaths = {records[1].process: Death(108.0, 108.1, "its process is gone")}
     first = failures_of(records, deaths, {1001: exit_code})[0]
     assert (first.rank, first.reason) == (rank, reason)
 
@@ -96,9 +97,17 @@ def test_a_rank_without_a_record_is_told_of_by_the_others() -> None:
 
 def test_ranks_that_ended_well_or_run_have_not_failed() -> None:
     records = [record(0, ended_s=110.0), record(1), record(2)]
-    deaths = {1001: Death(109.0, 109.1, "its process has ended")}
+    deaths = {records[1].process: Death(109.0, 109.1, "its process has ended")}
     assert failures_of(records, deaths, {1000: 0}) == []
     assert reported() == ["no rank recorded a failure", "srun ended with exit code 1"]
+
+
+def test_a_death_is_of_one_nodes_process() -> None:
+    """In containers the same process ids are on every node."""
+    records = [record(0), record(1)]
+    here, there = (replace(one, process=replace(one.process, pid=7)) for one in records)
+    found = failures_of([here, there], {there.process: Death(109.0, 109.1, "killed by SIGKILL")}, {})
+    assert [(one.rank, one.host) for one in found] == [(1, "host1")]
 
 
 def test_restarts_are_rounds() -> None:
@@ -114,10 +123,11 @@ def test_many_failures_are_counted() -> None:
     lines = reported(*found)
     assert lines[-2] == "  after it 5 more ranks"
     assert all(len(line) < 200 for line in lines[1:])
+    assert reported(*found[:5])[-2] == "  after it 1 more rank"
 
 
 def test_what_a_rank_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun = write_start(str(tmp_path), rank=1, local_rank=0, world_size=2)
+    begun = write_start(str(tmp_path), rank=1, local_rank=0)
     assert read_records(tmp_path) == [begun]
     assert begun.process.pid == os.getpid()
     for error, said, follows, met_by in (
@@ -147,7 +157,7 @@ def test_what_a_rank_records(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_folder_of_another_node_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun = write_start(str(tmp_path / "not here"), rank=1, local_rank=0, world_size=2)
+    begun = write_start(str(tmp_path / "not here"), rank=1, local_rank=0)
     write_end(str(tmp_path / "not here"), begun)
     assert capsys.readouterr().err == ""
     write_end(str(tmp_path / "not here"), begun, ValueError("x"))

@@ -25,7 +25,8 @@ import pytest
 from places import REPOSITORY, SUPPORT
 from processes import INHERITED_LAUNCHERS, free_port
 from rankload.launch.children import descendants
-from rankload.launch.command_lines import is_open_mpi
+from rankload.launch.command_lines import Job, is_open_mpi
+from rankload.launch.running import run as run_job
 from server_process import or_skip
 from slurm_cluster import slurm_cluster
 
@@ -338,6 +339,17 @@ def test_a_fetch_that_fails_is_told_and_nothing_else(tmp_path: Path) -> None:
     assert code == 0, job.said[-6000:]
     assert "fetched ahead" in job.said
     assert "secret" not in job.said
+
+
+def test_a_launcher_that_cannot_be_started_leaves_no_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    longer_than_linux_takes = "a" * 200_000
+    job = Job(launcher="torchrun", script=["x.py", longer_than_linux_takes], resume="http://127.0.0.1:1/run")
+    with pytest.raises(OSError, match="too long"):
+        run_job(job)
+    assert processes_in(tmp_path) in ([], [os.getpid()])
 
 
 def test_wrong_command_lines(tmp_path: Path) -> None:
