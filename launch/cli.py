@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .commands.endings import (
@@ -50,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     Raises SystemExit where a library that parses `argv` does.
     """
     # So that SIGTERM, too, ends the processes that the command started.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(list(argv))
     except KeyboardInterrupt as error:
@@ -125,9 +124,8 @@ def version() -> str:
 
 
 def _add(place: typer.Typer, name: str, whole_name: str, function: Any, command: Any) -> None:
-    settings = getattr(function, "context_settings", None)
     kind = getattr(function, "command_class", None)
-    added = place.command(name, cls=kind, epilog=EXIT_CODES, context_settings=settings)
+    added = place.command(name, cls=kind, epilog=EXIT_CODES)
     added(command(whole_name, function))
 
 
@@ -151,7 +149,3 @@ def _flush() -> None:
     except BrokenPipeError:
         # Else the interpreter would try again at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

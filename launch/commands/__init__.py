@@ -16,5 +16,5 @@ What a command does is in ``rankload.loader``, which imports no ``launch``; a mo
 prints. Nothing here imports torch or fsspec at its top, so that ``--help`` and what reads indexes alone start at once.
 
 `calls` has `Call` and the shared options, `blocks` what is printed (for a terminal, for a pipe), `endings` exit codes
-and what is said of an error. All but `demo`, `endings` and `blocks` need typer.
+and what is said of an error. All but `endings` and `blocks` need typer.
 """

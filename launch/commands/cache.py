@@ -28,7 +28,7 @@ def list_cache(call: Call) -> None:
     these are the folders that loads use by themselves, in memory and on disk.
     """
     homes = _homes(call)
-    found = cached_files(homes)
+    found = _by_checkpoint(cached_files(homes))
     rows = [
         (
             one.checkpoint or one.group[:8],
@@ -38,7 +38,7 @@ def list_cache(call: Call) -> None:
             "in use" if one.in_use else "awaits a load" if one.awaited else "idle",
             os.path.dirname(one.path),
         )
-        for one in _by_checkpoint(found)
+        for one in found
     ]
     checkpoints = len({one.group for one in found})
     blocks: list[Block] = [Line(f"nothing in {', '.join(home.folder for home in homes)}")]
@@ -50,7 +50,7 @@ def list_cache(call: Call) -> None:
                 f"{in_units(sum(one.size_bytes for one in found))}"
             ),
         ]
-    call.show({"folders": [home.folder for home in homes], "files": _fields(_by_checkpoint(found))}, blocks)
+    call.show({"folders": [home.folder for home in homes], "files": _fields(found)}, blocks)
 
 
 @sharing("cache_dir", "cache_home", "cache_size")

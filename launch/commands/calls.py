@@ -181,12 +181,6 @@ def sharing(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def passing_the_rest(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command whose last argument is a list: all that follows its first is handed on, options too."""
-    function.__dict__["context_settings"] = {"allow_interspersed_args": False, "ignore_unknown_options": True}
-    return function
-
-
 def command(name: str, function: Callable[..., int | None]) -> Callable[..., int]:
     """`function` as typer takes it: with the shared options in its signature, and errors made an exit code."""
     signature = inspect.signature(function)
@@ -238,6 +232,17 @@ def storage_options(given: Sequence[str]) -> dict[str, Any]:
             found[key] = _json(key, value)
         else:
             found[key] = value
+    return found
+
+
+def renames(given: Sequence[str] | None) -> dict[str, str]:
+    """What ``--rename OLD=NEW`` says, as `LoadOptions.rename` takes it. Raises `WrongArgumentsError`."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        old, separator, new = text.partition("=")
+        if not separator:
+            raise WrongArgumentsError(f"--rename {text!r}: expected OLD=NEW")
+        found[old] = new
     return found
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .blocks import Block, Facts, Line, Table
-from .calls import Call, sharing, storage_options
-from .endings import DONE, FOUND_WRONG, WrongArgumentsError
+from .calls import Call, renames, sharing, storage_options
+from .endings import DONE, FOUND_WRONG
 
 if TYPE_CHECKING:
     from ...loader.comparing.compare import Watch
@@ -66,7 +66,7 @@ def diff(
 
     from ...loader.comparing.compare import compare_checkpoints
 
-    options = replace(call.load_options, rename=dict(_rename(one) for one in rename or ()))
+    options = replace(call.load_options, rename=renames(rename))
     others = replace(call.load_options, storage_options=storage_options(other_storage_option or ()))
     with _progress(call.progress_bar and not keys_only) as watch:
         found = compare_checkpoints(
@@ -84,13 +84,6 @@ def diff(
         )
     call.show(found.as_dict(), [*_summary(found), *_only(found), *_differences(found), _verdict(found)])
     return DONE if found.equal else FOUND_WRONG
-
-
-def _rename(text: str) -> tuple[str, str]:
-    old, separator, new = text.partition("=")
-    if not separator:
-        raise WrongArgumentsError(f"--rename {text!r}: expected OLD=NEW")
-    return old, new
 
 
 @contextlib.contextmanager

@@ -10,9 +10,8 @@ import typer
 
 from ...loader.plurals import counted, in_units
 from .blocks import Block, Facts, Line, Table
-from .calls import Call
-from .calls import storage_options as parse_storage_options
-from .endings import DONE, FOUND_WRONG, WrongArgumentsError
+from .calls import Call, renames, storage_options
+from .endings import DONE, FOUND_WRONG
 
 if TYPE_CHECKING:
     from ...loader.exporting.export import Exported
@@ -76,7 +75,6 @@ def export(
 
     from ...loader.exporting.export import export_checkpoint
 
-    renames = dict(_rename(one) for one in rename or ())
     with _progress(call.progress_bar) as on_progress:
         done = export_checkpoint(
             path,
@@ -87,19 +85,12 @@ def export(
             max_shard_bytes=max_shard_size,
             force=force,
             ignore_keys=ignore,
-            options=replace(call.load_options, rename=renames),
-            out_storage_options=parse_storage_options(out_storage_option) if out_storage_option else None,
+            options=replace(call.load_options, rename=renames(rename)),
+            out_storage_options=storage_options(out_storage_option) if out_storage_option else None,
             on_progress=on_progress,
         )
     call.show(done.as_dict(), _blocks(done))
     return FOUND_WRONG if done.lost else DONE
-
-
-def _rename(text: str) -> tuple[str, str]:
-    old, separator, new = text.partition("=")
-    if not separator:
-        raise WrongArgumentsError(f"--rename {text!r}: expected OLD=NEW")
-    return old, new
 
 
 def _blocks(done: Exported) -> list[Block]:

@@ -139,7 +139,7 @@ def _slices(rank: int, slices: Sequence[Slice]) -> list[Block]:
 
 
 def _table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], what: str, right: Sequence[int] | range
+    headings: Sequence[str], rows: Sequence[Sequence[str]], what: str, right: Sequence[int]
 ) -> list[Block]:
     """A table of the first rows, and how many more there are."""
     shown: list[Block] = [Table(tuple(headings), rows[:_MOST_ROWS], right=frozenset(right))]

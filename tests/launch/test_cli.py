@@ -16,7 +16,7 @@ from places import REPOSITORY
 from rankload.launch import cli
 from rankload.launch.commands import endings
 from rankload.launch.commands.blocks import Branch, Facts, Line, Table, plain
-from rankload.launch.commands.calls import Call, passing_the_rest, sharing, storage_options
+from rankload.launch.commands.calls import Call, sharing, storage_options
 from rankload.loader.errors import NotFoundError, OptionError, TemplateError
 
 HEAVY = {"torch", "fsspec", "deepspeed", "numpy", "aiohttp"}
@@ -213,21 +213,6 @@ def test_a_command_may_share_fewer_options(a_command, capsys):
     run = a_command(probe)
     assert run("--cache-dir", "there") == 0
     assert run("--verify", "off") == 2
-
-
-def test_a_command_may_hand_on_what_follows(a_command):
-    seen = []
-
-    @passing_the_rest
-    def probe(
-        call: Call,
-        script: Annotated[str, typer.Argument()],
-        rest: Annotated[list[str] | None, typer.Argument()] = None,
-    ) -> None:
-        seen.append((call.json, script, rest))
-
-    assert a_command(probe)("--json", "train.py", "--lr", "3", "--json", "--", "-x") == 0
-    assert seen == [(True, "train.py", ["--lr", "3", "--json", "--", "-x"])]
 
 
 @pytest.mark.parametrize("text", ["secret", "=secret", "key:=[secret", "key={secret"])
