@@ -23,18 +23,18 @@ from framework_model import (
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def accelerator(kind: str) -> Any:
-    """`kind`: ``plain``, ``zero2`` or ``zero3``."""
+def accelerator(kind: str, batch: int = GLOBAL_BATCH, **options: Any) -> Any:
+    """`kind`: ``zero2``, ``zero3``, or any other without DeepSpeed; `batch`: samples of a step over all ranks."""
     from accelerate import Accelerator
     from accelerate.state import PartialState
     from accelerate.utils import DeepSpeedPlugin
 
     torch.distributed.init_process_group("gloo")
     if not kind.startswith("zero"):
-        return Accelerator(cpu=True)
+        return Accelerator(cpu=True, **options)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     config = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size(),
+        "train_micro_batch_size_per_gpu": batch // world_size(),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": int(kind[-1])},
@@ -45,7 +45,7 @@ def accelerator(kind: str) -> Any:
     shared = PartialState._shared_state
     shared["num_processes"] = world_size()
     shared["process_index"] = shared["local_process_index"] = rank()
-    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **options)
 
 
 def save(folder: str, kind: str) -> None:

@@ -3,7 +3,6 @@ rank runs each function."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import warnings
@@ -12,56 +11,39 @@ from typing import Any
 
 import deepspeed
 import torch
+from accelerate_job import accelerator
 from framework_lines import run_lines
 from framework_model import (
     SAVED_AT,
+    SHARED_BATCH,
     Tokens,
+    by_step,
     differences,
+    gathered,
     held,
     held_by_engine,
     hold,
     of_all_ranks,
+    random_digest,
     rank,
+    tell,
     tiny_gpt2,
     world_size,
 )  # fmt: skip
-from trainer_resume_job import GLOBAL_BATCH, digest, gathered
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Job:
     """`kind`: ``ddp`` or ``zero2``. `schedule`: ``steps`` counts optimizer steps, however many processes there are;
     ``samples`` and ``stairs`` count what Accelerate counts."""
 
-    def __init__(self, kind: str, schedule: str, seed: int, batch: int = GLOBAL_BATCH) -> None:
-        from accelerate import Accelerator
-        from accelerate.state import PartialState
-        from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, set_seed
+    def __init__(self, kind: str, schedule: str, seed: int, batch: int = SHARED_BATCH) -> None:
+        from accelerate.utils import DataLoaderConfiguration, set_seed
 
         self.kind = kind
         each = batch // world_size()
-        torch.distributed.init_process_group("gloo")
-        loading = DataLoaderConfiguration(use_seedable_sampler=True)
-        if kind == "ddp":
-            self.accelerator = Accelerator(cpu=True, dataloader_config=loading)
-        else:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-            config = {
-                "train_micro_batch_size_per_gpu": each,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0,
-                "zero_optimization": {"stage": int(kind[-1])},
-                "zero_force_ds_cpu_optimizer": False,
-            }
-            # Without a GPU an Accelerator with DeepSpeed takes itself for the only process, as Trainer knows.
-            PartialState(cpu=False, backend="gloo")
-            shared = PartialState._shared_state
-            shared["num_processes"] = world_size()
-            shared["process_index"] = shared["local_process_index"] = rank()
-            self.accelerator = Accelerator(
-                deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), dataloader_config=loading
-            )
+        self.accelerator = accelerator(
+            kind, batch, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
+        )
         set_seed(11)
         self.model: Any = tiny_gpt2(seed)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -109,11 +91,6 @@ class Job:
             losses.append(of_all_ranks(float(loss.detach())))
         return losses, rates
 
-    def samples(self) -> list[list[int]]:
-        """Of each step over all ranks, sorted."""
-        steps = zip(*gathered(self.seen), strict=True)
-        return [sorted(sample for one in ranks for sample in one) for ranks in steps]
-
 
 def save(folder: str, kind: str, schedule: str) -> None:
     """Leaves what ``save_state`` writes in `folder`/state."""
@@ -123,11 +100,11 @@ def save(folder: str, kind: str, schedule: str) -> None:
     batches = iter(job.loader)
     job.train(batches, SAVED_AT)
     job.accelerator.save_state(f"{folder}/state")
-    found, states, rate = job.found(), gathered(digest()), job.optimizer.param_groups[0]["lr"]
+    found, states, rate = job.found(), gathered(random_digest()), job.optimizer.param_groups[0]["lr"]
     job.seen.clear()
     losses, rates = job.train(batches, SAVED_AT)
     hold(
-        folder, found, states=states, rate=rate, losses=losses, rates=rates, seen=job.samples(),
+        folder, found, states=states, rate=rate, losses=losses, rates=rates, seen=by_step(job.seen),
         step=job.accelerator.step,
     )  # fmt: skip
 
@@ -154,24 +131,18 @@ def resume(folder: str, kind: str, schedule: str, path: str, saved_batch: str) -
     assert deepspeed.DeepSpeedEngine.load_checkpoint is own
     for name in ("model", "optimizer", "loader", "scheduler"):
         setattr(job, name, names[name])
-    found, states, rate = job.found(), gathered(digest()), job.optimizer.param_groups[0]["lr"]
+    found, states, rate = job.found(), gathered(random_digest()), job.optimizer.param_groups[0]["lr"]
     batches = iter(job.accelerator.skip_first_batches(job.loader, SAVED_AT))
     losses, rates = job.train(batches, SAVED_AT)
-    seen = job.samples()
+    seen = by_step(job.seen)
     job.accelerator.save_state(f"{folder}/again-{world_size()}-{schedule}")
-    if rank() == 0:
-        without = () if kind == "ddp" else ("step/",)
-        print(
-            json.dumps(
-                {
-                    "differences": differences(folder, found, without=without),
-                    "states": states,
-                    "rate": rate,
-                    "losses": losses,
-                    "rates": rates,
-                    "seen": seen,
-                    "step": job.accelerator.step,
-                    "warnings": [str(one.message) for one in told if "a step was" in str(one.message)],
-                }
-            )
-        )
+    tell(
+        differences=differences(folder, found, without=() if kind == "ddp" else ("step/",)),
+        states=states,
+        rate=rate,
+        losses=losses,
+        rates=rates,
+        seen=seen,
+        step=job.accelerator.step,
+        warnings=[str(one.message) for one in told if "a step was" in str(one.message)],
+    )

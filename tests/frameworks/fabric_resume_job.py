@@ -18,10 +18,11 @@ from framework_model import (
     hold,
     numbers,
     of_all_ranks,
+    tell,
     tiny_gpt2,
 )  # fmt: skip
 from lightning.fabric.strategies import DeepSpeedStrategy as FabricsStrategy
-from lightning_resume_job import RANKS, on_cpu, tell
+from lightning_resume_job import RANKS, on_cpu
 
 
 def train(fabric: Any, model: Any, optimizer: Any, first: int) -> list[float]:

@@ -1,11 +1,10 @@
 """Jobs of Lightning that save at step 4, and others that resume there by rankload; every rank runs each function.
 
-`line` runs the lines that docs/frameworks.md gives, as they stand.
+`resume` runs the lines that docs/frameworks.md gives, as they stand.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from framework_model import (
     numbers,
     of_all_ranks,
     rank,
+    tell,
     tiny_gpt2,
     world_size,
 )  # fmt: skip
@@ -234,8 +234,3 @@ def validate(folder: str, kind: str, path: str) -> None:
         os.environ["WORLD_SIZE"] = str(RANKS)
         loss = of_all_ranks(float(reference(**batch).loss))
     tell(losses=module.losses, expected=[loss], step=result.step, extra=sorted(map(str, result.extra)))
-
-
-def tell(**found: Any) -> None:
-    if rank() == 0:
-        print(json.dumps(found))

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Served, counting_server
-from processes import run_ranks
+from framework_jobs import run_job, served
 
-HERE = Path(__file__).parent
+JOB = "accelerate_resume_job"
 SAVED_WORLD_SIZE = 2
 GLOBAL_BATCH = 6
 Saved = Callable[[str, str], Path]
+run = functools.partial(run_job, deadline_s=150)
 
 
-def run(python: str, function: str, world_size: int, *args: object) -> Any:
-    """What rank 0 prints as JSON; all ranks must end well."""
-    finished = run_ranks(
-        f"{HERE / 'accelerate_resume_job.py'}:{function}",
-        world_size,
-        args=args,
-        deadline_s=150,
-        env={"DS_ACCELERATOR": "cpu"},
-        python=python,
-    )
-    assert [rank.returncode for rank in finished] == [0] * world_size, finished
-    told = [line for line in finished[0].stdout.splitlines() if line.startswith('{"')]
-    return json.loads(told[-1]) if told else None
-
-
-@pytest.fixture(scope="module")
-def saved(frameworks: str, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+@pytest.fixture
+def saved(saved_run: Callable[..., Path]) -> Saved:
     """Runs a job on two ranks, once for each kind and schedule; gives the folder that it wrote."""
-    known: dict[tuple[str, str], Path] = {}
-
-    def save(kind: str, schedule: str) -> Path:
-        if (kind, schedule) not in known:
-            folder = tmp_path_factory.mktemp(f"{kind}-{schedule}")
-            run(frameworks, "save", SAVED_WORLD_SIZE, folder, kind, schedule)
-            known[kind, schedule] = folder
-        return known[kind, schedule]
-
-    return save
+    return lambda kind, schedule: saved_run(JOB, SAVED_WORLD_SIZE, kind, schedule, deadline_s=150)
 
 
 def check(told: dict[str, Any], folder: Path, world_size: int, within: float = 1e-5) -> None:
@@ -78,17 +55,12 @@ def test_goes_on(
     frameworks: str, saved: Saved, kind: str, schedule: str, world_size: int, batch: object
 ) -> None:
     folder = saved(kind, schedule)
-    told = run(frameworks, "resume", world_size, folder, kind, schedule, folder / "state", batch)
+    told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, schedule, folder / "state", batch)
     check(told, folder, world_size)
 
 
 def test_from_a_url(frameworks: str, saved: Saved) -> None:
     folder = saved("zero2", "samples")
-    objects = {
-        f"/run/{path.relative_to(folder)}": Served(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    with counting_server(objects) as server:
-        told = run(frameworks, "resume", 3, folder, "zero2", "samples", server.url("/run/state"), "")
+    with served(folder / "state") as (_, url):
+        told = run(frameworks, f"{JOB}.py:resume", 3, folder, "zero2", "samples", url, "")
     check(told, folder, 3)

@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Served, counting_server
-from processes import run_ranks
+from framework_jobs import run_job, served
 
-HERE = Path(__file__).parent
 SAVED_WORLD_SIZE = 2
 Saved = Callable[[str], Path]
+run = functools.partial(run_job, deadline_s=120)
 
 
-def run(python: str, job: str, world_size: int, *args: object) -> Any:
-    """What rank 0 of a job's function prints as JSON; all ranks must end well."""
-    finished = run_ranks(
-        f"{HERE / job}", world_size, args=args, deadline_s=120, env={"DS_ACCELERATOR": "cpu"}, python=python
-    )
-    assert [rank.returncode for rank in finished] == [0] * world_size, finished
-    told = [line for line in finished[0].stdout.splitlines() if line.startswith("{")]
-    return json.loads(told[-1]) if told else None
+@pytest.fixture
+def saved(saved_run: Callable[..., Path]) -> Saved:
+    """Runs a job on two ranks, once for each kind; gives the folder that it wrote."""
+
+    def save(kind: str) -> Path:
+        job = "fabric" if kind.startswith("fabric") else "lightning"
+        return saved_run(f"{job}_resume_job", SAVED_WORLD_SIZE, kind, deadline_s=120)
+
+    return save
 
 
 @contextlib.contextmanager
-def served(path: Path, name: str) -> Iterator[str]:
-    """A URL of `path`, a file or a folder."""
-    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-    objects = {
-        f"/run/{name}{'' if one == path else '/' + str(one.relative_to(path))}": Served(one.read_bytes())
-        for one in files
-    }
-    with counting_server(objects) as server:
-        yield server.url(f"/run/{name}")
-
-
-@pytest.fixture(scope="module")
-def saved(frameworks: str, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Runs a job on two ranks, once for each kind; gives the folder that it wrote."""
-    known: dict[str, Path] = {}
-
-    def save(kind: str) -> Path:
-        if kind not in known:
-            known[kind] = tmp_path_factory.mktemp(kind)
-            job = "fabric" if kind.startswith("fabric") else "lightning"
-            run(frameworks, f"{job}_resume_job.py:save", SAVED_WORLD_SIZE, known[kind], kind)
-        return known[kind]
-
-    return save
+def whereabouts(path: Path, *, remote: bool) -> Iterator[str]:
+    """`path`, or a URL of it."""
+    if not remote:
+        yield str(path)
+        return
+    with served(path) as (_, url):
+        yield url
 
 
 def check(told: dict[str, Any], world_size: int) -> None:
@@ -72,7 +55,7 @@ def check(told: dict[str, Any], world_size: int) -> None:
 def test_fit_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
     folder = saved(kind)
     path = folder / "step-4.ckpt"
-    with served(path, "step-4.ckpt") if remote else contextlib.nullcontext(str(path)) as where:
+    with whereabouts(path, remote=remote) as where:
         told = run(frameworks, "lightning_resume_job.py:resume", world_size, folder, kind, where)
     check(told, world_size)
     assert told["start"] == {
@@ -98,7 +81,7 @@ def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> 
 def test_fabric_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
     folder = saved(kind)
     path = folder / "step-4"
-    with served(path, "step-4") if remote else contextlib.nullcontext(str(path)) as where:
+    with whereabouts(path, remote=remote) as where:
         told = run(frameworks, "fabric_resume_job.py:resume", world_size, folder, kind, where)
     check(told, world_size)
     assert told["step"] == 4

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Served, counting_server
-from processes import run_ranks
+from framework_jobs import run_job, served
 
-HERE = Path(__file__).parent
 SAVED_WORLD_SIZE = 2
+run = functools.partial(run_job, deadline_s=120)
 
 
-def run(python: str, function: str, world_size: int, *args: object) -> Any:
-    """What rank 0 prints as JSON; all ranks must end well."""
-    finished = run_ranks(
-        f"{HERE / function}",
-        world_size,
-        args=args,
-        deadline_s=120,
-        env={"DS_ACCELERATOR": "cpu"},
-        python=python,
-    )
-    assert [rank.returncode for rank in finished] == [0] * world_size, finished
-    told = [line for line in finished[0].stdout.splitlines() if line.startswith("{")]
-    return json.loads(told[-1]) if told else None
-
-
-@pytest.fixture(scope="module")
-def saved(torchtitan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("titan")
-    run(torchtitan, "torchtitan_resume_job.py:save", SAVED_WORLD_SIZE, folder, "torchtitan")
-    return folder
+@pytest.fixture
+def saved(torchtitan: str, saved_run: Callable[..., Path]) -> Path:
+    return saved_run("torchtitan_resume_job", SAVED_WORLD_SIZE, "torchtitan", deadline_s=120)
 
 
 def check(told: dict[str, Any], world_size: int) -> None:
@@ -55,14 +38,8 @@ def test_its_own_folder(torchtitan: str, saved: Path, world_size: int) -> None:
 
 
 def test_from_a_url(torchtitan: str, saved: Path) -> None:
-    folder = saved / "checkpoint" / "step-4"
-    objects = {
-        f"/run/step-4/{path.relative_to(folder)}": Served(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    with counting_server(objects) as server:
-        told = run(torchtitan, "torchtitan_resume_job.py:resume", 1, saved, server.url("/run/step-4"), False)
+    with served(saved / "checkpoint" / "step-4") as (_, url):
+        told = run(torchtitan, "torchtitan_resume_job.py:resume", 1, saved, url, False)
     check(told, 1)
 
 

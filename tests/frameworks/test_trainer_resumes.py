@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import Served, counting_server
-from processes import run_ranks
+from framework_jobs import run_job, served
 
-HERE = Path(__file__).parent
+JOB = "trainer_resume_job"
 SAVED_AT = 4
 GLOBAL_BATCH = 6
 Saved = Callable[..., Path]
+run = functools.partial(run_job, deadline_s=150)
 
 
-def run(python: str, job: str, world_size: int, *args: object) -> Any:
-    """What rank 0 of a job's function prints as JSON; all ranks must end well."""
-    finished = run_ranks(
-        f"{HERE / job}", world_size, args=args, deadline_s=150, env={"DS_ACCELERATOR": "cpu"}, python=python
-    )
-    assert [rank.returncode for rank in finished] == [0] * world_size, finished
-    told = [line for line in finished[0].stdout.splitlines() if line.startswith('{"')]
-    return json.loads(told[-1]) if told else None
-
-
-def served(folder: Path) -> dict[str, Served]:
-    return {
-        f"/run/{path.relative_to(folder)}": Served(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def saved(frameworks: str, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+@pytest.fixture
+def saved(saved_run: Callable[..., Path]) -> Saved:
     """Runs a job, once for each kind and number of ranks; gives the folder that it wrote."""
-    known: dict[tuple[str, int], Path] = {}
-
-    def save(kind: str, world_size: int = 2) -> Path:
-        if (kind, world_size) not in known:
-            folder = tmp_path_factory.mktemp(f"{kind}-{world_size}")
-            run(frameworks, "trainer_resume_job.py:save", world_size, folder, kind)
-            known[kind, world_size] = folder
-        return known[kind, world_size]
-
-    return save
+    return lambda kind, world_size=2: saved_run(JOB, world_size, kind, deadline_s=150)
 
 
 def check(told: dict[str, Any], expected: dict[str, Any], world_size: int) -> None:
@@ -87,9 +61,7 @@ def check_states(found: list[Any], saved: list[Any]) -> None:
 def test_goes_on(frameworks: str, saved: Saved, tmp_path: Path, kind: str, world_size: int) -> None:
     folder = saved(kind)
     expected = json.loads((folder / "numbers.json").read_text())
-    told = run(
-        frameworks, "trainer_resume_job.py:resume", world_size, folder, kind, folder, GLOBAL_BATCH, tmp_path
-    )
+    told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, folder, GLOBAL_BATCH, tmp_path)
     check(told, expected, world_size)
 
 
@@ -97,7 +69,7 @@ def test_from_one_rank(frameworks: str, saved: Saved, tmp_path: Path) -> None:
     kind = "ddp"
     folder = saved(kind, 1)
     expected = json.loads((folder / "numbers.json").read_text())
-    told = run(frameworks, "trainer_resume_job.py:resume", 2, folder, kind, folder, GLOBAL_BATCH, tmp_path)
+    told = run(frameworks, f"{JOB}.py:resume", 2, folder, kind, folder, GLOBAL_BATCH, tmp_path)
     check(told, expected, 2)
 
 
@@ -105,11 +77,8 @@ def test_from_one_rank(frameworks: str, saved: Saved, tmp_path: Path) -> None:
 def test_from_a_url(frameworks: str, saved: Saved, tmp_path: Path, kind: str, world_size: int) -> None:
     folder = saved(kind)
     expected = json.loads((folder / "numbers.json").read_text())
-    with counting_server(served(folder)) as server:
-        path = server.url("/run/checkpoint-4")
-        told = run(
-            frameworks, "trainer_resume_job.py:resume", world_size, folder, kind, path, GLOBAL_BATCH, tmp_path
-        )
+    with served(folder / "checkpoint-4") as (server, url):
+        told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, url, GLOBAL_BATCH, tmp_path)
         # An engine's weights are its own; without one, Trainer reads them, and the node has one copy.
         copied = server.gets("/run/checkpoint-4/model.safetensors")
     check(told, expected, world_size)
@@ -119,11 +88,11 @@ def test_from_a_url(frameworks: str, saved: Saved, tmp_path: Path, kind: str, wo
 @pytest.mark.parametrize("kind", ["zero2", "ddp"])
 def test_another_batch_is_warned_of(frameworks: str, saved: Saved, tmp_path: Path, kind: str) -> None:
     folder = saved(kind)
-    told = run(frameworks, "trainer_resume_job.py:resume", 1, folder, kind, folder, 3, tmp_path)
+    told = run(frameworks, f"{JOB}.py:resume", 1, folder, kind, folder, 3, tmp_path)
     assert told["differences"] == []
     (warning,) = told["warnings"]
     assert "a step was 6 samples when the checkpoint was saved, and is 3 here" in warning
 
 
 def test_nothing_to_resume_from_and_an_error_in_the_block(frameworks: str, tmp_path: Path) -> None:
-    run(frameworks, "trainer_resume_job.py:mistakes", 1, tmp_path / "run")
+    run(frameworks, f"{JOB}.py:mistakes", 1, tmp_path / "run")

@@ -6,7 +6,6 @@ Its Trainer needs a GPU: the parts that it hands its manager are torchtitan's ow
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from framework_model import (
     numbers,
     of_all_ranks,
     rank,
+    tell,
     tiny_gpt2,
     world_size,
 )  # fmt: skip
@@ -165,18 +165,13 @@ def resume(folder: str, path: str, model_only: str) -> None:
     }
     left = ("step/", "exp_avg") if model_only == "True" else ()
     losses = job.train(2 * SAVED_AT)
-    if rank() == 0:
-        print(
-            json.dumps(
-                {
-                    "loaded": job.loaded,  # type: ignore[attr-defined]
-                    "differences": differences(folder, found, without=left),
-                    "start": start,
-                    "losses": losses,
-                    "expected": numbers(folder).get("losses", [])[SAVED_AT:],
-                    "warnings": [str(one.message) for one in told if one.category is UserWarning],
-                    "kind": result.receipt.kind,
-                }
-            )
-        )
+    tell(
+        loaded=job.loaded,  # type: ignore[attr-defined]
+        differences=differences(folder, found, without=left),
+        start=start,
+        losses=losses,
+        expected=numbers(folder).get("losses", [])[SAVED_AT:],
+        warnings=[str(one.message) for one in told if one.category is UserWarning],
+        kind=result.receipt.kind,
+    )
     job.checkpointer.close()

@@ -23,8 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def arguments(folder: str, kind: str) -> TrainingArguments:
-    """`kind`: ``plain``, ``zero2`` or ``zero3``."""
+def arguments(folder: str, kind: str, batch: int = GLOBAL_BATCH) -> TrainingArguments:
+    """`kind`: ``zero2``, ``zero3``, or any other without DeepSpeed; `batch`: samples of a step over all ranks."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
@@ -41,7 +41,7 @@ def arguments(folder: str, kind: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         use_cpu=True,
-        per_device_train_batch_size=GLOBAL_BATCH // world_size(),
+        per_device_train_batch_size=batch // world_size(),
         max_steps=2 * SAVED_AT,
         save_steps=SAVED_AT,
         save_total_limit=2,

@@ -3,8 +3,6 @@ has it; every rank runs each function."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -12,68 +10,27 @@ import warnings
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from framework_lines import run_lines
 from framework_model import (
     SAVED_AT,
+    SHARED_BATCH,
     Tokens,
+    by_step,
     differences,
+    gathered,
     held,
     held_by_engine,
     hold,
+    random_digest,
     rank,
+    tell,
     tiny_gpt2,
-    world_size,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_job import arguments
+from transformers import Trainer, TrainerCallback
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-GLOBAL_BATCH = 6
-"""Which one, two and three ranks can share."""
-
-
-def digest() -> list[str]:
-    """The random states of this process, in short."""
-    return [
-        hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
-        hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
-        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
-    ]
-
-
-def arguments(folder: str, kind: str, batch: int) -> TrainingArguments:
-    """`kind`: ``ddp``, ``zero2`` or ``zero3``; `batch`: samples of a step over all ranks."""
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {"stage": int(kind[-1]) if kind.startswith("zero") else 0},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True
-            },
-        },
-    }  # fmt: skip
-    return TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        per_device_train_batch_size=batch // world_size(),
-        max_steps=2 * SAVED_AT,
-        save_steps=SAVED_AT,
-        logging_steps=1,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        warmup_steps=2,
-        lr_scheduler_type="linear",
-        report_to=[],
-        disable_tqdm=True,
-        seed=3,
-        deepspeed=config if kind.startswith("zero") else None,
-    )
 
 
 class Watched(Trainer):  # type: ignore[misc]
@@ -113,7 +70,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.at_save = {
                 "found": self.found(),
                 "rates": self.trainer.lr_scheduler.get_last_lr(),
-                "states": gathered(digest()),
+                "states": gathered(random_digest()),
             }
 
     def at_first_step(self) -> None:
@@ -124,22 +81,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 "step": trainer.state.global_step,
                 "found": self.found(),
                 "rates": trainer.lr_scheduler.get_last_lr(),
-                "states": gathered(digest()),
+                "states": gathered(random_digest()),
             }
-
-
-def gathered(value: Any) -> list[Any]:
-    """Every rank's, by rank."""
-    if world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
-
-
-def by_step(seen: list[Any]) -> list[list[int]]:
-    """The samples of each step over all ranks, sorted."""
-    return [sorted(sample for one in ranks for sample in one) for ranks in zip(*gathered(seen), strict=True)]
 
 
 def trainer_of(folder: str, kind: str, batch: int, *, resumes: bool) -> tuple[Watched, Watch]:
@@ -161,7 +104,7 @@ def losses_of(trainer: Trainer) -> list[float]:
 def save(folder: str, kind: str) -> None:
     """Leaves ``checkpoint-4`` in `folder`, and what a killed save leaves under a higher number."""
     os.makedirs(folder, exist_ok=True)
-    trainer, watch = trainer_of(folder, kind, GLOBAL_BATCH, resumes=False)
+    trainer, watch = trainer_of(folder, kind, SHARED_BATCH, resumes=False)
     trainer.train()
     losses = losses_of(trainer)
     seen = by_step(trainer.seen)
@@ -184,25 +127,19 @@ def resume(folder: str, kind: str, checkpoint: str, batch: str, out: str) -> Non
     assert (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint) == own
     assert watch.first is not None
     seen = by_step(trainer.seen)
-    if rank() == 0:
-        first = watch.first
-        print(
-            json.dumps(
-                {
-                    "differences": differences(
-                        folder, first["found"], without=("step/",) if kind.startswith("zero") else ()
-                    ),
-                    "step": first["step"],
-                    "final": trainer.state.global_step,
-                    "rates": first["rates"],
-                    "states": first["states"],
-                    "seen": seen,
-                    "losses": losses_of(trainer),
-                    "callbacks": [type(one).__name__ for one in trainer.callback_handler.callbacks],
-                    "warnings": [str(one.message) for one in told if "a step was" in str(one.message)],
-                }
-            )
-        )
+    first = watch.first
+    left = ("step/",) if kind.startswith("zero") else ()
+    tell(
+        differences=differences(folder, first["found"], without=left),
+        step=first["step"],
+        final=trainer.state.global_step,
+        rates=first["rates"],
+        states=first["states"],
+        seen=seen,
+        losses=losses_of(trainer),
+        callbacks=[type(one).__name__ for one in trainer.callback_handler.callbacks],
+        warnings=[str(one.message) for one in told if "a step was" in str(one.message)],
+    )
 
 
 def mistakes(folder: str) -> None:
@@ -212,7 +149,7 @@ def mistakes(folder: str) -> None:
 
     from rankload import NotFoundError, OptionError
 
-    trainer, _ = trainer_of(folder, "ddp", GLOBAL_BATCH, resumes=True)
+    trainer, _ = trainer_of(folder, "ddp", SHARED_BATCH, resumes=True)
     own = (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint)
     before = list(trainer.callback_handler.callbacks)
     os.makedirs(f"{folder}/checkpoint-9")

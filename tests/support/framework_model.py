@@ -6,18 +6,23 @@ holds otherwise. Batches are told by the samples' numbers, which are their first
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 SAMPLES = 64
 GLOBAL_BATCH = 4
+SHARED_BATCH = 6
+"""Which one, two and three ranks can share."""
 SAVED_AT = 4
 """The step after which each job saves; it goes on for as many."""
 
@@ -142,3 +147,32 @@ def of_all_ranks(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     return float(total) / world_size()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's, by rank. Every rank must call."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def by_step(seen: list[list[int]]) -> list[list[int]]:
+    """The samples of each step over all ranks, sorted. Every rank must call."""
+    return [sorted(sample for one in ranks for sample in one) for ranks in zip(*gathered(seen), strict=True)]
+
+
+def random_digest() -> list[str]:
+    """The random states of this process, in short."""
+    return [
+        hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
+        hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
+        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+    ]
+
+
+def tell(**found: Any) -> None:
+    """Rank 0 prints what a job has found, for the test that runs it."""
+    if rank() == 0:
+        print(json.dumps(found))
