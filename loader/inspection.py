@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import translate
 from typing import Any
 
 from .alone import OUTLINE, OpenCheckpoint, open_alone
@@ -20,6 +19,7 @@ from .completeness import ask_all, stat_surely
 from .errors import OptionError
 from .options import LoadOptions, Options
 from .saved.contents import Saved, SetFile
+from .saved.ignore import at_or_below
 from .saved.tensor import SavedTensor
 from .saved.ties import tied_names
 from .saved.values import GlobalName, InertArray, InertObject, InertTensor, kind_of
@@ -163,19 +163,8 @@ def inspect_checkpoint(
 
 
 def matching(keys: Sequence[Key], wanted: str) -> list[Key]:
-    """The `keys` at, or below, a place that `wanted` matches: a glob as ``ignore_keys`` has it, or a part of the path.
-    Case matters."""
-    if not re.search(r"[*?\[]", wanted):
-        return [key for key in keys if wanted in key.path]
-    pattern = re.compile(translate(wanted))
-    known: dict[str, bool] = {}
-
-    def matches(path: str) -> bool:
-        if path not in known:
-            above = path.rpartition("/")[0]
-            known[path] = pattern.match(path) is not None or (bool(above) and matches(above))
-        return known[path]
-
+    """The `keys` at, or below, a place that `wanted` names, as `saved.ignore.at_or_below` has it."""
+    matches = at_or_below(wanted)
     return [key for key in keys if matches(key.path)]
 
 

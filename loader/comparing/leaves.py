@@ -8,15 +8,14 @@ the other's stands there instead.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import translate
 from reprlib import Repr
 from typing import Any
 
 from ..plurals import counted
 from ..saved.contents import Saved
+from ..saved.ignore import at_or_below
 from ..saved.names import match_names
 from ..saved.tensor import SavedTensor
 from ..saved.ties import place_of, tied_names
@@ -121,11 +120,9 @@ def pair(a: Side, b: Side, *, rename: Mapping[str, str], exact: bool) -> Pairing
 
 
 def matching(wanted: str) -> Callable[[Path], bool]:
-    """Whether a path matches `wanted`: a glob as ``ignore_keys`` has it, or a part of the path."""
-    if not re.search(r"[*?\[]", wanted):
-        return lambda path: wanted in key_text(path)
-    pattern = re.compile(translate(wanted))
-    return lambda path: pattern.match(key_text(path)) is not None
+    """Whether a path is at, or below, a place that `wanted` names, as `saved.ignore.at_or_below` has it."""
+    matches = at_or_below(wanted)
+    return lambda path: matches(key_text(path))
 
 
 def key_text(path: Path) -> str:

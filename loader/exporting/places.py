@@ -185,7 +185,8 @@ class RemotePlace:
         return files
 
     def abandon(self) -> None:
-        for one in self._files:
+        # The index, which was written last, goes first: without it nothing looks whole.
+        for one in reversed(self._files):
             with contextlib.suppress(RankloadError):
                 self._store.remove(self._store.join(self._folder, one.name))
 

@@ -96,6 +96,25 @@ def nearest(tree: dict[str, Any], glob: str) -> list[str]:
     return []
 
 
+def at_or_below(wanted: str) -> Callable[[str], bool]:
+    """Whether a path is one that `wanted` names, or lies below one: a glob as above, or a part of the path.
+
+    As ``ignore_keys`` would take it, for whoever shows or compares such paths.
+    """
+    if not re.search(r"[*?\[]", wanted):
+        return lambda path: wanted in path
+    pattern = re.compile(translate(wanted))
+    known: dict[str, bool] = {}
+
+    def matches(path: str) -> bool:
+        if path not in known:
+            above = path.rpartition("/")[0]
+            known[path] = pattern.match(path) is not None or (bool(above) and matches(above))
+        return known[path]
+
+    return matches
+
+
 def _copy_containers(value: Any) -> Any:
     """`value` with its dicts and lists copied; tuples and leaves are the same objects."""
     if isinstance(value, dict):

@@ -294,6 +294,11 @@ def test_only_keys_that_match(tmp_path: Path) -> None:
         found = compare_checkpoints(a, b, grep=grep)
         assert told(found) == [("elements", "state/model/up.weight")]
         assert found.only_a == ()
+    # What lies below a place that matches is meant, too, as by ignore_keys.
+    assert [key for _, key in told(compare_checkpoints(a, b, grep="st?te/model"))] == [
+        "state/model/up.weight",
+        "state/model/down.weight",
+    ]
 
 
 def test_remote_bytes_are_read_in_few_requests_and_kept_nowhere(
