@@ -33,7 +33,7 @@ PARTS = (
 )  # fmt: skip
 """The parts of a checkpoint that `LoadOptions.leave_out` can name."""
 
-_FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
+FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
 """Fields that a variable ``RANKLOAD_<FIELD>`` can set."""
 
 RESUME = "RANKLOAD_RESUME"
@@ -229,7 +229,7 @@ def _given(options: LoadOptions | Mapping[str, Any] | None) -> LoadOptions:
 
 def _filled(options: LoadOptions, environ: Mapping[str, str]) -> LoadOptions:
     """`options`, whose fields at None are filled from the environment where it has them."""
-    variables = {f"RANKLOAD_{name.upper()}": name for name in _FROM_ENVIRONMENT}
+    variables = {f"RANKLOAD_{name.upper()}": name for name in FROM_ENVIRONMENT}
     for variable in sorted(environ):
         if variable.startswith("RANKLOAD_") and variable not in variables and variable != RESUME:
             raise OptionError(

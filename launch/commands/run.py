@@ -8,14 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from ...loader.options import FROM_ENVIRONMENT
 from ..command_lines import Job, split_words
 from ..running import GRACE_S
 from ..running import run as run_job
 from .calls import Call, sharing
 from .endings import WrongArgumentsError
-
-_VARIABLES = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
-"""Fields of the load's options that the job gets by a variable ``RANKLOAD_<FIELD>``."""
 
 
 class RunCommand(TyperCommand):
@@ -83,7 +81,7 @@ def run(
     given = call.load_options
     variables = {
         f"RANKLOAD_{name.upper()}": str(value)
-        for name in _VARIABLES
+        for name in FROM_ENVIRONMENT
         if (value := getattr(given, name)) is not None
     }
     job = Job(
