@@ -113,9 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
                 chunk = file.read(min(CHUNK_BYTES, stop - start))
                 if not chunk:
                     break
-                self.wfile.write(chunk)
-                start += len(chunk)
+                # Counted first, so that whoever has the bytes finds them in the ledger; taken back if they did not go.
                 self.server.ledger.add(name, sent=len(chunk))
+                try:
+                    self.wfile.write(chunk)
+                except OSError:
+                    self.server.ledger.add(name, sent=-len(chunk))
+                    raise
+                start += len(chunk)
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:

@@ -177,10 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, path: str, body: bytes, chunked: bool) -> None:
         for start in range(0, len(body), 64 << 10):
             part = body[start : start + (64 << 10)]
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+            # Counted first: whoever has the bytes may read the count at once.
             with self.owner.lock:
                 self.owner.sent_bytes += len(part)
                 self.owner.sent[path] = self.owner.sent.get(path, 0) + len(part)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
             if self.owner.pause_s:
                 self.owner.ending.wait(self.owner.pause_s)
         if chunked:

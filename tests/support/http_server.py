@@ -183,8 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.owner.ending.wait()
                 break
             data = served.body[start : min(start + served.chunk, end)]
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if served.chunked else data)
+            # Counted first: whoever has the bytes may read the count at once.
             self.owner.sent(path, len(data))
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if served.chunked else data)
             if served.pause_s:
                 time.sleep(served.pause_s)
         if served.truncate_to is not None or not served.send_length:
