@@ -13,12 +13,22 @@ from typing import Any
 import pytest
 import real_servers
 from certificates import Certificate, make_certificate
+from hypothesis import HealthCheck, settings
 from places import DATA
 from server_process import ServerMissing, or_skip
 from zero_folders import unpack_zero
 
 # No test puts anything into the folder in memory that real loads share, unless it says so.
 os.environ["RANKLOAD_CACHE_HOME"] = "disk"
+
+# The same examples on every machine, however busy it is: a failure is of the change. `TEST_ALL` looks further.
+settings.register_profile(
+    "rankload",
+    deadline=None,
+    derandomize=os.environ.get("TEST_ALL") is None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("rankload")
 
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

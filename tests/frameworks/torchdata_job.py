@@ -117,7 +117,7 @@ def _check(
 
 
 def no_sample_is_lost_or_repeated(sampler: str) -> None:
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(
         saved=st.tuples(SIZES, SIZES), now=st.tuples(SIZES, SIZES), steps=st.integers(1, 8), data=st.data()
     )

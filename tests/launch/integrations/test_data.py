@@ -65,7 +65,7 @@ def order_of(samples: int, epoch: int = 0) -> list[int]:
     return list(sampler)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @example(samples=3, sizes=[(2, 2, 1)], last=(1, 1), drop_last=True)
 @given(
     samples=st.integers(1, 40),

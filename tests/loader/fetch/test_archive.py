@@ -165,13 +165,13 @@ def test_zstd_missing_prints_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
 NAMES = st.text(alphabet="ab/.-_\\:", min_size=1, max_size=8)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=600)), max_size=4))
 def test_any_names_stay_inside(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     run(tmp_path, tar_bytes(*(entry(name, data) for name, data in members)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, len(PLAIN) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_any_damage_is_an_error_or_harmless(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     data = bytearray(PLAIN[:3584])

@@ -80,7 +80,7 @@ SIZES = st.sampled_from([0, 1, 511, 512, 513, 1024, 70_000, SMALL_MEMBER_BYTES, 
 FORMS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(NAMES, SIZES, st.booleans()), max_size=8, unique_by=lambda one: one[0]), FORMS)
 def test_members_are_those_that_tarfile_tells(
     tmp_path: Path, wanted: list[tuple[str, int, bool]], form: int

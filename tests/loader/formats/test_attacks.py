@@ -499,7 +499,7 @@ OPCODES = [opcode.code.encode("latin1")[0] for opcode in pickletools.opcodes]
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 @given(chance=st.randoms(use_true_random=False), which=st.integers(0, 13))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_pickles(tmp_path: Path, pickles: list[bytes], kind: str, chance: Any, which: int) -> None:
     """Anything may come out but another kind of error, a run-away or an import."""
     data = mutated(pickles[which], chance)
@@ -510,13 +510,13 @@ def test_mutated_pickles(tmp_path: Path, pickles: list[bytes], kind: str, chance
 
 
 @given(st.lists(st.sampled_from(OPCODES) | st.integers(0, 255), max_size=200).map(bytes))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_opcodes(tmp_path: Path, data: bytes) -> None:
     bounded(zip_with(b"\x80\x04" + data + b".", tmp_path / "f.pt"))
 
 
 @given(chance=st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_files(tmp_path: Path, chance: Any) -> None:
     whole = tmp_path / "whole.pt"
     if not whole.exists():

@@ -214,7 +214,7 @@ def test_a_file_that_asks_for_more_than_it_is_worth(tmp_path: Path) -> None:
         read(stream.getvalue(), tmp_path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=40), st.integers(0, 1 << 16), st.data())
 def test_damage_is_an_error_of_ours(junk: bytes, at: int, data: st.DataObject) -> None:
     good = pickle.dumps(usual())

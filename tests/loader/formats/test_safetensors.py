@@ -54,7 +54,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     model=MODELS,
     metadata=st.none() | st.dictionaries(st.text(), st.text(), max_size=2),
@@ -192,7 +192,7 @@ def test_flipped_bytes_of_a_header_never_lead_further_than_our_own_errors(tmp_pa
     assert 0 < read < 1500
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     header=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.floats(allow_nan=False),

@@ -58,7 +58,7 @@ CASTS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int
 
 
 @given(SHAPES, CASTS, st.sampled_from(["plain", "conjugate", "negative"]), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_part_of_any_layout_into_any_layout(
     tmp_path_factory: pytest.TempPathFactory, shape: Shape, cast: torch.dtype, view: str, data: st.DataObject
 ) -> None:
@@ -273,7 +273,7 @@ def test_read_tensor(tmp_path: Path) -> None:
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_read_tensor_in_any_pieces(
     tmp_path_factory: pytest.TempPathFactory, shape: Shape, data: st.DataObject
 ) -> None:

@@ -435,7 +435,7 @@ def test_what_landed_raises_stops_all() -> None:
 EDGES = st.lists(st.integers(0, 4000), min_size=2, max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(EDGES, st.integers(2, 900), st.data())
 def test_every_wanted_byte_lands_once(edges: list[int], chunk_bytes: int, data: st.DataObject) -> None:
     edges = sorted(edges)[: len(edges) // 2 * 2]

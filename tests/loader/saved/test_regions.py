@@ -45,7 +45,7 @@ def moved(pairs: Iterable[tuple[Layout, Layout]]) -> Counter[tuple[int, int]]:
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_every_common_element_once_from_where_it_lies(shape: Shape, data: st.DataObject) -> None:
     one = data.draw(regions(shape).flatmap(laid), "one")
     other = data.draw(regions(shape).flatmap(laid), "other")
@@ -138,7 +138,7 @@ def test_extents_and_hulls_are_the_smallest(shape: Shape, data: st.DataObject) -
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_partitions_cover(shape: Shape, data: st.DataObject) -> None:
     found = data.draw(partitions(shape))
     check_cover(shape, found)
@@ -158,7 +158,7 @@ def test_partitions_cover(shape: Shape, data: st.DataObject) -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=3).map(tuple), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_regions_cover_or_do_not(shape: Shape, data: st.DataObject) -> None:
     found = data.draw(st.lists(regions(shape), max_size=5))
     held = Counter(int(at) for region in found for at in elements(shape, region).reshape(-1))
@@ -210,7 +210,7 @@ def test_tensors_without_elements_and_of_one() -> None:
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_region_is_filled_from_many_pieces(shape: Shape, data: st.DataObject) -> None:
     found = [data.draw(laid(region)) for region in data.draw(partitions(shape))]
     pieces = [Piece(one.region, one.offset, one.stride, storage(key)) for key, one in enumerate(found)]

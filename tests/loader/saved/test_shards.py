@@ -7,7 +7,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.saved.shards import REPLICATE, SHARD, STRIDED, Placement, Spread, SpreadError, kept_boxes
 
@@ -108,7 +108,6 @@ def test_a_strided_shard_alone_is_of_each_share(size: int, ranks: int, other: in
 
 
 @given(layouts())
-@settings(deadline=None)
 def test_sizes_and_starts_are_torchs(layout: tuple[Shape, Shape, tuple[Placement, ...]]) -> None:
     utils = pytest.importorskip("torch.distributed.tensor._utils")
     types = pytest.importorskip("torch.distributed.tensor.placement_types")

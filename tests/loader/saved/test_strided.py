@@ -12,7 +12,7 @@ from region_cases import SHAPES, Shape, elements, offsets
 
 
 @given(SHAPES, st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_boxes_cover_each_element_once_and_in_order(shape: Shape, data: st.DataObject) -> None:
     total = math.prod(shape)
     start = data.draw(st.integers(0, total))
@@ -24,7 +24,7 @@ def test_boxes_cover_each_element_once_and_in_order(shape: Shape, data: st.DataO
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=4), st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bounded_boxes_cover_a_layout(dims: list[tuple[int, int]], limit: int) -> None:
     layout = Layout(tuple(size for size, _ in dims), tuple(step for _, step in dims), 3)
     seen = np.zeros(layout.shape, dtype=int)

@@ -29,7 +29,7 @@ def b64(value: bytes) -> str:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(parts=st.lists(st.binary(max_size=300), max_size=5))
 def test_a_checksum_of_pieces_is_that_of_the_whole(algorithm: str, parts: list[bytes]) -> None:
     pieces, whole = new_digest(algorithm), new_digest(algorithm)

@@ -34,7 +34,7 @@ def scan(data: bytes, limit: int = LIMIT):
 
 
 @given(plain, st.integers(0, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_pickle_writes_passes(value, protocol) -> None:
     data = pickle.dumps(value, protocol)
     assert scan(data).end == len(data)
@@ -42,7 +42,7 @@ def test_what_pickle_writes_passes(value, protocol) -> None:
 
 
 @given(plain, st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_cut_is_seen(value, protocol) -> None:
     data = pickle.dumps(value, protocol)
     for size in {*range(min(len(data), 40)), len(data) - 1}:
@@ -145,7 +145,7 @@ def test_many_uses_of_one_large_key() -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_any_bytes_end_in_an_answer(data: bytes) -> None:
     with contextlib.suppress(RankloadError):
         assert scan(data).end <= len(data)
