@@ -76,7 +76,10 @@ def is_part_of(engine: Any, optimizer: Any) -> bool:
 def _engines() -> list[Any]:
     """This process's engines that were initialised and not destroyed."""
     kind = engine_class()
-    if kind is None:
+    # `deepspeed.initialize` sets it before it makes an engine. Without it there is no need to look through all objects,
+    # 0.2 s for a million of them.
+    communicates = getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", kind) is not None
+    if kind is None or not communicates:
         return []
     # Not isinstance: some objects run code to say what they are. An engine's attributes come from its ``__dict__``,
     # because it answers for its module's too.
