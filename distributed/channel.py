@@ -22,9 +22,10 @@ from typing import Any, Protocol
 from .agreement import Agreement, Combine, join_bytes, join_json, split_bytes
 from .errors import RankloadError, StalledError, TopologyError, from_record, to_record
 from .failures import as_rankload_error, bounded, store_lost
+from .heartbeat import place
 from .key_value import KeyValue, key_value_opener
 from .liveness import this_process
-from .store_thread import AGREED, StoreLostError, StoreThread, decision_key, heartbeat_key
+from .store_thread import AGREED, HEARTBEAT_S, StoreLostError, StoreThread, decision_key, heartbeat_key
 
 LINGER_S = 10.0
 """How long rank 0 waits at the end for the others to leave: it may host the store."""
@@ -43,7 +44,9 @@ class Placed(Protocol):
 
 
 @contextmanager
-def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any = None) -> Iterator[Channel]:
+def open_channel(
+    topology: Placed, *, stall_timeout_s: float = 120.0, store: Any = None, within: Channel | None = None
+) -> Iterator[Channel]:
     """The channel of one load, over ``store`` or, by default, the default process group's store.
 
     Every rank of the world must call, as often as every other: the n-th call opens the same channel on all ranks.
@@ -55,6 +58,8 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         topology: rank and world size; need not be confirmed.
         stall_timeout_s: seconds without progress anywhere after which the ranks that wait raise StalledError.
         store: a ``torch.distributed.Store`` to use instead.
+        within: the channel of a job, for one that a rank of it opens alone: what moves in this one moves there, and a
+            failure there ends this one too.
 
     Raises:
         TopologyError: there is no process group, it has another size or no store, or two processes claim one rank.
@@ -62,7 +67,11 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         StalledError: nothing moved for ``stall_timeout_s``.
     """
     channel = Channel(
-        key_value_opener(topology.world_size, store), topology.rank, topology.world_size, stall_timeout_s
+        key_value_opener(topology.world_size, store),
+        topology.rank,
+        topology.world_size,
+        stall_timeout_s,
+        within=within,
     )
     try:
         channel.claim_rank()
@@ -77,10 +86,16 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
 
 
 class Channel:
-    """One rank's end of the channel; see `open_channel`. Used by one thread; `progress` by any."""
+    """One rank's end of the channel; see `open_channel`. Used by one thread, but for `progress`, `heard`, `failure`."""
 
     def __init__(
-        self, open_key_value: Callable[[], KeyValue], rank: int, world_size: int, stall_timeout_s: float
+        self,
+        open_key_value: Callable[[], KeyValue],
+        rank: int,
+        world_size: int,
+        stall_timeout_s: float,
+        *,
+        within: Channel | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -90,6 +105,7 @@ class Channel:
         self._store_thread = StoreThread(open_key_value, self._process, rank, world_size, stall_timeout_s)
         self._agreement = Agreement(self._store_thread, rank, world_size, stall_timeout_s)
         self._failure: BaseException | None = None
+        self._within = within
         self._store_thread.start()
 
     @contextmanager
@@ -146,16 +162,41 @@ class Channel:
         store_thread = self._store_thread
         if counters:
             store_thread.counters = {**store_thread.counters, **counters}
-        store_thread.move()
-        self.check()
+        self._move()
+        self._check()
 
     def check(self) -> None:
-        """Raises the failure of another rank, as `progress` does, but counts no progress: for a rank that waits."""
-        self._raise_if_over()
-        try:
-            self._store_thread.check_answering()
-        except (StoreLostError, StalledError) as error:
-            raise self._end(error, self._store_thread.stage) from error
+        """Raises the failure of another rank, as `progress` does, but counts no progress: for a rank that waits.
+
+        A wait is to call it several times a second. Raises `StalledError` too, where nothing has moved anywhere for
+        ``stall_timeout_s``, and this rank has waited for as long.
+        """
+        self._store_thread.wait()
+        self._check()
+        stalled = self._stalled()
+        if stalled is not None:
+            raise stalled
+
+    def heard(self, n_bytes: int, waiting_for: str) -> None:
+        """For a wait outside of the channel: counts progress where something came, and else waits, as `check` does.
+
+        A wait is to call it several times a second, with 0; any thread may. `waiting_for` says what for, without
+        secrets: it is in the messages of all ranks. Raises as `check` does.
+        """
+        if n_bytes:
+            self._store_thread.waiting_for = ""
+            self._move()
+        else:
+            self._store_thread.waiting_for = waiting_for
+            self._store_thread.wait()
+        failure = self.failure() or self._stalled()
+        if failure is not None:
+            raise failure
+
+    @property
+    def waiting_for(self) -> str:
+        """What this rank waits for, as `heard` was told last; "" if it came."""
+        return self._store_thread.waiting_for
 
     def failure(self) -> RankloadError | None:
         """The failure of another rank, once it is known here, or of the store. For another thread, while the channel's
@@ -168,7 +209,7 @@ class Channel:
             return store_lost(self._store_thread, error, self.rank, self._process)
         except StalledError as error:
             return error
-        return None
+        return None if self._within is None else self._within.failure()
 
     def counters(self) -> dict[int, dict[str, float]]:
         """The latest counters of `progress` by rank, about a second old: of all ranks on rank 0, elsewhere of this rank
@@ -214,6 +255,35 @@ class Channel:
             store_thread.stop(LINGER_AFTER_FAILURE_S)
             self._failure = self._failure or RuntimeError("this channel is closed")
         return outcome
+
+    def _move(self) -> None:
+        self._store_thread.move()
+        if self._within is not None:
+            self._within._move()
+
+    def _check(self) -> None:
+        self._raise_if_over()
+        try:
+            self._store_thread.check_answering()
+        except (StoreLostError, StalledError) as error:
+            raise self._end(error, self._store_thread.stage) from error
+        outer = None if self._within is None else self._within.failure()
+        if outer is not None:
+            raise outer
+
+    def _stalled(self) -> StalledError | None:
+        """The error for a rank that waits while nothing moves anywhere. Rank 0's comes first: it sees all ranks."""
+        store_thread = self._store_thread
+        still_s = min(store_thread.still_s, store_thread.waited_s)
+        if still_s <= self.stall_timeout_s + (0 if self.rank == 0 else 3 * HEARTBEAT_S):
+            return None
+        return StalledError(
+            f"no progress for {still_s:.0f} s {place(store_thread.stage)} "
+            f"(stall_timeout_s={self.stall_timeout_s:g}); rank {self.rank} (host {self.host}, pid "
+            f"{self._process.pid}) waits for {store_thread.waiting_for or 'what it fetches'}",
+            rank=self.rank,
+            host=self.host,
+        )
 
     def _combined(self, label: str, name: str, part: Callable[[], bytes], combine: Combine) -> bytes:
         with self._announcing(name):

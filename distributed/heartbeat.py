@@ -23,6 +23,7 @@ class Heartbeat:
 
     ``sequence`` counts its heartbeats, ``progress`` its own steps, ``moved`` (rank 0 only) how often it saw
     another rank move. ``closed``: the rank has left the channel in good order and sends no further heartbeats.
+    ``waiting_for``: what it waits for outside of the channel, such as a file that a server does not send; or "".
     """
 
     sequence: int
@@ -32,6 +33,7 @@ class Heartbeat:
     moved: int = 0
     counters: dict[str, float] = field(default_factory=dict)
     closed: bool = False
+    waiting_for: str = ""
 
     def encode(self) -> bytes:
         """JSON; `decode_heartbeat` reads it."""
@@ -93,10 +95,11 @@ class PeerWatch:
             return f"rank {self.rank} (never heard of: it has not started, or not reached this load)"
         process = self.heartbeat.process
         stopped = "; the process is stopped" if is_stopped(process) else ""
+        waiting = f", waiting for {self.heartbeat.waiting_for}" if self.heartbeat.waiting_for else ""
         counters = "".join(f", {name}={value:g}" for name, value in sorted(self.heartbeat.counters.items()))
         return (
             f"rank {self.rank} (host {process.host}, pid {process.pid}, {place(self.heartbeat.stage)}; "
-            f"last progress {self.idle_s:.0f} s ago{counters}{stopped})"
+            f"last progress {self.idle_s:.0f} s ago{waiting}{counters}{stopped})"
         )
 
 

@@ -68,9 +68,11 @@ class StoreThread:
         index: number of the current agreement; set by the main thread.
         stage: name of the stage that this rank is in; set by the main thread.
         counters: the latest of `Channel.progress`; set by the main thread.
+        waiting_for: what this rank waits for outside of the channel; "" if nothing.
         announced: the failure that all ranks raise, once one was settled.
         lost: why the connection ended, once it did.
         still_s: seconds for which no watched peer, and not this rank either, made progress.
+        waited_s: seconds for which this rank has waited, by `wait`, without a step of its own.
     """
 
     def __init__(
@@ -92,13 +94,16 @@ class StoreThread:
         self.counters: dict[str, float] = {}
         self.announced: RankloadError | None = None
         self.lost: Exception | None = None
+        self.waiting_for = ""
         self.still_s = 0.0
+        self.waited_s = 0.0
         self._progress = 0
         self._moved = 0
         self._sequence = 0
         self._closed = False
         self._connected = False
         self._last_look = time.monotonic()
+        self._last_wait = self._last_look
         self._unanswered = (self._last_look, self._last_look, 0.0)
         self._due = self._last_look
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -111,7 +116,13 @@ class StoreThread:
     def move(self) -> None:
         """Counts a step of this rank: the stall clock restarts, here at once and elsewhere with the next heartbeat."""
         self._progress += 1
-        self.still_s = 0.0
+        self.still_s = self.waited_s = 0.0
+
+    def wait(self) -> None:
+        """Counts the time since the call before as one of waiting; called several times a second, in any thread."""
+        now = time.monotonic()
+        self.waited_s += min(now - self._last_wait, HEARTBEAT_S)
+        self._last_wait = now
 
     def look_now(self) -> None:
         """Has the thread send a heartbeat and look at its peers at once, rather than when the next is due."""
@@ -239,6 +250,7 @@ class StoreThread:
             self._moved,
             self.counters,
             self._closed,
+            self.waiting_for,
         )
         key_value.put(heartbeat_key(self._rank), heartbeat.encode())
 

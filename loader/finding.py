@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..distributed.channel import Channel
 from .alone import OUTLINE, OpenCheckpoint, open_alone
 from .candidates.found import FoundCheckpoint
 from .candidates.listing import Candidate, list_candidates
@@ -22,7 +23,7 @@ from .completeness import faults_of
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .options import LoadOptions, Options, resolve_options
 from .request import as_path
-from .stores.base import Store
+from .stores.base import Store, unheard
 from .stores.locate import Located
 from .stores.manifest import find_manifests, key_of, known_sums
 from .writing.summed import sum_of
@@ -40,7 +41,7 @@ def find(
     newest: bool = False,
     every: bool = False,
     skip: Mapping[str, str] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    within: Channel | None = None,
 ) -> list[FoundCheckpoint]:
     """What is at `path`, in the order in which it would be taken: the first one that is proven is the one to take.
 
@@ -51,20 +52,20 @@ def find(
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
         every: whether all are examined, also older ones than the first proven one.
         skip: what messages call the checkpoints that are passed over whatever they hold, each with the reason.
-        progress: called after each step of the work.
+        within: the channel of a job whose other ranks wait in it meanwhile: they hear how this goes on.
 
     Raises:
         RankloadError: `AccessError` where the store refuses or cannot be reached: whether there is a checkpoint is not
             known then. `TemplateError`, `OptionError` or `FormatError` for a path that means nothing.
     """
     resolved = options if isinstance(options, Options) else resolve_options(options)
-    given = list_candidates(as_path(path), object_store, resolved.storage_options, run_name=run_name)
-    progress()
+    heard = unheard if within is None else within.heard
+    given = list_candidates(
+        as_path(path), object_store, resolved.storage_options, run_name=run_name, heard=heard
+    )
 
     def examine(one: Candidate) -> FoundCheckpoint | None:
-        found = prove(one, object_store=object_store, options=resolved, progress=progress)
-        progress()
-        return found
+        return prove(one, object_store=object_store, options=resolved, within=within)
 
     # Of a name that tells no step, the checkpoint itself must tell it before there is an order.
     early = {one.path: examine(one) for one in given if one.step is None}
@@ -113,9 +114,11 @@ def prove(
     *,
     object_store: Any = None,
     options: Options,
-    progress: Callable[[], None] = lambda: None,
+    within: Channel | None = None,
 ) -> FoundCheckpoint | None:
     """Whether `candidate` is whole; None where it is no checkpoint, and its name claims none. One process calls it.
+
+    `within` is as `find` takes it.
 
     Raises `AccessError` where the store refuses to say or cannot be reached.
     """
@@ -125,8 +128,10 @@ def prove(
     # What is there is looked at; nothing is compared that a load would have to fetch whole for it.
     outline = replace(options, verify="off")
     try:
-        with open_alone(candidate.path, OUTLINE, object_store=object_store, options=outline) as opened:
-            return _examined(found, opened, progress)
+        with open_alone(
+            candidate.path, OUTLINE, object_store=object_store, options=outline, within=within
+        ) as opened:
+            return _examined(found, opened, opened.files.context.stages.count)
     except AccessError:
         raise
     except RankloadError as error:
@@ -136,7 +141,7 @@ def prove(
 
 
 def _examined(
-    found: FoundCheckpoint, opened: OpenCheckpoint, progress: Callable[[], None]
+    found: FoundCheckpoint, opened: OpenCheckpoint, on_bytes: Callable[[int], None]
 ) -> FoundCheckpoint:
     saved = opened.saved
     step = saved.step if saved.step is not None else found.step
@@ -145,14 +150,14 @@ def _examined(
     reasons = [*map(str, faults[:_SHOWN]), *saved.unfinished]
     if len(faults) > _SHOWN:
         reasons.append(f"and {len(faults) - _SHOWN} more")
-    reasons = reasons or list(_other_than_listed(opened, progress))
+    reasons = reasons or list(_other_than_listed(opened, on_bytes))
     if not reasons:
         return replace(found, proven=True)
     missing = () if not faults or saved.unfinished else tuple(fault.file for fault in faults)
     return replace(found, proven=False, reason="; ".join(reasons), missing=missing)
 
 
-def _other_than_listed(opened: OpenCheckpoint, progress: Callable[[], None]) -> Iterator[str]:
+def _other_than_listed(opened: OpenCheckpoint, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The local files that a manifest lists with another checksum, each as a sentence.
 
     A save writes its manifest last, so that only a file which was written after it needs to be read: one of a later
@@ -167,7 +172,7 @@ def _other_than_listed(opened: OpenCheckpoint, progress: Callable[[], None]) -> 
         if one is None or not _is_later(store, files.located, name, one.told_by):
             continue
         with open(store.local_path(name), "rb") as file:
-            found = sum_of(file, lambda _: progress())
+            found = sum_of(file, on_bytes)
         if found != one.sha256.hex():
             yield (
                 f"{store.describe(name)} was written after {one.told_by}, which lists another checksum: its files are "

@@ -107,7 +107,7 @@ def _open(
     with stages.stage("open"):
         opening = (request.object_store, options.storage_options)
         first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
-        store, first_name = open_store(first_path, *opening)
+        store, first_name = open_store(first_path, *opening, stages.heard)
         leaving.callback(store.close)
         cache = leaving.enter_context(
             NodeCache(

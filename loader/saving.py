@@ -112,7 +112,7 @@ def save_checkpoint(
         stages = Stages(session.channel)
         agree_on_arguments(request, problem, session, stages)
         with stages.stage("check"):
-            save = _checked(request, extra, tag)
+            save = _checked(request, extra, tag, stages)
             leaving.callback(save.store.close)
         session.channel.decide("same save", save.comparable(), check_same)
         rng = gather_states(session.channel, capture_rng())
@@ -149,8 +149,8 @@ class _Save:
         return {"extra's keys": ", ".join(sorted(self.extra)), "tag": self.tag}
 
 
-def _checked(request: LoadRequest, extra: Any, tag: Any) -> _Save:
-    """Raises as `save_checkpoint` where an argument does not fit; asks no store."""
+def _checked(request: LoadRequest, extra: Any, tag: Any, stages: Stages) -> _Save:
+    """Raises as `save_checkpoint` where an argument does not fit; asks no store. `stages` hear how it answers later."""
     state = request.state
     if not isinstance(state, State):
         raise OptionError(
@@ -164,7 +164,7 @@ def _checked(request: LoadRequest, extra: Any, tag: Any) -> _Save:
             path=redact_path(request.path),
         )
     path = expand_for_rank_zero(request.path, run_name=request.run_name)
-    store, name = open_store(path, None, request.options.storage_options)
+    store, name = open_store(path, None, request.options.storage_options, stages.heard)
     if not isinstance(store, LocalStore | FsspecStore):
         raise OptionError(
             f"{redact_path(path)}: http(s) is not written to; pass a local path or an fsspec URI such as s3://"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..distributed.channel import Channel
 from .plurals import counted
+from .workers import check_stopped
 
 _logger = logging.getLogger("rankload")
 
@@ -81,3 +82,9 @@ class Stages:
             return
         self._current.bytes += nbytes
         self.channel.progress()
+
+    def heard(self, nbytes: int, waiting_for: str) -> None:
+        """For a store that waits for an answer (`stores.base.Heard`): progress where something came, but no bytes of a
+        stage. Any thread may call it. Raises as `Channel.heard`, and `Stopped` where its thread's work is given up."""
+        check_stopped()
+        self.channel.heard(nbytes, waiting_for)

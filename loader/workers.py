@@ -10,12 +10,16 @@ POLL_S = 0.1
 """How often the calling thread looks at work in other threads, and calls `tick`."""
 GROW_S = 0.01
 """How often `run_jobs` checks whether more threads are wanted."""
-STOP_TIMEOUT_S = 5.0
-"""How long threads have to end once they are stopped; one that is stuck in a backend is left behind."""
+STOP_TIMEOUT_S = 2.0
+"""How long threads have, all together, to end once they are stopped; one that is stuck in a backend is left behind.
+The failure that stopped them is announced only then, so that all ranks wait for it."""
 
 
 class Stopped(BaseException):
     """Ends a thread whose work was given up. No `Exception`: a backend that called back must not catch it."""
+
+
+_here = threading.local()
 
 
 class Stop:
@@ -38,6 +42,13 @@ class Stop:
             raise Stopped
 
 
+def check_stopped() -> None:
+    """Raises `Stopped` in a thread of `run_jobs` whose work is given up: for code that was not handed its `Stop`."""
+    stop: Stop | None = getattr(_here, "stop", None)
+    if stop is not None:
+        stop.check()
+
+
 def run_jobs(
     jobs: Sequence[Callable[[Stop], None]],
     tick: Callable[[], None],
@@ -56,6 +67,7 @@ def run_jobs(
     lock = threading.Lock()
 
     def work(ended: threading.Event) -> None:
+        _here.stop = stop
         try:
             while not failures:
                 with lock:
@@ -98,8 +110,9 @@ def run_jobs(
                 start()
     finally:
         stop.set()
+        until = time.monotonic() + STOP_TIMEOUT_S
         for thread, ended in started:
-            if ended.wait(STOP_TIMEOUT_S):
+            if ended.wait(max(0.0, until - time.monotonic())):
                 thread.join()
     if failures:
         raise failures[0]

@@ -40,8 +40,8 @@ ROOMS = (
     ("stores",),
     ("http",),
     ("saved",),
-    ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries", "workers"),
-    ("byte_ranges", "collector", "plurals", "redaction", "torch_modes"),
+    ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries"),
+    ("byte_ranges", "collector", "plurals", "redaction", "torch_modes", "workers"),
     ("errors",),
 )
 """The rooms of `loader`, from left to right: each may import any room of a later line, and none of its own line."""

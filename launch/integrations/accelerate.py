@@ -18,6 +18,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..distributed.channel import Channel
 from ..distributed.session import open_session
 from ..loader import LoadOptions, NotFoundError, OptionError, read
 from ..loader.alone import open_alone
@@ -206,8 +207,8 @@ def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int
     Every rank must call.
     """
 
-    def look(_: Any) -> tuple[int, int | None]:
-        ranks = count_numbered(path, _OF_RANK, **given)
+    def look(channel: Channel) -> tuple[int, int | None]:
+        ranks = count_numbered(path, _OF_RANK, heard=channel.heard, **given)
         if ranks == 0:
             raise NotFoundError(
                 f"{redact_path(path)} has no {_OF_RANK.format(0)}: expected a folder that save_state wrote, and that "
@@ -216,11 +217,12 @@ def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int
             )
         if not by_engine:
             return ranks, None
-        with open_alone(path, **given) as opened:
+        with open_alone(path, within=channel, **given) as opened:
             return ranks, opened.saved.batch_size
 
     with open_session() as session:
-        ranks, batch = session.channel.decide("saved processes", None, look)
+        channel = session.channel
+        ranks, batch = channel.decide("saved processes", None, lambda _: look(channel))
         return ranks, batch
 
 

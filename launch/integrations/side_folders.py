@@ -18,7 +18,7 @@ from ..loader.formats.model_index import read_model_index
 from ..loader.request import LoadRequest, agree_on_arguments, settle_options
 from ..loader.stages import Stages
 from ..loader.state import State
-from ..loader.stores.base import Store, path_scheme
+from ..loader.stores.base import Heard, Store, path_scheme, unheard
 from ..loader.stores.local import file_uri_path
 from ..loader.stores.locate import LATEST, MODEL_INDEX, read_tag
 from ..loader.stores.open import open_store
@@ -99,7 +99,9 @@ def _make(
     """The folder that this rank made for its node; None on all but the node's first. Every rank must call."""
     place = session.topology
     with stages.stage("open side folder"):
-        store, root = open_store(request.path, request.object_store, request.options.storage_options)
+        store, root = open_store(
+            request.path, request.object_store, request.options.storage_options, stages.heard
+        )
     try:
         ranks = [own(rank) for rank in range(place.world_size)]
         wanted = [*dict.fromkeys([marker, *names, *ranks, *(whole or (LATEST,))])]
@@ -145,10 +147,15 @@ def _copy(store: Store, root: str, name: str, folder: str, stages: Stages) -> No
     store.download(source, target, stages.count, store.stat(source))
 
 
-def count_numbered(path: str, name: str, *, object_store: Any = None, options: Any = None) -> int:
-    """How many files of `name`, in which ``{}`` is a number from 0 on, the folder at `path` has without a gap."""
+def count_numbered(
+    path: str, name: str, *, object_store: Any = None, options: Any = None, heard: Heard = unheard
+) -> int:
+    """How many files of `name`, in which ``{}`` is a number from 0 on, the folder at `path` has without a gap.
+
+    `heard` is called while the store is waited for.
+    """
     resolved, _ = settle_options(options)
-    store, root = open_store(path, object_store, resolved.storage_options)
+    store, root = open_store(path, object_store, resolved.storage_options, heard)
     begin, size = 0, 8
     try:
         while True:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CorruptError, FormatError, NotFoundError, UnsafeError
 from ..redaction import redact_path
-from ..stores.base import Entry, Store
+from ..stores.base import Entry, Heard, Store, unheard
 from ..stores.locate import LATEST, read_tag
 from ..stores.names import child_of, is_url
 from ..stores.open import open_store
@@ -91,6 +91,7 @@ def list_candidates(
     storage_options: Mapping[str, Any] | None = None,
     *,
     run_name: str | None,
+    heard: Heard = unheard,
 ) -> list[Candidate]:
     """What may be the checkpoints of a run, in no order; empty where there is nothing. One process calls it.
 
@@ -99,6 +100,7 @@ def list_candidates(
             for what differs between checkpoints: ``run/ep*-ba*-rank{rank}.pt``, ``run/global_step_*/actor``.
         object_store, storage_options: as `load` takes them.
         run_name: stands for ``{run_name}``.
+        heard: called while the store is waited for.
 
     Raises:
         RankloadError: `AccessError` where the store refuses to list, or cannot be reached; `TemplateError`,
@@ -106,10 +108,10 @@ def list_candidates(
     """
     by_rank = bool(template_variables(path) & _RANK_VARIABLES)
     plain = expand_path(path, rank=0, local_rank=0, node_rank=0, run_name=run_name)
-    store, name = open_store(plain, object_store, storage_options)
+    store, name = open_store(plain, object_store, storage_options, heard)
     try:
         if "*" in path and not (store.is_local and os.path.lexists(name)):
-            return _of_pattern(path, object_store, storage_options, run_name)
+            return _of_pattern(path, object_store, storage_options, run_name, heard)
         if by_rank:
             return _of_folder_for_each(store, path, name) or _of_template(store, path, name)
         return _of_path(store, escaped(plain) if not is_url(plain) else plain, name)
@@ -298,7 +300,11 @@ def _of_template(store: Store, template: str, name: str) -> list[Candidate]:
 
 
 def _of_pattern(
-    path: str, object_store: Any, storage_options: Mapping[str, Any] | None, run_name: str | None
+    path: str,
+    object_store: Any,
+    storage_options: Mapping[str, Any] | None,
+    run_name: str | None,
+    heard: Heard,
 ) -> list[Candidate]:
     """What fits a path of which one part has ``*``."""
     parts = path.split("/")
@@ -313,7 +319,7 @@ def _of_pattern(
         return expand_path(text, rank=0, local_rank=0, node_rank=0, run_name=run_name) if text else text
 
     store, name = open_store(
-        first(before) or ("/" if path.startswith("/") else "."), object_store, storage_options
+        first(before) or ("/" if path.startswith("/") else "."), object_store, storage_options, heard
     )
     entries = store.entries(name)
     if entries is None:

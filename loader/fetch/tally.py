@@ -73,10 +73,10 @@ class Tally:
         return {"bytes_done": done, "bytes_total": max(done, total)} if total or done else {}
 
     def unfinished(self) -> str:
-        """The files that are being fetched and how far they are, for messages."""
+        """The files that are being fetched and how far they are, for messages; "" where none is."""
         names = [name for name, total in self._total.items() if self._done[name] < total or not total]
         shown = [f"{os.path.basename(name)} at byte {self._done[name]}" for name in names[:4]]
-        return ", ".join(shown) or "waiting for the store"
+        return ", ".join(shown)
 
 
 class FetchWatch:
@@ -94,7 +94,7 @@ class FetchWatch:
         if self.tally.moved != self._seen:
             self._seen, self._since = self.tally.moved, now
         elif now - self._since > self._channel.stall_timeout_s:
-            where = self.tally.unfinished()
+            where = self.tally.unfinished() or self._channel.waiting_for or "waiting for the store"
             raise StalledError(
                 f"nothing has arrived for {now - self._since:.0f} s: {where}",
                 rank=self._channel.rank,

@@ -30,7 +30,7 @@ from ..http.connections import Connections
 from ..http.exchange import Answer, Request, network_error
 from ..http.redirects import follow
 from ..redaction import redact_path
-from ..stores.base import ObjectInfo
+from ..stores.base import Heard, ObjectInfo, unheard
 from ..stores.sums import StoredSum, in_headers
 from .base import pieces
 
@@ -59,7 +59,7 @@ class HttpSource:
     The constructor asks the server for the first byte, which fixes the version; it raises `NotFoundError`,
     `NoSizeError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`,
     whose version must be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where
-    it is.
+    it is. `heard` is called while the constructor waits.
     """
 
     max_connections = 32
@@ -73,6 +73,7 @@ class HttpSource:
         expected: ObjectInfo | None = None,
         signed_for_s: float | None = None,
         described: str | None = None,
+        heard: Heard = unheard,
     ) -> None:
         self._make_address = make_address
         self._connections = connections
@@ -87,7 +88,7 @@ class HttpSource:
         self.stored_sums: tuple[StoredSum, ...] = ()
         """Checksums of the whole object in the first answer."""
         self.has_ranges = True
-        self._open(expected)
+        self._open(expected, heard)
 
     @property
     def size_bytes(self) -> int:
@@ -124,8 +125,13 @@ class HttpSource:
                 left = answer.receive(position, n_bytes, left, targets, arrived, self._described)
                 position += n_bytes
 
-    def _open(self, expected: ObjectInfo | None) -> None:
-        answer = self._ask({"Range": "bytes=0-0"}, lambda n_bytes: None, any_of=frozenset({200, 206, 416}))
+    def _open(self, expected: ObjectInfo | None, heard: Heard) -> None:
+        answer = self._ask(
+            {"Range": "bytes=0-0"},
+            lambda n_bytes: heard(n_bytes, self._described),
+            any_of=frozenset({200, 206, 416}),
+        )
+        heard(1, self._described)
         headers, status = answer.response.headers, answer.response.status
         start, stop, total = content_range(headers)
         if status == 206:

@@ -96,6 +96,7 @@ def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | No
             (connections or Connections()).by(store.settings.route),
             owns_connections=owns,
             expected=info,
+            heard=store.heard,
         )
     except NoSizeError:
         return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import AccessError
+from ..errors import AccessError, RankloadError
 from ..http.addresses import Address
 from ..http.connections import Connections
 from ..retries import TryAgainError
 from ..stores.base import ObjectInfo
 from ..stores.fsspec import FsspecStore
+from ..stores.transfer import awaited
 from .http import HttpSource
 
 SIGNED_FOR_S = 3600.0
@@ -39,12 +40,21 @@ def open_signed(
         verify = files.client_kwargs.get("verify", os.environ.get("AWS_CA_BUNDLE") or None)
     credentials = f"a URL signed with the credentials of the {store.protocol} backend{_method(files)}"
 
+    described = store.describe(info.name)
+
     def make_address() -> Address:
         # The error stays out of messages: SDKs may quote credentials in theirs.
-        return Address(str(files.sign(info.name, expiration=int(SIGNED_FOR_S))), {}, credentials)
+        signed = awaited(
+            lambda: files.sign(info.name, expiration=int(SIGNED_FOR_S)),
+            store.heard,
+            f"credentials for {described}",
+        )
+        return Address(str(signed), {}, credentials)
 
     try:
         make_address()
+    except RankloadError:
+        raise  # a failure of the job, which ended the wait
     except Exception:
         return None
     owns = connections is None
@@ -59,7 +69,8 @@ def open_signed(
             owns_connections=owns,
             expected=expected,
             signed_for_s=SIGNED_FOR_S,
-            described=store.describe(info.name),
+            described=described,
+            heard=store.heard,
         )
     except TryAgainError:
         raise

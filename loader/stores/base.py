@@ -18,6 +18,15 @@ OnBytes = Callable[[int], None]
 """Called with the number of bytes that have just arrived: 0 while nothing comes (several times a second, so that what
 it raises stops the transfer promptly), negative where a broken transfer starts again."""
 
+Heard = Callable[[int, str], None]
+"""Called while a store waits for an answer, several times a second: with 0, and what it waits for, without secrets.
+With more than 0 once something came. It ends the wait by raising. Any thread may call it."""
+
+
+def unheard(n_bytes: int, waiting_for: str) -> None:
+    """The `Heard` of a caller for whom nobody waits: calls block for as long as they block."""
+
+
 ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 """Protocols whose file systems use one connection, on which several threads would wait for ever: each gets its own."""
 
@@ -63,6 +72,10 @@ class Store(Protocol):
     @property
     def is_local(self) -> bool:
         """Whether objects are files on this node, which are used where they lie (`local_path`)."""
+
+    @property
+    def heard(self) -> Heard:
+        """What every method calls while it waits, `download` excepted, which has its own."""
 
     @property
     def identity(self) -> str:

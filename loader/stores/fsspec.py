@@ -6,19 +6,29 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CorruptError, NotFoundError, OptionError, UnsafeError
 from ..plurals import counted
 from ..redaction import redact_path, redact_text
 from ..store_errors import store_error
-from .base import ONE_CONNECTION, Entry, ObjectInfo, OnBytes, Store, path_scheme, path_schemes
+from .base import (
+    ONE_CONNECTION,
+    Entry,
+    Heard,
+    ObjectInfo,
+    OnBytes,
+    Store,
+    path_scheme,
+    path_schemes,
+    unheard,
+)
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
-from .transfer import Meter, bytes_on_disk, receive, run_watched
+from .transfer import Meter, awaited, bytes_on_disk, receive, run_watched
 
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
@@ -44,6 +54,8 @@ _VERSION_FIELDS = (
 _TIME_FIELDS = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
 """What they call the time when it was last written."""
 
+T = TypeVar("T")
+
 
 class FsspecStore:
     """Names are the file system's own, without the protocol (``bucket/key``).
@@ -53,8 +65,14 @@ class FsspecStore:
 
     is_local = False
 
-    def __init__(self, filesystem: Any, reopen: tuple[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        filesystem: Any,
+        reopen: tuple[str, Mapping[str, Any]] | None = None,
+        heard: Heard = unheard,
+    ) -> None:
         self._filesystem = filesystem
+        self.heard = heard
         self._reopen = reopen
         self._pid = os.getpid()
         protocol = filesystem.protocol
@@ -90,7 +108,7 @@ class FsspecStore:
 
     def stat(self, name: str) -> ObjectInfo | None:
         try:
-            info = self.files().info(name)
+            info = self._answered(name, lambda files: files.info(name))
         except Exception as error:
             mapped = store_error(error, self.describe(name))
             if isinstance(mapped, NotFoundError):
@@ -150,7 +168,7 @@ class FsspecStore:
             meter.reach(size)
             meter.report()
             self.files().invalidate_cache()
-            got = self.files().info(name).get("size")
+            got = self._answered(name, lambda files: files.info(name)).get("size")
         except Exception as error:
             mapped = store_error(error, described, "written")
             raise mapped from mapped.__cause__
@@ -163,7 +181,7 @@ class FsspecStore:
         """Writes the object whole. Raises as `upload`."""
         try:
             self._make_folder(name)
-            self.files().pipe_file(name, data)
+            self._answered(name, lambda files: files.pipe_file(name, data))
         except Exception as error:
             mapped = store_error(error, self.describe(name), "written")
             raise mapped from mapped.__cause__
@@ -172,14 +190,14 @@ class FsspecStore:
         # Object stores need no folders, and some would make the bucket.
         folder = name.rpartition("/")[0]
         if folder and self.protocol not in _WITH_BUCKETS:
-            self.files().makedirs(folder, exist_ok=True)
+            self._answered(folder, lambda files: files.makedirs(folder, exist_ok=True))
 
     def remove(self, name: str) -> None:
         """Removes the object, where there is one. Raises as `upload`."""
         try:
             self.files().invalidate_cache()
-            if self.files().exists(name):
-                self.files().rm_file(name)
+            if self._answered(name, lambda files: files.exists(name)):
+                self._answered(name, lambda files: files.rm_file(name))
         except Exception as error:
             mapped = store_error(error, self.describe(name), "removed")
             if not isinstance(mapped, NotFoundError):
@@ -187,7 +205,7 @@ class FsspecStore:
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
         try:
-            data: bytes = self.files().cat_file(name, start=0, end=n_bytes)
+            data: bytes = self._answered(name, lambda files: files.cat_file(name, start=0, end=n_bytes))
         except Exception as error:
             mapped = store_error(error, self.describe(name))
             raise mapped from mapped.__cause__
@@ -195,9 +213,14 @@ class FsspecStore:
 
     def read_small(self, name: str, limit: int) -> bytes:
         described = self.describe(name)
-        try:
-            with self.files().open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
+
+        def read(files: Any) -> bytes:
+            with files.open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
                 data: bytes = file.read(limit + 1)
+                return data
+
+        try:
+            data = self._answered(name, read)
         except Exception as error:
             mapped = store_error(error, described)
             raise mapped from mapped.__cause__
@@ -210,14 +233,14 @@ class FsspecStore:
         if {"s3", "s3a"} & set(self.protocols()):
             from .sums import ask_s3
 
-            return ask_s3(self.files(), info.name, info.version)
+            return self._answered(info.name, lambda files: ask_s3(files, info.name, info.version))
         return self._sums.get(info, ())
 
     def entries(self, name: str) -> list[Entry] | None:
         folder = name.rstrip("/")
         try:
             self.files().invalidate_cache()
-            found = self.files().ls(folder, detail=True)
+            found = self._answered(folder, lambda files: files.ls(folder, detail=True))
         except NotImplementedError:
             return None
         except Exception as error:
@@ -237,6 +260,11 @@ class FsspecStore:
 
     def close(self) -> None:
         """Does nothing: fsspec closes its sessions when the file system is collected."""
+
+    def _answered(self, name: str, ask: Callable[[Any], T]) -> T:
+        """What `ask` gets from the file system, a call that blocks; `heard` is called meanwhile."""
+        files = self.files()  # of this thread, which waits
+        return awaited(lambda: ask(files), self.heard, self.describe(name))
 
     def protocols(self) -> tuple[str, ...]:
         """All the names of the file system's protocol, ``s3`` and ``s3a`` for example."""
@@ -262,19 +290,20 @@ class FsspecStore:
         return filesystem
 
 
-def open_fsspec(uri: str, storage_options: Mapping[str, Any]) -> tuple[Store, str]:
+def open_fsspec(uri: str, storage_options: Mapping[str, Any], heard: Heard = unheard) -> tuple[Store, str]:
     """The store and name of an fsspec URI. Raises `OptionError` as `open.open_store` does."""
-    filesystem, name = _open(uri, storage_options)
-    return FsspecStore(filesystem, (uri, storage_options)), name
+    # Some backends ask for their credentials here.
+    filesystem, name = awaited(lambda: _open(uri, storage_options), heard, redact_path(uri))
+    return FsspecStore(filesystem, (uri, storage_options), heard), name
 
 
-def store_of_filesystem(filesystem: Any, path: str) -> tuple[Store, str]:
+def store_of_filesystem(filesystem: Any, path: str, heard: Heard = unheard) -> tuple[Store, str]:
     """The store over the file system that the user passed, and the name of `path` in it."""
     protocol = filesystem.protocol
     if "file" in ((protocol,) if isinstance(protocol, str) else protocol):
         return LocalStore(), file_uri_path(path) or path
     name = str(filesystem._strip_protocol(path)) if "://" in path else path
-    return FsspecStore(filesystem), name
+    return FsspecStore(filesystem, heard=heard), name
 
 
 def is_protocol(scheme: str) -> bool:

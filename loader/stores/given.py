@@ -12,10 +12,10 @@ from ..errors import CorruptError, NotFoundError, OptionError
 from ..redaction import redact_path
 from ..retries import TryAgainError, whole_attempts
 from ..store_errors import store_error
-from .base import Entry, ObjectInfo, OnBytes, Store
+from .base import Entry, Heard, ObjectInfo, OnBytes, Store, unheard
 from .local import within_limit
 from .sums import StoredSum
-from .transfer import Meter, bytes_on_disk, receive_through_folder, run_watched
+from .transfer import Meter, awaited, bytes_on_disk, receive_through_folder, run_watched
 
 _TRANSIENT = "ObjectStoreTransientError"
 """Composer's error for what another attempt may fix, by its name: Composer is not imported. No other is tried again."""
@@ -29,8 +29,9 @@ class GivenStore:
 
     is_local = False
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, heard: Heard = unheard) -> None:
         self._backend = backend
+        self.heard = heard
         self._by_object = hasattr(backend, "download_object")
         self.identity = f"{type(backend).__module__}.{type(backend).__qualname__}"
 
@@ -53,7 +54,10 @@ class GivenStore:
         if not hasattr(self._backend, "get_object_size"):
             return ObjectInfo(name=name, size_bytes=None, certain=False)
         try:
-            size = whole_attempts(lambda: self._once(name, lambda: self._backend.get_object_size(name)))
+            size = whole_attempts(
+                lambda: self._once(name, lambda: self._answered(name, self._backend.get_object_size)),
+                lambda: self.heard(0, self.describe(name)),
+            )
         except NotImplementedError:
             return ObjectInfo(name=name, size_bytes=None, certain=False)
         except Exception as error:
@@ -113,7 +117,7 @@ class GivenStore:
             )
         with tempfile.TemporaryDirectory(prefix="rankload-") as folder:
             path = os.path.join(folder, "object")
-            self.download(name, path, lambda n: None, info)
+            self.download(name, path, lambda n_bytes: self.heard(n_bytes, self.describe(name)), info)
             with open(path, "rb") as file:
                 return within_limit(file.read(limit + 1), limit, self.describe(name))
 
@@ -138,6 +142,9 @@ class GivenStore:
         else:
             self._backend.download_file(name, part, overwrite=True, progress_bar=False)
 
+    def _answered(self, name: str, ask: Callable[[str], T]) -> T:
+        return awaited(lambda: ask(name), self.heard, self.describe(name))
+
     def _once(self, name: str, work: Callable[[], T]) -> T:
         """What `work` returns. Raises what it raises, and `TryAgainError` for what another attempt may mend."""
         try:
@@ -148,7 +155,7 @@ class GivenStore:
             raise TryAgainError(store_error(error, self.describe(name))) from error
 
 
-def open_object_store(object_store: object, path: str) -> tuple[Store, str]:
+def open_object_store(object_store: object, path: str, heard: Heard = unheard) -> tuple[Store, str]:
     """The store over `object_store`, and the name of `path` in it.
 
     Raises `OptionError` where it is no fsspec file system and has neither ``download_object`` nor ``download_file``.
@@ -159,11 +166,11 @@ def open_object_store(object_store: object, path: str) -> tuple[Store, str]:
         if isinstance(object_store, AbstractFileSystem):
             from .fsspec import store_of_filesystem
 
-            return store_of_filesystem(object_store, path)
+            return store_of_filesystem(object_store, path, heard)
     if callable(getattr(object_store, "download_object", None)) or callable(
         getattr(object_store, "download_file", None)
     ):
-        return GivenStore(object_store), path
+        return GivenStore(object_store, heard), path
     raise OptionError(
         f"object_store is a {type(object_store).__name__}: expected an fsspec file system, an object with "
         "download_object(object_name, filename, overwrite, callback) and "

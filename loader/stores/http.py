@@ -19,7 +19,7 @@ from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
 from ..retries import TryAgainError, whole_attempts
-from .base import Entry, ObjectInfo, OnBytes
+from .base import Entry, Heard, ObjectInfo, OnBytes, unheard
 from .local import within_limit
 from .names import child_of, url_link_targets
 from .sums import StoredSum, in_headers, in_linked
@@ -37,7 +37,8 @@ class HttpStore:
 
     is_local = False
 
-    def __init__(self, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, storage_options: Mapping[str, Any] | None = None, heard: Heard = unheard) -> None:
+        self.heard = heard
         options = dict(storage_options or {})
         self.settings = settings_of(options)
         self._connections = Connections(self.settings.route)
@@ -62,10 +63,10 @@ class HttpStore:
         )
 
     def stat(self, name: str) -> ObjectInfo | None:
-        return whole_attempts(lambda: self._head(name))
+        return whole_attempts(lambda: self._head(name), lambda: self._waits(name)(0))
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
-        return whole_attempts(lambda: self._first(name, n_bytes))
+        return whole_attempts(lambda: self._first(name, n_bytes), lambda: self._waits(name)(0))
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
@@ -86,7 +87,8 @@ class HttpStore:
         whole_attempts(attempt, lambda: reports(0))
 
     def read_small(self, name: str, limit: int) -> bytes:
-        return within_limit(whole_attempts(lambda: self._text(name, limit)), limit, self.describe(name))
+        text = whole_attempts(lambda: self._text(name, limit), lambda: self._waits(name)(0))
+        return within_limit(text, limit, self.describe(name))
 
     def add_sums(self, name: str, sums: tuple[StoredSum, ...]) -> None:
         """Keeps checksums from an answer about a range, unless HEAD stated some already."""
@@ -109,7 +111,7 @@ class HttpStore:
 
     def _head(self, name: str) -> ObjectInfo | None:
         address = self.address(name)
-        followed = self._ask("HEAD", name, address, lambda n_bytes: None)
+        followed = self._ask("HEAD", name, address, self._waits(name))
         answer = followed.answer
         answer.give_back()
         status, headers = answer.response.status, answer.response.headers
@@ -154,22 +156,24 @@ class HttpStore:
 
     def _text(self, name: str, limit: int) -> bytes:
         """The body of one GET; of a longer one than `limit`, a byte more than that at least."""
-        data = bytearray()
-        with self._got(name, lambda n_bytes: None) as followed:
-            for piece in followed.answer.pieces(lambda n_bytes: None, self.describe(name)):
+        data, arrived = bytearray(), self._waits(name)
+        with self._got(name, arrived) as followed:
+            for piece in followed.answer.pieces(arrived, self.describe(name)):
                 data += piece
+                arrived(len(piece))
                 if len(data) > limit:
                     break
         return bytes(data)
 
     def _first(self, name: str, n_bytes: int) -> bytes:
         """The first bytes, by one GET for a range, which a server may answer with the whole object."""
-        data = bytearray()
-        with self._got(name, lambda arrived: None, n_bytes) as followed:
+        data, arrived = bytearray(), self._waits(name)
+        with self._got(name, arrived, n_bytes) as followed:
             # 416: it has no byte.
             if followed.answer.response.status != 416:
-                for piece in followed.answer.pieces(lambda arrived: None, self.describe(name)):
+                for piece in followed.answer.pieces(arrived, self.describe(name)):
                     data += piece
+                    arrived(len(piece))
                     if len(data) >= n_bytes:
                         break
         return bytes(data[:n_bytes])
@@ -202,7 +206,14 @@ class HttpStore:
     ) -> Followed:
         headers = {} if n_first is None else {"Range": f"bytes=0-{n_first - 1}"}
         request = Request(method, address.url, self.describe(name), headers)
-        return follow(self._connections, request, address, arrived)
+        followed = follow(self._connections, request, address, arrived)
+        self.heard(1, request.described)  # the head of an answer, which may be all of it
+        return followed
+
+    def _waits(self, name: str) -> Arrived:
+        """What is called while a small answer about `name` is waited for."""
+        described = self.describe(name)
+        return lambda n_bytes: self.heard(n_bytes, described)
 
 
 class _Reports:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from ..errors import AccessError, CorruptError, OptionError, RankloadError
 from ..store_errors import is_not_there, store_error
-from .base import Entry, ObjectInfo, OnBytes
+from .base import Entry, ObjectInfo, OnBytes, unheard
 from .sums import StoredSum
 from .transfer import receive
 
@@ -24,6 +24,7 @@ class LocalStore:
 
     is_local = True
     identity = "local"
+    heard = staticmethod(unheard)
 
     def describe(self, name: str) -> str:
         return name

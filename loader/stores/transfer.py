@@ -17,7 +17,7 @@ from typing import TypeVar
 from ..errors import CorruptError
 from ..plurals import counted
 from ..workers import POLL_S, Stopped
-from .base import OnBytes
+from .base import Heard, OnBytes, unheard
 
 T = TypeVar("T")
 
@@ -107,6 +107,35 @@ def run_watched(work: Callable[[], T], meter: Meter, poll: Callable[[], None] | 
     `poll` is called before each report. What `work`, `poll` or the report raises is raised here. A call that is given
     up keeps its (daemon) thread until `Meter.add` raises in it.
     """
+
+    def tick() -> None:
+        if poll is not None:
+            poll()
+        meter.report()
+
+    try:
+        found = _in_thread(work, tick)
+    except BaseException:
+        meter.stopped = True
+        raise
+    meter.report()
+    return found
+
+
+def awaited(work: Callable[[], T], heard: Heard, waiting_for: str) -> T:
+    """What `work`, a blocking call that answers as a whole, returns; `heard` is called meanwhile, and ends the wait.
+
+    It runs in a thread of its own, which a call that is given up keeps until it returns; in this one where nobody is
+    to hear of it. What `work` or `heard` raises is raised here.
+    """
+    if heard is unheard:
+        return work()
+    found = _in_thread(work, lambda: heard(0, waiting_for))
+    heard(1, waiting_for)
+    return found
+
+
+def _in_thread(work: Callable[[], T], tick: Callable[[], None]) -> T:
     outcome: list[T] = []
     failure: list[BaseException] = []
     done = threading.Event()
@@ -120,17 +149,10 @@ def run_watched(work: Callable[[], T], meter: Meter, poll: Callable[[], None] | 
             done.set()
 
     threading.Thread(target=run, name="rankload-transfer", daemon=True).start()
-    try:
-        while not done.wait(POLL_S):
-            if poll is not None:
-                poll()
-            meter.report()
-    except BaseException:
-        meter.stopped = True
-        raise
+    while not done.wait(POLL_S):
+        tick()
     if failure:
         raise failure[0]
-    meter.report()
     return outcome[0]
 
 
