@@ -298,9 +298,16 @@ def _attempts(options: Options) -> dict[str, list[str]]:
     try:
         with open(_attempts_file(options), encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    # Another version of this package, or a disk, may have put something else there.
+    return {
+        shown: kinds
+        for shown, kinds in found.items()
+        if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    }
 
 
 def _count(options: Options, shown: str, error: RankloadError | None) -> None:

@@ -247,7 +247,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -274,7 +274,7 @@ def _lives(path: str, now: float) -> bool:
         process = ProcessIdentity(
             str(record["host"]), int(record["pid"]), int(record["started"]), str(record["machine"])
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         process = ProcessIdentity("", 0, 0, "")
     ended = how_ended(process) is not None if is_watchable(process) else now - touched > STALE_S
     if ended:

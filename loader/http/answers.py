@@ -24,7 +24,7 @@ Headers = Message | Mapping[str, str]
 WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
 _THROTTLED = frozenset({429, 503})
-_CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+|\*)", re.IGNORECASE)
+_CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
 _CODE = re.compile(rb"<Code>([A-Za-z]{1,64})</Code>")
 _MAX_RETRY_AFTER_S = 60.0
 

@@ -192,7 +192,7 @@ def _ranks_in(config: bytes) -> int | None:
     """The number of ranks that a ``fsdp_config.json`` states; None where it is none that verl or others write."""
     try:
         stated = json.loads(config)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     for place in (stated, stated.get("fsdp_config") if isinstance(stated, dict) else None):
         count = place.get("world_size") if isinstance(place, dict) else None

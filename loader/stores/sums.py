@@ -27,6 +27,8 @@ _AMZ = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")
 _DIGESTS = {"sha-256": "sha256", "sha-512": "sha512", "sha": "sha1", "md5": "md5"}
 """Algorithms by their names in ``Repr-Digest`` and ``Digest``."""
 _SHA256 = re.compile(r'"?([0-9a-fA-F]{64})"?')
+_COUNT = re.compile(r"[1-9][0-9]{0,8}")
+"""Of an object's parts; S3 takes 10,000."""
 _GCS = frozenset({"gs", "gcs"})
 _AZURE = frozenset({"az", "abfs", "abfss", "adl", "wasb", "wasbs"})
 _PARTS_PER_PAGE = 1000
@@ -166,7 +168,7 @@ def _amazon(headers: Any) -> Iterator[StoredSum]:
         for one in _from_base64(algorithm, text):
             if not dash and not composite:
                 yield one
-            elif count.isascii() and count.isdigit() and int(count) > 0:
+            elif _COUNT.fullmatch(count):
                 yield StoredSum(algorithm, one.value, n_parts=int(count))
 
 

@@ -109,6 +109,15 @@ def test_damage_that_shows_after_the_first_change_raises_and_is_counted(folder: 
     assert kept == {str(folder / "step3.pt"): ["CorruptError", "CorruptError"]}
 
 
+@pytest.mark.parametrize("held", ["[" * 100_000, "[]", '{"%s": 3}', '{"%s": [[], {}]}', '{"%s": null}'])
+def test_a_damaged_count_of_failed_loads_is_begun_anew(folder: Path, tmp_path: Path, held: str) -> None:
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache" / "attempts.json").write_text(held.replace("%s", str(folder / "step3.pt")))
+    options = {"cache_dir": str(tmp_path / "cache"), "leave_out": ["optimizer"]}
+    result = autoresume(folder, State(nn.Linear(4, 4)), options=options, max_attempts=2)
+    assert result.step == 3
+
+
 def test_a_pointer_goes_first_and_a_newer_one_is_told(folder: Path) -> None:
     (folder / "latest.pt").symlink_to("step2.pt")
     one = run("resume", 1, folder)[0]

@@ -70,7 +70,17 @@ def test_states_that_lack_are_derived_the_same_every_time_and_all_differ(seed: i
 
 
 @pytest.mark.parametrize(
-    "payload", [b"nonsense", b"[1]", b'{"python": 1}', b'{"numpy": []}', b'{"torch": "*"}']
+    "payload",
+    [
+        b"nonsense",
+        b"[1]",
+        b'{"python": 1}',
+        b'{"numpy": []}',
+        b'{"torch": "*"}',
+        b'{"numpy": ["MT19937", [-1], 0]}',
+        b"[" * 100_000,
+    ],
+    ids=lambda payload: payload[:20].decode(),
 )
 def test_what_is_no_random_state_is_not_taken_for_one(payload: bytes) -> None:
     with pytest.raises(CorruptError, match="a rank sent an RNG state that cannot be read"):

@@ -63,6 +63,21 @@ def test_default_folder_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "held", [b"[" * 100_000, b'{"sizes": ' * 2000, b"[1]", b"\xff", b'{"pid": 1e999, "host": 0}']
+)
+def test_a_damaged_record_is_as_none(tmp_path: Path, held: bytes) -> None:
+    """A disk, or another version of this package, may have left anything in the folder."""
+    entry = tmp_path / "entry"
+    (entry / "users").mkdir(parents=True)
+    (entry / "whole").mkdir()
+    for path in (entry / "about", entry / "users" / "u", entry / "whole" / "claim", entry / "whole" / "done"):
+        path.write_bytes(held)
+    assert cache_records.about(str(entry)) == cache_records.About()
+    assert cache_records.whole(str(entry / "whole"), str(entry / "about")) is None
+    assert not cache_records.in_use(str(entry), time.time() + 1e6)
+
+
 def test_folders_as_products(tmp_path: Path) -> None:
     def produce(path: str) -> None:
         os.makedirs(os.path.join(path, "d"))

@@ -22,7 +22,7 @@ from rankload.loader.byte_ranges import ByteRange, total_bytes, union
 from rankload.loader.errors import AccessError, CorruptError, NotFoundError, RankloadError
 from rankload.loader.http import exchange as http_exchange
 from rankload.loader.http.addresses import Address, Origin, address_of, proxy_for
-from rankload.loader.http.answers import Arrived, retry_after_s
+from rankload.loader.http.answers import Arrived, content_range, retry_after_s
 from rankload.loader.http.connections import Connections
 from rankload.loader.ranges.base import RangeSource
 from rankload.loader.ranges.concurrency import Concurrency
@@ -397,6 +397,12 @@ def test_retry_after() -> None:
     assert retry_after_s({"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT"}, now=95.0) == 5
     assert retry_after_s({"Retry-After": "99999"}) == 60
     assert retry_after_s({}) is retry_after_s({"Retry-After": "soon"}) is None
+
+
+def test_a_range_of_more_digits_than_a_number_has_is_none() -> None:
+    assert content_range({"Content-Range": "bytes 0-3/4"}) == (0, 4, 4)
+    for text in (f"bytes 0-{'9' * 4500}/*", f"bytes 0-1/{'9' * 4500}", "bytes 0-\u0663/4"):
+        assert content_range({"Content-Range": text}) == (None, None, None)
 
 
 # ---------------------------------------------------------------- the engine

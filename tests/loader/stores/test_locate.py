@@ -308,8 +308,10 @@ def test_one_file_a_rank_is_found_by_its_names(tmp_path: Path, ranks: int) -> No
     first.write_bytes(b"x")
     expected = Located("folder", str(tmp_path), str(first))
     assert found(tmp_path) == found(first) == expected
-    (tmp_path / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": ranks}))
-    assert found(tmp_path) == expected
+    config = tmp_path / "fsdp_config.json"
+    for text in (json.dumps({"FSDP_version": 2, "world_size": ranks}), "none", "[" * 50_000):
+        config.write_text(text)
+        assert found(tmp_path) == expected
 
 
 def test_the_number_of_ranks_is_asked_for_once_or_guessed_by_few_requests() -> None:
