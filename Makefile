@@ -9,10 +9,11 @@ OLDER := .venv-older
 FRAMEWORKS := .venv-frameworks
 SERVERS := $(VENV)/.servers
 CLIENTS := $(VENV)/.clients
+FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-commands docs-errors frameworks kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
+.PHONY: demo docs-commands docs-errors frameworks fuzz kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -97,6 +98,15 @@ docs-errors: $(STAMP)
 docs-commands: $(STAMP)
 	$(RUN) $(BIN)/python tests/support/commands_page.py
 
+# Every parser of bytes from storage, and whole loads, against hostile input: a table in docs/reliability.md. Three hours.
+# What is found is kept in out/fuzz. `make fuzz SECONDS=60 SEED=7 TARGETS="tar http-load"` does some of it.
+SECONDS ?= 600
+SEED ?= 0
+TARGETS ?=
+fuzz: $(FUZZER)
+	$(RUN) RANKLOAD_CACHE_HOME=disk $(BIN)/python tests/support/fuzz.py --seconds $(SECONDS) --seed $(SEED) \
+		$(if $(TARGETS),,--write docs/reliability.md) $(TARGETS)
+
 # Saves that are killed at 50 points each, and what autoresume makes of what is left: a table in docs/resuming.md. Half
 # an hour on 2 cores.
 kills: $(FRAMEWORKS)/.installed
@@ -127,6 +137,12 @@ $(SERVERS): $(STAMP)
 
 $(CLIENTS): $(STAMP)
 	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[bench]" --no-build-isolation
+	touch $@
+
+# Inputs are guided by coverage where atheris can be had: it is made for few versions of Python.
+$(FUZZER): $(STAMP)
+	$(PIP) install -q --disable-pip-version-check -c constraints.txt -e ".[fuzz]" --no-build-isolation \
+		|| echo "atheris could not be installed: inputs are not guided by coverage"
 	touch $@
 
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'

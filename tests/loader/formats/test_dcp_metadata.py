@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
 from collections import OrderedDict
@@ -12,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from hostile_pickles import payloads
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from places import DATA
 from rankload.loader.errors import CorruptError, FormatError, RankloadError, UnsafeError
 from rankload.loader.formats.dcp_metadata import Item, Metadata, read_metadata
@@ -212,17 +209,3 @@ def test_a_file_that_asks_for_more_than_it_is_worth(tmp_path: Path) -> None:
     stream.write(b"]\x94" * 400 + b"a" * 400 + b".")
     with pytest.raises(RankloadError):
         read(stream.getvalue(), tmp_path)
-
-
-@settings(max_examples=60)
-@given(st.binary(max_size=40), st.integers(0, 1 << 16), st.data())
-def test_damage_is_an_error_of_ours(junk: bytes, at: int, data: st.DataObject) -> None:
-    good = pickle.dumps(usual())
-    at %= len(good)
-    bad = data.draw(
-        st.sampled_from([good[:at], good[:at] + junk + good[at + len(junk) :], junk, good[:at] + junk])
-    )
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RankloadError):
-        read(bad, Path(folder))

@@ -1,0 +1,15 @@
+"""Archives and packed files, made hostile: the same inputs in each run. `make fuzz` makes others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fuzz
+import pytest
+
+TARGETS = ["tar", "decompress"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_bytes_do_no_harm(tmp_path: Path, name: str) -> None:
+    fuzz.check(name, tmp_path)

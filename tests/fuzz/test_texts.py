@@ -1,0 +1,15 @@
+"""Headers, indexes, texts and records, made hostile: the same inputs in each run. `make fuzz` makes others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fuzz
+import pytest
+
+TARGETS = ["safetensors", "json", "latest", "symlink", "manifest", "cache", "messages"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_bytes_do_no_harm(tmp_path: Path, name: str) -> None:
+    fuzz.check(name, tmp_path)
