@@ -237,9 +237,14 @@ def remove(path: str) -> None:
 def write_json(path: str, record: dict[str, Any]) -> None:
     """Writes `record` to `path` in one step: no reader sees half of it."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.new"
-    with open(temporary, "x", encoding="utf-8") as file:
-        json.dump(record, file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            json.dump(record, file)
+        os.replace(temporary, path)
+    except BaseException:
+        # On a full disk it is there, and empty.
+        remove(temporary)
+        raise
 
 
 def read_json(path: str) -> dict[str, Any]:
