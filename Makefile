@@ -13,7 +13,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-commands docs-errors frameworks fuzz kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
+.PHONY: demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -106,6 +106,13 @@ TARGETS ?=
 fuzz: $(FUZZER)
 	$(RUN) RANKLOAD_CACHE_HOME=disk $(BIN)/python tests/support/fuzz.py --seconds $(SECONDS) --seed $(SEED) \
 		$(if $(TARGETS),,--write docs/reliability.md) $(TARGETS)
+
+# Every fault at every stage of loads, saves, resumes and exports, on two nodes of two ranks: the table in
+# docs/reliability.md. Nodes are real (network namespaces) where this is root's and iproute2 is there. Half an hour on 2
+# cores; `make faults ONLY='restore / .* / SIGKILL'` runs some, and writes nothing.
+faults: $(STAMP)
+	$(RUN) TEST_FAULTS=1 $(BIN)/python tests/faults/matrix.py \
+		$(if $(ONLY),--only '$(ONLY)',--write docs/reliability.md)
 
 # Saves that are killed at 50 points each, and what autoresume makes of what is left: a table in docs/resuming.md. Half
 # an hour on 2 cores.

@@ -39,9 +39,9 @@ class WarmRank:
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
         warm_up()
-        path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *_installed_path()]
+        path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *installed_path()]
         self._process = _context.Process(
-            target=_become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
+            target=become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
         )
         self._process.start()
         self.pid: int = self._process.pid or 0
@@ -67,7 +67,7 @@ def warm_up(*more: str) -> None:
 
 
 @cache
-def _installed_path() -> tuple[str, ...]:
+def installed_path() -> tuple[str, ...]:
     """The import path of a Python that nobody added anything to, as pytest does."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     told = subprocess.check_output(
@@ -76,7 +76,7 @@ def _installed_path() -> tuple[str, ...]:
     return tuple(json.loads(told))
 
 
-def _become(argv: list[str], env: dict[str, str], path: list[str], cwd: str, out: str, err: str) -> None:
+def become(argv: list[str], env: dict[str, str], path: list[str], cwd: str, out: str, err: str) -> None:
     """Is the process that `argv`, a script with its arguments, would be in a Python of its own; never returns."""
     os.setsid()
     for fd, file, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
