@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, from_record
+from .heartbeat import described
 from .key_value import KeyValue
 from .store_thread import AGREED, HEARTBEAT_S, StoreThread, decision_key
 
@@ -24,8 +25,6 @@ POLL_S = (0.001, 0.05)
 """The shortest and the longest pause between two polls."""
 PATIENCE = 0.1
 """A rank that has waited for t seconds pauses for ``PATIENCE * t``: it notices the outcome at most that much late."""
-NAMED_AT_MOST = 8
-"""Ranks that a message describes; the others are counted."""
 LONG_WAIT_S = 10.0
 """A wait of so long is logged, and again each time that it has doubled."""
 
@@ -173,9 +172,7 @@ class Agreement:
 
     def _described(self, missing: Sequence[int]) -> str:
         """What is known of the ranks that this one waits for."""
-        shown = [self._store_thread.watches[peer].describe() for peer in missing[:NAMED_AT_MOST]]
-        more = f"; and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
-        return "; ".join(shown) + more
+        return described([self._store_thread.watches[peer] for peer in missing])
 
     def _missing(self, index: int) -> list[int]:
         """The ranks that this one waits for: on rank 0 those that have not posted, elsewhere rank 0."""

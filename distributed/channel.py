@@ -17,12 +17,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from .agreement import Agreement, Combine, join_bytes, join_json, split_bytes
 from .errors import RankloadError, StalledError, TopologyError, from_record, to_record
 from .failures import as_rankload_error, bounded, store_lost
-from .heartbeat import place
+from .heartbeat import described, place
 from .key_value import KeyValue, key_value_opener
 from .liveness import this_process
 from .store_thread import AGREED, HEARTBEAT_S, StoreLostError, StoreThread, decision_key, heartbeat_key
@@ -31,6 +32,10 @@ LINGER_S = 10.0
 """How long rank 0 waits at the end for the others to leave: it may host the store."""
 LINGER_AFTER_FAILURE_S = 2.0
 """The same after a failure; also how long announcing an error and leaving wait for an answer of the store."""
+
+
+_innermost: ContextVar[Channel | None] = ContextVar("rankload_channel", default=None)
+"""The channel whose block this thread is in."""
 
 
 class Placed(Protocol):
@@ -44,9 +49,7 @@ class Placed(Protocol):
 
 
 @contextmanager
-def open_channel(
-    topology: Placed, *, stall_timeout_s: float = 120.0, store: Any = None, within: Channel | None = None
-) -> Iterator[Channel]:
+def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any = None) -> Iterator[Channel]:
     """The channel of one load, over ``store`` or, by default, the default process group's store.
 
     Every rank of the world must call, as often as every other: the n-th call opens the same channel on all ranks.
@@ -54,12 +57,13 @@ def open_channel(
     for all; the block should end with a stage, so that no rank leaves while another still works. No thread is
     left behind, unless the store's host is stopped: then it ends with that host.
 
+    Inside the block of another one, what moves in this one moves there too, and a failure there ends this one: its
+    other ranks wait meanwhile.
+
     Args:
         topology: rank and world size; need not be confirmed.
         stall_timeout_s: seconds without progress anywhere after which the ranks that wait raise StalledError.
         store: a ``torch.distributed.Store`` to use instead.
-        within: the channel of a job, for one that a rank of it opens alone: what moves in this one moves there, and a
-            failure there ends this one too.
 
     Raises:
         TopologyError: there is no process group, it has another size or no store, or two processes claim one rank.
@@ -71,8 +75,9 @@ def open_channel(
         topology.rank,
         topology.world_size,
         stall_timeout_s,
-        within=within,
+        within=_innermost.get(),
     )
+    entered = _innermost.set(channel)
     try:
         channel.claim_rank()
         yield channel
@@ -83,10 +88,12 @@ def open_channel(
         raise outcome from error
     else:
         channel.close()
+    finally:
+        _innermost.reset(entered)
 
 
 class Channel:
-    """One rank's end of the channel; see `open_channel`. Used by one thread, but for `progress`, `heard`, `failure`."""
+    """One rank's end of the channel; see `open_channel`. Used by one thread, unless a method says otherwise."""
 
     def __init__(
         self,
@@ -154,7 +161,7 @@ class Channel:
     def progress(self, **counters: float) -> None:
         """Counts a step of progress of this rank, and keeps ``counters`` as its latest; the next heartbeat sends them.
 
-        Sends nothing itself: call it often. Any rank may, at any time.
+        Sends nothing itself: call it often. Any rank may, at any time, in any thread.
 
         Raises:
             RankloadError: the failure of another rank, about a second after it was announced.
@@ -162,7 +169,7 @@ class Channel:
         store_thread = self._store_thread
         if counters:
             store_thread.counters = {**store_thread.counters, **counters}
-        self._move()
+        self.moved()
         self._check()
 
     def check(self) -> None:
@@ -185,7 +192,7 @@ class Channel:
         """
         if n_bytes:
             self._store_thread.waiting_for = ""
-            self._move()
+            self.moved()
         else:
             self._store_thread.waiting_for = waiting_for
             self._store_thread.wait()
@@ -193,14 +200,19 @@ class Channel:
         if failure is not None:
             raise failure
 
+    def moved(self) -> None:
+        """Counts a step of progress of this rank, and raises nothing. Any thread may call it."""
+        self._store_thread.move()
+        if self._within is not None:
+            self._within.moved()
+
     @property
     def waiting_for(self) -> str:
         """What this rank waits for, as `heard` was told last; "" if it came."""
         return self._store_thread.waiting_for
 
     def failure(self) -> RankloadError | None:
-        """The failure of another rank, once it is known here, or of the store. For another thread, while the channel's
-        own one calls neither `progress` nor `check`."""
+        """The failure of another rank, once it is known here, or of the store. Any thread may call it."""
         if self._store_thread.announced is not None:
             return self._store_thread.announced
         try:
@@ -210,6 +222,15 @@ class Channel:
         except StalledError as error:
             return error
         return None if self._within is None else self._within.failure()
+
+    def announce_standstill(self, where: str) -> RankloadError | None:
+        """For another thread, while the channel's own is in native code: announces that the ranks stand still, if so.
+
+        They do where a rank that this one watches lives and has sent nothing for ``stall_timeout_s``, or no rank has
+        moved for as long. Returns the error that was settled; None while none is. `where` is for messages.
+        """
+        error = self._standstill(where)
+        return None if error is None else self._first_cause(error, self._store_thread.stage)
 
     def counters(self) -> dict[int, dict[str, float]]:
         """The latest counters of `progress` by rank, about a second old: of all ranks on rank 0, elsewhere of this rank
@@ -256,11 +277,6 @@ class Channel:
             self._failure = self._failure or RuntimeError("this channel is closed")
         return outcome
 
-    def _move(self) -> None:
-        self._store_thread.move()
-        if self._within is not None:
-            self._within._move()
-
     def _check(self) -> None:
         self._raise_if_over()
         try:
@@ -271,11 +287,32 @@ class Channel:
         if outer is not None:
             raise outer
 
+    def _standstill(self, where: str) -> StalledError | None:
+        store_thread, longest_s = self._store_thread, self._patience_s
+        silent = [watch for watch in store_thread.watches.values() if watch.is_silent_for(longest_s)]
+        if not silent and store_thread.still_s <= longest_s:
+            return None
+        # Whoever does not move is waited for; without a sign of life it is the cause.
+        waited_for = silent or [watch for watch in store_thread.watches.values() if not watch.closed]
+        seconds = max(watch.silent_s for watch in silent) if silent else store_thread.still_s
+        heartbeat = waited_for[0].heartbeat if waited_for else None
+        return StalledError(
+            f"no progress for {seconds:.0f} s {where} (stall_timeout_s={self.stall_timeout_s:g}); waiting for "
+            + described(waited_for),
+            rank=waited_for[0].rank if silent else None,
+            host=heartbeat.process.host if silent and heartbeat is not None else None,
+        )
+
+    @property
+    def _patience_s(self) -> float:
+        """Rank 0's error comes first, since it sees all ranks; the others see rank 0 alone."""
+        return self.stall_timeout_s + (0 if self.rank == 0 else 3 * HEARTBEAT_S)
+
     def _stalled(self) -> StalledError | None:
-        """The error for a rank that waits while nothing moves anywhere. Rank 0's comes first: it sees all ranks."""
+        """The error for a rank that waits while nothing moves anywhere."""
         store_thread = self._store_thread
         still_s = min(store_thread.still_s, store_thread.waited_s)
-        if still_s <= self.stall_timeout_s + (0 if self.rank == 0 else 3 * HEARTBEAT_S):
+        if still_s <= self._patience_s:
             return None
         return StalledError(
             f"no progress for {still_s:.0f} s {place(store_thread.stage)} "

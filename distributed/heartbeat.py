@@ -8,6 +8,7 @@ sleep for the silence of others.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,9 @@ from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
 
 SILENT_AFTER_S = 8.0
 """Seconds without a heartbeat after which a rank that can't be watched by its pid counts as dead."""
+
+NAMED_AT_MOST = 8
+"""Ranks that a message describes; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ class PeerWatch:
     def closed(self) -> bool:
         return self.heartbeat is not None and self.heartbeat.closed
 
+    def is_silent_for(self, seconds: float) -> bool:
+        """Whether it was heard of, and sent no heartbeat for more than `seconds`. A process that lives, and works or
+        waits, sends one each second: so this one is stopped, or starved."""
+        return self.heartbeat is not None and not self.closed and self.silent_s > seconds
+
     def death(self) -> str | None:
         """How the peer died, in words; None while it may live, has not arrived yet, or left in good order.
 
@@ -101,6 +110,13 @@ class PeerWatch:
             f"rank {self.rank} (host {process.host}, pid {process.pid}, {place(self.heartbeat.stage)}; "
             f"last progress {self.idle_s:.0f} s ago{waiting}{counters}{stopped})"
         )
+
+
+def described(watches: Sequence[PeerWatch]) -> str:
+    """What is known of some ranks, in words; those after the first `NAMED_AT_MOST` are counted."""
+    shown = [watch.describe() for watch in watches[:NAMED_AT_MOST]]
+    more = f"; and {len(watches) - NAMED_AT_MOST} more" if len(watches) > NAMED_AT_MOST else ""
+    return "; ".join(shown) + more
 
 
 def place(stage: str) -> str:

@@ -49,16 +49,11 @@ def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterato
 
 
 @contextmanager
-def open_session_alone(
-    *, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S, within: Channel | None = None
-) -> Iterator[Session]:
-    """A session of this process alone, whatever job it may be part of; it needs no torch. One process enters.
-
-    `within` is the channel of that job, where others wait in it meanwhile (`open_channel`).
-    """
+def open_session_alone(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterator[Session]:
+    """A session of this process alone, whatever job it may be part of; it needs no torch. One process enters."""
     with terminable():
         alone = Topology(0, 0, 1, 1, 0, 1, "python", socket.gethostname())
-        with open_channel(alone, stall_timeout_s=stall_timeout_s, within=within) as channel:
+        with open_channel(alone, stall_timeout_s=stall_timeout_s) as channel:
             yield Session(confirm_topology(alone, channel), channel)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..distributed.channel import Channel
 from ..distributed.session import open_session_alone
 from .cache.records import Purpose
 from .collector import without_collector
@@ -52,7 +51,6 @@ def open_alone(
     options: Options | LoadOptions | Mapping[str, Any] | None = None,
     progress_bar: bool = False,
     purpose: Purpose = "look",
-    within: Channel | None = None,
 ) -> Iterator[OpenCheckpoint]:
     """The checkpoint at `path`, for the length of the block. One process calls it; nothing else of a job must.
 
@@ -63,7 +61,6 @@ def open_alone(
         options: `LoadOptions`, or a mapping of its fields.
         progress_bar: whether the bytes are shown that come from a remote store.
         purpose: what the files in the node's cache are used for: with ``look``, what a prefetch left stays for a load.
-        within: the channel of a job whose other ranks wait in it meanwhile: they hear how this goes on.
 
     Raises:
         RankloadError: as the beginning of a load: `NotFoundError`, `AccessError`, `FormatError`, `CorruptError`,
@@ -77,7 +74,7 @@ def open_alone(
     try:
         with (
             without_collector(),
-            open_session_alone(stall_timeout_s=resolved.stall_timeout_s, within=within) as session,
+            open_session_alone(stall_timeout_s=resolved.stall_timeout_s) as session,
             contextlib.ExitStack() as leaving,
         ):
             files = open_files(request, session, Stages(session.channel), leaving)

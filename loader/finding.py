@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..distributed.channel import Channel
 from .alone import OUTLINE, OpenCheckpoint, open_alone
 from .candidates.found import FoundCheckpoint
 from .candidates.listing import Candidate, list_candidates
@@ -23,7 +22,7 @@ from .completeness import faults_of
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .options import LoadOptions, Options, resolve_options
 from .request import as_path
-from .stores.base import Store, unheard
+from .stores.base import Heard, Store, unheard
 from .stores.locate import Located
 from .stores.manifest import find_manifests, key_of, known_sums
 from .writing.summed import sum_of
@@ -41,7 +40,7 @@ def find(
     newest: bool = False,
     every: bool = False,
     skip: Mapping[str, str] | None = None,
-    within: Channel | None = None,
+    heard: Heard = unheard,
 ) -> list[FoundCheckpoint]:
     """What is at `path`, in the order in which it would be taken: the first one that is proven is the one to take.
 
@@ -52,20 +51,19 @@ def find(
         newest: whether the one with the highest step comes first, whatever ``latest`` or a link names.
         every: whether all are examined, also older ones than the first proven one.
         skip: what messages call the checkpoints that are passed over whatever they hold, each with the reason.
-        within: the channel of a job whose other ranks wait in it meanwhile: they hear how this goes on.
+        heard: called while a store is waited for that lists. What is opened tells the channel that is open, if any.
 
     Raises:
         RankloadError: `AccessError` where the store refuses or cannot be reached: whether there is a checkpoint is not
             known then. `TemplateError`, `OptionError` or `FormatError` for a path that means nothing.
     """
     resolved = options if isinstance(options, Options) else resolve_options(options)
-    heard = unheard if within is None else within.heard
     given = list_candidates(
         as_path(path), object_store, resolved.storage_options, run_name=run_name, heard=heard
     )
 
     def examine(one: Candidate) -> FoundCheckpoint | None:
-        return prove(one, object_store=object_store, options=resolved, within=within)
+        return prove(one, object_store=object_store, options=resolved)
 
     # Of a name that tells no step, the checkpoint itself must tell it before there is an order.
     early = {one.path: examine(one) for one in given if one.step is None}
@@ -114,11 +112,8 @@ def prove(
     *,
     object_store: Any = None,
     options: Options,
-    within: Channel | None = None,
 ) -> FoundCheckpoint | None:
     """Whether `candidate` is whole; None where it is no checkpoint, and its name claims none. One process calls it.
-
-    `within` is as `find` takes it.
 
     Raises `AccessError` where the store refuses to say or cannot be reached.
     """
@@ -128,9 +123,7 @@ def prove(
     # What is there is looked at; nothing is compared that a load would have to fetch whole for it.
     outline = replace(options, verify="off")
     try:
-        with open_alone(
-            candidate.path, OUTLINE, object_store=object_store, options=outline, within=within
-        ) as opened:
+        with open_alone(candidate.path, OUTLINE, object_store=object_store, options=outline) as opened:
             return _examined(found, opened, opened.files.context.stages.count)
     except AccessError:
         raise

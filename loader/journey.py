@@ -469,7 +469,16 @@ def _restore(
     Returns what was restored, as the receipt names it, and all that was planned: algorithms bring more.
     """
     changed: list[str] = []
-    with stages.stage("restore"), after_first_change(options.file, changed):
+    with (
+        stages.stage("restore"),
+        after_first_change(options.file, changed),
+        # What the user's objects do in their own load_state_dict is not known here: they may wait for other ranks.
+        watched_collectives(
+            stages.channel,
+            f"collectives that an object's own loading runs, in the load of {options.file}",
+            anywhere=False,
+        ),
+    ):
         work = Work(reader, options, changed.append)
         return carry_out(plan, work), work.carried_out
 

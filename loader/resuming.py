@@ -210,7 +210,7 @@ def _find(
                 newest=newest,
                 every=every,
                 skip={**_worn_out(request.options, max_attempts), **(skip or {})},
-                within=channel,
+                heard=channel.heard,
             )
         )
 

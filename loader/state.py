@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,8 @@ class State:
         Objects that share a class name are saved under ``NAME``, ``NAME.1``, ``NAME.2`` and so on.
 
         Tensors that are sharded over ranks (``fully_shard``), of the model and of its optimizers, are gathered one at a
-        time into full ones on the CPU: then every rank must call. All other tensors are the live ones.
+        time into full ones on the CPU, and FullyShardedDataParallel gathers its own: then every rank must call. All
+        other tensors are the live ones. A rank in a collective that waits for one that failed ends with exit code 75.
 
         Args:
             keep: whether this rank wants the result. A rank that passes False takes part in the gathering, keeps
@@ -112,14 +114,16 @@ class State:
         pipeline have.
         """
         # Not in the caller's modes: what is detached under inference_mode could not be gathered.
-        with default_modes():
+        with default_modes(), contextlib.ExitStack() as leaving:
+            channel: Channel | None = None
+            if _is_flattened(self.model) and _has_group():
+                channel = leaving.enter_context(_gathering())  # its own state_dict() runs collectives
             found, sharded = self._with_shards()
-            if sharded:
-                from ..distributed.session import open_session
-
-                with open_session() as session:
-                    _check_same_shards(sharded, session.channel)
-            return _kept(found, sharded, keep)
+            if not sharded:
+                return found if keep else {}
+            channel = channel or leaving.enter_context(_gathering())
+            _check_same_shards(sharded, channel)
+            return _kept(found, sharded, keep, channel)
 
     def _with_shards(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parts, and by their places in them the tensors of which this rank has a shard. Raises as `state_dict`."""
@@ -158,11 +162,31 @@ def full_state_dict(state: State, channel: Channel, *, keep: bool) -> dict[str, 
     """`State.state_dict` inside a session: every rank of `channel` must call, whether it has shards or not."""
     found, sharded = state._with_shards()
     _check_same_shards(sharded, channel)
-    return _kept(found, sharded, keep)
+    return _kept(found, sharded, keep, channel)
 
 
-def _kept(found: dict[str, Any], sharded: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    whole: dict[str, Any] = _gathered(found, "", sharded, keep) if sharded else found
+@contextlib.contextmanager
+def _gathering() -> Iterator[Channel]:
+    """A block of collectives outside of a load or save; every rank must enter."""
+    from ..distributed.session import open_session
+    from ..distributed.watchdog import watched_collectives
+
+    with (
+        open_session() as session,
+        session.channel.stage("State.state_dict"),
+        watched_collectives(session.channel, "the gathering of shards by State.state_dict()"),
+    ):
+        yield session.channel
+
+
+def _has_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _kept(found: dict[str, Any], sharded: Mapping[str, Any], keep: bool, channel: Channel) -> dict[str, Any]:
+    whole: dict[str, Any] = _gathered(found, "", sharded, keep, channel) if sharded else found
     return whole if keep else {}
 
 
@@ -234,20 +258,24 @@ def _check_same_shards(sharded: Mapping[str, Any], channel: Channel) -> None:
     )
 
 
-def _gathered(value: Any, path: str, sharded: Mapping[str, Any], keep: bool) -> Any:
+def _gathered(value: Any, path: str, sharded: Mapping[str, Any], keep: bool, channel: Channel) -> Any:
     """`value` with a full tensor on the CPU for each that is sharded; all else as it is. Nothing unless `keep`."""
     if path in sharded:
         full = sharded[path].detach().full_tensor()
-        return full.cpu() if keep else None
+        kept = full.cpu() if keep else None
+        channel.moved()
+        return kept
     if isinstance(value, Mapping):
         found: Any = OrderedDict() if isinstance(value, OrderedDict) else {}
         for key, item in value.items():
-            found[key] = _gathered(item, _under(path, key), sharded, keep)
+            found[key] = _gathered(item, _under(path, key), sharded, keep, channel)
         if hasattr(value, "_metadata"):
             found._metadata = value._metadata
         return found
     if isinstance(value, list | tuple) and any(place.startswith(f"{path}/") for place in sharded):
-        items = [_gathered(item, _under(path, index), sharded, keep) for index, item in enumerate(value)]
+        items = [
+            _gathered(item, _under(path, index), sharded, keep, channel) for index, item in enumerate(value)
+        ]
         return items if isinstance(value, list) else tuple(items)
     return value
 

@@ -18,15 +18,16 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..distributed.channel import Channel
 from ..distributed.session import open_session
 from ..loader import LoadOptions, NotFoundError, OptionError, read
 from ..loader.alone import open_alone
 from ..loader.redaction import redact_path
+from ..loader.stores.base import Heard
 from ..loader.stores.names import child_of
 from . import deepspeed
 from .batches import warn_of_batch
 from .choosing import newest
+from .native import native_load
 from .random_states import restore_missing
 from .schedules import STEPS, Resumed, resumed
 from .side_folders import count_numbered, is_elsewhere, side_folder
@@ -124,7 +125,8 @@ def load_state(
         has_own = os.path.isfile(own_states)
         if by_engine:
             leaving.enter_context(deepspeed.replaced_by_origins(**given))
-        load_native(accelerator, folder, load_kwargs, **load_model_func_kwargs)
+        with native_load("Accelerate", options):
+            load_native(accelerator, folder, load_kwargs, **load_model_func_kwargs)
         for one, plan in zip(schedulers.values(), plans, strict=True):
             _go_on(one, plan, now)
         held = restore_missing(
@@ -207,8 +209,8 @@ def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int
     Every rank must call.
     """
 
-    def look(channel: Channel) -> tuple[int, int | None]:
-        ranks = count_numbered(path, _OF_RANK, heard=channel.heard, **given)
+    def look(heard: Heard) -> tuple[int, int | None]:
+        ranks = count_numbered(path, _OF_RANK, heard=heard, **given)
         if ranks == 0:
             raise NotFoundError(
                 f"{redact_path(path)} has no {_OF_RANK.format(0)}: expected a folder that save_state wrote, and that "
@@ -217,12 +219,12 @@ def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int
             )
         if not by_engine:
             return ranks, None
-        with open_alone(path, within=channel, **given) as opened:
+        with open_alone(path, **given) as opened:
             return ranks, opened.saved.batch_size
 
     with open_session() as session:
         channel = session.channel
-        ranks, batch = channel.decide("saved processes", None, lambda _: look(channel))
+        ranks, batch = channel.decide("saved processes", None, lambda _: look(channel.heard))
         return ranks, batch
 
 

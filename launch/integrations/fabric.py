@@ -22,6 +22,7 @@ from . import deepspeed
 from .batches import warn_of_batch
 from .inert import warn_of_inert
 from .lightning_home import TRIED, import_home
+from .native import native_load
 from .versions import warn_of_version
 
 _home, _distribution = import_home("lightning.fabric", "lightning_fabric")
@@ -80,8 +81,9 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
             RankloadError: as `rankload.load`.
         """
         if not isinstance(state, Mapping) or (self.load_full_weights and self.zero_stage_3):
-            whole: dict[str, Any] = super().load_checkpoint(path, state, strict, weights_only)
-            return whole
+            with native_load("Fabric", self._options):
+                whole: dict[str, Any] = super().load_checkpoint(path, state, strict, weights_only)
+                return whole
         warn_of_version(_distribution, TRIED)
         engines = [found for value in state.values() for found in _engines_in(value)]
         if len(engines) != 1:

@@ -24,6 +24,7 @@ from . import deepspeed
 from .batches import warn_of_batch
 from .inert import warn_of_inert
 from .lightning_home import TRIED, import_home
+from .native import native_load
 from .versions import warn_of_version
 
 _home, _distribution = import_home("lightning.pytorch", "pytorch_lightning")
@@ -68,8 +69,9 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
             RankloadError: as `rankload.load`.
         """
         if self.load_full_weights and self.zero_stage_3:
-            whole: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-            return whole
+            with native_load("Lightning", self._options):
+                whole: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+                return whole
         warn_of_version(_distribution, TRIED)
         fitting = self.lightning_module.trainer.state.fn == "fit"
         engine = self.deepspeed_engine

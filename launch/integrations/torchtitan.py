@@ -32,6 +32,7 @@ from ..distributed.session import open_session
 from ..loader import LayoutError, LoadOptions, LoadResult, MismatchError, State, UnsafeError, load
 from ..loader.formats.plain_pickle import read_plain
 from .inert import inert_types
+from .native import native_load
 from .parts import leave_out
 from .versions import warn_of_version
 
@@ -96,7 +97,7 @@ class CheckpointManager(_titan.CheckpointManager):  # type: ignore[misc, name-de
         wanted = [key for key in others if key in state_dict]
         has_model = any(key not in others for key in state_dict)
         if from_hf or not has_model:
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            self._load_natively(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         if not self._is_one_model(model, wanted):
             if not os.path.isfile(os.path.join(checkpoint_id, ".metadata")):
@@ -105,9 +106,13 @@ class CheckpointManager(_titan.CheckpointManager):  # type: ignore[misc, name-de
                     "restored from torchtitan's own local folders alone; resume this one without a pipeline, save, and "
                     "go on from what it saved"
                 )
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            self._load_natively(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         self._restore(checkpoint_id, model, wanted)
+
+    def _load_natively(self, *arguments: Any) -> None:
+        with native_load("torchtitan", self._options):
+            super().dcp_load(*arguments)
 
     def _is_one_model(self, model: Any, wanted: list[str]) -> bool:
         """Whether every rank has the whole model in one part, and one optimizer for it; every rank must call."""

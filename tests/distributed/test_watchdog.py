@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -9,14 +12,22 @@ import time
 from typing import Any
 
 import pytest
-from rankload.distributed.errors import PeerError
+from places import SUPPORT
+from processes import run_ranks
+from rankload.distributed import watchdog
+from rankload.distributed.errors import PeerError, RankloadError
+from rankload.distributed.session import open_session
 from rankload.distributed.watchdog import EXIT_CODE, watched_collectives
 
+THIS = __file__
+STALL_S = 1.5
 CODE = """
 import sys, time
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from test_watchdog import Told
+from rankload.distributed import watchdog
 from rankload.distributed.watchdog import watched_collectives
+watchdog.UNSEEN_GRACE_S = watchdog._HOST_GRACE_S = 0.5
 with watched_collectives(Told(0.2), "the test's collectives"):
     time.sleep({seconds})
 print("went on")
@@ -35,9 +46,15 @@ class Told:
     def failure(self) -> PeerError | None:
         return PeerError("rank 1 ended") if time.monotonic() > self._at else None
 
+    def announce_standstill(self, where: str) -> None:
+        """Nobody stands still."""
+
+    def moved(self) -> None:
+        """Needs not to be known."""
+
 
 def run(seconds: float) -> subprocess.CompletedProcess[str]:
-    code = CODE.format(folder=__file__.rpartition("/")[0], seconds=seconds)
+    code = CODE.format(folders=[__file__.rpartition("/")[0], str(SUPPORT)], seconds=seconds)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
@@ -62,7 +79,9 @@ def collective_breaks(channel: Any) -> float:
 
 def test_a_broken_collective_waits_for_the_cause_but_not_for_ever():
     assert 0.3 < collective_breaks(Told(0.3)) < 1.5
-    assert 1.5 < collective_breaks(Told(100)) < 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watchdog, "_CAUSE_S", 1.0)
+        assert 0.9 < collective_breaks(Told(100)) < 3
     assert collective_breaks(Told(100, world_size=1)) < 0.3
 
 
@@ -71,3 +90,60 @@ def test_no_thread_stays():
     with watched_collectives(Told(100), "it"):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+# --- real collectives ----------------------------------------------------------------------------------------------
+
+
+def in_a_collective(fault: str, victim: str, anywhere: str) -> None:
+    """All ranks are in a collective of gloo's, but the victim, which something happened to."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    try:
+        with (
+            open_session(stall_timeout_s=STALL_S) as session,
+            session.channel.stage("finish"),
+            watched_collectives(session.channel, "the test's collectives", anywhere=anywhere == "anywhere"),
+        ):
+            dist.all_reduce(torch.ones(1))
+            if rank == int(victim):
+                time.sleep(1.5)  # the others are inside by now
+                if fault != "sleeps":
+                    os.kill(os.getpid(), getattr(signal, fault))
+                time.sleep(60)
+            dist.all_reduce(torch.ones(1))
+    except RankloadError as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "victim", "anywhere", "cause"),
+    [
+        ("SIGSTOP", 1, "anywhere", "StalledError: no progress for .* rank 1 .*the process is stopped"),
+        ("SIGSTOP", 0, "where seen", "StalledError: the store .* rank 0 .*the process is stopped"),
+        ("SIGKILL", 1, "where seen", "PeerError:? rank 1 .* ended in stage 'finish': "),
+        ("sleeps", 1, "anywhere", "StalledError: no progress for .* in the test's collectives"),
+    ],
+    ids=["stopped", "rank 0 stopped", "killed", "elsewhere"],
+)
+def test_a_rank_that_stands_still_or_dies_ends_those_in_the_collective(
+    fault: str, victim: int, anywhere: str, cause: str
+) -> None:
+    stays = {victim} if fault == "SIGSTOP" else set()
+    finished = run_ranks(
+        f"{THIS}:in_a_collective",
+        3,
+        args=(fault, victim, anywhere),
+        deadline_s=60,
+        kill_once_others_end=stays,
+    )
+    for rank in finished:
+        if rank.rank != victim:
+            # Gloo notices a broken connection, and then the rank raises.
+            assert rank.returncode in ((3, EXIT_CODE) if fault == "SIGKILL" else (EXIT_CODE,)), finished
+            assert re.search(cause, rank.stderr + rank.stdout), finished
+            assert rank.seconds < 45, finished
