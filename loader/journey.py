@@ -128,7 +128,7 @@ def load_checkpoint(
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns the random states.
 
     It is `load` under the name, and with the result, of Composer's function. Every rank of the job must call it, with
-    the same arguments (the three ``cache_`` options may differ).
+    the same arguments (``interface`` and the ``cache_`` options may differ).
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold
@@ -189,9 +189,9 @@ def load(
 ) -> LoadResult:
     """Restores the checkpoint at `path` into `state`, on every rank or on none; returns what it did.
 
-    Every rank of the job must call it, with the same arguments (the three ``cache_`` options may differ). It may be
-    called under ``torch.inference_mode()``, a default device, autocast and the like: it runs outside of them. Meta
-    tensors of the model get memory on the caller's default device.
+    Every rank of the job must call it, with the same arguments (``interface`` and the ``cache_`` options may differ).
+    It may be called under ``torch.inference_mode()``, a default device, autocast and the like: it runs outside of them.
+    Meta tensors of the model get memory on the caller's default device.
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. It may hold

@@ -33,7 +33,9 @@ PARTS = (
 )  # fmt: skip
 """The parts of a checkpoint that `LoadOptions.leave_out` can name."""
 
-FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode")
+FROM_ENVIRONMENT = ("cache_dir", "cache_home", "cache_size", "stall_timeout_s", "verify", "mode", "interface")
+OF_EACH_NODE = ("cache_dir", "cache_home", "cache_size", "interface")
+"""Fields that may differ between ranks."""
 """Fields that a variable ``RANKLOAD_<FIELD>`` can set."""
 
 RESUME = "RANKLOAD_RESUME"
@@ -46,10 +48,11 @@ _UNITS = {unit + tail: base**power
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Settings of a load beyond its arguments. The same on every rank, apart from the three ``cache_`` fields.
+    """Settings of a load beyond its arguments. The same on every rank, but for ``interface`` and the ``cache_`` fields.
 
     A field left at None takes the environment's ``RANKLOAD_<FIELD>`` (``RANKLOAD_CACHE_DIR``, ``RANKLOAD_CACHE_HOME``,
-    ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``), then its default.
+    ``RANKLOAD_CACHE_SIZE``, ``RANKLOAD_STALL_TIMEOUT_S``, ``RANKLOAD_VERIFY``, ``RANKLOAD_MODE``,
+    ``RANKLOAD_INTERFACE``), then its default.
 
     Attributes:
         cache_dir: the folder on this node that fetched files lie in while they are read. It must be private to the
@@ -94,6 +97,9 @@ class LoadOptions:
             that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
             ``direct``, for long ranges, where it can be done. ``job``: bytes that several nodes need leave the store
             once, and one node sends them to the others.
+        interface: by which of its network interfaces a node sends bytes to others (``mode="job"``): a name (``eth1``),
+            an address, or a network (``10.1.0.0/16``), several of them with commas. Default: others try the address
+            from which the node reaches MASTER_ADDR, then those of its other interfaces.
         trace: a file that rank 0 writes every rank's stages to, for Perfetto or ``chrome://tracing``. As a path it is
             like `cache_dir`.
 
@@ -114,6 +120,7 @@ class LoadOptions:
     leave_out: Collection[str] = ()
     verify: Verify | None = None
     mode: Mode | None = None
+    interface: str | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +137,11 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise OptionError(f"{name}={value!r}: expected one of {', '.join(choices)}")
+        if self.interface is not None and not (isinstance(self.interface, str) and self.interface.strip()):
+            raise OptionError(
+                f"interface={self.interface!r}: expected an interface's name, an address or a network, such as 'eth1' "
+                "or '10.1.0.0/16'"
+            )
         if self.cache_size is not None:
             object.__setattr__(self, "cache_size", parse_size("cache_size", self.cache_size))
         if self.stall_timeout_s is not None and not _is_seconds(self.stall_timeout_s):
@@ -169,6 +181,8 @@ class Options:
     """Of `PARTS`, in their order."""
     verify: Verify
     mode: Mode
+    interface: str | None
+    """None: whatever reaches the others."""
     trace: str | None
     """None: no trace is written."""
 
@@ -197,6 +211,7 @@ def resolve_options(
         leave_out=_parts(given.leave_out),
         verify=given.verify or "during",
         mode=given.mode or "node",
+        interface=given.interface,
         trace=given.trace,
     )
     if resolved.mode == "direct" and resolved.verify == "before":

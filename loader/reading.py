@@ -53,8 +53,8 @@ def read(
     torch.save or pickle wrote, such a file compressed, or a tar that holds one. It is fetched once per node, and
     compared with its checksums before anything is returned.
 
-    Every rank of the job must call it, with the same arguments (the three ``cache_`` options may differ). Every rank
-    gets values of its own, and needs memory for all of them.
+    Every rank of the job must call it, with the same arguments (``interface`` and the ``cache_`` options may differ).
+    Every rank gets values of its own, and needs memory for all of them.
 
     Args:
         path: a local path, an http(s) URL, any fsspec URI, or an object's name in `object_store`. With ``{rank}``,

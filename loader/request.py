@@ -18,7 +18,7 @@ from typing import Any
 from ..distributed.session import Session
 from .cache.records import Purpose
 from .errors import OptionError
-from .options import LoadOptions, Options, resolve_options
+from .options import OF_EACH_NODE, LoadOptions, Options, resolve_options
 from .redaction import redact_path
 from .saved.ignore import IgnoreKeys
 from .stages import Stages
@@ -275,11 +275,11 @@ def _attribute(state: Any, name: str) -> Any:
 
 
 def _comparable_options(options: Options) -> dict[str, str]:
-    """All but the three ``cache_`` fields, as text: each node may have its own of those."""
+    """All as text, but those that each node may have its own of."""
     found = {
         one.name: repr(_plain(getattr(options, one.name)))
         for one in fields(options)
-        if not one.name.startswith("cache_")
+        if one.name not in OF_EACH_NODE
     }
     secrets = _digest(found["storage_options"])
     return {

@@ -225,10 +225,13 @@ class RemoteFiles:
         """Ends the reads that are under way."""
         self.stopping.set()
 
-    def serve(self, host: str) -> PeerAddress:
-        """Serves what has landed here to the leaders of other nodes, until the load ends; the address to ask."""
+    def serve(self, host: str, interface: str | None) -> PeerAddress:
+        """Serves what has landed here to the leaders of other nodes, until the load ends; the address to ask.
+
+        `interface` is as `LoadOptions` takes it. Raises `TopologyError` where this machine has none such.
+        """
         if self._server is None:
-            self._server = RangeServer(self._served, host)
+            self._server = RangeServer(self._served, host, interface)
         return self._server.address
 
     def _served(self, name: str) -> Served | None:

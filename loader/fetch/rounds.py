@@ -6,6 +6,7 @@ of the work. `fetch_now` does both, and waits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,15 @@ from ..byte_ranges import ByteRange, union
 from ..context import LoadContext
 from ..ranges.base import RangeSource
 from ..ranges.direct import DirectReads
-from ..ranges.peer import PeerSource
+from ..ranges.peer import PeerSource, PeerUnreachableError
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
 from .plan import FetchPlan, FetchRequest, plan_fetch
 from .remote_files import RemoteFiles
 from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
+
+_logger = logging.getLogger("rankload")
 
 WantedRanges = dict[str, list[ByteRange]]
 """Ranges of files, by the files' paths on this node."""
@@ -48,6 +51,8 @@ class FetchRound:
     """From other nodes' files, by the rank that leads the node."""
     direct: DirectReads
     """From the store into this rank's tensors, while it restores; not by `run`."""
+    again: int = 0
+    """How many bytes came from the store that another node has too, because it could not be reached."""
 
     def __bool__(self) -> bool:
         return bool(self.bring or self.take)
@@ -86,28 +91,35 @@ class FetchRound:
         # All at once: nodes take from each other, and would wait for ever if each first waited for the others' bytes.
         run_jobs(jobs, watch.tick, n_threads=len(jobs))
         watch.tick()
-        return sum(brought)
+        return sum(brought) + self.again
 
     def _taking(
         self, rank: int, address: PeerAddress, wanted: WantedRanges, tally: Tally
     ) -> Callable[[Stop], None]:
         """A job that fetches `wanted` from the node of `rank`."""
-        remote, host = self.remote, self.context.session.channel.host
+        remote = self.remote
         sources: list[PeerSource] = []
 
         def moved() -> None:
             tally.moved += 1
 
         def open_peer(name: str, size_bytes: int) -> RangeSource:
-            sources.append(PeerSource(address, name, size_bytes, own_host=host, rank=rank, moved=moved))
+            sources.append(PeerSource(address, name, size_bytes, rank=rank, moved=moved))
             return sources[-1]
 
         def take(stop: Stop) -> None:
             name = f"from rank {rank}"
+            arrived = _stoppable(stop, tally.of(name, remote.stopping).arrived)
             try:
-                report = remote.fetch(
-                    wanted, _stoppable(stop, tally.of(name, remote.stopping).arrived), open_peer
+                report = remote.fetch(wanted, arrived, open_peer)
+            except PeerUnreachableError as error:
+                _logger.warning(
+                    "%s. What its node fetched is fetched from the store once more; set the option interface, or "
+                    "RANKLOAD_INTERFACE, to a network that joins the nodes, such as 10.0.0.0/16",
+                    error.message,
                 )
+                report = remote.fetch(wanted, arrived)
+                self.again += report.read_bytes
             finally:
                 for source in sources:
                     source.close()
@@ -126,7 +138,7 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
     request = FetchRequest(
         session.topology.node_rank, _by_name(remote, parts.wanted), _by_name(remote, parts.direct)
     )
-    address = remote.serve(session.channel.host).as_record() if serves else None
+    address = remote.serve(session.channel.host, context.options.interface).as_record() if serves else None
 
     def deal(records: Sequence[Any]) -> list[Any]:
         plans = plan_fetch([decode(FetchRequest, asked) for asked, _ in records], mode)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from ...distributed.range_server import PeerAddress, PeerConnection
+from ...distributed.range_server import PeerAddress, PeerConnection, UnreachableError
 from ..errors import AccessError
 from ..http.answers import Arrived
 from ..retries import TryAgainError
 from .base import pieces
+
+
+class PeerUnreachableError(AccessError):
+    """No address of the rank leads to it, so that its node's files cannot be had. Internal: the store has them too."""
 
 
 class PeerSource:
@@ -30,17 +34,16 @@ class PeerSource:
         key: str,
         size_bytes: int,
         *,
-        own_host: str,
         rank: int,
         moved: Callable[[], None],
     ) -> None:
         self.size_bytes = size_bytes
         self._address = address
         self._key = key
-        self._own_host = own_host
         self._rank = rank
         self._moved = moved
         self._seen = -1
+        self._was_reached = False
         self._lock = threading.Lock()
         self._idle: list[PeerConnection] = []
 
@@ -71,6 +74,11 @@ class PeerSource:
             connection = None
         except ValueError as error:
             raise AccessError(f"{self.describe()}: {error}", path=self._key) from error
+        except UnreachableError as error:
+            failure = f"{self.describe()}: {error}"
+            if not self._was_reached:
+                raise PeerUnreachableError(failure, path=self._key) from error
+            raise TryAgainError(AccessError(failure, path=self._key)) from error
         except OSError as error:
             # Mostly that rank failed; the channel will say why.
             raise TryAgainError(AccessError(f"{self.describe()}: {error}", path=self._key)) from error
@@ -91,4 +99,6 @@ class PeerSource:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return PeerConnection(self._address, self._own_host)
+        connection = PeerConnection(self._address)
+        self._was_reached = True
+        return connection

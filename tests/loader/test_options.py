@@ -26,6 +26,7 @@ def test_argument_comes_before_environment_before_default() -> None:
         leave_out=(),
         verify="during",
         mode="node",
+        interface=None,
         trace=None,
     )
     assert resolve_options(None, {"RANKLOAD_RESUME": "/runs"}) == resolve_options(None, {})
@@ -38,6 +39,7 @@ def test_every_option_that_is_given_is_taken() -> None:
         "cache_dir": "/fast",
         "cache_home": "disk",
         "cache_size": 5,
+        "interface": "10.1.0.0/16",
         "stall_timeout_s": 7.5,
         "safe_types": (int, "a.b"),
         "storage_options": {"key": "k"},

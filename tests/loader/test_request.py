@@ -154,7 +154,7 @@ def test_a_difference_between_ranks_is_named(changes: dict[str, Any], name: str)
 
 def test_all_options_are_compared_but_what_each_node_may_have_its_own_of() -> None:
     compared = {name.removeprefix("options.") for name in request().comparable() if "options." in name}
-    own = {"cache_dir", "cache_home", "cache_size"}
+    own = {"cache_dir", "cache_home", "cache_size", "interface"}
     assert compared == {one.name for one in fields(Options)} - own
     others = resolve_options({"cache_dir": "/fast", "cache_home": "disk", "cache_size": 5}, {})
     check_same([request().comparable(), request(options=others).comparable()])

@@ -198,10 +198,19 @@ def test_the_whole_jobs_bytes_are_known_before_parts_move(
 
 
 def restore(url: str, kind: str) -> None:
-    """One rank of two: a plain module, or a sharded one; tells whether it is right, and what was fetched."""
+    """One rank of two: a plain module, or a sharded one; tells whether it is right, and what was fetched.
+
+    ``apart``: nodes that are to hand on what they fetched, and that no address leads to.
+    """
     import torch.distributed as dist
+    from rankload.distributed import range_server
 
     dist.init_process_group("gloo")
+    if kind == "apart":
+        os.environ["RANKLOAD_MODE"] = "job"
+        range_server.network_identity = lambda: os.environ["RANK"]
+        range_server.own_addresses = lambda interface: ("192.0.2.1",)
+        range_server.CONNECT_S = 1.0
     module = a_module(seed=1)
     if kind == "sharded":
         from torch.distributed.fsdp import fully_shard
@@ -218,11 +227,16 @@ def restore(url: str, kind: str) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize(("kind", "nodes", "times"), [("plain", (2,), 1.0), ("sharded", (1, 1), 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "nodes", "times"), [("plain", (2,), 1.0), ("sharded", (1, 1), 1.0), ("apart", (1, 1), 2.0)]
+)
 def test_bytes_leave_the_server_once_per_node(
     saved: bytes, tmp_path: Path, kind: str, nodes: tuple[int, ...], times: float
 ) -> None:
-    """On one node both ranks' bytes come once; on two, sharded, each node gets its own half."""
+    """On one node both ranks' bytes come once; on two, sharded, each node gets its own half.
+
+    Nodes that cannot reach each other get all from the store, and say what to do.
+    """
     with bad_server({"/model.pt": Behaviour(saved)}) as server:
         finished = run_ranks(
             f"{__file__}:restore", 2, args=(server.url("/model.pt"), kind), deadline_s=120, nodes=nodes,
@@ -234,6 +248,7 @@ def test_bytes_leave_the_server_once_per_node(
     wanted = [float(tensor.detach().double().sum()) for tensor in load_local(saved, tmp_path)]
     assert [one["sums"] for one in told] == [wanted, wanted]
     assert sent <= times * MODEL_BYTES + len(nodes) * (1 << 20), (sent, told)
+    assert any("RANKLOAD_INTERFACE" in rank.stderr for rank in finished) == (kind == "apart"), finished
     assert abs(told[0]["fetched"] - sent) <= len(nodes) * 2 * 65536
 
 
