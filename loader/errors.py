@@ -67,6 +67,17 @@ class CorruptError(RankloadError):
     """Truncated, or the bytes do not match their checksum or the file's own index."""
 
 
+def fetched_twice(error: CorruptError) -> CorruptError:
+    """`error`, for what was fetched a second time and is still damaged: says so in its message."""
+    if "fetched_twice" not in error.details:
+        error.details["fetched_twice"] = True
+        error.message = (
+            f"{error.message.rstrip('. ')}. It was fetched twice, so that the stored file itself is damaged: take "
+            "another copy of it, or another checkpoint."
+        )
+    return error
+
+
 class UnsafeError(RankloadError):
     """Reading on would run code, write outside a folder, or exceed a bound of memory or work (``docs/safety.md``)."""
 

@@ -30,6 +30,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..distributed.channel import Channel
@@ -39,7 +40,14 @@ from .candidates.found import FoundCheckpoint
 from .collector import without_collector
 from .errors import TimestampError, after_first_change, partial_once_begun
 from .fetch.checkpoint_files import CheckpointFiles
-from .fetch.parts import SMALL_STORAGE_BYTES, fetch_storages, fetching, restore_parts, small_parts
+from .fetch.parts import (
+    SMALL_STORAGE_BYTES,
+    fetch_storages,
+    fetching,
+    files_reader,
+    restore_parts,
+    small_parts,
+)
 from .fetch.rounds import fetch_now
 from .fetch.whole_checks import NOTHING
 from .materialize.objects import materialize
@@ -68,7 +76,7 @@ from .saved.tree import find_unknown, storages, tensors
 from .sources.kinds import open_saved
 from .stages import Stages
 from .state import AlgorithmPass
-from .targets.base import Plan, RestoreOptions, Target, Work, carry_out
+from .targets.base import Plan, RestoreOptions, Target, Work, carry_out, carry_out_again
 from .targets.choose import target_of
 from .targets.deepspeed.shared_weights import Sharing, plan_weights, share_weights
 from .torch_modes import default_modes
@@ -260,17 +268,17 @@ def load(
         # The check compares numbers that were ignored too.
         early = replace(saved.whole, rng=saved.rng, extra=_extra(request, saved))
         fetch_now(files.context, files.remote, small_parts(early), "fetch small parts")
-        reader = TensorReader(
-            verify=verify, on_bytes=stages.count, comes_in_parts=files.remote.known.__contains__
-        )
+        reader = files_reader(files, verify)
         checked = _check(request, files, target, saved, ignored, reader)
-        sharing = Sharing(session, stages, reader, files.name, verify, files.name_at)
+        from_store = not files.context.store.is_local
+        sharing = Sharing(session, stages, reader, files.name, verify, files.name_at, from_store)
         plan, weights = plan_weights(checked.plan, sharing)
         unplanned = (
             storages([saved.state, saved.masters, saved.unnamed_masters]) if plan.rest is not None else []
         )
         reads = checked.reads if plan is checked.plan else reads_of(plan.copies)
-        checking = Checking(session, stages, reader)
+        from_peers = from_store and files.context.options.mode == "job"
+        checking = Checking(session, stages, reader, from_store, from_peers)
         checks = deal_checks(
             checking, reads, files.name_at, verify=verify, name=files.name, direct=files.context.direct
         )
@@ -279,11 +287,15 @@ def load(
         if verify == "before":
             fetch_now(files.context, files.remote, parts.wanted, "fetch parts")
         verify_before(checks, checking, unplanned)
-        with fetching(files, reader, parts, "fetch parts"):
+        with fetching(files, reader, parts, "fetch parts") as coming:
             begun.append(files.name)
-            restored, done = _restore(plan, reader, restore, stages)
+            restored, work = _restore(plan, reader, restore, stages)
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
-            verify_after(checks, checking)
+            coming.settle()
+            verify_after(
+                checks, checking, partial(coming.again, partial(carry_out_again, work)), files.renewed
+            )
+        done = work.carried_out
         _finish(plan, files.name, stages)
         _agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _complete_rng(request, saved, checked.rng, session, stages)
@@ -463,10 +475,11 @@ def _refuse_unknown(plan: Plan, saved: Saved, request: LoadRequest, files: Check
 
 def _restore(
     plan: Plan, reader: TensorReader, options: RestoreOptions, stages: Stages
-) -> tuple[list[str], Plan]:
+) -> tuple[list[str], Work]:
     """Carries out `plan`; the first change is here.
 
-    Returns what was restored, as the receipt names it, and all that was planned: algorithms bring more.
+    Returns what was restored, as the receipt names it, and what it was done with, which knows all that was planned:
+    algorithms bring more.
     """
     changed: list[str] = []
     with (
@@ -480,7 +493,7 @@ def _restore(
         ),
     ):
         work = Work(reader, options, changed.append)
-        return carry_out(plan, work), work.carried_out
+        return carry_out(plan, work), work
 
 
 def _finish(plan: Plan, name: str, stages: Stages) -> None:
@@ -570,6 +583,7 @@ def _report(
         streamed=tuple(remote.streamed),
         fetched_in_parts=remote.fetched_by_path(),
         timings=tuple(context.stages.timings),
+        fetched_again=tuple(remote.fetched_again),
         files=tuple(_file_reports(files)),
     )
 

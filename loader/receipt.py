@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .fetch.tally import FetchedAgain
 from .plurals import counted
 from .stages import Timing
 
@@ -65,6 +66,8 @@ class RankReport:
     """Bytes that this rank fetched for its node of each file that came in parts, by its path there."""
     timings: tuple[Timing, ...]
     files: tuple[FileReport, ...]
+    fetched_again: tuple[FetchedAgain, ...] = ()
+    """By this rank."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ class Receipt:
     notes: tuple[str, ...] = ()
     """Sentences on anything else, such as where weights of another precision came from."""
     files: tuple[FileRecord, ...] = ()
+    fetched_again: tuple[FetchedAgain, ...] = ()
+    """What did not match its checksum, on its way here or in the cache, and was fetched a second time: by each node, or
+    rank, that did. The bytes are among the `fetched_bytes` of the files."""
     stages: tuple[StageRecord, ...] = ()
     hosts: tuple[str, ...] = ()
     """Each rank's machine, by rank."""
@@ -165,6 +171,7 @@ class Receipt:
             "rankload/files": float(len(self.files)),
             "rankload/size_bytes": float(sum(file.size_bytes for file in self.files)),
             "rankload/fetched_bytes": float(self.fetched_bytes),
+            "rankload/fetched_again_bytes": float(sum(one.nbytes for one in self.fetched_again)),
             "rankload/ignored": float(len(self.ignored)),
             "rankload/missing": float(len(self.missing)),
             "rankload/unexpected": float(len(self.unexpected)),
@@ -188,6 +195,9 @@ class Receipt:
         size = sum(file.size_bytes for file in self.files)
         unmoved = "used in place" if self.cache_dir is None else "nothing fetched"
         fetched = f"{counted(self.fetched_bytes, 'byte')} fetched" if self.fetched_bytes else unmoved
+        if self.fetched_again:
+            again = sum(one.nbytes for one in self.fetched_again)
+            fetched += f", of these {again:,} a second time, because they were damaged"
         slowest = sorted(_slowest_by_stage(self.stages).items(), key=lambda item: -item[1])[:3]
         timing = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in slowest)
         second = (
@@ -225,6 +235,10 @@ class Receipt:
                 ("unexpected in the checkpoint", self.unexpected),
                 ("ignored", self.ignored),
                 ("derived", self.derived),
+                (
+                    "fetched again",
+                    [f"{one.name} ({one.nbytes:,} bytes: {one.why})" for one in self.fetched_again],
+                ),
                 ("cast", [f"{name} ({how})" for name, how in self.cast.items()]),
                 ("note", self.notes),
             )
@@ -271,6 +285,7 @@ def join_reports(reports: Sequence[RankReport], about: Receipt) -> Receipt:
             *(f"server without ranges: {name} was read as one stream" for name in streamed),
         ),
         files=files,
+        fetched_again=tuple(each for one in reports for each in one.fetched_again),
         hosts=tuple(one.host for one in reports),
         nodes=tuple(one.node for one in reports),
         stages=tuple(

@@ -2,10 +2,12 @@
 
     <name>           as long as the object; what has not landed is a hole
     <name>.landed    a record for each range that has: start, stop, the CRC-32 of its bytes, and one of the record
+    <name>.again     locked while bytes are fetched again; which ones were, by load
 
 `PartialFile` is for the process that fetches: it writes bytes before their record, so recorded bytes were there
 however that process ended. The next one compares them with their CRC-32s and goes on with what is missing. `Landed`
-reads the record in other processes.
+reads the record in other processes. Any of them may put other bytes in the place of damaged ones (`replace_bytes`),
+one at a time (`fetching_again`).
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ..byte_ranges import ByteRange, subtract, union
+from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
 from ..checksums import crc32
 
 _RECORD = struct.Struct("<QQI")
 _CHECK = struct.Struct("<I")
 _RECORD_BYTES = _RECORD.size + _CHECK.size
 _READ_BYTES = 1 << 20
+_POLL_S = 0.05
+"""How often a process that waits for another one's lock looks."""
 
 
 class PartialFile:
@@ -49,8 +54,11 @@ class PartialFile:
             self._file = os.open(path, flags, 0o600)
             opening.callback(os.close, self._file)
             os.ftruncate(self._file, size_bytes)
-            right = list(self._still_right())
+            wrong: list[ByteRange] = []
+            right = list(self._still_right(wrong))
             self._landed = union(one for one, _ in right)
+            self.damaged_bytes = total_bytes(subtract(wrong, self._landed))
+            """How many bytes that earlier processes had landed were found to be wrong, and are missing now."""
             # Other processes rely on the record, so what was found to be wrong is taken out.
             os.ftruncate(self._records, 0)
             for one, crc in right:
@@ -71,7 +79,11 @@ class PartialFile:
 
     def landed(self, span: ByteRange) -> tuple[ByteRange, ...]:
         """The bytes of `span` that have landed."""
-        return subtract([span], self.missing([span]))
+        return self.landed_among([span])
+
+    def landed_among(self, ranges: Sequence[ByteRange]) -> tuple[ByteRange, ...]:
+        """The bytes of `ranges` that have landed."""
+        return subtract(ranges, self.missing(ranges))
 
     def write(self, start: int, data: memoryview) -> None:
         """Writes `data` at `start`; it has landed once `land` was called for it."""
@@ -97,33 +109,32 @@ class PartialFile:
         """Up to `nbytes` from `start` on, as they are on the disk, landed or not."""
         return os.pread(self._file, nbytes, start)
 
-    def _note(self, start: int, stop: int, crc: int) -> None:
-        record = _RECORD.pack(start, stop, crc)
-        os.write(self._records, record + _CHECK.pack(crc32(record)))
+    def forget(self, ranges: Iterable[ByteRange]) -> None:
+        """From now on, the bytes of `ranges` have not landed. For before other processes know of the file."""
+        with self._lock:
+            self._landed = subtract(self._landed, ranges)
+            os.ftruncate(self._records, 0)
+            for start, stop in self._landed:
+                self._note(start, stop, _crc_of(self._file, start, stop, self._on_compared))
 
-    def _still_right(self) -> Iterator[tuple[ByteRange, int]]:
-        """Ranges that are still right, with their CRC-32s. A record that was cut short, or overwritten, ends them."""
+    def _note(self, start: int, stop: int, crc: int) -> None:
+        os.write(self._records, _packed(start, stop, crc))
+
+    def _still_right(self, wrong: list[ByteRange]) -> Iterator[tuple[ByteRange, int]]:
+        """Ranges that are still right, with their CRC-32s; adds the others to `wrong`. A record that was cut short, or
+        overwritten, ends them."""
         position = 0
         while len(record := os.pread(self._records, _RECORD_BYTES, position)) == _RECORD_BYTES:
             found = _unpack(record)
             if found is None:
                 break
             start, stop, crc = found
-            if stop <= self.size_bytes and self._crc_of(start, stop) == crc:
-                yield ByteRange(start, stop), crc
+            if stop <= self.size_bytes:
+                if _crc_of(self._file, start, stop, self._on_compared) == crc:
+                    yield ByteRange(start, stop), crc
+                else:
+                    wrong.append(ByteRange(start, stop))
             position += _RECORD_BYTES
-
-    def _crc_of(self, start: int, stop: int) -> int:
-        value = 0
-        while start < stop:
-            data = os.pread(self._file, min(_READ_BYTES, stop - start), start)
-            if not data:
-                return -1
-            value = crc32(data, value)
-            start += len(data)
-            if self._on_compared is not None:
-                self._on_compared(len(data))
-        return value
 
 
 class Landed:
@@ -155,6 +166,11 @@ class Landed:
         self._update()
         return subtract(ranges, self._ranges)
 
+    def landed(self, ranges: Iterable[tuple[int, int]]) -> tuple[ByteRange, ...]:
+        """The bytes of `ranges` that are there by now."""
+        self._update()
+        return overlap(union(ranges), self._ranges)
+
     def _update(self) -> None:
         with open(self._record, "rb") as file:
             file.seek(self._read_to)
@@ -168,6 +184,105 @@ class Landed:
 def landed_record(path: str) -> str:
     """The path of the record of the file at `path`."""
     return f"{path}.landed"
+
+
+def again_record(path: str) -> str:
+    """The path of the record of what was fetched again of the file at `path`."""
+    return f"{path}.again"
+
+
+class FetchedAgain:
+    """What one load has fetched again of a file, on this node; `fetching_again` makes it."""
+
+    def __init__(self, fd: int, load_id: str) -> None:
+        self._fd = fd
+        self._load_id = load_id
+
+    def has(self, ranges: Iterable[ByteRange]) -> bool:
+        """Whether any byte of `ranges` is among them."""
+        lines = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("ascii", "replace").splitlines()
+        noted = [line.split() for line in lines if line.startswith(f"{self._load_id} ")]
+        held = [ByteRange(int(start), int(stop)) for _, start, stop in noted]
+        wanted = union(ranges)
+        return subtract(wanted, held) != wanted
+
+    def note(self, ranges: Iterable[ByteRange]) -> None:
+        """Adds `ranges`."""
+        text = "".join(f"{self._load_id} {start} {stop}\n" for start, stop in ranges)
+        os.pwrite(self._fd, text.encode("ascii"), os.fstat(self._fd).st_size)
+
+
+@contextlib.contextmanager
+def fetching_again(path: str, load_id: str, on_wait: Callable[[], None]) -> Iterator[FetchedAgain]:
+    """Holds the right to put other bytes in the place of those of the file at `path`, among this node's processes.
+
+    `load_id` is that of the load on all of its ranks. `on_wait` is called while another process holds it; it may raise.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(again_record(path), flags, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(_POLL_S)
+        yield FetchedAgain(fd, load_id)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replace_bytes(path: str, ranges: Iterable[ByteRange]) -> Iterator[None]:
+    """Around the writing of other bytes in `ranges` of the partial file at `path`: keeps its record right.
+
+    What was recorded together with them stays recorded, where it is still what was recorded. Hold `fetching_again`.
+    """
+    spans = union(ranges)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        beside = [
+            left
+            for start, stop, crc in _records_of(path)
+            if subtract([(start, stop)], spans) != (ByteRange(start, stop),)
+            and _crc_of(file, start, stop) == crc
+            for left in subtract([(start, stop)], spans)
+        ]
+        yield
+        with open(landed_record(path), "ab", buffering=0) as records:
+            for start, stop in (*beside, *spans):
+                records.write(_packed(start, stop, _crc_of(file, start, stop)))
+    finally:
+        os.close(file)
+
+
+def _records_of(path: str) -> Iterator[tuple[int, int, int]]:
+    with open(landed_record(path), "rb") as file:
+        data = file.read()
+    for at in range(0, len(data) - len(data) % _RECORD_BYTES, _RECORD_BYTES):
+        found = _unpack(data[at : at + _RECORD_BYTES])
+        if found is not None:
+            yield found
+
+
+def _crc_of(file: int, start: int, stop: int, on_compared: Callable[[int], None] | None = None) -> int:
+    """The CRC-32 of a file's bytes; -1 where it ends before."""
+    value = 0
+    while start < stop:
+        data = os.pread(file, min(_READ_BYTES, stop - start), start)
+        if not data:
+            return -1
+        value = crc32(data, value)
+        start += len(data)
+        if on_compared is not None:
+            on_compared(len(data))
+    return value
+
+
+def _packed(start: int, stop: int, crc: int) -> bytes:
+    record = _RECORD.pack(start, stop, crc)
+    return record + _CHECK.pack(crc32(record))
 
 
 def _unpack(record: bytes) -> tuple[int, int, int] | None:

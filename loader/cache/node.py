@@ -49,8 +49,11 @@ from .records import (
     in_use,
     is_used_for,
     product_name,
+    put_in_place,
     remove,
     sizes,
+    still_right,
+    sums,
     take_over,
     whole,
     write_json,
@@ -73,6 +76,8 @@ class Filled:
     """What the `produce` that made it returned."""
     made_here: bool = False
     """False where it was there already, or another process made it meanwhile."""
+    damaged: bool = False
+    """Whether it was there already, with other bytes than were put there, and was made anew."""
 
 
 class NodeCache:
@@ -263,6 +268,8 @@ class CacheEntry:
         self.lasting = use.awaited
         """Whether another load could ask for it."""
         self.folder = os.path.join(home, name)
+        self._keeps = use.stays or (use.awaited and cache.purpose == "prefetch")
+        """Whether another load will find what is made here."""
         self._cache = cache
         self._closed = False
         self._user = os.path.join(self.folder, "users", uuid.uuid4().hex)
@@ -313,24 +320,34 @@ class CacheEntry:
         return whole(folder, os.path.join(folder, product_name(product))) is not None
 
     def fill(
-        self, slot: str, product: str, produce: Callable[[str], dict[str, Any] | None], on_bytes: OnBytes
+        self,
+        slot: str,
+        product: str,
+        produce: Callable[[str], dict[str, Any] | None],
+        on_bytes: OnBytes,
+        *,
+        on_compared: OnBytes | None = None,
     ) -> Filled:
         """The product of `slot`, made by `produce` unless it is there, or another process is making it.
 
         `produce` gets the path of a file or folder to make, and returns what ``details`` shall hold (JSON). While
         another process makes it, `on_bytes` is called with the bytes that arrive, and may raise. What `produce` raises
         is raised here, and a process that waits then makes the product itself.
+
+        With `on_compared`, a product that an earlier load left is compared with the CRC-32s that it had then, and made
+        anew where one differs; `on_compared` is called with 0 meanwhile.
         """
         folder = os.path.join(self.folder, slot)
         path = os.path.join(folder, product_name(product))
         waited, waits = 0, False
+        damaged = on_compared is not None and self._drop_if_damaged(folder, path, on_compared)
         while True:
             work = os.path.join(folder, WORK + uuid.uuid4().hex)
             with locked(self.home) as now:
                 details = whole(folder, path)
                 if details is not None:
                     _logger.info("in the cache already: %s", path)
-                    return Filled(path, details)
+                    return Filled(path, details, damaged=damaged)
                 claimed = claim(folder, work, now)
             if not claimed:
                 if not waits:
@@ -340,10 +357,38 @@ class CacheEntry:
                 continue
             on_bytes(-waited)
             waited = 0
-            if self._produce(path, work, produce):
-                return Filled(path, whole(folder, path) or {}, made_here=True)
+            if self._produce(path, work, produce, on_compared or _unheard):
+                return Filled(path, whole(folder, path) or {}, made_here=True, damaged=damaged)
 
-    def _produce(self, path: str, work: str, produce: Callable[[str], dict[str, Any] | None]) -> bool:
+    def _drop_if_damaged(self, folder: str, path: str, on_compared: OnBytes) -> bool:
+        """Whether the product at `path` was whole by its sizes and not by its sums: it does not count as whole then."""
+        if whole(folder, path) is None or still_right(folder, path, on_compared):
+            return False
+        with locked(self.home), contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, "done"))
+        return True
+
+    def make_again(
+        self, slot: str, product: str, produce: Callable[[str], dict[str, Any] | None], on_bytes: OnBytes
+    ) -> None:
+        """Makes the product of `slot` anew, into its place: each file is put there in one step, so that processes that
+        have it open, or open it meanwhile, read the old one or the new one. Arguments and errors as of `fill`."""
+        folder = os.path.join(self.folder, slot)
+        while True:
+            work = os.path.join(folder, WORK + uuid.uuid4().hex)
+            with locked(self.home) as now:
+                claimed = claim(folder, work, now)
+            if claimed and self._produce(
+                os.path.join(folder, product_name(product)), work, produce, on_bytes
+            ):
+                return
+            if not claimed:
+                on_bytes(0)
+                time.sleep(POLL_S)
+
+    def _produce(
+        self, path: str, work: str, produce: Callable[[str], dict[str, Any] | None], on_summed: OnBytes
+    ) -> bool:
         folder = os.path.dirname(path)
         claimed = os.path.join(folder, "claim")
         self._cache.touch(claimed)
@@ -351,12 +396,13 @@ class CacheEntry:
         try:
             details = produce(made) or {}
             done = {"sizes": sizes(made), "details": details}
+            if self._keeps:
+                done["sums"] = sums(made, on_summed)
             with locked(self.home):
                 if not claimed_for(claimed, work):
                     # This process was taken for dead, and another one makes the product now.
                     return False
-                remove(path)
-                os.replace(made, path)
+                put_in_place(made, path)
                 write_json(os.path.join(folder, "done"), done)
             return True
         finally:
@@ -365,6 +411,10 @@ class CacheEntry:
                 if claimed_for(claimed, work):
                     os.unlink(claimed)
             remove(work)
+
+
+def _unheard(_: int) -> None:
+    """For who need not hear of progress."""
 
 
 def _wait(folder: str, seen: int, on_bytes: OnBytes) -> int:

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ...distributed.liveness import ProcessIdentity, how_ended, is_watchable, this_process
+from ..checksums import crc32
 
 STALE_S = 180.0
 """A process that cannot be watched from here counts as dead where its file was not touched for so long. Network file
@@ -28,6 +29,7 @@ WORK = "work-"
 """Begins the name of a folder in which a product is being made."""
 PARTS = "parts"
 """The slot of an object that comes in parts; a process that finds it held makes another one, whose name begins so."""
+_READ_BYTES = 1 << 20
 _GONE = ".gone-"
 """Begins the name of an entry that is being removed."""
 _ABOUT = "about"
@@ -197,6 +199,25 @@ def whole(folder: str, path: str) -> dict[str, Any] | None:
     return details if isinstance(details, dict) else {}
 
 
+def still_right(folder: str, path: str, on_compared: Callable[[int], None]) -> bool:
+    """Whether the product at `path` has the sums that were noted in the slot `folder`; True where none were."""
+    noted = read_json(os.path.join(folder, "done")).get("sums")
+    return noted is None or sums(path, on_compared) == noted
+
+
+def sums(path: str, on_summed: Callable[[int], None]) -> dict[str, int]:
+    """The CRC-32 of each file at `path`, by its name as in `sizes`; `on_summed` is called with 0 meanwhile."""
+    found = {}
+    for name in sizes(path):
+        value = 0
+        with open(os.path.join(path, name) if name else path, "rb", buffering=0) as file:
+            while data := file.read(_READ_BYTES):
+                value = crc32(data, value)
+                on_summed(0)
+        found[name] = value
+    return found
+
+
 def sizes(path: str) -> dict[str, int]:
     """The bytes of each file at `path`, by its name relative to it; by ``""`` where `path` is a file."""
     if not os.path.isdir(path):
@@ -206,6 +227,20 @@ def sizes(path: str) -> dict[str, int]:
         for folder, _, names in os.walk(path)
         for name in names
     }
+
+
+def put_in_place(made: str, path: str) -> None:
+    """Moves the file or folder `made` to `path`, in place of what is there; of two folders, file by file."""
+    if not os.path.isdir(made) or not os.path.isdir(path):
+        if os.path.isdir(made) or os.path.isdir(path):
+            remove(path)
+        os.replace(made, path)
+        return
+    names = set(os.listdir(made))
+    for name in names:
+        put_in_place(os.path.join(made, name), os.path.join(path, name))
+    for name in set(os.listdir(path)) - names:
+        remove(os.path.join(path, name))
 
 
 def product_name(name: str) -> str:

@@ -22,6 +22,7 @@ from ..stores.locate import Located
 from ..stores.names import file_name
 from ..stores.probes import Probes, all_there
 from ..template import expand_path, template_variables
+from .again import SecondFetch
 from .files import FetchedFile, FileNeed, fetch_files
 from .items import read_items
 from .remote_files import RemoteFiles
@@ -45,6 +46,8 @@ class CheckpointFiles:
         self.context = context
         self.remote = remote
         """The files that come in parts: at first their index alone."""
+        self.again = SecondFetch(context, remote)
+        """Fetches once more what does not match its checksum."""
         self._index_at: dict[str, FileIndex] = {}
         """By local path."""
         self._located = located
@@ -189,12 +192,12 @@ class CheckpointFiles:
             (f"{file.path}/{member}", f"{file.source}:{member}") if member else (file.path, file.source)
         )
         if path not in self._index_at:
-            self._index_at[path] = self.remote.index(path, name)
+            self._index_at[path] = self.again.reading(path, name, lambda: self.remote.index(path, name))
             self._names[path] = name
         return self._index_at[path]
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
-        found, by_file = read_items(self.context, self.remote, wanted, stage)
+        found, by_file = read_items(self.context, self.remote, self.again, wanted, stage)
         self._index_at |= {index.path: index for index in by_file}
         self._names |= {index.path: index.name for index in by_file}
         return found
@@ -227,6 +230,11 @@ class CheckpointFiles:
         raise InternalError(
             f"{self.name}: {path} is read, and was not fetched; please report it", path=self.name
         )
+
+    @property
+    def renewed(self) -> list[str]:
+        """The names of files all of which this rank fetched again for its node, while ranks may have read of them."""
+        return [self.name_at(path) for path in self.remote.renewed]
 
     def file_of(self, tree: Any) -> str:
         """The name of the file that an unknown type in `tree` came from, for messages; `name` where there is none."""

@@ -48,6 +48,8 @@ class FetchedFile(NodeFile):
     """The checksums that all its bytes, as stored, were compared with (`whole_checks`)."""
     left_out: tuple[str, ...] = ()
     """The checksums that they could not be compared with."""
+    whole: ObjectPart | None = None
+    """The remote object that it is, or was made of, where it came whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ def fetch_files(
     """
     topology, channel = context.session.topology, context.session.channel
     table = gather_needs(channel, topology, needs, context.cache.load_id, stage)
+    if remote is not None:
+        remote.known.load_id = table.load_id
     objects = ObjectCache(context.store, context.cache, table.load_id)
     store = objects.store
     tally = Tally(channel.counters().get(channel.rank, {}))
@@ -120,6 +124,8 @@ def fetch_files(
             inside = (f"{file.path}/{member}", f"{file.source}:{member}")
             if remote is not None:
                 remote.known.note(*(inside if member else (file.path, file.source)), part)
+        if remote is not None and file.whole is not None:
+            remote.known.note_whole(file.path, file.source, file.whole)
     mine = [need.name for need in table.own]
     return Fetched({name: everything[name] for name in mine if name in everything})
 
@@ -182,6 +188,7 @@ def _fetch(
             parts=one.parts,
             compared_by=one.compared.by,
             left_out=one.compared.left_out,
+            whole=one.whole,
         )
 
     # The largest first, so that no thread is left with a large file at the end.

@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from ..byte_ranges import ByteRange, subtract
@@ -20,6 +21,7 @@ from ..context import LoadContext
 from ..errors import CorruptError
 from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
 from ..saved.node_file import FileItem
+from .again import SecondFetch
 from .decompress import Expanded
 from .remote_files import RemoteFiles
 from .rounds import WantedRanges, fetch_now
@@ -31,12 +33,16 @@ WHOLE_ITEM_BYTES = 4 << 20
 
 
 def read_items(
-    context: LoadContext, remote: RemoteFiles, wanted: Sequence[FileItem], stage: str
+    context: LoadContext,
+    remote: RemoteFiles,
+    again: SecondFetch,
+    wanted: Sequence[FileItem],
+    stage: str,
 ) -> tuple[list[FileIndex], list[FileIndex]]:
     """The indexes of the items, in the order of `wanted`, and one for each file, with all of its storages together.
 
-    Every rank must call, whatever it wants. Raises, on all ranks alike, what `read_item` and `fetch_now` raise, and
-    `CorruptError` where a file ends before one of its items.
+    What came damaged is fetched once more, by `again`. Every rank must call, whatever it wants. Raises, on all ranks
+    alike, what `read_item` and `fetch_now` raise, and `CorruptError` where a file ends before one of its items.
     """
     # What is fetched here goes into the node's file, which mode="direct" is there to avoid.
     most = SMALL_ITEM_BYTES if context.options.mode == "direct" else WHOLE_ITEM_BYTES
@@ -46,13 +52,13 @@ def read_items(
         _check_sizes(wanted)
     fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
     with context.stages.stage(stage), _OpenFiles() as opened:
-        late = _read([item for item in wanted if not item.zstd], ends, opened, found)
-        found |= {item: _expanded(context, item) for item in wanted if item.zstd}
+        late = _read([item for item in wanted if not item.zstd], ends, again, opened, found)
+        found |= {item: _expanded(context, again, item) for item in wanted if item.zstd}
     if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
         whole = {item: [ByteRange(item.start, item.stop)] for item in late}
         fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
         with context.stages.stage(f"{stage} again"), _OpenFiles() as opened:
-            _read(late, whole, opened, found)
+            _read(late, whole, again, opened, found)
     return [found[item] for item in wanted], list(_by_file(wanted, found))
 
 
@@ -90,6 +96,7 @@ def _by_path(parts: Mapping[FileItem, Sequence[ByteRange]]) -> WantedRanges:
 def _read(
     wanted: Sequence[FileItem],
     landed: Mapping[FileItem, Sequence[ByteRange]],
+    again: SecondFetch,
     opened: _OpenFiles,
     found: dict[FileItem, FileIndex],
 ) -> list[FileItem]:
@@ -97,13 +104,20 @@ def _read(
     late = []
     for item in wanted:
         try:
-            found[item] = read_item(
+            name = f"{item.file.source}: {item.key}"
+            found[item] = again.reading(
                 item.file.path,
-                item.start,
-                item.stop,
-                name=f"{item.file.source}: {item.key}",
-                key=f"{item.key}:",
-                open_file=opened.opener(landed.get(item)),
+                name,
+                partial(
+                    read_item,
+                    item.file.path,
+                    item.start,
+                    item.stop,
+                    name=name,
+                    key=f"{item.key}:",
+                    open_file=opened.opener(landed.get(item)),
+                ),
+                landed.get(item, ()),
             )
         except _NotThereError:
             late.append(item)
@@ -115,12 +129,20 @@ def _read(
     return late
 
 
-def _expanded(context: LoadContext, item: FileItem) -> FileIndex:
+def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileIndex:
     """The index of a compressed item, which the first process of the node to ask for it expands into the cache."""
     path, name = item.file.path, f"{item.file.source}: {item.key}"
 
     def produce(target: str) -> dict[str, Any]:
+        span = [ByteRange(item.start, item.stop)]
+        again.reading(path, name, lambda: expand(target), span)
+        return {}
+
+    def expand(target: str) -> None:
         raw = f"{target}.raw"
+        for left in (raw, target):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)
         with open(path, "rb") as file, open(raw, "xb") as part:
             file.seek(item.start)
             for start in range(item.start, item.stop, _COPY_BYTES):
@@ -132,7 +154,6 @@ def _expanded(context: LoadContext, item: FileItem) -> FileIndex:
             while data := expanded.read(_COPY_BYTES):
                 made.write(data)
         os.unlink(raw)
-        return {}
 
     known = os.stat(path)
     identity = (path, known.st_size, known.st_mtime_ns, item.start, item.stop)

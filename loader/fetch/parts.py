@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..byte_ranges import ByteRange
 from ..cache.holes import Landed
+from ..errors import CorruptError, fetched_twice
 from ..formats.torch_file import FileIndex
 from ..materialize.tensors import TensorReader
+from ..options import Verify
 from ..ranges.direct import DirectReads
 from ..saved.copies import StorageReads
 from ..saved.tensor import StorageRef
 from .checkpoint_files import CheckpointFiles
-from .rounds import Parts, WantedRanges, fetch_now, plan_round
+from .rounds import FetchRound, Parts, WantedRanges, fetch_now, plan_round
 from .wanted import SMALL_STORAGE_BYTES, add_storage, all_parts, parts_of_restore, small_parts
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "all_parts",
     "fetch_storages",
     "fetching",
+    "files_reader",
     "restore_parts",
     "small_parts",
 ]
@@ -67,72 +70,152 @@ def fetch_storages(files: CheckpointFiles, wanted: Mapping[StorageRef, Sequence[
     fetch_now(files.context, files.remote, by_path, "fetch weights")
 
 
-@contextlib.contextmanager
-def fetching(files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: str) -> Iterator[None]:
-    """Fetches `parts` while the block inside reads them; in it `reader` waits for bytes that have not landed.
+def files_reader(files: CheckpointFiles, verify: Verify) -> TensorReader:
+    """The reader of a load: it knows what of `files` comes in parts, and fetches again what came damaged."""
+    return TensorReader(
+        verify=verify,
+        on_bytes=files.context.stages.count,
+        comes_in_parts=files.remote.known.__contains__,
+        fetch_again=files.again.storage,
+    )
 
-    Every rank must enter, whatever it wants. Where fetching fails, the error is raised in the block of the rank that
-    fetches, and so on all ranks. At the end, once all has landed, the headers of the storages are checked.
-    """
-    stages, remote = files.context.stages, files.remote
-    if files.context.store.is_local:
-        yield
-        return
-    fetch_round = plan_round(files.context, remote, parts, stage)
-    failure: list[BaseException] = []
-    ended = threading.Event()
 
-    def work() -> None:
+class Coming:
+    """What is being fetched while it is read; `fetching` makes it."""
+
+    def __init__(self, files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: str) -> None:
+        self._files = files
+        self._reader = reader
+        self._stage = stage
+        self._wanted = parts.wanted
+        self._round: FetchRound | None = None
+        self._ended = threading.Event()
+        self._settled = False
+        self._failure: list[BaseException] = []
+        self._thread = threading.Thread(target=self._work, name="rankload-fetch", daemon=True)
+        if not files.context.store.is_local:
+            self._round = plan_round(files.context, files.remote, parts, stage)
+
+    def begin(self) -> None:
+        """Begins to fetch; the reader waits for bytes that have not landed from now on."""
+        if self._round is None:
+            return
+        self._reader.waiting(self._wait, self._wanted)
+        self._reader.reading_direct(self._round.direct)
+        if self._round:
+            self._thread.start()
+        else:
+            self._ended.set()
+
+    def settle(self) -> None:
+        """Returns once all has landed on all nodes, and the headers of the storages were checked. Every rank must call.
+
+        Headers that contradict their file's directory are fetched once more. Raises, on all ranks alike, what fetching
+        raised, and `CorruptError`.
+        """
+        if self._round is None or self._settled:
+            return
+        with self._files.context.stages.stage(f"{self._stage}: end"):
+            while not self._ended.wait(0.05):
+                self._wait()
+            self._wait()
+            for index in self._files.indexes:
+                self._check_headers(index, self._round.direct)
+        self._settled = True
+
+    def again(
+        self, read: Callable[[Collection[StorageRef]], object], damaged: Mapping[StorageRef, str]
+    ) -> None:
+        """Calls `read` with storages that came `damaged`, and notes what it reads directly as fetched again."""
+        before = dict(self._round.direct.fetched_bytes) if self._round is not None else {}
+        read(damaged.keys())
+        for path, n_bytes in self._round.direct.fetched_bytes.items() if self._round is not None else ():
+            whys = [why for storage, why in damaged.items() if storage.file == path]
+            n_again = n_bytes - before.get(path, 0)
+            self._files.remote.note_again(
+                self._files.name_at(path), n_again, (whys or ["it came damaged"])[0]
+            )
+
+    def close(self) -> None:
+        """Ends what is still being fetched."""
+        if self._round is None:
+            return
+        self._reader.waiting(None, {})
+        self._reader.reading_direct(None)
+        self._files.remote.known.add_fetched(self._round.direct.fetched_bytes)
+        if not self._ended.is_set():
+            self._files.remote.stop()
+            self._thread.join(10)
+
+    def _work(self) -> None:
         try:
-            with stages.timed_in_thread(stage) as timing:
-                timing.bytes += fetch_round.run()
+            with self._files.context.stages.timed_in_thread(self._stage) as timing:
+                timing.bytes += self._round.run() if self._round is not None else 0
         except BaseException as error:
-            failure.append(error)
+            self._failure.append(error)
         finally:
-            ended.set()
+            self._ended.set()
 
-    def wait() -> None:
-        if failure:
-            raise failure[0]
-        stages.count(0)
+    def _wait(self) -> None:
+        if self._failure:
+            raise self._failure[0]
+        self._files.context.stages.count(0)
 
-    thread = threading.Thread(target=work, name="rankload-fetch", daemon=True)
-    reader.waiting(wait, parts.wanted)
-    reader.reading_direct(fetch_round.direct)
-    if fetch_round:
-        thread.start()
-    else:
-        ended.set()
-    try:
-        yield
-        with stages.stage(f"{stage}: end"):
-            while not ended.wait(0.05):
-                wait()
-            wait()
-            for index in files.indexes:
-                _check_headers(index, parts.wanted, fetch_round.direct, reader)
-    finally:
-        reader.waiting(None, {})
-        reader.reading_direct(None)
-        remote.known.add_fetched(fetch_round.direct.fetched_bytes)
-        if not ended.is_set():
-            remote.stop()
-            thread.join(10)
+    def _check_headers(self, index: FileIndex, direct: DirectReads) -> None:
+        """Compares the zip headers of the storages of which ranges were fetched, to the file or directly."""
+        starts = {one.start for one in self._wanted.get(index.path, ())}
+        for storage in index.storages:
+            if storage.header in starts:
+                try:
+                    self._check_header(index, storage, direct)
+                except CorruptError as error:
+                    self._fetch_header(index, storage, direct, error)
 
-
-def _check_headers(
-    index: FileIndex, wanted: Mapping[str, Sequence[ByteRange]], direct: DirectReads, reader: TensorReader
-) -> None:
-    """Compares the zip headers of the storages of which ranges were fetched, to the file or directly."""
-    starts = {one.start for one in wanted.get(index.path, ())}
-    for storage in index.storages:
-        if storage.header not in starts:
-            continue
+    def _check_header(self, index: FileIndex, storage: StorageRef, direct: DirectReads) -> None:
         if direct.of(index.path, storage.header, storage.offset):
             kept = direct.header(index.path, storage.header)
             if kept is not None:
                 index.check_headers([storage], kept)
-        else:
-            # Another process may still be fetching it.
-            reader.wait_for(index.path, storage.header, storage.offset)
-            index.check_headers([storage])
+            return
+        # Another process may still be fetching it.
+        self._reader.wait_for(index.path, storage.header, storage.offset)
+        index.check_headers([storage])
+
+    def _fetch_header(
+        self, index: FileIndex, storage: StorageRef, direct: DirectReads, error: CorruptError
+    ) -> None:
+        header, remote = ByteRange(storage.header, storage.offset), self._files.remote
+        why = error.message.removeprefix(f"{index.name}: ")
+
+        def is_right() -> bool:
+            try:
+                index.check_headers([storage])
+            except CorruptError:
+                return False
+            return True
+
+        if direct.of(index.path, *header):
+            direct.read_header(index.path, header)
+            remote.note_again(index.name, header.length, why)
+        elif not self._files.again.ranges(index.path, [header], why, is_right):
+            raise error
+        try:
+            self._check_header(index, storage, direct)
+        except CorruptError as again:
+            raise fetched_twice(again) from again.__cause__
+
+
+@contextlib.contextmanager
+def fetching(files: CheckpointFiles, reader: TensorReader, parts: Parts, stage: str) -> Iterator[Coming]:
+    """Fetches `parts` while the block inside reads them; in it `reader` waits for bytes that have not landed.
+
+    Every rank must enter, whatever it wants. Where fetching fails, the error is raised in the block of the rank that
+    fetches, and so on all ranks. At the end it is settled (`Coming.settle`), unless the block did so.
+    """
+    coming = Coming(files, reader, parts, stage)
+    coming.begin()
+    try:
+        yield coming
+        coming.settle()
+    finally:
+        coming.close()

@@ -11,11 +11,11 @@ import io
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, cast
 
-from ..byte_ranges import ByteRange
-from ..cache.holes import PartialFile
+from ..byte_ranges import ByteRange, total_bytes
+from ..cache.holes import PartialFile, replace_bytes
 from ..cache.records import PARTS, product_name
 from ..checksums import crc32
 from ..errors import RankloadError
@@ -47,6 +47,7 @@ class RemoteFile:
             self._target = _SummedTarget(path, source.size_bytes)
             opening.pop_all()
         self._taken_bytes = 0
+        self._read: list[ByteRange] = []
         self._count_lock = threading.Lock()
 
     @property
@@ -84,6 +85,11 @@ class RemoteFile:
         if object_read is not None:
             read_ranges([object_read], on_bytes)
 
+    def fetch_again(self, ranges: Sequence[ByteRange], on_bytes: OnBytes) -> int:
+        """Puts what the store has of `ranges`, all of which has landed, in the place of what is there; returns its
+        bytes. Hold `cache.holes.fetching_again`. Raises as `read_ranges` does."""
+        return fetch_again(self.source, self.path, ranges, on_bytes)
+
     def opener(self, on_bytes: OnBytes) -> Callable[[str], BinaryIO]:
         """A function like ``open`` for this object: reading the file that it returns fetches what is missing."""
 
@@ -94,7 +100,27 @@ class RemoteFile:
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Bytes that have landed."""
+        self._read.append(ByteRange(start, start + nbytes))
         return self._partial.read(start, nbytes)
+
+    def forget_what_was_read(self) -> int:
+        """Drops all bytes that `read` has returned, so that they are fetched again when they are needed; how many.
+
+        For before other processes know of the file.
+        """
+        dropped = self._partial.landed_among(self._read)
+        self._read = []
+        self.forget(dropped)
+        return total_bytes(dropped)
+
+    def forget(self, ranges: Sequence[ByteRange]) -> None:
+        """Drops `ranges`, as `forget_what_was_read` does."""
+        self._partial.forget(ranges)
+
+    @property
+    def damaged_bytes(self) -> int:
+        """How many bytes that an earlier load had landed were found to be wrong, and are fetched again."""
+        return self._partial.damaged_bytes
 
     def close(self) -> None:
         self.source.close()
@@ -136,6 +162,16 @@ def open_remote_file(
             if not entry.await_prefetch(on_bytes):
                 break
     raise RankloadError(f"{described}: no file in {entry.folder} could be opened", path=described)
+
+
+def fetch_again(source: RangeSource, path: str, ranges: Sequence[ByteRange], on_bytes: OnBytes) -> int:
+    """`RemoteFile.fetch_again` of the file at `path`, for any process of the node."""
+    target = FileDestination(path, source.size_bytes)
+    try:
+        with replace_bytes(path, ranges):
+            return read_ranges([ObjectRead(source, ranges, target)], on_bytes).read_bytes
+    finally:
+        target.close()
 
 
 class _SummedTarget(FileDestination):

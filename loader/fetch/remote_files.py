@@ -8,6 +8,7 @@ one itself, directly. `InParts` is what `begin` found of one object.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +18,13 @@ from typing import Literal
 from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
-from ..cache.holes import Landed
-from ..errors import CorruptError
+from ..cache.holes import Landed, fetching_again
+from ..errors import CorruptError, FormatError, UnsafeError, fetched_twice
 from ..formats.safetensors import index_bytes
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
 from ..http.connections import Connections
+from ..plurals import counted
 from ..ranges.base import RangeSource
 from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, ReadReport, read_ranges
@@ -34,6 +36,7 @@ from ..stores.names import path_of
 from ..workers import Stop
 from .object_cache import ObjectCache
 from .remote_file import RemoteFile, open_remote_file
+from .tally import FetchedAgain
 from .tars import RemoteArchive, open_archive
 from .whole_checks import Compared, WholeChecks
 
@@ -49,6 +52,7 @@ SMALL_ARCHIVE_BYTES = 1 << 20
 OF_ITEMS = ".distcp"
 """Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
 fetch, another file says (`items`)."""
+_logger = logging.getLogger("rankload")
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Suffixes of objects that come whole; for them no range source is opened."""
 
@@ -98,11 +102,17 @@ class RemoteFiles:
         """By store and object."""
         self._archives: dict[str, RemoteArchive] = {}
         self._indexes: dict[str, FileIndex] = {}
+        self._index_spans: dict[str, ByteRange] = {}
+        """Where the index lies that no checksum of its own proves, by path."""
+        self.renewed: set[str] = set()
+        """Paths of files all of which was fetched again, while ranks may have read of it."""
         self._server: RangeServer | None = None
         self._objects: dict[str, tuple[Store, ObjectInfo]] = {}
         self._lock = threading.Lock()
         self._connections: Connections | None = None
         self._servers = RangeServers()
+        self.fetched_again: list[FetchedAgain] = []
+        """By this rank, because it did not match its checksum."""
         self.stopping = Stop()
         """Set when the reads that are under way are to end."""
         self.known = KnownParts(self._shared_connections)
@@ -118,6 +128,16 @@ class RemoteFiles:
             file.close()
         if self._connections is not None:
             self._connections.close()
+
+    def note_again(self, name: str, n_bytes: int, why: str) -> None:
+        """Notes for the receipt that `n_bytes` of the file `name` were fetched again, and logs it."""
+        if n_bytes:
+            _logger.warning("%s: %s; %s fetched again", name, why, counted(n_bytes, "byte"))
+            with self._lock:
+                same = [one for one in self.fetched_again if (one.name, one.why) == (name, why)]
+                self.fetched_again = [one for one in self.fetched_again if one not in same]
+                n_bytes += sum(one.nbytes for one in same)
+                self.fetched_again.append(FetchedAgain(name, n_bytes, why))
 
     def may_come_in_parts(self, info: ObjectInfo) -> bool:
         """False where the object's name or size shows that it comes whole."""
@@ -159,46 +179,66 @@ class RemoteFiles:
             file = open_remote_file(objects, info, source, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
-            if path_of(info.name).endswith(OF_ITEMS):
-                with self._lock:
-                    self._files[file.path] = file
-                undoing.pop_all()
-                part = _part_of(info, source)
-                return InParts(file.path, "file", size, file.fetched_bytes, (), {"": part})
-            file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
-            kind = sniff(file.read(0, HEAD_BYTES))
-            in_parts = None
-            if kind in ("torch-zip", "safetensors"):
-                at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
-                at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
-                file.ensure([at_end if kind == "torch-zip" else at_start], on_bytes)
-                index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
-                with self._lock:
-                    self._files[file.path], self._indexes[file.path] = file, index
-                in_parts = InParts(
-                    file.path, "file", size, file.fetched_bytes, (), {"": _part_of(info, source)}
-                )
-            elif kind == "tar" and size > SMALL_ARCHIVE_BYTES:
-                archive = open_archive(file, info.name, described, HEAD_AND_TAIL_BYTES, on_bytes)
-                if archive is not None:
-                    with self._lock:
-                        self._files |= {file.path: file, **archive.files}
-                        self._indexes |= archive.indexes
-                        self._archives[archive.path] = archive
-                    in_parts = InParts(
-                        archive.path,
-                        "archive",
-                        size,
-                        archive.fetched_bytes,
-                        archive.members,
-                        {
-                            name: _part_of(info, archive.files[os.path.join(archive.path, name)].source)
-                            for name in archive.parts
-                        },
-                    )
+            if file.damaged_bytes:
+                self.note_again(described, file.damaged_bytes, "what the cache held was damaged")
+            try:
+                in_parts = self._read_begin(info, file, described, on_bytes)
+            except (CorruptError, FormatError, UnsafeError) as error:
+                # One bit that flipped on the way can make an index anything.
+                dropped = file.forget_what_was_read()
+                if not dropped:
+                    raise
+                in_parts = self._read_begin_again(info, file, described, on_bytes)
+                self.note_again(described, dropped, error.message.removeprefix(f"{described}: "))
             if in_parts is not None:
                 undoing.pop_all()
             return in_parts
+
+    def _read_begin_again(
+        self, info: ObjectInfo, file: RemoteFile, described: str, on_bytes: OnBytes
+    ) -> InParts | None:
+        try:
+            return self._read_begin(info, file, described, on_bytes)
+        except CorruptError as error:
+            raise fetched_twice(error) from error.__cause__
+
+    def _read_begin(
+        self, info: ObjectInfo, file: RemoteFile, described: str, on_bytes: OnBytes
+    ) -> InParts | None:
+        """Fetches the index of `file`; None where the object has to come whole."""
+        source, size = file.source, file.source.size_bytes
+        if path_of(info.name).endswith(OF_ITEMS):
+            with self._lock:
+                self._files[file.path] = file
+            part = _part_of(info, source)
+            return InParts(file.path, "file", size, file.fetched_bytes, (), {"": part})
+        file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
+        kind = sniff(file.read(0, HEAD_BYTES))
+        if kind in ("torch-zip", "safetensors"):
+            at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
+            at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
+            file.ensure([at_end if kind == "torch-zip" else at_start], on_bytes)
+            index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
+            with self._lock:
+                self._files[file.path], self._indexes[file.path] = file, index
+                if kind == "safetensors":
+                    self._index_spans[file.path] = at_start
+            return InParts(file.path, "file", size, file.fetched_bytes, (), {"": _part_of(info, source)})
+        if kind == "tar" and size > SMALL_ARCHIVE_BYTES:
+            archive = open_archive(file, info.name, described, HEAD_AND_TAIL_BYTES, on_bytes)
+            if archive is not None:
+                with self._lock:
+                    self._files |= {file.path: file, **archive.files}
+                    self._indexes |= archive.indexes
+                    self._archives[archive.path] = archive
+                for name, n_bytes, why in archive.fetched_again:
+                    self.note_again(f"{described}:{name}", n_bytes, why)
+                parts = {
+                    name: _part_of(info, archive.files[os.path.join(archive.path, name)].source)
+                    for name in archive.parts
+                }
+                return InParts(archive.path, "archive", size, archive.fetched_bytes, archive.members, parts)
+        return None
 
     def download(self, store: Store, info: ObjectInfo, path: str, on_bytes: OnBytes) -> bool:
         """Downloads a whole object in parallel ranges, into a new file at `path`.
@@ -276,7 +316,38 @@ class RemoteFiles:
         if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
             file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)
         if not file.missing_bytes and path not in self._compared:
-            self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
+            try:
+                self._compared[path] = self.checks.compare(*self._objects[path], path, on_bytes)
+            except CorruptError as error:
+                self._compared[path] = self._compare_again(path, on_bytes, error)
+
+    def _compare_again(self, path: str, on_bytes: OnBytes, error: CorruptError) -> Compared:
+        """Fetches all of the file at `path` again, which `error` says to be damaged, and compares it once more."""
+        file, span = self._files[path], self._index_spans.get(path, ByteRange(0, 0))
+        whole = [ByteRange(0, file.source.size_bytes)]
+        with fetching_again(path, self.known.load_id, lambda: on_bytes(0)) as done:
+            if done.has(whole):
+                # A rank has put other bytes in the place of a damaged storage's meanwhile.
+                with contextlib.suppress(CorruptError):
+                    return self.checks.compare(*self._objects[path], path, on_bytes)
+            done.note(whole)
+            index = file.read(span.start, span.length)
+            n_bytes = file.fetch_again(whole, on_bytes)
+            self.known.add_fetched({path: n_bytes})
+        described = self._objects[path][0].describe(self._objects[path][1].name)
+        self.note_again(described, n_bytes, error.message.removeprefix(f"{described}: "))
+        try:
+            compared = self.checks.compare(*self._objects[path], path, on_bytes)
+        except CorruptError as again:
+            raise fetched_twice(again) from again.__cause__
+        if file.read(span.start, span.length) != index:
+            raise CorruptError(
+                f"{described}: its index came damaged, and was used before its checksum could be compared; it was "
+                "fetched again, and is right now: load once more",
+                path=described,
+            )
+        self.renewed.add(path)
+        return compared
 
     def compared(self, path: str) -> Compared | None:
         """What this rank compared all of the file at `path` with; None where this rank did not begin that file."""
@@ -334,7 +405,7 @@ class RemoteFiles:
 
 
 class KnownParts:
-    """Which files of this node come in parts, as every rank of the node knows it."""
+    """Which files of this node come in parts, as every rank of the node knows it; and which came whole."""
 
     def __init__(self, connections: Callable[[], Connections]) -> None:
         """`connections` returns those that all range sources of this rank share."""
@@ -343,12 +414,27 @@ class KnownParts:
         self._path_of: dict[str, str] = {}
         self._sources: dict[str, RangeSource] = {}
         self._own_bytes: dict[str, int] = {}
+        self._whole: dict[str, tuple[str, ObjectPart]] = {}
+        self.load_id = ""
+        """Of the load, the same on all ranks."""
         self._lock = threading.Lock()
 
     def note(self, path: str, name: str, part: ObjectPart) -> None:
         """Says that the node's file at `path` comes in parts; `name` is the same on all ranks of the job."""
         self._known[path] = (name, part)
         self._path_of[name] = path
+
+    def note_whole(self, path: str, name: str, part: ObjectPart) -> None:
+        """Says that the file, or the archive's folder, at `path` came whole from an object of a store."""
+        self._whole[path] = (name, part)
+
+    def whole_at(self, path: str) -> tuple[str, str, ObjectPart] | None:
+        """The path, the name and the object of what came whole, where `path` is that, or lies in its folder."""
+        while path not in self._whole:
+            path, before = os.path.dirname(path), path
+            if path == before:
+                return None
+        return (path, *self._whole[path])
 
     def __contains__(self, path: str) -> bool:
         return path in self._known

@@ -155,7 +155,7 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
         DirectReads(
             _by_path(remote, plan.direct),
             lambda path: remote.known.open_source(context.store, path),
-            _count_direct(context, remote),
+            count_own(context, remote),
             n_neighbours=session.topology.local_world_size,
         ),
     )
@@ -203,8 +203,9 @@ def _by_path(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
     return {remote.known.path_of(name): ranges for name, ranges in wanted.items()}
 
 
-def _count_direct(context: LoadContext, remote: RemoteFiles) -> Callable[[int], None]:
-    """What `DirectReads` is to call as bytes arrive: counts them, and reports them to the channel."""
+def count_own(context: LoadContext, remote: RemoteFiles) -> Callable[[int], None]:
+    """What is to be called as bytes arrive that this rank reads for itself: counts them, and reports them to the
+    channel. It raises another rank's failure, or `StalledError`."""
     watches: list[FetchWatch] = []
 
     def on_bytes(count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...distributed.channel import Channel
@@ -22,6 +23,17 @@ class OnProgress(NamedTuple):
     """With the bytes that were just unpacked or compared."""
     comes_whole: OnBytes
     """With the object's size, once it is known not to come in parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedAgain:
+    """Bytes of one file that were fetched a second time, because they did not match their checksum."""
+
+    name: str
+    """Path or URI, without secrets."""
+    nbytes: int
+    why: str
+    """What did not match: both sums, or what was wrong."""
 
 
 class Tally:

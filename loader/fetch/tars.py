@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 
 from ..byte_ranges import ByteRange
 from ..cache.folder import free_bytes_of
-from ..cache.holes import landed_record
+from ..cache.holes import again_record, landed_record
 from ..errors import AccessError, CorruptError, FormatError, UnsafeError
 from ..formats.sniff import HEAD_BYTES, sniff
-from ..formats.torch_file import FileIndex, read_index
+from ..formats.torch_file import FileIndex, check_records, read_index
+from ..formats.torch_zip import check_end
 from ..ranges.engine import read_ranges
 from ..ranges.window import WindowSource
 from ..stores.base import OnBytes
@@ -68,6 +69,8 @@ class RemoteArchive:
     """Large members by their paths."""
     indexes: dict[str, FileIndex] = field(default_factory=dict)
     """Of the `parts`, by their paths."""
+    fetched_again: tuple[tuple[str, int, str], ...] = ()
+    """Of members that came damaged at first: the name, how many bytes, and what was wrong."""
 
     @property
     def fetched_bytes(self) -> int:
@@ -81,7 +84,8 @@ def open_archive(
     """Fetches the headers of the remote `tar`, its small members, and of each large torch file the index.
 
     A large torch file's first and last `edge_bytes` are fetched at once; mostly they hold the index. None where the
-    archive has to come whole: it has more large members than can be kept open, or one whose name ends in ``.landed``.
+    archive has to come whole: it has more large members than can be kept open, or one whose name ends in ``.landed`` or
+    ``.again``.
 
     Raises as `archive.unpack` and `read_ranges` do.
     """
@@ -110,7 +114,8 @@ def open_archive(
         _bring(tar, small, large, files, edge_bytes, on_bytes)
         for one in small:
             _write_again(tar, one, folder, described)
-        indexes = _indexes(large, files, on_bytes)
+        again = list(_small_again(tar, small, folder, described, on_bytes))
+        indexes = _indexes(large, files, again, on_bytes)
         undoing.pop_all()
     return RemoteArchive(
         folder,
@@ -119,6 +124,7 @@ def open_archive(
         tar,
         {file.path: file for file in files.values()},
         {index.path: index for index in indexes.values()},
+        tuple(again),
     )
 
 
@@ -142,8 +148,8 @@ def read_members(file: RemoteFile, described: str, on_bytes: OnBytes) -> list[Me
 
 
 def _is_taken(name: str) -> bool:
-    """Whether `name` could be that of a record of what has landed."""
-    return any(part.endswith(landed_record("")) for part in name.split("/"))
+    """Whether `name` could be that of a record of what has landed, or was fetched again."""
+    return any(part.endswith((landed_record(""), again_record(""))) for part in name.split("/"))
 
 
 def _bring(
@@ -194,22 +200,51 @@ def _reader(tar: RemoteFile, member: Member) -> Callable[[int], bytes]:
     return read
 
 
+def _small_again(
+    tar: RemoteFile, small: Sequence[Member], folder: str, described: str, on_bytes: OnBytes
+) -> Iterator[tuple[str, int, str]]:
+    """Fetches again those of the `small` members that are damaged torch files; yields what was."""
+    for one in small:
+        try:
+            check_records(os.path.join(folder, one.name), name=one.name)
+        except CorruptError as error:
+            tar.forget([one.span])
+            tar.ensure([one.span], on_bytes)
+            _write_again(tar, one, folder, described)
+            yield one.name, one.size_bytes, error.message.removeprefix(f"{one.name}: ")
+
+
 def _indexes(
-    large: Sequence[Member], files: dict[str, RemoteFile], on_bytes: OnBytes
+    large: Sequence[Member],
+    files: dict[str, RemoteFile],
+    again: list[tuple[str, int, str]],
+    on_bytes: OnBytes,
 ) -> dict[str, FileIndex]:
-    """The indexes of the torch files among the `large` members, by name."""
+    """The indexes of the torch files among the `large` members, by name; adds what was fetched again to `again`."""
     found = {}
     for one in large:
         file = files[one.name]
         if one.kind != "torch-zip":
             continue
+        name = file.source.describe()
+
+        def index(file: RemoteFile = file, name: str = name) -> FileIndex:
+            return read_index(file.path, name=name, open_file=file.opener(on_bytes), partial=True)
+
         try:
-            found[one.name] = read_index(
-                file.path, name=file.source.describe(), open_file=file.opener(on_bytes), partial=True
-            )
-        except (CorruptError, FormatError, UnsafeError):
-            # It may be another kind of zip, or never be read. If it is, its reader raises what is wrong with it.
-            file.ensure([ByteRange(0, one.size_bytes)], on_bytes)
+            found[one.name] = index()
+            continue
+        except (CorruptError, FormatError, UnsafeError) as error:
+            why = error.message.removeprefix(f"{name}: ")
+        with contextlib.suppress(CorruptError, FormatError, UnsafeError):
+            # Where it ends as a zip too, a bit may have flipped on the way.
+            check_end(file.opener(on_bytes)(file.path), one.size_bytes, name)
+            dropped = file.forget_what_was_read()
+            found[one.name] = index()
+            again.append((one.name, dropped, why))
+            continue
+        # It may be another kind of zip, or never be read. If it is, its reader raises what is wrong with it.
+        file.ensure([ByteRange(0, one.size_bytes)], on_bytes)
     return found
 
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..cache.folder import folder_of
 from ..cache.node import CacheEntry, NodeCache
-from ..errors import AccessError, CorruptError, NotFoundError
+from ..cache.records import remove
+from ..errors import AccessError, CorruptError, NotFoundError, fetched_twice
 from ..formats.sniff import sniff
 from ..store_errors import disk_full, is_disk_full, refusals_in
-from ..stores.base import ObjectInfo, OnBytes
+from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.names import path_of
 from ..stores.symlinks import resolve_link
 from .archive import is_tar, unpack
@@ -51,6 +52,7 @@ class Obtained:
     """Whether it comes in parts."""
     parts: Mapping[str, ObjectPart] = field(default_factory=dict)
     compared: Compared = NOTHING
+    whole: ObjectPart | None = None
 
 
 def obtain(objects: ObjectCache, info: ObjectInfo, remote: RemoteFiles | None, on: OnProgress) -> Obtained:
@@ -92,7 +94,7 @@ def _obtain_local(objects: ObjectCache, info: ObjectInfo, checks: WholeChecks, o
         return {**_prepare(path, target, path, cache, on.unpacked), "compared": compared.as_details()}
 
     entry = cache.entry(path, *identity, nbytes=size * _expands(path))
-    filled = entry.fill("object", path, on_disk(produce), on.unpacked)
+    filled = entry.fill("object", path, on_disk(produce), on.unpacked, on_compared=on.unpacked)
     return _obtained(info.name, filled.path, filled.details, size, 0)
 
 
@@ -117,39 +119,115 @@ def _obtain_remote(
             parts=in_parts.parts,
         )
     on.comes_whole(info.size_bytes or 0)
-    entry = _whole_entry(objects, info)
-    fetched = 0
+    download = _Download(objects, info, remote, on)
+    entry, name, produce = _whole_entry(objects, info), described, on_disk(download.produce)
+    filled = entry.fill("object", name, produce, on.arrived, on_compared=on.unpacked)
+    if filled.damaged and remote is not None:
+        remote.note_again(described, download.fetched, "what the cache held was damaged")
+    if remote is not None and _lacks_sums(remote.checks, store, info, filled.details):
+        # An earlier load fetched it, and had fewer checksums to compare it with.
+        try:
+            compared = remote.checks.compare(store, info, filled.path, on.unpacked)
+        except CorruptError as error:
+            entry.make_again("object", name, produce, on.arrived)
+            filled = entry.fill("object", name, produce, on.arrived)
+            remote.note_again(described, download.fetched, _without(error.message, described))
+        else:
+            filled = replace(filled, details={**filled.details, "compared": compared.as_details()})
+    size = int(filled.details.get("size", -1))
+    obtained = _obtained(info.name, filled.path, filled.details, size, download.fetched)
+    return replace(obtained, whole=ObjectPart(info.name, info.size_bytes or 0, info.version, None))
 
-    def produce(target: str) -> dict[str, Any]:
-        nonlocal fetched
+
+def obtain_again(objects: ObjectCache, info: ObjectInfo, remote: RemoteFiles, on: OnProgress) -> int:
+    """Brings a remote object that came whole to this node again, in the place of what is there; returns its bytes.
+
+    Any rank of the node may, while the others read what is there. Raises as `obtain`.
+    """
+    described, entry = objects.store.describe(info.name), _whole_entry(objects, info)
+    download = _Download(objects, info, remote, on)
+    entry.make_again("object", described, on_disk(download.produce), on.arrived)
+    return download.fetched
+
+
+def _lacks_sums(checks: WholeChecks, store: Store, info: ObjectInfo, details: Mapping[str, Any]) -> bool:
+    """Whether there are checksums that the product with these `details` was not compared with, and could be."""
+    as_stored = "members" not in details and "decompressed" not in details
+    return as_stored and not checks.is_done(store, info, from_details(details.get("compared")))
+
+
+def _without(message: str, described: str) -> str:
+    """`message` without the object's name before it."""
+    return message.removeprefix(f"{described}: ")
+
+
+@dataclass
+class _Download:
+    """Makes the product of a remote object that comes whole: the file, what a compressed one holds, or a tar's files.
+
+    What does not match its checksum, or cannot be unpacked, is downloaded once more.
+    """
+
+    objects: ObjectCache
+    info: ObjectInfo
+    remote: RemoteFiles | None
+    on: OnProgress
+    fetched: int = 0
+    """How many bytes came, over all downloads."""
+
+    def produce(self, target: str) -> dict[str, Any]:
+        """For `CacheEntry.fill`; the product is made at `target`."""
+        cache, info = self.objects.cache, self.info
+        described = self.objects.store.describe(info.name)
         free = cache.free_bytes(target)
         if info.size_bytes is not None and info.size_bytes > free:
             raise AccessError(
-                f"{described}: needs {info.size_bytes} bytes, but {entry.home} has {free} left; set "
+                f"{described}: needs {info.size_bytes} bytes, but {os.path.dirname(target)} has {free} left; set "
                 "cache_dir to a folder with more",
                 path=described,
             )
+        try:
+            return self._attempt(target, described)
+        except _DamagedError as error:
+            before = self.fetched
+            remove(target)
+            why = _without(error.error.message, described)
+        try:
+            details = self._attempt(target, described)
+        except _DamagedError as error:
+            raise fetched_twice(error.error) from error.error
+        if self.remote is not None:
+            self.remote.note_again(described, self.fetched - before, why)
+        return details
+
+    def _attempt(self, target: str, described: str) -> dict[str, Any]:
+        store, info, remote = self.objects.store, self.info, self.remote
         raw = f"{target}.download"
-        if remote is None or not remote.download(store, info, raw, on.arrived):
-            store.download(info.name, raw, on.arrived, info)
-        fetched = os.path.getsize(raw)
-        compared = remote.checks.compare(store, info, raw, on.unpacked) if remote is not None else NOTHING
-        details = _prepare(raw, target, described, cache, on.unpacked)
+        if remote is None or not remote.download(store, info, raw, self.on.arrived):
+            store.download(info.name, raw, self.on.arrived, info)
+        size = os.path.getsize(raw)
+        self.fetched += size
+        try:
+            compared = NOTHING
+            if remote is not None:
+                compared = remote.checks.compare(store, info, raw, self.on.unpacked)
+            details = _prepare(raw, target, described, self.objects.cache, self.on.unpacked)
+        except CorruptError as error:
+            os.unlink(raw)
+            raise _DamagedError(error) from error
         if not details:
             os.replace(raw, target)
         else:
             os.unlink(raw)
-        return {**details, "size": fetched, "compared": compared.as_details()}
+        return {**details, "size": size, "compared": compared.as_details()}
 
-    filled = entry.fill("object", described, on_disk(produce), on.arrived)
-    size = int(filled.details.get("size", -1))
-    obtained = _obtained(info.name, filled.path, filled.details, size, fetched)
-    as_stored = obtained.kind == "file" and "decompressed" not in filled.details
-    if remote is not None and as_stored and not remote.checks.is_done(store, info, obtained.compared):
-        # An earlier load fetched it, and had fewer checksums to compare it with.
-        compared = remote.checks.compare(store, info, obtained.path, on.unpacked)
-        return replace(obtained, compared=compared)
-    return obtained
+
+class _DamagedError(Exception):
+    """What came is damaged, as `error` says; what the store itself raises is not this."""
+
+    def __init__(self, error: CorruptError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 def _whole_entry(objects: ObjectCache, info: ObjectInfo) -> CacheEntry:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
 from ..checksums import RangeSums, crc32
-from ..errors import AccessError, CorruptError, InternalError, NotFoundError
+from ..errors import AccessError, CorruptError, InternalError, NotFoundError, fetched_twice
 from ..options import Verify
 from ..ranges.direct import DirectReads, Placement
 from ..ranges.engine import OnLanded
@@ -48,6 +48,15 @@ class StorageSlice:
 
 _Planned = list[tuple[StorageRef, list[StorageSlice]]]
 
+FetchAgain = Callable[[StorageRef, str, Callable[[], bool] | None], bool]
+"""Called with a storage that does not match its checksum, what is wrong, and a function that tells whether its bytes
+are right by now, where this rank alone can tell. Returns whether other bytes may be there now, to be read once more."""
+
+
+def no_store(storage: StorageRef, why: str, is_right: Callable[[], bool] | None) -> bool:
+    """A `FetchAgain` for files that are from no store."""
+    return False
+
 
 class StorageReader:
     """Reads slices of storages, and compares each storage with its checksum, unless ``verify`` is ``off``.
@@ -64,8 +73,10 @@ class StorageReader:
         verify: Verify,
         on_bytes: Callable[[int], None] | None,
         comes_in_parts: Callable[[str], bool] = lambda path: False,
+        fetch_again: FetchAgain = no_store,
     ) -> None:
         self.verify = verify
+        self.fetch_again = fetch_again
         self.comes_in_parts = comes_in_parts
         """Whether the file at a path comes in parts, so that a record says what has landed of it."""
         self.on_bytes = on_bytes
@@ -184,7 +195,24 @@ class _Pass:
             os.close(self.file)
 
     def run(self, slices: Sequence[StorageSlice]) -> None:
-        """Reads `slices`, which are in order, and compares the checksum where the storage is summed whole."""
+        """Reads `slices`, which are in order, and compares the checksum where the storage is summed whole.
+
+        Where it differs, the storage is fetched once more, if it is from a store, and the slices are read again.
+        """
+        self._read(slices)
+        if self.summed and self.crc != self.storage.crc32:
+            why = self._differs()
+            again = self.reader.fetch_again(self.storage, f"storage {self.storage.key} {why}", self._is_right)
+            if again:
+                self._read(slices)
+            if self.crc != self.storage.crc32:
+                error = self._corrupt(f"{self._differs()}. The file is damaged")
+                raise fetched_twice(error) if again else error
+        if self.summed:
+            self.reader.passed(self.storage)
+
+    def _read(self, slices: Sequence[StorageSlice]) -> None:
+        self.crc = self.frontier = 0
         self.file = self._open()
         try:
             for one in slices:
@@ -198,13 +226,15 @@ class _Pass:
             self._pass_over(self.storage.nbytes)
         finally:
             os.close(self.file)
-        if self.summed:
-            if self.crc != self.storage.crc32:
-                raise self._corrupt(
-                    f"has CRC-32 {self.crc:08x}; the file's directory says {self.storage.crc32:08x}. The "
-                    "file is damaged"
-                )
-            self.reader.passed(self.storage)
+
+    def _differs(self) -> str:
+        return f"has CRC-32 {self.crc:08x}; the file's directory says {self.storage.crc32:08x}"
+
+    def _is_right(self) -> bool:
+        """Whether the storage matches its checksum as it lies in the file now."""
+        other = _Pass(self.reader, self.storage, (), summed=True)
+        other._read(())
+        return other.crc == self.storage.crc32
 
     def _open(self) -> int:
         path = self.storage.file
@@ -274,7 +304,7 @@ class _Pass:
         more = f" and {len(self.names) - 3} more" if len(self.names) > 3 else ""
         used = f", used by {', '.join(self.names[:3])}{more}," if self.names else ""
         return CorruptError(
-            f"{self.storage.file}: storage {self.storage.key}{used} {text}; fetch the file again.",
+            f"{self.storage.file}: storage {self.storage.key}{used} {text}; take another copy of it.",
             path=self.storage.file,
         )
 

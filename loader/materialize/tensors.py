@@ -25,7 +25,7 @@ from ..saved.copies import Copy, Memory, copies_into
 from ..saved.regions import Run, row_major_stride
 from ..saved.strided import Box, Layout, bounded_boxes, row_major_boxes
 from ..saved.tensor import SavedTensor, StorageRef
-from .storages import STAGING_BYTES, StorageReader, StorageSlice
+from .storages import STAGING_BYTES, FetchAgain, StorageReader, StorageSlice, no_store
 
 
 class TensorReader:
@@ -33,8 +33,8 @@ class TensorReader:
 
     `verify` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each storage is
     summed whole as it is read, gaps included) or ``off``. `on_bytes` is called with how many bytes were just read.
-    `comes_in_parts` says of a path whether bytes of that file may not have landed yet. Holds a buffer of
-    `STAGING_BYTES`.
+    `comes_in_parts` says of a path whether bytes of that file may not have landed yet. `fetch_again` is called with a
+    storage that does not match its checksum. Holds a buffer of `STAGING_BYTES`.
     """
 
     def __init__(
@@ -43,8 +43,14 @@ class TensorReader:
         verify: Verify = "during",
         on_bytes: Callable[[int], None] | None = None,
         comes_in_parts: Callable[[str], bool] = lambda path: False,
+        fetch_again: FetchAgain = no_store,
     ) -> None:
-        self._storages = StorageReader(verify, on_bytes, comes_in_parts)
+        self._storages = StorageReader(verify, on_bytes, comes_in_parts, fetch_again)
+
+    @property
+    def fetch_again(self) -> FetchAgain:
+        """What is called with a storage that does not match its checksum."""
+        return self._storages.fetch_again
 
     def copy(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
         """Fills `memories`, by `Memory.key`, as `copies` say, storage by storage in the order of the files.

@@ -109,6 +109,12 @@ class DirectReads:
         self._add(path, span.length)
         self._settle(path, read_ranges([object_read], self._on_bytes, chunk_bytes=SINGLE_CHUNK_BYTES))
 
+    def read_header(self, path: str, header: ByteRange) -> None:
+        """Reads the `header`, which must be among the ranges, and keeps it for `header`. Raises as `read_ranges`."""
+        memory = bytearray(header.length)
+        self.read(path, header.start, memoryview(memory))
+        self._headers[path, header.start] = memory
+
     def header(self, path: str, start: int) -> Callable[[str], BinaryIO] | None:
         """Opens, when called, the file at `path` with only the header at `start` in it; None unless `place` kept it."""
         kept = self._headers.get((path, start))

@@ -6,12 +6,14 @@ summed is what is read. `carry_out` compares: a copy or a tree that its step lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import InternalError
 from ..materialize.objects import materialize
@@ -21,7 +23,7 @@ from ..saved.contents import Saved
 from ..saved.copies import Copy, copies_of_tree
 from ..saved.demand import Demand
 from ..saved.mismatch import Mismatch
-from ..saved.tensor import SavedTensor
+from ..saved.tensor import SavedTensor, StorageRef
 from ..state import AlgorithmPass
 
 NoteChange = Callable[[str], None]
@@ -160,6 +162,21 @@ class Target(Protocol):
         """
 
 
+class _Held:
+    """A tensor's memory, which this keeps no longer than others do."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._address = tensor.data_ptr()
+
+    def by(self, tensor: Any) -> bool:
+        """Whether `tensor` has that memory; not where it was freed since, wherever its successor lies."""
+        if not isinstance(tensor, torch.Tensor) or self._reference.expired():  # type: ignore[no-untyped-call]
+            return False
+        own = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return bool(self._reference == own) and tensor.data_ptr() == self._address
+
+
 class Work:
     """What a step does its work with. It keeps account of what the step has used of its copies and trees."""
 
@@ -171,11 +188,43 @@ class Work:
         """All plans that were carried out, as one, for the receipt: `Plan.rest` adds what the first could not tell."""
         self._copied: set[int] = set()
         self._made: set[str] = set()
+        self._filled: dict[str, _Held] = {}
+        """By `Memory.key`: the memory that was filled, whether or not it is there still."""
+        self._again: Collection[StorageRef] | None = None
 
     def fill(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
-        """Fills `memories`, by `Memory.key`. Raises as `TensorReader.copy`."""
+        """Fills `memories`, by `Memory.key`. Raises as `TensorReader.copy`.
+
+        In `carry_out_again`, memory that was filled before gets only what was damaged then.
+        """
+        again = self._again
+        if again is not None:
+            held = {key for key, memory in memories.items() if self.has_filled(key, memory)}
+            copies = [copy for copy in copies if copy.storage in again or copy.memory.key not in held]
         self.reader.copy(copies, memories)
         self._copied.update(map(id, copies))
+        for key in {copy.memory.key for copy in copies}:
+            memory = memories[key]
+            self._filled[key] = _Held(memory)
+
+    def has_filled(self, key: str, memory: Any) -> bool:
+        """Whether `memory` is the very one that `fill` has filled before as `key`; False in a first restore."""
+        held = self._filled.get(key)
+        return self._again is not None and held is not None and held.by(memory)
+
+    @property
+    def again(self) -> bool:
+        """Whether what was carried out is carried out once more."""
+        return self._again is not None
+
+    @contextmanager
+    def once_more(self, damaged: Collection[StorageRef]) -> Iterator[None]:
+        """A block in which `fill` reads the storages `damaged` again, and of others only what memory lacks."""
+        self._again = damaged
+        try:
+            yield
+        finally:
+            self._again = None
 
     def real(self, trees: Mapping[str, Any]) -> dict[str, Any]:
         """`trees` as real values, by the same places; each is made by itself. Raises as `materialize`."""
@@ -224,3 +273,18 @@ def carry_out(plan: Plan, work: Work) -> list[str]:
         )
         restored += carry_out(rest, work)
     return restored
+
+
+def carry_out_again(work: Work, damaged: Collection[StorageRef]) -> None:
+    """Carries out once more what `carry_out` did by `work`, from the first step on that read any of `damaged`.
+
+    These were read damaged, and are right in their files now. So the outcome is that of a restore that read them so;
+    memory that is still the same is not filled again with what was right. Raises as `carry_out`. No rank waits.
+    """
+    plan, begun = work.carried_out, False
+    with work.once_more(damaged):
+        for step in plan.steps:
+            begun = begun or any(copy.storage in damaged for copy in Plan((step,)).copies)
+            # Algorithms read nothing; they have changed the model by now, and would change it twice.
+            if begun and (step.copies or step.trees):
+                step.apply(work)

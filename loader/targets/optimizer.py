@@ -201,9 +201,13 @@ class OptimizerStep:
                     fresh[position][key] = value.value
                 elif lies_along(value, key, parameter):
                     make = torch.zeros_like if isinstance(value, Zeros) else torch.empty_like
-                    tensor = make(parameter.detach(), dtype=_dtype_along(value, parameter))
+                    place = _key(plan, position, key)
+                    # When it is carried out again, the tensor that it had filled is the optimizer's by now.
+                    tensor = current.get(position, {}).get(key) if work.again else None
+                    if tensor is None or not work.has_filled(place, _local(tensor, place)):
+                        tensor = make(parameter.detach(), dtype=_dtype_along(value, parameter))
                     fresh[position][key] = tensor
-                    memories[_key(plan, position, key)] = local_part(tensor, _key(plan, position, key))[1]
+                    memories[place] = local_part(tensor, place)[1]
                 else:
                     fresh[position][key] = torch.zeros(value.shape, dtype=torch_dtype(value.dtype))
         work.fill(self.copies, memories)
@@ -211,6 +215,10 @@ class OptimizerStep:
         groups = real[_groups_place(plan)]
         plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
         return [f"optimizer {plan.name} ({counted(sum(tensor.nbytes for tensor in plan.tensors), 'byte')})"]
+
+
+def _local(tensor: Any, place: str) -> Any:
+    return local_part(tensor, place)[1] if isinstance(tensor, torch.Tensor) else None
 
 
 def plan_optimizers(state: Any, saved: Saved, options: RestoreOptions) -> tuple[list[OptimizerPlan], Plan]:

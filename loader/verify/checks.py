@@ -7,13 +7,13 @@ that is small, or that a rank reads whole when sharing would gain nothing, is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...distributed.session import Session
 from ..byte_ranges import ByteRange
-from ..errors import after_first_change
+from ..errors import CorruptError, after_first_change, fetched_twice
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..saved.copies import StorageReads
@@ -21,6 +21,8 @@ from ..saved.tensor import StorageId, StorageRef
 from ..stages import Stages
 from ..wire import decode, encode
 from .joint import JointCheck, StorageRead, split_reads
+
+_RENEWED = "a node found that its copy does not match the manifest's checksum"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Verification:
     """The bytes of those storages that this rank sums."""
     judge: JointCheck | None = None
     """On rank 0; None on the others."""
+    reads: tuple[StorageRef, ...] = ()
+    """All that this rank reads."""
+    name_at: Callable[[str], str] = str
+    """The name, the same on all ranks, of the file at a local path."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,11 @@ class Checking:
     session: Session
     stages: Stages
     reader: TensorReader
-    """The one reader of the load, which sums what it reads."""
+    """The one reader of the load, which sums what it reads, and fetches again what is damaged."""
+    from_store: bool = False
+    """Whether the files are from a store, so that there is something to fetch again."""
+    from_peers: bool = False
+    """Whether nodes take bytes of each other, so that what one has fetched again may be damaged on others."""
 
 
 def deal_checks(
@@ -86,7 +96,8 @@ def deal_checks(
     own = decode(dict[StorageId, tuple[ByteRange, ...]], dealt)
     shares = {storage: own.get(storage_id, ()) for storage_id, storage in shared.items()}
     checking.reader.share(shares)
-    return Verification(verify, name, alone, shared, shares, judges[0] if judges else None)
+    judge = judges[0] if judges else None
+    return Verification(verify, name, alone, shared, shares, judge, tuple(reads), name_at)
 
 
 def verify_before(
@@ -94,35 +105,103 @@ def verify_before(
 ) -> None:
     """With ``verify="before"``, compares everything that will be read, before anything is changed.
 
-    `unplanned` are storages of which it is not known yet what will be read. Every rank must call. Raises `CorruptError`
-    on all of them where a checksum differs. Does nothing otherwise.
+    `unplanned` are storages of which it is not known yet what will be read. What differs is fetched once more, where it
+    is from a store, and compared again. Every rank must call. Raises `CorruptError` on all of them where a checksum
+    differs still. Does nothing otherwise.
     """
     if verification.verify != "before":
         return
     with checking.stages.stage("verify"):
         checking.reader.verify(unplanned)
         checking.reader.verify(verification.alone)
-    _judge(verification, checking)
+    _settle(verification, checking, None)
 
 
-def verify_after(verification: Verification, checking: Checking) -> None:
+def verify_after(
+    verification: Verification,
+    checking: Checking,
+    read_again: Callable[[Mapping[StorageRef, str]], None],
+    renewed: Collection[str] = (),
+) -> None:
     """With ``verify="during"``, compares what the ranks have summed while they restored.
 
-    Every rank must call. Raises `PartialRestoreError` on all of them where a checksum differs. Does nothing otherwise.
+    What differs is fetched once more, where it is from a store; `read_again` then has to read these storages, each
+    given with what was wrong, into the same places. So it has to read those of the files in `renewed`, by the names of
+    `deal_checks`: all of such a file was fetched again, while it may have been read. Every rank must call. Raises
+    `PartialRestoreError` on all of them where a checksum differs still. Does nothing otherwise.
     """
     if verification.verify != "during":
         return
     with after_first_change(verification.name, ["all parts"]):
-        _judge(verification, checking)
+        _settle(verification, checking, read_again, renewed)
 
 
-def _judge(verification: Verification, checking: Checking) -> None:
+def _settle(
+    verification: Verification,
+    checking: Checking,
+    read_again: Callable[[Mapping[StorageRef, str]], None] | None,
+    renewed: Collection[str] = (),
+) -> None:
+    judged = _judge(verification, checking, renewed)
+    if not judged.damaged and not judged.renewed:
+        return
+    damaged = [(name, verification.shared.get((name, key)), why) for name, key, why in judged.damaged]
+    own = [(storage, why) for _, storage, why in damaged if storage is not None]
+    files = set(judged.renewed)
+    renewed_here = [one for one in verification.reads if verification.name_at(one.file) in files]
+    with checking.stages.stage("fetch again"):
+        fetched = [checking.reader.fetch_again(storage, why, None) for storage, why in own]
+        for storage in renewed_here if checking.from_peers else ():
+            checking.reader.fetch_again(storage, _RENEWED, None)
+    checking.reader.share({storage: verification.shares[storage] for storage, _ in own})
+    if read_again is not None:
+        with checking.stages.stage("read again"):
+            read_again({**dict.fromkeys(renewed_here, _RENEWED), **dict(own)})
+    _judge(verification, checking, (), last=True, again=any(fetched))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What all ranks together found."""
+
+    damaged: tuple[tuple[str, str, str], ...] = ()
+    """Storages: the file's name, the key, and what is wrong."""
+    renewed: tuple[str, ...] = ()
+    """Names of files all of which some node has fetched again."""
+
+
+def _judge(
+    verification: Verification,
+    checking: Checking,
+    renewed: Collection[str],
+    *,
+    last: bool = False,
+    again: bool = False,
+) -> _Judged:
+    """Compares what the ranks have summed. Raises the first error where it is the `last` time; `again`: whether this
+    rank has fetched what was damaged once more."""
     with checking.stages.stage("checksums"):
         sums = checking.reader.finish_shares()
-    own = {name: tuple(sums.get(storage, ())) for name, storage in verification.shared.items()}
+    own = {name: tuple(sums[storage]) for name, storage in verification.shared.items() if storage in sums}
 
-    def compare(records: Sequence[Any]) -> None:
-        if verification.judge is not None:
-            verification.judge.compare([decode(dict[StorageId, tuple[int, ...]], each) for each in records])
+    def compare(records: Sequence[Any]) -> Any:
+        if verification.judge is None:
+            return encode(_Judged())
+        of_ranks = [decode(dict[StorageId, tuple[int, ...]], each) for each, _, _ in records]
+        found = verification.judge.compare(of_ranks)
+        for error in found.values() if last or not checking.from_store else ():
+            raise fetched_twice(error) if any(once_more for _, _, once_more in records) else error
+        return encode(
+            _Judged(
+                tuple((*storage, _what(error, storage[0])) for storage, error in found.items()),
+                tuple(dict.fromkeys(name for _, names, _ in records for name in names)),
+            )
+        )
 
-    checking.session.channel.decide("checksums agree", encode(own), compare)
+    record = [encode(own), list(renewed), again]
+    return decode(_Judged, checking.session.channel.decide("checksums agree", record, compare))
+
+
+def _what(error: CorruptError, name: str) -> str:
+    """What is wrong by `error`, without the file's `name` and advice."""
+    return error.message.removeprefix(f"{name}: ").partition(". The file")[0]

@@ -101,29 +101,41 @@ class JointCheck:
                     shares[rank].setdefault(storage, []).append(cell)
         return shares
 
-    def compare(self, sums: Sequence[Mapping[StorageId, Sequence[int]]]) -> None:
-        """Raises `CorruptError` for the first storage that differs from its checksum, or between nodes.
+    def compare(self, sums: Sequence[Mapping[StorageId, Sequence[int]]]) -> dict[StorageId, CorruptError]:
+        """The storages that differ from their checksums, or between nodes, each with the error that says so.
 
-        `sums` are by rank: the CRC-32s of the cells of its share, in their order.
+        `sums` are by rank: the CRC-32s of the cells of its share, in their order; of a storage that no rank has summed
+        this time there are none.
         """
+        found: dict[StorageId, CorruptError] = {}
         for storage, dealt in self._dealt.items():
-            position = dict.fromkeys((rank for _, ranks in dealt.cells for rank in ranks), 0)
-            parts = []
-            for (start, stop), ranks in dealt.cells:
-                found = {}
-                for rank in ranks:
-                    found[rank] = sums[rank][storage][position[rank]]
-                    position[rank] += 1
-                if len(set(found.values())) > 1:
-                    raise self._differ(storage, dealt, ByteRange(start, stop), found)
-                parts.append((stop - start, next(iter(found.values()))))
-            got = crc32_joined(parts)
-            if got != dealt.crc32:
-                raise CorruptError(
-                    f"{storage[0]}: storage {storage[1]}{_used(dealt.names)} has CRC-32 {got:08x}; the file's "
-                    f"directory says {dealt.crc32:08x}. The file is damaged; fetch it again.",
-                    path=storage[0],
-                )
+            if any(storage in own for own in sums):
+                error = self._compare(storage, dealt, sums)
+                if error is not None:
+                    found[storage] = error
+        return found
+
+    def _compare(
+        self, storage: StorageId, dealt: _Dealt, sums: Sequence[Mapping[StorageId, Sequence[int]]]
+    ) -> CorruptError | None:
+        position = dict.fromkeys((rank for _, ranks in dealt.cells for rank in ranks), 0)
+        parts = []
+        for (start, stop), ranks in dealt.cells:
+            found = {}
+            for rank in ranks:
+                found[rank] = sums[rank][storage][position[rank]]
+                position[rank] += 1
+            if len(set(found.values())) > 1:
+                return self._differ(storage, dealt, ByteRange(start, stop), found)
+            parts.append((stop - start, next(iter(found.values()))))
+        got = crc32_joined(parts)
+        if got != dealt.crc32:
+            return CorruptError(
+                f"{storage[0]}: storage {storage[1]}{_used(dealt.names)} has CRC-32 {got:08x}; the file's "
+                f"directory says {dealt.crc32:08x}. The file is damaged; take another copy of it.",
+                path=storage[0],
+            )
+        return None
 
     def _deal(self, storage: StorageId, readers: Mapping[int, StorageRead]) -> _Dealt:
         first = next(iter(readers.values()))
@@ -166,7 +178,7 @@ class JointCheck:
         )
         return CorruptError(
             f"{storage[0]}: storage {storage[1]}{_used(dealt.names)} has in its bytes {cell[0]:,} to {cell[1]:,} "
-            f"different CRC-32s on different nodes: {values}; at least one node's copy is damaged, fetch it again.",
+            f"different CRC-32s on different nodes: {values}; at least one node's copy is damaged; copy it there anew.",
             path=storage[0],
         )
 

@@ -59,6 +59,8 @@ class Behaviour:
     """Told with every answer, to HEAD too."""
     head_status: int = 200
     """What HEAD is answered with."""
+    flips: dict[int, int] = field(default_factory=dict)
+    """Positions of bytes that are sent damaged, and how many times more."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,19 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {**headers, **fault.headers})
         end = stop if fault.send_only is None else start + fault.send_only
         with contextlib.suppress(OSError):
-            self._send(path, served.body[start:end], served.chunked and fault.send_only is None)
+            self._send(path, self._flipped(served, start, end), served.chunked and fault.send_only is None)
         if fault.send_only is not None:
             self._end(fault.ending)
         return None
+
+    def _flipped(self, served: Behaviour, start: int, end: int) -> bytes:
+        body = bytearray(served.body[start:end])
+        with self.owner.lock:
+            for position in served.flips:
+                if start <= position < end and served.flips[position]:
+                    served.flips[position] -= 1
+                    body[position - start] ^= 0x40
+        return bytes(body)
 
     def _send(self, path: str, body: bytes, chunked: bool) -> None:
         for start in range(0, len(body), 64 << 10):

@@ -18,7 +18,7 @@ from ....distributed.session import Session
 from ...byte_ranges import ByteRange
 from ...cache.homes import available_bytes
 from ...checksums import crc32, crc32_joined
-from ...errors import AccessError, CorruptError, after_first_change
+from ...errors import AccessError, CorruptError, after_first_change, fetched_twice
 from ...materialize.tensors import TensorReader
 from ...options import Verify
 from ...saved.copies import reads_of
@@ -53,6 +53,8 @@ class Sharing:
     verify: Verify
     name_of: Callable[[str], str]
     """The name, the same on all ranks, of the file at a local path."""
+    from_store: bool = False
+    """Whether the files are from a store, so that what is damaged can be fetched again."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,14 @@ class _Sums:
     """First byte, the byte after the last one, and the sum of each cell."""
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What the image's sums show."""
+
+    refuted: frozenset[StorageId]
+    damaged: Mapping[StorageId, str]
+
+
 @dataclass
 class _Dealer:
     """On rank 0: what all ranks offered, by rank, and which regions cannot be cast from masters."""
@@ -89,6 +99,8 @@ class _Dealer:
     offers: Sequence[_Offers]
     refuted: set[StorageId] = field(default_factory=set)
     """Regions whose cast masters are other bytes than the file's."""
+    damaged: dict[StorageId, str] = field(default_factory=dict)
+    """Regions that were read from their files and did not match, each with what was wrong."""
 
     def deal(self) -> list[_Task]:
         """Each rank's task, by rank; a node without enough memory shares nothing."""
@@ -104,12 +116,16 @@ class _Dealer:
         some = any(region.source != APART for share in shares for region in share.regions.values())
         return [_Task(share, some) for share in shares]
 
-    def compare(self, sums: Sequence[Mapping[StorageId, _Sums]], *, verify: bool) -> frozenset[StorageId]:
-        """All regions, so far, whose cast masters are other bytes than the file's; `sums` are by rank.
+    def compare(
+        self, sums: Sequence[Mapping[StorageId, _Sums]], *, verify: bool, from_store: bool
+    ) -> _Compared:
+        """All regions, so far, whose cast masters are other bytes than the file's, and those that came damaged this
+        time; `sums` are by rank.
 
-        Raises `CorruptError` where a region that was read from its file does not match its checksum; with `verify`
-        False only masters are compared.
+        Raises `CorruptError` where a region that was read from its file does not match its checksum, unless it is
+        `from_store` and did so for the first time; with `verify` False only masters are compared.
         """
+        damaged: dict[StorageId, str] = {}
         parts: dict[tuple[StorageId, int, Provider], list[tuple[int, int, int]]] = {}
         for offer, own in zip(self.offers, sums, strict=True):
             for region, one in own.items():
@@ -120,13 +136,20 @@ class _Dealer:
             if expected is None or got == expected or (source == FILE and not verify):
                 continue
             if source == FILE:
-                raise CorruptError(
+                error = CorruptError(
                     f"{region[0]}: storage {region[1]}, with the model's weights, has CRC-32 {got:08x} on node "
-                    f"{node}; the file's directory says {expected:08x}. The file is damaged; fetch it again.",
+                    f"{node}; the file's directory says {expected:08x}. The file is damaged; take another copy of it.",
                     path=region[0],
                 )
+                if region in self.damaged:
+                    raise fetched_twice(error)
+                if not from_store:
+                    raise error
+                damaged[region] = error.message.removeprefix(f"{region[0]}: ").partition(". The file")[0]
+                continue
             self.refuted.add(region)
-        return frozenset(self.refuted)
+        self.damaged |= damaged
+        return _Compared(frozenset(self.refuted), damaged)
 
 
 def _apart(share: NodeShare) -> NodeShare:
@@ -212,7 +235,8 @@ def share_weights(
     node; all ranks call it together. Where the ranks of some node cannot share memory, every rank of the job reads its
     weights itself.
 
-    Raises `PartialRestoreError` on all ranks where the module's file is damaged.
+    Regions that came damaged are fetched once more, where they are from a store. Raises `PartialRestoreError` on all
+    ranks where the module's file is damaged still.
     """
     if shared is None:
         return []
@@ -225,13 +249,16 @@ def share_weights(
         todo: Collection[StorageId] = shared.regions.keys()
         while True:
             _fill(shared, sharing, image, todo)
-            failed = _compare(shared, sharing, image, todo) - refuted
-            if not failed:
+            found = _compare(shared, sharing, image, todo)
+            failed = found.refuted - refuted
+            if not failed and not found.damaged:
                 break
             refuted |= failed
-            shared = shared.deal_again(sharing.session)
-            todo = failed & shared.regions.keys()
-            fetch(shared.reads)
+            _fetch_again(shared, sharing, found.damaged)
+            if failed:
+                shared = shared.deal_again(sharing.session)
+                fetch(shared.reads)
+            todo = (failed | found.damaged.keys()) & shared.regions.keys()
         _take(shared, sharing, image)
         return _sources(shared)
 
@@ -284,10 +311,19 @@ def _fill(shared: SharedWeights, sharing: Sharing, image: SharedMemory, todo: Co
             provide(shared.step, shared.regions[name], shared.share.regions[name], memory, reader)
 
 
+def _fetch_again(shared: SharedWeights, sharing: Sharing, damaged: Mapping[StorageId, str]) -> None:
+    """Fetches the storages of `damaged` regions once more on this node."""
+    with sharing.stages.stage("fetch weights again"):
+        for name, why in damaged.items():
+            region = shared.regions.get(name)
+            if region is not None and region.storage is not None:
+                sharing.reader.fetch_again(region.storage, why, None)
+
+
 def _compare(
     shared: SharedWeights, sharing: Sharing, image: SharedMemory, todo: Collection[StorageId]
-) -> frozenset[StorageId]:
-    """Sums this rank's part of the regions `todo` in the image; all regions, so far, that masters must not provide."""
+) -> _Compared:
+    """Sums this rank's part of the regions `todo` in the image; what all ranks' sums show."""
     verify = sharing.verify != "off"
     sums: dict[StorageId, _Sums] = {}
     with sharing.stages.stage("sum weights"):
@@ -301,10 +337,12 @@ def _compare(
 
     def compare(records: Sequence[Json]) -> Json:
         decoded = [decode(dict[StorageId, _Sums], one) for one in records]
-        return encode(dealer.compare(decoded, verify=verify) if dealer is not None else frozenset())
+        if dealer is None:
+            return encode(_Compared(frozenset(), {}))
+        return encode(dealer.compare(decoded, verify=verify, from_store=sharing.from_store))
 
     found = sharing.session.channel.decide("weights agree", encode(sums), compare)
-    return decode(frozenset[StorageId], found)
+    return decode(_Compared, found)
 
 
 def _cells(share: RegionShare, memory: memoryview) -> list[tuple[int, int, int]]:
