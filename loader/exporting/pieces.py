@@ -163,6 +163,6 @@ class StorageSums:
             if crc != storage.crc32:
                 raise CorruptError(
                     f"{storage.file}: storage {storage.key} has CRC-32 {crc:08x}; the file's directory says "
-                    f"{storage.crc32:08x}. The file is damaged; fetch the file again.",
+                    f"{storage.crc32:08x}. The file is damaged; take another copy of it.",
                     path=storage.file,
                 )

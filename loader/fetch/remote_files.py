@@ -131,6 +131,7 @@ class RemoteFiles:
 
     def note_again(self, name: str, n_bytes: int, why: str) -> None:
         """Notes for the receipt that `n_bytes` of the file `name` were fetched again, and logs it."""
+        why = why.rstrip(". ")
         if n_bytes:
             _logger.warning("%s: %s; %s fetched again", name, why, counted(n_bytes, "byte"))
             with self._lock:

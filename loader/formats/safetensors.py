@@ -89,7 +89,8 @@ def read_safetensors(path: str, size: int, *, name: str, open_file: OpenFile) ->
         data = file.read(length) if end <= size else b""
     if len(data) != length:
         raise CorruptError(
-            f"{name}: truncated: its header ends at byte {end:,}, and the file has {size:,} bytes. Fetch it again.",
+            f"{name}: truncated: its header ends at byte {end:,}, and the file has {size:,} bytes. Take "
+            "another copy of it.",
             path=name,
         )
     header = parse_json(data, name=name, what="its header")
@@ -153,7 +154,7 @@ def _entry(key: str, value: Any, name: str) -> _Entry:
     if math.prod(filter(None, shape)) > _LARGEST or stop - start != nbytes:
         raise CorruptError(
             f"{shown}: {code} of shape {_short(list(shape))} takes {nbytes:,} bytes; the header gives it "
-            f"{stop - start:,}. The file is damaged; fetch it again.",
+            f"{stop - start:,}. The file is damaged; take another copy of it.",
             path=name,
         )
     return _Entry(dtype, shape, start, stop)
@@ -176,7 +177,7 @@ def _check_places(entries: Mapping[str, _Entry], nbytes: int, name: str) -> None
             )
             raise CorruptError(
                 f"{name}: {what} tensor {key[:200]!r}, which begins at byte {one.start:,} of the data, expected "
-                f"{end:,}. The file is damaged; fetch it again.",
+                f"{end:,}. The file is damaged; take another copy of it.",
                 path=name,
             )
         end = one.stop
@@ -186,7 +187,7 @@ def _check_places(entries: Mapping[str, _Entry], nbytes: int, name: str) -> None
             if end > nbytes
             else (f"{nbytes - end:,} bytes follow its last tensor")
         )
-        raise CorruptError(f"{name}: {problem}. Fetch it again.", path=name)
+        raise CorruptError(f"{name}: {problem}. Take another copy of it.", path=name)
 
 
 def _short(value: Any) -> str:

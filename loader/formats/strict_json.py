@@ -39,7 +39,7 @@ def parse_json(data: bytes, *, name: str, what: str, finite: bool = True) -> Any
     except (ValueError, RecursionError) as error:
         problem = "it nests too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise CorruptError(
-            f"{name}: {what} is no JSON that can be read: {problem}. The file is damaged; fetch it again.",
+            f"{name}: {what} is no JSON that can be read: {problem}. The file is damaged; take another copy of it.",
             path=name,
         ) from None
     return value

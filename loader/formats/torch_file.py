@@ -269,7 +269,9 @@ class _ZipStorages:
         if storage is None:
             record = self.archive.records.get(f"data/{named.key}")
             if record is None:
-                raise CorruptError(f"a tensor's storage {named.key!r} is not in the file; fetch it again")
+                raise CorruptError(
+                    f"a tensor's storage {named.key!r} is not in the file; take another copy of it"
+                )
             storage = StorageRef(
                 self.archive.path,
                 f"{self.key}data/{named.key}",
@@ -302,7 +304,7 @@ def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     if kind in ("empty", "html", "xml", "text", "unknown"):
         return CorruptError(
             f"{name}: expected a file that torch.save wrote, or a safetensors file, but it is {described} "
-            f"({counted(size, 'byte')}). The transfer may have failed; look at the file and fetch it again.",
+            f"({counted(size, 'byte')}). The transfer may have failed; look at the file at its source.",
             path=name,
         )
     return FormatError(

@@ -160,7 +160,7 @@ def _place_storages(
         if len(count) < 8 or position + 8 + nbytes > size:
             raise CorruptError(
                 f"{name}: storage {key[:80]!r} at byte {position:,} needs {nbytes:,} bytes, but the file "
-                f"ends at {size:,}. The file is truncated; fetch it again.",
+                f"ends at {size:,}. The file is truncated; take another copy of it.",
                 path=name,
             )
         # Torch files inside one file may use the same key.

@@ -87,7 +87,7 @@ class ZipRecords:
         if offset != record.offset:
             raise CorruptError(
                 f"{self.name}: the data of record {record_name} begin at byte {offset:,}, expected {record.offset:,} "
-                "by the zip's directory. The file is damaged, or torch.save did not write it; fetch it again.",
+                "by the zip's directory. The file is damaged, or torch.save did not write it; take another copy of it.",
                 path=self.name,
             )
 
@@ -111,14 +111,14 @@ class ZipRecords:
             data = file.read(record.size)
         if len(data) != record.size:
             raise CorruptError(
-                f"{self.name}: record {record_name} ends after {len(data):,} of {counted(record.size, 'byte')}; fetch "
-                "the file again.",
+                f"{self.name}: record {record_name} ends after {len(data):,} of {counted(record.size, 'byte')}; take "
+                "another copy of it.",
                 path=self.name,
             )
         if self.verifiable and crc32(data) != record.crc32:
             raise CorruptError(
                 f"{self.name}: record {record_name} has CRC-32 {crc32(data):08x}; its directory says "
-                f"{record.crc32:08x}. The file is damaged; fetch it again.",
+                f"{record.crc32:08x}. The file is damaged; take another copy of it.",
                 path=self.name,
             )
         return data
@@ -154,7 +154,7 @@ def read_zip(
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error) as error:
             raise CorruptError(
                 f"{name}: its zip directory cannot be read ({error}). The file is truncated or damaged; "
-                "fetch it again.",
+                "take another copy of it.",
                 path=name,
             ) from error
         top = _top_folder([entry.filename for entry in entries], name)
@@ -182,7 +182,7 @@ def check_end(file: BinaryIO, size: int, name: str) -> None:
     if place is not None and place[0] + place[1] > place[2]:
         raise CorruptError(
             f"{name}: its zip directory claims bytes {place[0]:,} to {place[0] + place[1]:,}, but it ends before byte "
-            f"{place[2]:,}. The file has lost some of its bytes; fetch it again.",
+            f"{place[2]:,}. The file has lost some of its bytes; take another copy of it.",
             path=name,
         )
 
@@ -217,8 +217,8 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> int:
         at = tail.rfind(b"PK\5\6")
     if at < 0 or at + _END.size > len(tail):
         raise CorruptError(
-            f"{name}: it begins as a zip but has no zip directory at its end. The file is truncated; fetch "
-            "it again.",
+            f"{name}: it begins as a zip but has no zip directory at its end. The file is truncated; take "
+            "another copy of it.",
             path=name,
         )
     directory: int = _END.unpack_from(tail, at)[5]
@@ -231,7 +231,7 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> int:
     if directory > size:
         raise CorruptError(
             f"{name}: its zip directory claims {directory:,} bytes, in a file of {size:,}. The file is "
-            "damaged; fetch it again.",
+            "damaged; take another copy of it.",
             path=name,
         )
     return directory
@@ -292,7 +292,7 @@ def _checked_records(
         if offset + entry.file_size > end_of_records:
             raise CorruptError(
                 f"{name}: record {label} claims bytes {offset:,} to {offset + entry.file_size:,}, but "
-                f"records end at {end_of_records:,}. The file is damaged; fetch it again.",
+                f"records end at {end_of_records:,}. The file is damaged; take another copy of it.",
                 path=name,
             )
         records[entry.filename] = Record(offset, entry.file_size, entry.CRC, entry.header_offset, entry)
@@ -321,7 +321,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
     if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
         raise CorruptError(
             f"{name}: record {label} has no header at byte {entry.header_offset:,}. The file is damaged; "
-            "fetch it again.",
+            "take another copy of it.",
             path=name,
         )
     _, _, flags, method, _, _, crc, packed, unpacked, name_length, extra = _LOCAL.unpack_from(header)
@@ -336,7 +336,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo, name: str) -> int:
     ):
         raise CorruptError(
             f"{name}: the header of record {label} contradicts the zip's directory. The file is damaged; "
-            "fetch it again.",
+            "take another copy of it.",
             path=name,
         )
     return entry.header_offset + _LOCAL.size + int(name_length) + int(extra)

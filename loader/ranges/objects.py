@@ -131,7 +131,7 @@ def open_local(path: str) -> Iterator[ObjectBytes]:
             except OSError as error:
                 raise CorruptError(
                     f"{path}: cannot be read at byte {start + done:,} ({error.strerror}): the disk may be failing; "
-                    "fetch the file again",
+                    "take another copy of it",
                     path=path,
                 ) from error
             if not count:

@@ -68,7 +68,7 @@ def _joined(
     if lacking:
         raise CorruptError(
             f"{shown} says where weights are that are not there: {_listed(lacking)}. The files are not those that it "
-            "was written for; fetch or save the model again.",
+            "was written for; copy the model again, all of it, or save it again.",
             path=shown,
         )
     unnamed = [name for name in model if name not in index.files]

@@ -192,7 +192,7 @@ def _numbered(name: str, found: Mapping[str, NodeFile], first: int = 0) -> list[
     if later is not None:
         raise CorruptError(
             f"{later.source} is there, and {names[len(there)]} beside it is not: the save was not finished, or not all "
-            "of it was copied. Fetch the checkpoint again, or take an older one",
+            "of it was copied. Copy all of the checkpoint, or take an older one",
             path=later.source,
         )
     return there
@@ -208,7 +208,7 @@ def _trees(
         if not isinstance(tree, Mapping):
             raise CorruptError(
                 f"{file.source}: expected a state_dict, got a {kind_of(tree)}: was it put there by another program? "
-                "Fetch the checkpoint again",
+                "Take another copy of the checkpoint",
                 path=file.source,
             )
         trees.append(tree)

@@ -100,7 +100,7 @@ def _slices_of_ranks(files: Files) -> tuple[dict[int, list[_Slice]], list[str]]:
     if lost or not found:
         shown = ", ".join(f"shard-{rank:05}-model-..." for rank in lost[:8] or [1])
         raise NotFoundError(
-            f"{files.name} lacks the files of a rank between others that are there: {shown}. Fetch them again.",
+            f"{files.name} lacks the files of a rank between others that are there: {shown}. Copy them too.",
             path=files.name,
         )
     return found, held

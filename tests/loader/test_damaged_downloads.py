@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import struct
+import tarfile
 import zipfile
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, bad_server
-from rankload.loader import LoadResult, State, load
+from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load
 
 WIDE = 768
 """2.25 MiB of fp32 a weight: fetched directly where the mode lets it."""
@@ -145,3 +149,124 @@ def test_a_byte_that_flips_once_is_fetched_again(
             assert again.nbytes <= more <= again.nbytes + 1, (path, again, more)
             assert receipt.fetched_bytes - clean.receipt.fetched_bytes == again.nbytes, (path, again)
             assert f"fetched again: {again.name} ({again.nbytes:,} bytes: {again.why})" in str(receipt)
+
+
+def test_what_is_damaged_twice_is_an_error_that_names_both_sums_and_the_next_load_fetches_it_anew(
+    source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Also with a cache that keeps what was fetched: it does not poison the later loads."""
+    data, wanted = source
+    kept = {"cache_size": "1GB", "mode": "node"}
+    with bad_server({"/a": Behaviour(data, flips={in_weight(data): 2})}) as server:
+        with pytest.raises(
+            CorruptError, match=r"has CRC-32 .* directory says .* It was fetched twice"
+        ) as raised:
+            restore(server, "/a", tmp_path, verify="before", **kept)
+        assert "fetch" not in raised.value.message.partition("It was")[0]
+        state, result = restore(server, "/a", tmp_path, **kept)
+        assert same(state, wanted)
+        assert len(result.receipt.fetched_again) == 1
+        sent = server.sent["/a"]
+        state, result = restore(server, "/a", tmp_path, **kept)
+        assert same(state, wanted)
+        assert not result.receipt.fetched_again
+        assert server.sent["/a"] - sent <= 3
+        server.objects["/b"] = Behaviour(data, flips={in_weight(data): 2})
+        with pytest.raises(PartialRestoreError, match=r"has CRC-32 .* It was fetched twice"):
+            restore(server, "/b", tmp_path)
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_again(
+    source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """In the file of parts, and of an object that came whole, because its server does no ranges."""
+    data, wanted = source
+    kept = {"cache_size": "1GB", "mode": "node"}
+    served = {
+        "/parts": Behaviour(data),
+        "/whole": Behaviour(data, has_ranges=False, headers={"ETag": '"v1"'}),
+    }
+    with bad_server(served) as server:
+        for path in served:
+            cache = tmp_path / path[1:]
+            restore(server, path, cache, **kept)
+            (file,) = (one for one in cache.rglob(path[1:]) if one.is_file())
+            damaged = bytearray(file.read_bytes())
+            damaged[in_weight(data)] ^= 1
+            file.write_bytes(damaged)
+            sent = server.sent[path]
+            state, result = restore(server, path, cache, **kept)
+            assert same(state, wanted), path
+            (again,) = result.receipt.fetched_again
+            assert "cache" in again.why
+            # A server without ranges sends more than what is read, when it is asked for one byte.
+            more = server.sent[path] - sent
+            assert again.nbytes <= more, path
+            assert path == "/whole" or more <= again.nbytes + 2, path
+            _, result = restore(server, path, cache, **kept)
+            assert not result.receipt.fetched_again, path
+
+
+@pytest.mark.parametrize("has_ranges", [False, True])
+def test_what_comes_whole_is_fetched_again(
+    has_ranges: bool, source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """By a storage's CRC-32, a broken index, the store's checksum, and a compressed file's own."""
+    data, wanted = source
+    packed = gzip.compress(data, 1)
+    digest = {"Digest": "SHA-256=" + b64encode(hashlib.sha256(data).digest()).decode()}
+    served = {
+        "/weight": Behaviour(data, has_ranges=has_ranges, flips={in_weight(data): 1}),
+        "/pickle": Behaviour(data, has_ranges=has_ranges, flips={in_pickle(data): 1}),
+        "/told": Behaviour(data, has_ranges=has_ranges, headers=digest, flips={in_weight(data): 1}),
+        "/a.gz": Behaviour(packed, has_ranges=has_ranges, flips={len(packed) // 2: 1}),
+    }
+    with bad_server(served) as server:
+        for path, behaviour in served.items():
+            state, result = restore(server, path, tmp_path)
+            assert not any(behaviour.flips.values()), f"{path}: the fault never fired"
+            assert same(state, wanted), path
+            (again,) = result.receipt.fetched_again
+            whole = not has_ranges or path == "/a.gz"
+            assert (again.nbytes == len(behaviour.body)) == whole, (path, again)
+            assert result.receipt.fetched_bytes <= server.sent[path], path
+
+
+def test_members_of_a_tar_are_fetched_again(
+    source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    data, wanted = source
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        info = tarfile.TarInfo("state.pt")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    tar = file.getvalue()
+    base = tar.index(data[:200])
+    places = {"/tar header": 150, "/weight": base + in_weight(data), "/pickle": base + in_pickle(data)}
+    served = {
+        f"{path}{ranges}.tar": Behaviour(tar, has_ranges=ranges, flips={at: 1})
+        for path, at in places.items()
+        for ranges in (False, True)
+    }
+    served = {path.replace(" ", "-"): behaviour for path, behaviour in served.items()}
+    with bad_server(served) as server:
+        for path, behaviour in served.items():
+            state, result = restore(server, path, tmp_path)
+            assert not any(behaviour.flips.values()), f"{path}: the fault never fired"
+            assert same(state, wanted), path
+            (again,) = result.receipt.fetched_again
+            assert (again.nbytes >= len(tar)) != behaviour.has_ranges, (path, again)
+
+
+def test_a_local_file_that_is_damaged_is_an_error_at_once(
+    source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    data = bytearray(source[0])
+    data[in_weight(source[0])] ^= 1
+    path = tmp_path / "a.pt"
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="take another copy of it") as raised:
+        load(path, a_state(2), options={"verify": "before"})
+    assert "fetched" not in raised.value.message
+    assert list(tmp_path.iterdir()) == [path]

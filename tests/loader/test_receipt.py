@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from places import DATA
 from rankload.loader.errors import OptionError
+from rankload.loader.fetch.tally import FetchedAgain
 from rankload.loader.journey import LoadResult
 from rankload.loader.receipt import (
     FileRecord,
@@ -113,6 +114,7 @@ def test_the_json_is_the_golden_one() -> None:
             FileRecord("s3://bucket/a", 1000, 900, True, ("zip CRC-32",), ("md5 of the store: in parts",)),
             FileRecord("s3://bucket/b", 500, 500, False),
         ),
+        fetched_again=(FetchedAgain("s3://bucket/a", 400, "storage data/0 has another CRC-32"),),
         stages=(StageRecord(0, "fetch", 1.5, 1500, 2.0), StageRecord(1, "fetch", 0.5, 0, 2.25)),
         hosts=("node-a", "node-a"),
         nodes=(0, 0),

@@ -171,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {**headers, **fault.headers})
         end = stop if fault.send_only is None else start + fault.send_only
         with contextlib.suppress(OSError):
-            self._send(path, self._flipped(served, start, end), served.chunked and fault.send_only is None)
+            # The answer to a question is not read to its end where there are no ranges.
+            body = served.body[start:end] if asked_one_byte(match) else self._flipped(served, start, end)
+            self._send(path, body, served.chunked and fault.send_only is None)
         if fault.send_only is not None:
             self._end(fault.ending)
         return None
@@ -214,6 +216,10 @@ class _Handler(BaseHTTPRequestHandler):
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+
+
+def asked_one_byte(match: re.Match[str] | None) -> bool:
+    return match is not None and (match[1], match[2]) == ("0", "0")
 
 
 @contextlib.contextmanager

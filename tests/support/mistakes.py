@@ -201,7 +201,7 @@ def _() -> None:
 def _() -> None:
     """A download that ended early
 
-    Fetch the file again, or pass its URL: a load notices by itself that one ended early.
+    Copy the file again, or pass its URL: a load notices by itself that a download ended early, or came damaged.
     """
     data = save().read_bytes()
     Path("last.pt").write_bytes(data[: len(data) // 2])
@@ -229,7 +229,8 @@ def damaged() -> None:
 def _() -> None:
     """A byte that changed on the disk
 
-    Do not train on: the weights are those of a damaged file. Fetch it again, or take an older checkpoint.
+    Do not train on: the weights are those of a damaged file. Copy it again, or take an older checkpoint. (What comes
+    damaged from a store is fetched again within the load.)
     """
     damaged()
     load("last.pt", job())

@@ -77,7 +77,7 @@ def read_pickle(
         # The unpickler and the stand-ins raise many types for malformed input.
         raise CorruptError(
             f"{name}: its pickle is malformed ({type(error).__name__}: {str(error)[:200]}). "
-            "The file is damaged; fetch it again.",
+            "The file is damaged; take another copy of it.",
             path=name,
         ) from error
 

@@ -437,7 +437,9 @@ class _Faults:
         return f"{self.name}: the pickle at byte {self.base + pos:,}"
 
     def corrupt(self, pos: int, text: str) -> NoReturn:
-        raise CorruptError(f"{self.where(pos)}: {text}. The file is damaged; fetch it again.", path=self.name)
+        raise CorruptError(
+            f"{self.where(pos)}: {text}. The file is damaged; take another copy of it.", path=self.name
+        )
 
     def underflow(self, pos: int) -> NoReturn:
         self.corrupt(pos, "it takes more from its stack than it put there")
@@ -446,7 +448,7 @@ class _Faults:
         wants = "goes on" if length is None else f"asks for {length:,} bytes"
         raise _TruncatedPickleError(
             f"{self.where(pos)}: {wants}, but only {max(0, self.size - pos):,} bytes are left. "
-            "The file is truncated or damaged; fetch it again.",
+            "The file is truncated or damaged; take another copy of it.",
             path=self.name,
         )
 

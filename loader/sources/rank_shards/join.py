@@ -245,6 +245,6 @@ def _piece(
 
 def _contradicts(path: str, shard: _Shard, problem: str) -> CorruptError:
     return CorruptError(
-        f"{shard.file}: {path} {problem}. The file contradicts itself; fetch or save it again.",
+        f"{shard.file}: {path} {problem}. The file contradicts itself; take another copy, or save it again.",
         path=shard.file,
     )
