@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 OLDER := .venv-older
 FRAMEWORKS := .venv-frameworks
+COMPOSER := .venv-composer
 SERVERS := $(VENV)/.servers
 CLIENTS := $(VENV)/.clients
 FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -34,6 +35,14 @@ frameworks: $(FRAMEWORKS)/.installed
 
 test-frameworks: $(FRAMEWORKS)/.installed
 	$(RUN) FRAMEWORKS_PYTHON=$(abspath $(FRAMEWORKS))/bin/python $(BIN)/python -m pytest -q tests/frameworks
+
+# Jobs of the real Composer, in an environment of its own: its Trainer, and its State.
+composer: $(COMPOSER)/.installed
+
+test-composer: $(COMPOSER)/.installed
+	$(RUN) COMPOSER_PYTHON=$(abspath $(COMPOSER))/bin/python $(BIN)/python -m pytest -q \
+		tests/launch/integrations/test_composer.py
+	$(RUN) $(COMPOSER)/bin/python -m pytest -q tests/test_composer.py
 
 # Whole jobs under torchrun, deepspeed, mpirun and Slurm, which are killed and restarted; those that are not installed
 # are skipped.
@@ -165,6 +174,19 @@ $(FRAMEWORKS)/.installed: $(STAMP) constraints-frameworks.txt
 	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 		-c constraints-frameworks.txt torchtitan torchdata triton \
 		|| echo "torchtitan could not be installed: its tests are skipped"
+	touch $@
+
+# All that .venv has, and Composer with what it needs. It asks for an older torch with its torchvision, of several GB:
+# the tests run it with the torch of .venv, and stand in for torchvision and mcli, which they make no use of.
+$(COMPOSER)/.installed: $(STAMP) constraints-composer.txt
+	rm -rf $(COMPOSER)
+	$(BIN)/python -m venv --without-pip $(COMPOSER)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(COMPOSER)/bin/python $(PURELIB))/newer.pth"
+	$(COMPOSER)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints-composer.txt mosaicml
+	$(COMPOSER)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-c constraints-composer.txt coolname importlib-metadata packaging pillow psutil py-cpuinfo pyyaml requests \
+		tabulate torch-optimizer torchmetrics
 	touch $@
 
 # All that .venv has, and before it the older DeepSpeed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import real_servers
 from certificates import Certificate, make_certificate
+from framework_jobs import Publish, Published, in_s3, on_the_web
 from hypothesis import HealthCheck, settings
 from places import DATA
 from server_process import ServerMissing, or_skip
@@ -133,6 +136,24 @@ def sftp_server(servers_folder: Path) -> Iterator[real_servers.SftpServer]:
     pytest.importorskip("paramiko")
     with or_skip(real_servers.sftp(servers_folder)) as server:
         yield server
+
+
+_published = itertools.count()
+
+
+@pytest.fixture
+def published(request: pytest.FixtureRequest) -> Publish:
+    """Puts a checkpoint where ``http`` or ``s3`` finds it; as a ``file`` it stays where it is."""
+
+    def publish(scheme: str, path: Path) -> contextlib.AbstractContextManager[Published]:
+        if scheme == "http":
+            return on_the_web(path)
+        if scheme == "s3":
+            server = request.getfixturevalue("seaweedfs_server")
+            return contextlib.nullcontext(in_s3(path, server, f"published-{next(_published)}"))
+        return contextlib.nullcontext(Published(str(path)))
+
+    return publish
 
 
 def fill(protocol: str, options: dict[str, Any], folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_jobs import run_job, served
+from framework_jobs import Publish, run_job
 
 JOB = "accelerate_resume_job"
 SAVED_WORLD_SIZE = 2
@@ -45,6 +45,9 @@ def check(told: dict[str, Any], folder: Path, world_size: int, within: float = 1
         ("zero2", "samples", 1, ""),
         ("zero2", "samples", 2, ""),
         ("zero2", "samples", 3, ""),
+        ("zero3", "samples", 1, ""),
+        ("zero3", "samples", 2, ""),
+        ("zero3", "samples", 3, ""),
         ("ddp", "steps", 1, ""),
         ("ddp", "steps", 2, ""),
         ("ddp", "steps", 3, ""),
@@ -59,8 +62,25 @@ def test_goes_on(
     check(told, folder, world_size)
 
 
-def test_from_a_url(frameworks: str, saved: Saved) -> None:
-    folder = saved("zero2", "samples")
-    with served(folder / "state") as (_, url):
-        told = run(frameworks, f"{JOB}.py:resume", 3, folder, "zero2", "samples", url, "")
-    check(told, folder, 3)
+@pytest.mark.parametrize(
+    ("kind", "schedule", "world_size", "scheme"),
+    [
+        ("zero2", "samples", 3, "http"),
+        ("zero3", "samples", 1, "s3"),
+        ("ddp", "steps", 1, "s3"),
+        ("ddp", "steps", 3, "http"),
+    ],
+)
+def test_from_a_uri(
+    frameworks: str, saved: Saved, published: Publish, kind: str, schedule: str, world_size: int, scheme: str
+) -> None:
+    folder = saved(kind, schedule)
+    with published(scheme, folder / "state") as place:
+        told = run(
+            frameworks,
+            f"{JOB}.py:resume",
+            world_size,
+            *(folder, kind, schedule, place.uri, ""),
+            env=place.env,
+        )
+    check(told, folder, world_size)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_jobs import run_job, served
+from framework_jobs import Publish, run_job
 
 SAVED_WORLD_SIZE = 2
 Saved = Callable[[str], Path]
@@ -27,16 +26,6 @@ def saved(saved_run: Callable[..., Path]) -> Saved:
     return save
 
 
-@contextlib.contextmanager
-def whereabouts(path: Path, *, remote: bool) -> Iterator[str]:
-    """`path`, or a URL of it."""
-    if not remote:
-        yield str(path)
-        return
-    with served(path) as (_, url):
-        yield url
-
-
 def check(told: dict[str, Any], world_size: int) -> None:
     assert told["differences"] == []
     if told["whole"]:  # three ranks have no four samples between them
@@ -46,17 +35,25 @@ def check(told: dict[str, Any], world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "remote"),
+    ("kind", "world_size", "scheme"),
     [
-        ("zero2", 1, False), ("zero2", 2, False), ("zero2", 3, False), ("zero3", 1, True), ("zero3", 2, False),
-        ("ddp", 1, True), ("ddp", 2, False), ("ddp", 3, False),
+        ("zero2", 1, "file"), ("zero2", 2, "file"), ("zero2", 3, "file"),
+        ("zero3", 1, "http"), ("zero3", 2, "file"), ("zero3", 3, "s3"),
+        ("ddp", 1, "http"), ("ddp", 2, "file"), ("ddp", 3, "s3"),
     ],
 )  # fmt: skip
-def test_fit_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
+def test_fit_goes_on(
+    frameworks: str, saved: Saved, published: Publish, kind: str, world_size: int, scheme: str
+) -> None:
     folder = saved(kind)
-    path = folder / "step-4.ckpt"
-    with whereabouts(path, remote=remote) as where:
-        told = run(frameworks, "lightning_resume_job.py:resume", world_size, folder, kind, where)
+    with published(scheme, folder / "step-4.ckpt") as place:
+        told = run(
+            frameworks,
+            "lightning_resume_job.py:resume",
+            world_size,
+            *(folder, kind, place.uri),
+            env=place.env,
+        )
     check(told, world_size)
     assert told["start"] == {
         "step": 4, "epoch": 0, "last_epoch": 4, "rates": [0.00025], "counted": 4,
@@ -76,13 +73,24 @@ def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "remote"), [("fabric-zero2", 1, True), ("fabric-zero3", 2, False)]
+    ("kind", "world_size", "scheme"),
+    [
+        ("fabric-zero2", 1, "http"),
+        ("fabric-zero2", 2, "file"),
+        ("fabric-zero2", 3, "s3"),
+        ("fabric-zero3", 1, "s3"),
+        ("fabric-zero3", 2, "file"),
+        ("fabric-zero3", 3, "http"),
+    ],
 )
-def test_fabric_goes_on(frameworks: str, saved: Saved, kind: str, world_size: int, remote: bool) -> None:
+def test_fabric_goes_on(
+    frameworks: str, saved: Saved, published: Publish, kind: str, world_size: int, scheme: str
+) -> None:
     folder = saved(kind)
-    path = folder / "step-4"
-    with whereabouts(path, remote=remote) as where:
-        told = run(frameworks, "fabric_resume_job.py:resume", world_size, folder, kind, where)
+    with published(scheme, folder / "step-4") as place:
+        told = run(
+            frameworks, "fabric_resume_job.py:resume", world_size, folder, kind, place.uri, env=place.env
+        )
     check(told, world_size)
     assert told["step"] == 4
     assert told["rest"] == {"left": [1, 2], "note": {"a": [1]}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_jobs import run_job, served
+from framework_jobs import Publish, run_job
 
 SAVED_WORLD_SIZE = 2
 run = functools.partial(run_job, deadline_s=120)
@@ -37,10 +37,17 @@ def test_its_own_folder(torchtitan: str, saved: Path, world_size: int) -> None:
     assert len(again) == (0 if world_size == SAVED_WORLD_SIZE else 1), told["warnings"]
 
 
-def test_from_a_url(torchtitan: str, saved: Path) -> None:
-    with served(saved / "checkpoint" / "step-4") as (_, url):
-        told = run(torchtitan, "torchtitan_resume_job.py:resume", 1, saved, url, False)
-    check(told, 1)
+@pytest.mark.parametrize(("world_size", "scheme"), [(1, "http"), (3, "s3")])
+def test_from_a_uri(torchtitan: str, saved: Path, published: Publish, world_size: int, scheme: str) -> None:
+    with published(scheme, saved / "checkpoint" / "step-4") as place:
+        told = run(
+            torchtitan,
+            "torchtitan_resume_job.py:resume",
+            world_size,
+            *(saved, place.uri, False),
+            env=place.env,
+        )
+    check(told, world_size)
 
 
 def test_weights_of_a_deepspeed_folder(torchtitan: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_jobs import run_job, served
+from framework_jobs import Publish, run_job
 
 JOB = "trainer_resume_job"
 SAVED_AT = 4
@@ -73,16 +73,50 @@ def test_from_one_rank(frameworks: str, saved: Saved, tmp_path: Path) -> None:
     check(told, expected, 2)
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("zero2", 3), ("ddp", 1)])
-def test_from_a_url(frameworks: str, saved: Saved, tmp_path: Path, kind: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "world_size", "scheme"),
+    [("zero2", 3, "http"), ("zero3", 1, "s3"), ("ddp", 1, "http"), ("ddp", 3, "s3")],
+)
+def test_from_a_uri(
+    frameworks: str, saved: Saved, published: Publish, tmp_path: Path, kind: str, world_size: int, scheme: str
+) -> None:
     folder = saved(kind)
     expected = json.loads((folder / "numbers.json").read_text())
-    with served(folder / "checkpoint-4") as (server, url):
-        told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, url, GLOBAL_BATCH, tmp_path)
-        # An engine's weights are its own; without one, Trainer reads them, and the node has one copy.
-        copied = server.gets("/run/checkpoint-4/model.safetensors")
+    with published(scheme, folder / "checkpoint-4") as place:
+        told = run(
+            frameworks,
+            f"{JOB}.py:resume",
+            world_size,
+            *(folder, kind, place.uri, GLOBAL_BATCH, tmp_path),
+            env=place.env,
+        )
+        if place.web is not None:
+            # An engine's weights are its own; without one, Trainer reads them, and the node has one copy.
+            copied = place.web.gets("/run/checkpoint-4/model.safetensors")
+            assert (copied == 0) == (kind == "zero2")
     check(told, expected, world_size)
-    assert (copied == 0) == (kind == "zero2")
+
+
+def test_the_newest_of_a_run_in_a_store(
+    frameworks: str, saved: Saved, published: Publish, tmp_path: Path
+) -> None:
+    """A run's folder in a bucket, which a killed save left another checkpoint in."""
+    folder = saved("zero2")
+    expected = json.loads((folder / "numbers.json").read_text())
+    killed = folder / "checkpoint-9"
+    (killed / "trainer_state.json").write_text("{")
+    try:
+        with published("s3", folder) as place:
+            told = run(
+                frameworks,
+                f"{JOB}.py:resume",
+                1,
+                *(folder, "zero2", place.uri, GLOBAL_BATCH, tmp_path),
+                env=place.env,
+            )
+    finally:
+        (killed / "trainer_state.json").unlink()
+    check(told, expected, 1)
 
 
 @pytest.mark.parametrize("kind", ["zero2", "ddp"])

@@ -12,9 +12,19 @@ import torch
 from composer.core import Callback
 from composer.utils import dist
 from composer_job import RANK, WORLD_SIZE, Losses, optimizer_tensors, trainer, weights
-from composer_job import Images as Data
 from framework_lines import run_lines
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH = 6
+"""Samples of a step over all ranks, which one, two and three can share."""
+
+
+class Data(TensorDataset):
+    """One epoch of 8 steps, the same on every rank."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        super().__init__(torch.randn(8 * BATCH, 3, 8, 8), torch.randint(0, 2, (8 * BATCH,)))
 
 
 class Drawn(Callback):
@@ -30,7 +40,7 @@ class Drawn(Callback):
 def job(folder: str, callbacks: list[Any], **options: Any) -> Any:
     # Composer deals batches of as many samples over all ranks in the same way, at any number of ranks.
     data = Data()
-    loader = DataLoader(data, batch_size=4 // WORLD_SIZE, sampler=dist.get_sampler(data, shuffle=True))
+    loader = DataLoader(data, batch_size=BATCH // WORLD_SIZE, sampler=dist.get_sampler(data, shuffle=True))
     return trainer(
         train_loader=loader, callbacks=callbacks, max_duration="8ba", seed=options.pop("weights"), **options
     )

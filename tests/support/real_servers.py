@@ -126,6 +126,16 @@ class S3Server:
         client = {"endpoint_url": self.endpoint, "region_name": REGION}
         return {"key": self.access_key, "secret": self.secret_key, "client_kwargs": client}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same as variables, for a job that is told nothing else."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
 
 @dataclass(frozen=True)
 class AzureServer:

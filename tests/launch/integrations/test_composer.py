@@ -11,45 +11,44 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from http_server import Served, counting_server
+from framework_jobs import Publish
 from places import SUPPORT
 from processes import run_ranks
 
 pytest.importorskip("torch")
 WORKER = str(SUPPORT / "composer_adapter_worker.py")
 PYTHON = os.environ.get("COMPOSER_PYTHON", "")
-"""An interpreter that has Composer; without it these tests are skipped."""
+"""An interpreter that has Composer, of `make test-composer`; without it the tests of a real Trainer are skipped."""
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not PYTHON:
-        pytest.skip("COMPOSER_PYTHON names no interpreter with Composer (mosaicml)")
+        pytest.skip("make test-composer runs it")
     folder = tmp_path_factory.mktemp("composer")
     run("save", 2, folder)
     return folder
 
 
-def run(function: str, world_size: int, *args: object) -> None:
+def run(function: str, world_size: int, *args: object, **env: str) -> None:
+    paths = [str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     finished = run_ranks(
         f"{WORKER}:{function}",
         world_size,
         args=args,
         deadline_s=180,
-        env={"PYTHONPATH": str(SUPPORT), "NODE_RANK": "0"},
+        env={"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NODE_RANK": "0", **env},
         python=PYTHON,
     )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_trainer_goes_on(saved: Path, world_size: int) -> None:
-    run("resume", world_size, saved, saved / "ep0-ba4-rank0.pt")
-
-
-def test_from_a_url(saved: Path) -> None:
-    with counting_server({"/a.pt": Served((saved / "ep0-ba4-rank0.pt").read_bytes())}) as server:
-        run("resume", 2, saved, server.url("/a.pt"))
+@pytest.mark.parametrize(
+    ("world_size", "scheme"), [(1, "file"), (2, "file"), (3, "file"), (2, "http"), (3, "s3")]
+)
+def test_a_trainer_goes_on(saved: Path, published: Publish, world_size: int, scheme: str) -> None:
+    with published(scheme, saved / "ep0-ba4-rank0.pt") as place:
+        run("resume", world_size, saved, place.uri, **place.env)
 
 
 @pytest.mark.parametrize("rng", [True, False])

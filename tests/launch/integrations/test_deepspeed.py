@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed_ranks import ENVIRONMENT
-from http_server import Served, counting_server
+from framework_jobs import Publish
 from places import SUPPORT
 from processes import run_ranks
 
@@ -18,8 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(function: str, world_size: int, *args: object) -> None:
-    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=120, env=ENVIRONMENT)
+def run(function: str, world_size: int, *args: object, **env: str) -> None:
+    finished = run_ranks(
+        f"{WORKER}:{function}", world_size, args=args, deadline_s=120, env={**ENVIRONMENT, **env}
+    )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 
@@ -39,15 +41,11 @@ def test_an_engine_goes_on_at_any_world_size(saved: tuple[Path, int], world_size
     run("resume", world_size, folder, stage, folder, how)
 
 
-def test_from_a_url(saved: tuple[Path, int]) -> None:
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_from_a_uri(saved: tuple[Path, int], published: Publish, scheme: str) -> None:
     folder, stage = saved
-    objects = {
-        f"/run/{path.relative_to(folder)}": Served(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    with counting_server(objects) as server:
-        run("resume", 2, folder, stage, server.url("/run"), "attached")
+    with published(scheme, folder) as place:
+        run("resume", 2, folder, stage, place.uri, "attached", **place.env)
 
 
 def test_what_is_left_out_and_what_is_refused(saved: tuple[Path, int]) -> None:
