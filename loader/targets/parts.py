@@ -58,6 +58,23 @@ def holds_state(target: Any) -> bool:
     return loads_state(target) and bool(own_state(target))
 
 
+def with_empty(target: Any, saved: Any) -> Any:
+    """`saved`, the state of one of torch's objects, with the entries of `target` that are empty, where it has none of
+    these: torch.distributed.checkpoint stores no dict or list without values, such as a LambdaLR's functions have."""
+    own = own_state(target) if loads_state(target) and _loads_by_torch(target) else None
+    if not isinstance(own, Mapping) or not isinstance(saved, Mapping):
+        return saved
+    lost = {key: value for key, value in own.items() if key not in saved and _is_empty(value)}
+    return {**saved, **lost} if lost else saved
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether `value` is a container that holds nothing but such."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    return isinstance(value, list | tuple) and all(map(_is_empty, value))
+
+
 def kind_problem(target: Any, saved: Any, *, named: bool) -> str | None:
     """Why the state `saved` cannot be that of `target`; None where it can be.
 
@@ -69,6 +86,7 @@ def kind_problem(target: Any, saved: Any, *, named: bool) -> str | None:
         return None
     if not isinstance(saved, Mapping):
         return f"is a {kind_of(saved)}, expected a dict"
+    saved = with_empty(target, saved)
     mine, theirs = _keys(own), _keys(saved)
     if not _loads_by_torch(target):
         return None if named or mine & theirs or not theirs else _told(theirs, mine)

@@ -29,6 +29,7 @@ from .parts import (
     own_state,
     state_problem,
     warn_of_parts,
+    with_empty,
 )
 
 _OWN_PARTS = frozenset(
@@ -51,7 +52,7 @@ class ObjectStep:
     def apply(self, work: Work) -> list[str]:
         (real,) = work.real(self.trees).values()
         work.note_change(self.label)
-        self.target.load_state_dict(real)
+        self.target.load_state_dict(with_empty(self.target, real))
         return [self.label]
 
 

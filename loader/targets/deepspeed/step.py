@@ -22,6 +22,7 @@ from ...saved.values import InertObject
 from ..base import NoteChange, Work
 from ..buffers import check_read, values_place
 from ..module import extra_states
+from ..parts import with_empty
 from .live import LiveEngine, flat_view
 from .plan import ModelPart
 from .states import OptimizerPart, new_state, state_memory_key
@@ -284,7 +285,8 @@ def _set_engine(step: EngineStep, work: Work) -> list[str]:
     if part.scheduler is not None:
         scheduler = engine.lr_scheduler
         work.note_change("lr scheduler")
-        scheduler.load_state_dict(work.real({"state/schedulers": part.scheduler})["state/schedulers"])
+        saved = work.real({"state/schedulers": part.scheduler})["state/schedulers"]
+        scheduler.load_state_dict(with_empty(scheduler, saved))
         restored.append(f"lr scheduler {type(scheduler).__name__}")
         if part.rates_from_scheduler and _set_learning_rates(step.live, scheduler):
             restored.append("learning rates (from the scheduler: the optimizer's files do not hold them)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,27 @@ def test_a_state_that_loads_itself_is_not_handed_another_kind(tmp_path: Path) ->
     without = written(tmp_path, job(), "composer")
     with pytest.raises(MismatchError, match="schedulers/StepLR: the checkpoint has none"):
         load(without, Foreign(job(scheduler="step")), progress_bar=False)
+
+
+def test_what_a_dcp_folder_stores_nothing_of_is_the_objects_own(tmp_path: Path) -> None:
+    """A LambdaLR of a function that is no plain one keeps an empty dict for it, which such a folder leaves out."""
+    import torch.distributed.checkpoint as dcp
+
+    def job() -> State:
+        module = nn.Linear(2, 2)
+        sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+        return State(module, sgd, lr.LambdaLR(sgd, functools.partial(lambda base, step: base**step, 0.5)))
+
+    saved, fresh = job(), job()
+    (optimizer,), (scheduler,) = saved.optimizers, saved.schedulers
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    tree = {"model": saved.model.state_dict(), "lr_scheduler": scheduler.state_dict()}
+    dcp.save(tree, checkpoint_id=tmp_path / "step-3")
+    load(tmp_path / "step-3", fresh, options={"leave_out": ["optimizer"]}, progress_bar=False)
+    (restored,) = fresh.schedulers
+    assert restored.state_dict() == scheduler.state_dict()
+    fresh.optimizers[0].step()
+    restored.step()
+    assert restored.get_last_lr() == [0.0625]
