@@ -71,7 +71,33 @@ def by_steps(total: int) -> dict[str, Make]:
         "ConstantLR": lambda one, n: lr_scheduler.ConstantLR(one, 0.5, total_iters=6 * n),
         "PolynomialLR": lambda one, n: lr_scheduler.PolynomialLR(one, total * n, power=2),
         "ExponentialLR": lambda one, n: lr_scheduler.ExponentialLR(one, 0.9 ** (1 / n)),
+        "CosineAnnealingWarmRestarts": lambda one, n: lr_scheduler.CosineAnnealingWarmRestarts(one, 5 * n, 2),
+        "CosineAnnealingWarmRestarts, alike": lambda one, n: lr_scheduler.CosineAnnealingWarmRestarts(
+            one, 4 * n
+        ),
+        "CyclicLR": lambda one, n: lr_scheduler.CyclicLR(one, 0.1, 0.9, 3 * n, 4 * n, mode="triangular2"),
+        "SequentialLR": lambda one, n: sequence(
+            one,
+            n,
+            [(4, lr_scheduler.LinearLR, 0.1, 1.0, 4 * n), (15, lr_scheduler.CosineAnnealingLR, 15 * n)],
+        ),
+        "SequentialLR of three": lambda one, n: sequence(
+            one,
+            n,
+            [
+                (3, lr_scheduler.LambdaLR, lambda count: (1 + count) / (1 + 3 * n)),
+                (6, lr_scheduler.CosineAnnealingWarmRestarts, 2 * n),
+                (11, lr_scheduler.ExponentialLR, 0.9 ** (1 / n)),
+            ],
+        ),
     }
+
+
+def sequence(one: torch.optim.Optimizer, n: int, parts: list[tuple[Any, ...]]) -> Any:
+    """A SequentialLR of `parts`: the steps that each lasts, its class and its arguments."""
+    made = [kind(one, *settings) for _, kind, *settings in parts]
+    ends = [n * sum(part[0] for part in parts[: number + 1]) for number in range(len(parts) - 1)]
+    return lr_scheduler.SequentialLR(one, made, ends)
 
 
 @pytest.mark.parametrize("name", sorted(by_steps(20)))
@@ -80,9 +106,69 @@ def test_a_schedule_of_steps_goes_on(name: str, before: int, now: int) -> None:
     make, done = by_steps(20)[name], random.Random(f"{name}{before}{now}").randint(1, 14)
     new, counts = go_on(make, before, now, done)
     assert counts == now
-    expected = rates_of(make(optimizer(), before), before, 19)[done:]
+    old = make(optimizer(), before)
+    expected = rates_of(old, before, 19)[done:]
     for found, wanted in zip(rates_of(new, now, 19 - done), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    for found, wanted in zip(new.optimizer.param_groups, old.optimizer.param_groups, strict=True):
+        assert found["momentum"] == pytest.approx(wanted["momentum"])
+
+
+def one_cycle(total: int, three: bool = False, peak: float = 1.0, start: float = 0.3) -> Make:
+    """One of `total` counts for each that a step has."""
+    return lambda one, n: lr_scheduler.OneCycleLR(
+        one, peak, total * n, pct_start=start, three_phase=three, anneal_strategy="linear" if three else "cos"
+    )
+
+
+@pytest.mark.parametrize("three", [False, True])
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 3), (4, 6), (2, 2)])
+@pytest.mark.parametrize("done", [1, 5, 13, 19])
+def test_one_cycle_of_steps_goes_on_as_it_was_saved(three: bool, before: int, now: int, done: int) -> None:
+    make = one_cycle(20, three)
+    new, counts = go_on(make, before, now, done)
+    assert counts == before
+    old = make(optimizer(), before)
+    expected = rates_of(old, before, 20)[done:]
+    assert rates_of(new, counts, 20 - done) == expected
+    assert new.optimizer.param_groups[0]["momentum"] == old.optimizer.param_groups[0]["momentum"]
+
+
+def test_one_cycle_of_samples_counts_as_its_samples_did() -> None:
+    def make(one: torch.optim.Optimizer, _: int) -> Any:
+        return one_cycle(60)(one, 1)
+
+    new, counts = go_on(make, 2, 3, 10, saved_batch=24, batch=48)
+    assert counts == 4
+    assert rates_of(new, counts, 10) == rates_of(make(optimizer(), 1), 2, 30)[11::2]
+
+
+@pytest.mark.parametrize(
+    ("then", "here", "match"),
+    [
+        (
+            one_cycle(20),
+            one_cycle(21),
+            r"made for 40 counts, 2 a step, and is made for 21 here.* for 20 .* for 40",
+        ),
+        (one_cycle(20), one_cycle(20, peak=0.9), "the schedule that the saving job had"),
+        (one_cycle(20), one_cycle(20, start=0.5), "the schedule that the saving job had"),
+        (one_cycle(20), one_cycle(20, three=True), "the schedule that the saving job had"),
+    ],
+)
+def test_another_one_cycle_is_refused(then: Make, here: Make, match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        go_on(lambda one, n: (then if n == 2 else here)(one, n), 2, 1, 4)
+
+
+def test_one_cycle_that_was_carried_over_goes_on_at_a_third_size() -> None:
+    make = one_cycle(20)
+    second, counts = go_on(make, 2, 1, 4)
+    setattr(second, STEPS, counts)
+    rates_of(second, counts, 4)
+    third = make(optimizer(), 3)
+    plan = resumed(third, second.state_dict(), before=1, now=3, saved_batch=None, batch=None)
+    assert (plan.state, plan.counts_a_step) == (None, 2)
 
 
 OF_SAMPLES: dict[str, Make] = {
@@ -119,11 +205,9 @@ def test_counts_that_were_kept_go_on_at_a_third_size() -> None:
 
 REFUSED: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "ReduceLROnPlateau": lr_scheduler.ReduceLROnPlateau,
-    "OneCycleLR": lambda one: lr_scheduler.OneCycleLR(one, 1.0, 100),
     "MultiplicativeLR": lambda one: lr_scheduler.MultiplicativeLR(one, lambda _: 0.5),
-    "CosineAnnealingWarmRestarts": lambda one: lr_scheduler.CosineAnnealingWarmRestarts(one, 5),
     "SequentialLR": lambda one: lr_scheduler.SequentialLR(
-        one, [lr_scheduler.ConstantLR(one), lr_scheduler.ExponentialLR(one, 0.9)], [3]
+        one, [lr_scheduler.ConstantLR(one), lr_scheduler.MultiplicativeLR(one, lambda _: 0.5)], [3]
     ),
     "ChainedScheduler": lambda one: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(one)]),
 }
