@@ -12,8 +12,9 @@ Each module needs its own framework alone, and is imported by its name: ``from r
 - `composer`: a callback that loads before training.
 
 Where the checkpoint tells the batch of one step over all ranks, an adapter warns of another one (`batches`): the
-frameworks count in steps, and would train on other samples without a word. Lightning's ``.ckpt`` files and torchtitan's
-folders do not tell it. Every adapter warns of a version of its framework that it was not tried with (`versions`).
+frameworks count in steps, and would train on other samples without a word. Where it does not (Lightning's ``.ckpt``
+files; Accelerate's without DeepSpeed, unless the saving job was attached), it warns of another number of ranks, as far
+as that is told. Every adapter warns of a version of its framework that it was not tried with (`versions`).
 
 Not guaranteed: what a framework does not hand out. docs/frameworks.md lists it.
 

@@ -6,13 +6,15 @@
     accelerator.load_state("s3://bucket/run/checkpoint_3")
 
 `attach` changes this one accelerator: its engines are loaded by `rankload.load`, its schedulers go on with the right
-learning rates (`schedules`), and ranks that have saved no random states get derived ones.
+learning rates (`schedules`), and ranks that have saved no random states get derived ones. What it saves from then on
+tells the samples of one step, which Accelerate's own files do not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -25,12 +27,12 @@ from ..loader.redaction import redact_path
 from ..loader.stores.base import Heard
 from ..loader.stores.names import child_of
 from . import deepspeed
-from .batches import warn_of_batch
+from .batches import warn_of_batch, warn_of_unknown_batch
 from .choosing import newest
 from .native import native_load
 from .random_states import restore_missing
 from .schedules import STEPS, Resumed, resumed
-from .side_folders import count_numbered, is_elsewhere, side_folder
+from .side_folders import count_numbered, is_elsewhere, read_beside, side_folder
 from .versions import warn_of_version
 
 __all__ = ["attach", "load_state", "newest"]
@@ -38,6 +40,9 @@ __all__ = ["attach", "load_state", "newest"]
 TRIED = ("1.15",)
 
 _OF_RANK = "random_states_{}.pkl"
+_NOTE = "rankload.json"
+"""What an attached accelerator saves: the samples of one step over all ranks, for each prepared loader."""
+_LARGEST_NOTE = 1 << 16
 
 
 def attach(
@@ -49,7 +54,9 @@ def attach(
 ) -> Any:
     """Makes ``accelerator.load_state`` of this one accelerator `load_state`, and returns it; no class is touched.
 
-    For one engine without its accelerator there is `deepspeed.attach`; then schedulers and random states are the job's.
+    Attach in the first run too: what ``save_state`` writes then has the samples of one step in ``rankload.json``, by
+    Accelerate's own hook for that. For one engine without its accelerator there is `deepspeed.attach`; then schedulers
+    and random states are the job's.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -63,8 +70,24 @@ def attach(
     bound = functools.partial(
         load_state, saved_batch_size=saved_batch_size, object_store=object_store, options=options
     )
+    if not isinstance(accelerator.__dict__.get("load_state"), types.MethodType):
+        accelerator.register_save_state_pre_hook(functools.partial(_save_note, accelerator))
     accelerator.load_state = types.MethodType(bound, accelerator)
     return accelerator
+
+
+def _save_note(accelerator: Any, models: Any, weights: Any, output_dir: str) -> None:
+    """Writes the samples of one step beside what Accelerate saves; on one rank of those that see the folder."""
+    own = accelerator.project_configuration.save_on_each_node
+    if not (accelerator.is_local_main_process if own else accelerator.is_main_process):
+        return
+    batches = _batches(accelerator, by_engine=_kind(accelerator) == "DEEPSPEED")
+    if not batches:
+        return
+    path = os.path.join(output_dir, _NOTE)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump({"samples_of_a_step": batches}, file)
+    os.replace(f"{path}.tmp", path)
 
 
 def load_state(
@@ -87,7 +110,7 @@ def load_state(
             the `newest` that is proven whole.
         load_kwargs, load_model_func_kwargs: as Accelerate takes them.
         saved_batch_size: samples of one optimizer step over all ranks when the checkpoint was saved. None: as
-            DeepSpeed's files tell; without DeepSpeed nothing does, and schedules of samples need it.
+            the checkpoint tells, by DeepSpeed's files or because its job was attached. Schedules of samples need it.
         object_store, options: as `rankload.load` takes them.
 
     Raises:
@@ -107,8 +130,11 @@ def load_state(
             given["object_store"] = object_store
             folder = leaving.enter_context(_side_folder(accelerator, path, given))
         before, told = _saved(path, by_engine=by_engine, given=given)
-        batch = _batch(accelerator, by_engine=by_engine)
-        saved_batch = saved_batch_size if saved_batch_size is not None else told
+        batches = _batches(accelerator, by_engine=by_engine)
+        batch = _one(batches)
+        if saved_batch_size is not None:
+            told, batches = [saved_batch_size], batches if batch is None else [batch]
+        saved_batch = _one(told)
         schedulers = _counting(accelerator)
         plans = [
             resumed(
@@ -134,13 +160,22 @@ def load_state(
         )
         if held is not None and not has_own and isinstance(held.get("step"), int):
             accelerator.step = held["step"]  # of the batches that make one optimizer step
-    if not by_engine:
-        warn_of_batch(
-            saved_batch,
-            batch,
+    if by_engine:
+        return
+    remedy = (
+        "Keep it by the data loader's batch_size or by gradient_accumulation_steps, or skip as many samples"
+    )
+    if not told:
+        warn_of_unknown_batch(
+            before,
+            now,
             counted_by="Accelerate",
-            remedy="Keep it by the data loader's batch_size or by gradient_accumulation_steps, or skip as many samples",
+            remedy=f"{remedy}; attach() in the saving job tells it from then on",
         )
+    elif len(told) == len(batches):
+        differ = [pair for pair in zip(told, batches, strict=True) if pair[0] != pair[1]]
+        for saved, here in differ[:1]:
+            warn_of_batch(saved, here, counted_by="Accelerate", remedy=remedy)
 
 
 def _path(accelerator: Any, input_dir: Any, options: Any) -> str:
@@ -203,13 +238,14 @@ def _names(name: str, end: str, of: Sequence[Any]) -> list[str]:
     return [f"{name}_{number}{end}" if number else f"{name}{end}" for number in range(len(of))]
 
 
-def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int, int | None]:
-    """The processes that saved the checkpoint, and the samples of one step over all of them, where it tells.
+def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The processes that saved the checkpoint, and the samples of one step over all of them for each of its loaders,
+    as far as it tells; with an engine for that.
 
     Every rank must call.
     """
 
-    def look(heard: Heard) -> tuple[int, int | None]:
+    def look(heard: Heard) -> tuple[int, list[int]]:
         ranks = count_numbered(path, _OF_RANK, heard=heard, **given)
         if ranks == 0:
             raise NotFoundError(
@@ -218,23 +254,44 @@ def _saved(path: str, *, by_engine: bool, given: Mapping[str, Any]) -> tuple[int
                 path=redact_path(path),
             )
         if not by_engine:
-            return ranks, None
+            return ranks, _noted(path, heard=heard, **given)
         with open_alone(path, **given) as opened:
-            return ranks, opened.saved.batch_size
+            batch = opened.saved.batch_size
+        return ranks, [] if batch is None else [batch]
 
     with open_session() as session:
         channel = session.channel
-        ranks, batch = channel.decide("saved processes", None, lambda _: look(channel.heard))
-        return ranks, batch
+        ranks, batches = channel.decide("saved processes", None, lambda _: look(channel.heard))
+        return ranks, batches
 
 
-def _batch(accelerator: Any, *, by_engine: bool) -> int | None:
-    """Samples of one optimizer step over all ranks in this job; None where it is not known."""
+def _noted(path: str, *, heard: Heard, object_store: Any, options: Any) -> list[int]:
+    """What `_save_note` wrote there; nothing where it did not, or where that is none."""
+    text = read_beside(path, _NOTE, _LARGEST_NOTE, object_store=object_store, options=options, heard=heard)
+    try:
+        batches = json.loads(text or "{}").get("samples_of_a_step", [])
+    except (ValueError, AttributeError):
+        return []
+    whole = isinstance(batches, list) and all(type(one) is int and one > 0 for one in batches)
+    return batches if whole else []
+
+
+def _batches(accelerator: Any, *, by_engine: bool) -> list[int]:
+    """Samples of one optimizer step over all ranks in this job, for each prepared loader; with an engine for that.
+
+    Empty where one of them is not known.
+    """
     if by_engine:
-        return next((int(one.train_batch_size()) for one in accelerator._models), None)
-    sizes = {getattr(one, "total_batch_size", None) for one in accelerator._dataloaders}
-    size = sizes.pop() if len(sizes) == 1 else None
-    return None if size is None else int(size) * int(accelerator.gradient_accumulation_steps)
+        return [int(one.train_batch_size()) for one in accelerator._models[:1]]
+    sizes = [getattr(one, "total_batch_size", None) for one in accelerator._dataloaders]
+    if any(size is None for size in sizes):
+        return []
+    return [int(size) * int(accelerator.gradient_accumulation_steps) for size in sizes if size is not None]
+
+
+def _one(batches: Sequence[int]) -> int | None:
+    """What all of them are; None where they differ, or where there is none."""
+    return batches[0] if batches and len(set(batches)) == 1 else None
 
 
 def _counting(accelerator: Any) -> dict[str, Any]:
@@ -269,11 +326,18 @@ def _go_on(wrapper: Any, plan: Resumed, processes: int) -> None:
     wrapper.split_batches = True
     once = wrapper.step
 
+    def has_more() -> bool:
+        # As Accelerate has it: a OneCycleLR is not stepped beyond its end.
+        return not hasattr(scheduler, "total_steps") or scheduler._step_count <= scheduler.total_steps
+
     def step(*args: Any, **kwargs: Any) -> None:
+        if not has_more():
+            return
         before = scheduler.last_epoch
         once(*args, **kwargs)
         if scheduler.last_epoch != before:
             for _ in range(plan.counts_a_step - 1):
-                scheduler.step(*args, **kwargs)
+                if has_more():
+                    scheduler.step(*args, **kwargs)
 
     wrapper.step = step

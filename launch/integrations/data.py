@@ -132,13 +132,8 @@ class GlobalSampler:
                 "are not known: leave out in_order=False"
             )
         size = (loader.batch_size or 1) * self.world_size
-        if self._global_batch not in (None, size):
-            warnings.warn(
-                f"a batch of all ranks was {self._global_batch:,} samples when the position was saved, and is {size:,} "
-                "here: no sample is left out or repeated, but what counts in steps (schedules) goes on at another "
-                "pace, unless gradient accumulation makes up for it",
-                stacklevel=2,
-            )
+        if self._global_batch is not None:
+            _warn_of_pace(self._global_batch, size)
         self._global_batch = size
         return self._counted(loader, size)
 
@@ -302,7 +297,19 @@ def reshard_loader_state(
             "rankload.integrations.data.GlobalSampler, which begins anywhere"
         )
     samples = total // world_size
+    if found[0].batches and found[0].samples % found[0].batches == 0:
+        _warn_of_pace(total // found[0].batches, world_size * batch_size)
     return _moved(states, rank, samples=samples, batches=samples // batch_size)
+
+
+def _warn_of_pace(saved: int, now: int) -> None:
+    if saved != now:
+        warnings.warn(
+            f"a batch of all ranks was {saved:,} samples when the position was saved, and is {now:,} here: no sample "
+            "is left out or repeated, but what counts in steps (schedules) goes on at another pace, unless gradient "
+            "accumulation makes up for it",
+            stacklevel=3,
+        )
 
 
 def _check_place(rank: int, world_size: int) -> None:

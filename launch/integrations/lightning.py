@@ -6,8 +6,9 @@
     trainer = Trainer(strategy="ddp", plugins=[CheckpointIO()], ...)         # .ckpt files
     trainer.fit(module, ckpt_path="s3://bucket/run/epoch=0-step=4.ckpt")
 
-Both are Lightning's own extension points: nothing is replaced. They save as Lightning does. Importing this module
-imports Lightning: ``lightning.pytorch``, or ``pytorch_lightning`` where the job has imported that one alone.
+Both are Lightning's own extension points: nothing is replaced. They save as Lightning does; a ``.ckpt`` file gets the
+number of ranks besides. Importing this module imports Lightning: ``lightning.pytorch``, or ``pytorch_lightning`` where
+the job has imported that one alone.
 
 Not guaranteed: what Lightning does not save (random states, and the position in the data of a plain DataLoader);
 docs/frameworks.md lists it. Its FSDP strategies read their folders without a `CheckpointIO`.
@@ -19,9 +20,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..distributed.session import current_topology
 from ..loader import LoadOptions, OptionError, read
 from . import deepspeed
-from .batches import warn_of_batch
+from .batches import warn_of_batch, warn_of_unknown_batch
 from .inert import warn_of_inert
 from .lightning_home import TRIED, import_home
 from .native import native_load
@@ -30,6 +32,9 @@ from .versions import warn_of_version
 _home, _distribution = import_home("lightning.pytorch", "pytorch_lightning")
 _strategies = _home("strategies")
 _io = _home("plugins.io")
+_RANKS = "rankload_world_size"
+"""The ranks that saved a file by our `CheckpointIO`: Lightning's own files tell neither them nor the batch."""
+_REMEDY = "Keep the batch by the DataLoader's batch_size or by accumulate_grad_batches"
 
 
 class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, name-defined]
@@ -90,7 +95,7 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
                 engine.rankload_result.batch_size,
                 engine.train_batch_size(),
                 counted_by="Lightning",
-                remedy="Keep the batch by the DataLoader's batch_size or by accumulate_grad_batches",
+                remedy=_REMEDY,
             )
         warn_of_inert(client_state, ("callbacks", "lr_schedulers", "loops"))
         return client_state
@@ -98,7 +103,8 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
 
 class CheckpointIO(_io.TorchCheckpointIO):  # type: ignore[misc, name-defined]
     """Reads a ``.ckpt`` file by `rankload.read`: from any path or URI, without running its pickle, fetched once per
-    node and compared with its checksums. It writes and removes files as Lightning's own does.
+    node and compared with its checksums. It writes and removes files as Lightning's own does; what it writes tells the
+    number of ranks besides, so that a load at another one warns: such a file does not tell the batch.
 
     Args:
         object_store: the store that paths name objects of; None: the one that each path itself names.
@@ -111,6 +117,13 @@ class CheckpointIO(_io.TorchCheckpointIO):  # type: ignore[misc, name-defined]
         super().__init__()
         self._object_store = object_store
         self._options = options
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Writes `checkpoint` as Lightning does, with the number of ranks in it; rank 0 calls it."""
+        noted = {**checkpoint, _RANKS: current_topology().world_size}
+        super().save_checkpoint(noted, path, storage_options)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -134,6 +147,13 @@ class CheckpointIO(_io.TorchCheckpointIO):  # type: ignore[misc, name-defined]
         warn_of_version(_distribution, TRIED)
         found: dict[str, Any] = read(
             path, object_store=self._object_store, progress_bar=False, options=self._options
+        )
+        ranks = found.get(_RANKS) if isinstance(found, Mapping) else None
+        warn_of_unknown_batch(
+            ranks if isinstance(ranks, int) else None,
+            current_topology().world_size,
+            counted_by="Lightning",
+            remedy=_REMEDY,
         )
         if map_location is None or callable(map_location):
             return found

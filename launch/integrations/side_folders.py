@@ -166,3 +166,16 @@ def count_numbered(
             begin, size = begin + size, 2 * size
     finally:
         store.close()
+
+
+def read_beside(
+    path: str, name: str, limit: int, *, object_store: Any = None, options: Any = None, heard: Heard = unheard
+) -> bytes | None:
+    """The small file `name` in the folder at `path`; None where there is none. `heard` is as `count_numbered` has it."""
+    resolved, _ = settle_options(options)
+    store, root = open_store(path, object_store, resolved.storage_options, heard)
+    try:
+        file = store.join(root, name)
+        return store.read_small(file, limit) if store.stat(file) is not None else None
+    finally:
+        store.close()

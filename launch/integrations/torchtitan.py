@@ -31,6 +31,7 @@ from typing import Any
 from ..distributed.session import open_session
 from ..loader import LayoutError, LoadOptions, LoadResult, MismatchError, State, UnsafeError, load
 from ..loader.formats.plain_pickle import read_plain
+from .batches import warn_of_batch, warn_of_unknown_batch
 from .inert import inert_types
 from .native import native_load
 from .parts import leave_out
@@ -38,6 +39,7 @@ from .versions import warn_of_version
 
 TRIED = ("0.2",)
 _titan = importlib.import_module("torchtitan.components.checkpoint")
+_TOKENS = "ntokens_seen"
 _LARGEST_POSITION = 256 << 20
 """Bytes of one rank's position in the data."""
 
@@ -139,7 +141,7 @@ class CheckpointManager(_titan.CheckpointManager):  # type: ignore[misc, name-de
         model.cache_state_dict = model._get_state_dict()
         for key in wanted:
             if key == _titan.TRAIN_STATE:
-                _restore_counters(self.states[key], result)
+                _restore_counters(self.states[key], result, self.states.get(_titan.DATALOADER))
             elif key == _titan.DATALOADER:
                 _restore_position(self.states[key], result.extra.get(key), path)
             elif key not in (_titan.OPTIMIZER, _titan.LR_SCHEDULER):
@@ -170,11 +172,16 @@ def replaced(
         train.CheckpointManager = before  # type: ignore[attr-defined]
 
 
-def _restore_counters(owner: Any, result: LoadResult) -> None:
+def _restore_counters(owner: Any, result: LoadResult, loader: Any) -> None:
     """Sets the step, and what else the Trainer counts, where the checkpoint has it."""
     now, saved = owner.state_dict(), result.extra.get(_titan.TRAIN_STATE)
     if isinstance(saved, Mapping) and now.keys() <= saved.keys():
-        owner.load_state_dict({key: _like(now[key], saved[key]) for key in now})
+        numbers = {key: _number(saved[key]) for key in now}
+        ranks = _saved_ranks(result)
+        _compare_batch(owner, loader, numbers, ranks)
+        if _TOKENS in numbers:
+            numbers[_TOKENS] = _tokens_of_rank(numbers[_TOKENS], ranks, loader)
+        owner.load_state_dict({key: _like(now[key], numbers[key]) for key in now})
         return
     if result.step is None or "step" not in now:
         warnings.warn(
@@ -189,9 +196,53 @@ def _restore_counters(owner: Any, result: LoadResult) -> None:
         )
 
 
+def _saved_ranks(result: LoadResult) -> int | None:
+    """The data-parallel ranks that saved the checkpoint, which the position in the data tells."""
+    position = result.extra.get(_titan.DATALOADER)
+    ranks = _number(position.get("world_size")) if isinstance(position, Mapping) else None
+    return ranks if isinstance(ranks, int) and ranks > 0 else None
+
+
+def _tokens_of_rank(tokens: int, saved_ranks: int | None, loader: Any) -> int:
+    """The tokens that this rank counts on from, so that all ranks together have those that the saved ones had.
+
+    Each rank counts its own, and the checkpoint has one rank's.
+    """
+    ranks, rank = getattr(loader, "dp_world_size", None), getattr(loader, "dp_rank", None)
+    if saved_ranks is None or ranks is None or rank is None or ranks == saved_ranks:
+        return tokens
+    each, rest = divmod(tokens * saved_ranks, int(ranks))
+    return each + int(rank < rest)
+
+
+def _compare_batch(owner: Any, loader: Any, numbers: Mapping[str, Any], saved_ranks: int | None) -> None:
+    """Warns where a step has another number of tokens than it had on average when the checkpoint was saved."""
+    ranks = getattr(loader, "dp_world_size", None)
+    if ranks is None or saved_ranks is None:
+        return
+    remedy = "Keep training.global_batch_size and training.seq_len"
+    training = getattr(getattr(owner, "job_config", None), "training", None)
+    accumulated = getattr(owner, "gradient_accumulation_steps", None)
+    step, tokens = numbers.get("step"), numbers.get(_TOKENS)
+    if training is None or accumulated is None or not step or not tokens:
+        warn_of_unknown_batch(saved_ranks, ranks, counted_by="torchtitan", remedy=remedy)
+        return
+    warn_of_batch(
+        round(tokens * saved_ranks / step),
+        training.local_batch_size * training.seq_len * accumulated * ranks,
+        counted_by="torchtitan",
+        remedy=remedy,
+        unit="tokens on average",
+    )
+
+
+def _number(saved: Any) -> Any:
+    return saved.item() if hasattr(saved, "item") else saved
+
+
 def _like(now: Any, saved: Any) -> Any:
     """The number `saved` in the form that the job has it in: a number, or a tensor."""
-    number = saved.item() if hasattr(saved, "item") else saved
+    number = _number(saved)
     return now.new_tensor(number) if hasattr(now, "new_tensor") else number
 
 

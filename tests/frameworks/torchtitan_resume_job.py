@@ -1,7 +1,7 @@
 """Jobs that torchtitan's CheckpointManager saves after step 4, and others that ours resumes; every rank runs each
 function.
 
-Its Trainer needs a GPU: the parts that it hands its manager are torchtitan's own, with a small model of another kind.
+The parts that a Trainer hands its manager are torchtitan's own here, with a small model of another kind.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def resume(folder: str, path: str, model_only: str) -> None:
     jobs: list[Job] = []
 
     class Trainer:
-        """Stands in for torchtitan's, which needs a GPU: it makes the manager in the same way."""
+        """Stands in for torchtitan's (`torchtitan_trainer_job` has that): it makes the manager in the same way."""
 
         def __init__(self, config: Checkpoint) -> None:
             start = 0 if world_size() == 2 and path == "-" else SAVED_AT
