@@ -125,6 +125,29 @@ def test_one_checkpoint_by_its_path(trained, tmp_path):
 
 @whole_jobs
 @needs_deepspeed
+def test_one_checkpoint_by_its_url(trained, published, tmp_path):
+    saved, whole = trained
+    with published("http", saved) as place:
+        said = run("torchrun.sh", "--steps", 2, "--seed", 5, "--load", place.uri, cwd=tmp_path)
+    check(said, whole)
+
+
+@whole_jobs
+@needs_deepspeed
+def test_a_run_in_a_bucket(trained, published, tmp_path):
+    """It goes on from what lies there, and saves there."""
+    saved, whole = trained
+    with published("s3", saved) as place:
+        env = {**place.env, "RESUME": place.uri}
+        save = ("--save", place.uri)
+        first = run("torchrun.sh", "--until", STEPS + 1, "--seed", 5, *save, cwd=tmp_path, **env)
+        second = run("torchrun.sh", "--until", STEPS + 2, "--seed", 6, cwd=tmp_path, **env)
+    assert losses(first) == {STEPS + 1: whole[STEPS + 1]}
+    assert losses(second) == {STEPS + 2: whole[STEPS + 2]}
+
+
+@whole_jobs
+@needs_deepspeed
 def test_deepspeed_launcher(trained, tmp_path):
     saved, whole = trained
     check(run("deepspeed.sh", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
@@ -162,8 +185,15 @@ def test_slurm(trained, tmp_path):
     check(said, whole)
 
 
-@pytest.fixture(scope="module")
-def followed(tmp_path_factory):
+longest = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="stages 2 and 3 run with make test-all")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(2, marks=longest), pytest.param(3, marks=longest)],
+    ids="stage-{}".format,
+)
+def followed(request, tmp_path_factory):
     """The examples, with a training script that notes its samples; a folder that two ranks saved, and their whole run.
 
     In fp32 and without dropout, so that the losses of other numbers of ranks can be compared.
@@ -175,7 +205,7 @@ def followed(tmp_path_factory):
     assert script.read_text().count(head) == 1
     note = '        print(index, file=open(f"samples-{os.environ[\'RANK\']}", "a"))\n'
     script.write_text(script.read_text().replace(head, head + note))
-    config = json.loads((CONFIGS / "zero1.json").read_text())
+    config = json.loads((CONFIGS / f"zero{request.param}.json").read_text())
     del config["bf16"]
     config["train_batch_size"] = 12
     (folder / "configs" / "zero1.json").write_text(json.dumps(config))
@@ -208,7 +238,7 @@ def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, 
 
 
 @needs_deepspeed
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="stages 2 and 3 run with make test-all")
+@longest
 @pytest.mark.parametrize("stage", [2, 3])
 def test_other_stages(stage, tmp_path):
     config = {"CONFIG": str(CONFIGS / f"zero{stage}.json")}

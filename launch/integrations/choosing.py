@@ -10,10 +10,11 @@ from typing import Any
 
 from ..distributed.session import current_topology
 from ..loader import LoadOptions, find_checkpoints
+from ..loader.candidates.names import INSIDE
 from ..loader.stores.names import file_name, folder_of
 
-_ENGINES = re.compile(r"global_step\d+|pytorch_model(_fsdp)?(_\d+)?")
-"""How the folders of the model's own files are named, inside of those that the frameworks save."""
+_TAG = re.compile(r"global_step\d+")
+"""How DeepSpeed's folder is named inside of one that Trainer saves."""
 _logger = logging.getLogger("rankload")
 
 
@@ -35,6 +36,6 @@ def newest(
             if one.proven is False:
                 _logger.warning("%s", one)
     chosen = next((one.path for one in found if one.proven), None)
-    if chosen is not None and _ENGINES.fullmatch(file_name(chosen)):
+    if chosen is not None and (_TAG.fullmatch(file_name(chosen)) or INSIDE.fullmatch(file_name(chosen))):
         return folder_of(chosen)  # the framework's own folder is the one around it
     return chosen

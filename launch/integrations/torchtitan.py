@@ -29,7 +29,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..distributed.session import open_session
-from ..loader import LayoutError, LoadOptions, LoadResult, MismatchError, State, UnsafeError, load
+from ..loader import (
+    LayoutError,
+    LoadOptions,
+    LoadResult,
+    MismatchError,
+    OptionError,
+    State,
+    UnsafeError,
+    load,
+)
 from ..loader.formats.plain_pickle import read_plain
 from .batches import warn_of_batch, warn_of_unknown_batch
 from .inert import inert_types
@@ -161,8 +170,16 @@ def replaced(
 
     Args:
         object_store, options: as `rankload.load` takes them.
+
+    Raises:
+        OptionError: torchtitan is one that makes its manager in another way, as 0.3 does.
     """
     train = importlib.import_module("torchtitan.train")
+    if not hasattr(train, "CheckpointManager"):
+        raise OptionError(
+            f"this torchtitan makes its CheckpointManager in another way than {', '.join(TRIED)}, which the adapter is "
+            "for: install torchtitan 0.2.2, or restore the checkpoint by rankload.load in a job of your own"
+        )
     before = train.CheckpointManager
     ours = functools.partial(CheckpointManager, object_store=object_store, options=options)
     train.CheckpointManager = ours  # type: ignore[attr-defined]

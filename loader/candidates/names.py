@@ -38,7 +38,7 @@ _PARTS = re.compile(
 _OWN_FILES = frozenset(
     {DCP_METADATA, *MODEL_STATES, *MODEL_FILES, "trainer_state.json", "random_states_0.pkl"}
 )
-_INSIDE = ("pytorch_model", "pytorch_model_fsdp_0", "checkpoint")
+INSIDE = re.compile(r"pytorch_model(_fsdp)?(_\d+)?|checkpoint")
 """Folders of a checkpoint that frameworks save in: Accelerate's, and Lightning's for DeepSpeed."""
 
 
@@ -101,6 +101,6 @@ def looks_like_checkpoint(names: frozenset[str]) -> bool:
     return (
         is_one_checkpoint(names)
         or LATEST in names
-        or bool(names & set(_INSIDE))
+        or any(INSIDE.fullmatch(name) for name in names)
         or any(name.endswith((*_SUFFIXES, ".distcp")) for name in names)
     )

@@ -33,8 +33,11 @@ from framework_model import (
 
 
 class Job:
-    """`kind`: ``ddp`` or ``zero2``. `schedule`: ``steps`` counts optimizer steps, however many processes there are;
-    ``samples`` and ``stairs`` count what Accelerate counts."""
+    """`kind`: ``ddp``, ``zero2`` or ``zero3``. `schedule`: ``steps`` and ``one-cycle`` count optimizer steps, however
+    many processes there are; ``samples`` and ``stairs`` count what Accelerate counts.
+
+    With ``steps`` there is another loader, of larger batches.
+    """
 
     def __init__(self, kind: str, schedule: str, seed: int, batch: int = SHARED_BATCH) -> None:
         from accelerate.utils import DataLoaderConfiguration, set_seed
@@ -48,6 +51,8 @@ class Job:
         self.model: Any = tiny_gpt2(seed)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.scheduler: Any = self._scheduler(schedule)
+        if (kind, schedule) == ("ddp", "steps"):
+            self.accelerator.prepare_data_loader(torch.utils.data.DataLoader(Tokens(), batch_size=2 * each))
         self.loader: Any = torch.utils.data.DataLoader(Tokens(), batch_size=each, shuffle=True)
         self.seen: list[list[int]] = []
         set_seed(11)
@@ -59,6 +64,8 @@ class Job:
         processes = self.accelerator.num_processes
         if schedule == "steps":
             return get_linear_schedule_with_warmup(self.optimizer, 2 * processes, 16 * processes)
+        if schedule == "one-cycle":
+            return lr_scheduler.OneCycleLR(self.optimizer, 1e-3, total_steps=10 * processes)
         if schedule == "samples":
             return lr_scheduler.LambdaLR(self.optimizer, lambda count: 1 / (1 + count))
         return lr_scheduler.StepLR(self.optimizer, 5, gamma=0.5)
@@ -92,11 +99,15 @@ class Job:
         return losses, rates
 
 
-def save(folder: str, kind: str, schedule: str) -> None:
-    """Leaves what ``save_state`` writes in `folder`/state."""
+def save(folder: str, kind: str, schedule: str, attached: str) -> None:
+    """Leaves what ``save_state`` writes in `folder`/state, of an accelerator that is `attached` or not."""
+    from rankload.integrations.accelerate import attach
+
     os.makedirs(folder, exist_ok=True)
     job = Job(kind, schedule, 0)
     job.prepare()
+    if attached == "True":
+        attach(attach(job.accelerator))
     batches = iter(job.loader)
     job.train(batches, SAVED_AT)
     job.accelerator.save_state(f"{folder}/state")
@@ -109,14 +120,16 @@ def save(folder: str, kind: str, schedule: str) -> None:
     )  # fmt: skip
 
 
-def resume(folder: str, kind: str, schedule: str, path: str, saved_batch: str) -> None:
+def resume(
+    folder: str, kind: str, schedule: str, path: str, saved_batch: str, batch: str = str(SHARED_BATCH)
+) -> None:
     """Goes on by the lines of docs/frameworks.md; rank 0 prints what it finds, as JSON.
 
-    `saved_batch`: what ``attach`` is told in addition; none where it is empty.
+    `saved_batch`: what ``attach`` is told in addition; none where it is empty. `batch`: samples of a step here.
     """
     from rankload.integrations import accelerate as adapter
 
-    job = Job(kind, schedule, 7)
+    job = Job(kind, schedule, 7, int(batch))
     own = deepspeed.DeepSpeedEngine.load_checkpoint
     names = {
         "accelerator": job.accelerator, "model": job.model, "optimizer": job.optimizer, "loader": job.loader,

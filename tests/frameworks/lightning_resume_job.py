@@ -172,16 +172,20 @@ def arguments(*callbacks: Any, max_steps: int = 2 * SAVED_AT) -> dict[str, Any]:
 
 
 def save(folder: str, kind: str) -> None:
-    """Leaves ``step-4.ckpt`` in `folder`: a file where `kind` is ``ddp``, a folder where it is ``zero2``."""
+    """Leaves ``step-4.ckpt`` in `folder`: a folder where `kind` is ``zero2``, a file where it is ``ddp``, or ``noted``,
+    by rankload's ``CheckpointIO``."""
+    from rankload.integrations.lightning import CheckpointIO
+
     os.makedirs(folder, exist_ok=True)
     on_cpu()
     strategy = (
         DDPStrategy(process_group_backend="gloo")
-        if kind == "ddp"
+        if kind in ("ddp", "noted")
         else LightningsStrategy(stage=int(kind[-1]), process_group_backend="gloo")
     )
     watch, job, counting = Watch(folder, saves=True), Job(), Counting()
-    lightning.Trainer(strategy=strategy, **arguments(counting, watch)).fit(job, samples(0))
+    plugins = [CheckpointIO()] if kind == "noted" else None
+    lightning.Trainer(strategy=strategy, plugins=plugins, **arguments(counting, watch)).fit(job, samples(0))
     hold(folder, watch.held, losses=job.losses, start={**watch.start})
 
 
@@ -190,7 +194,7 @@ def resume(folder: str, kind: str, path: str) -> None:
     on_cpu()
     watch, module, counting = Watch(folder, saves=False), Job(seed=7), Counting()
     names = {
-        "stage": int(kind[-1]) if kind != "ddp" else 0,
+        "stage": int(kind[-1]) if kind.startswith("zero") else 0,
         "arguments": arguments(counting, watch),
         "module": module,
         "loader": samples(GLOBAL_BATCH * SAVED_AT),
@@ -198,15 +202,15 @@ def resume(folder: str, kind: str, path: str) -> None:
     }
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        run_lines("lightning-file" if kind == "ddp" else "lightning-deepspeed", names)
+        run_lines("lightning-deepspeed" if kind.startswith("zero") else "lightning-file", names)
     tell(
-        differences=differences(folder, watch.held, without=("step/",) if kind != "ddp" else ()),
+        differences=differences(folder, watch.held, without=("step/",) if kind.startswith("zero") else ()),
         start=watch.start,
         losses=module.losses,
         batch_numbers=module.numbers,
         expected=numbers(folder)["losses"][SAVED_AT:],
         whole=GLOBAL_BATCH % RANKS == 0,
-        batch_known=kind != "ddp",
+        batch_known=kind.startswith("zero"),
         warnings=[str(one.message) for one in told if "a step was" in str(one.message)],
     )
 

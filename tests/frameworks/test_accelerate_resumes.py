@@ -14,14 +14,18 @@ from framework_jobs import Publish, run_job
 JOB = "accelerate_resume_job"
 SAVED_WORLD_SIZE = 2
 GLOBAL_BATCH = 6
-Saved = Callable[[str, str], Path]
+Saved = Callable[..., Path]
 run = functools.partial(run_job, deadline_s=150)
 
 
 @pytest.fixture
 def saved(saved_run: Callable[..., Path]) -> Saved:
     """Runs a job on two ranks, once for each kind and schedule; gives the folder that it wrote."""
-    return lambda kind, schedule: saved_run(JOB, SAVED_WORLD_SIZE, kind, schedule, deadline_s=150)
+
+    def save(kind: str, schedule: str, *, attached: bool = True) -> Path:
+        return saved_run(JOB, SAVED_WORLD_SIZE, kind, schedule, attached, deadline_s=150)
+
+    return save
 
 
 def check(told: dict[str, Any], folder: Path, world_size: int, within: float = 1e-5) -> None:
@@ -40,26 +44,48 @@ def check(told: dict[str, Any], folder: Path, world_size: int, within: float = 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule", "world_size", "batch"),
+    ("kind", "schedule", "world_size"),
     [
-        ("zero2", "samples", 1, ""),
-        ("zero2", "samples", 2, ""),
-        ("zero2", "samples", 3, ""),
-        ("zero3", "samples", 1, ""),
-        ("zero3", "samples", 2, ""),
-        ("zero3", "samples", 3, ""),
-        ("ddp", "steps", 1, ""),
-        ("ddp", "steps", 2, ""),
-        ("ddp", "steps", 3, ""),
-        ("ddp", "stairs", 1, GLOBAL_BATCH),
+        ("zero2", "samples", 1),
+        ("zero2", "samples", 2),
+        ("zero2", "samples", 3),
+        ("zero2", "one-cycle", 1),
+        ("zero3", "samples", 1),
+        ("zero3", "samples", 2),
+        ("zero3", "samples", 3),
+        ("ddp", "steps", 1),
+        ("ddp", "steps", 2),
+        ("ddp", "steps", 3),
+        ("ddp", "samples", 3),
+        ("ddp", "one-cycle", 1),
+        ("ddp", "one-cycle", 3),
     ],
 )
-def test_goes_on(
-    frameworks: str, saved: Saved, kind: str, schedule: str, world_size: int, batch: object
-) -> None:
+def test_goes_on(frameworks: str, saved: Saved, kind: str, schedule: str, world_size: int) -> None:
     folder = saved(kind, schedule)
-    told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, schedule, folder / "state", batch)
+    told = run(frameworks, f"{JOB}.py:resume", world_size, folder, kind, schedule, folder / "state", "")
     check(told, folder, world_size)
+
+
+def test_the_batch_of_a_job_that_was_not_attached(frameworks: str, saved: Saved) -> None:
+    """It is passed, or is not known, which is a warning at another number of processes."""
+    folder = saved("ddp", "stairs", attached=False)
+    told = run(frameworks, f"{JOB}.py:resume", 1, folder, "ddp", "stairs", folder / "state", GLOBAL_BATCH)
+    check(told, folder, 1)
+    folder = saved("ddp", "steps", attached=False)
+    told = run(frameworks, f"{JOB}.py:resume", 1, folder, "ddp", "steps", folder / "state", "")
+    (warning,) = told["warnings"]
+    assert "was saved by 2 ranks, and here are 1; it does not tell how many samples a step was" in warning
+    check({**told, "warnings": []}, folder, 1)
+
+
+@pytest.mark.parametrize(("kind", "schedule"), [("ddp", "steps"), ("zero2", "one-cycle")])
+def test_another_batch_is_warned_of(frameworks: str, saved: Saved, kind: str, schedule: str) -> None:
+    folder = saved(kind, schedule)
+    told = run(frameworks, f"{JOB}.py:resume", 1, folder, kind, schedule, folder / "state", "", 3)
+    (warning,) = told["warnings"]
+    numbers = (12, 6) if schedule == "steps" else (6, 3)  # of the first loader
+    assert "a step was {} samples when the checkpoint was saved, and is {} here".format(*numbers) in warning
 
 
 @pytest.mark.parametrize(

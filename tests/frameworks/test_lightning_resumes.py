@@ -61,6 +61,15 @@ def test_fit_goes_on(
     assert told["batch_numbers"] == [4, 5, 6, 7]
 
 
+def test_a_file_that_tells_the_ranks(frameworks: str, saved: Saved) -> None:
+    """Such a file does not tell the batch: another number of ranks is a warning."""
+    folder = saved("noted")
+    told = run(frameworks, "lightning_resume_job.py:resume", 1, folder, "noted", folder / "step-4.ckpt")
+    assert told["differences"] == []
+    (warning,) = told["warnings"]
+    assert "was saved by 2 ranks, and here are 1; it does not tell how many samples a step was" in warning
+
+
 @pytest.mark.parametrize(("kind", "world_size"), [("zero2", 1), ("zero3", 3)])
 def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> None:
     folder = saved(kind)

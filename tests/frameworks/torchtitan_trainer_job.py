@@ -173,6 +173,20 @@ def save(folder: str, kind: str) -> None:
     trainer.close()
 
 
+def undone() -> None:
+    """The block that the lines have undoes itself after an error, and within another one."""
+    import torchtitan.train as titan
+    from rankload.integrations import torchtitan
+
+    theirs = titan.CheckpointManager
+    try:
+        with torchtitan.replaced(), torchtitan.replaced():
+            assert titan.CheckpointManager is not theirs
+            raise KeyError
+    except KeyError:
+        assert titan.CheckpointManager is theirs
+
+
 def resume(folder: str, path: str, batch: str) -> None:
     """Rank 0 prints what a resumed job holds otherwise than the one that saved, and how it goes on.
 
@@ -190,6 +204,7 @@ def resume(folder: str, path: str, batch: str) -> None:
         made.checkpoint.folder, made.checkpoint.initial_load_path = "elsewhere", path
         made.checkpoint.initial_load_model_only = False
     theirs, watched = (titan.Trainer, titan.CheckpointManager), []
+    undone()
 
     class Trainer(theirs[0]):  # type: ignore[misc, name-defined]
         def __init__(self, job_config: Any) -> None:

@@ -165,6 +165,9 @@ def mistakes(folder: str) -> None:
             raise AssertionError(f"{checkpoint} was resumed from")
         assert (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint) == own
         assert trainer.callback_handler.callbacks == before
+    with replaced(), replaced():
+        assert Trainer.train is not own[0]
+    assert (Trainer.train, deepspeed.DeepSpeedEngine.load_checkpoint) == own
     try:
         attach(trainer.model)
     except OptionError as error:

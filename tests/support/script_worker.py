@@ -27,17 +27,20 @@ class Numbers(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return index, torch.randn(8, generator=torch.Generator().manual_seed(index))
 
 
-def train(folder: str, steps: str, dropout: str) -> None:
-    """Trains in `folder` until so many steps are done; rank 0 prints what each step trained on, and its numbers."""
+def train(folder: str, steps: str, dropout: str, run: str = "run", save_every: str = str(SAVE_EVERY)) -> None:
+    """Trains in `folder` until so many steps are done; rank 0 prints what each step trained on, and its numbers.
+
+    `run` is where checkpoints are, and go to after each `save_every` steps.
+    """
     os.chdir(folder)
     dist.init_process_group("gloo")
-    told = _train(int(steps), float(dropout))
+    told = _train(int(steps), float(dropout), run, int(save_every))
     if dist.get_rank() == 0:
         print(json.dumps(told))
     end_together()
 
 
-def _train(steps: int, dropout: float) -> dict[str, Any]:
+def _train(steps: int, dropout: float, run: str, save_every: int) -> dict[str, Any]:
     """What the steps of this process trained on, and where they ended."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
@@ -68,7 +71,7 @@ def _train(steps: int, dropout: float) -> dict[str, Any]:
         "script",
         {
             "dataset": Numbers(), "model": model, "optimizer": optimizer, "scheduler": scheduler,
-            "train_step": train_step, "steps": steps, "save_every": SAVE_EVERY,
+            "train_step": train_step, "steps": steps, "save_every": save_every, "run": run,
             "global_batch": GLOBAL_BATCH, "world_size": world_size,
         },
     )  # fmt: skip

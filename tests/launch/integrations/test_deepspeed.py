@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -51,3 +52,17 @@ def test_from_a_uri(saved: tuple[Path, int], published: Publish, scheme: str) ->
 def test_what_is_left_out_and_what_is_refused(saved: tuple[Path, int]) -> None:
     folder, stage = saved
     run("parts", 2, folder, stage)
+
+
+def test_replaced_undoes_itself_after_an_error_and_within_another() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import DeepSpeedEngine
+    from rankload.integrations import deepspeed as adapter
+
+    own = DeepSpeedEngine.load_checkpoint
+    with contextlib.suppress(KeyError), adapter.replaced():
+        with adapter.replaced(lambda *_: "inner"):
+            assert DeepSpeedEngine.load_checkpoint(None) == "inner"
+        assert DeepSpeedEngine.load_checkpoint is adapter.load_checkpoint
+        raise KeyError
+    assert DeepSpeedEngine.load_checkpoint is own
