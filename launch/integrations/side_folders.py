@@ -171,7 +171,10 @@ def count_numbered(
 def read_beside(
     path: str, name: str, limit: int, *, object_store: Any = None, options: Any = None, heard: Heard = unheard
 ) -> bytes | None:
-    """The small file `name` in the folder at `path`; None where there is none. `heard` is as `count_numbered` has it."""
+    """The small file `name` in the folder at `path`; None where there is none.
+
+    `heard` is called while the store is waited for.
+    """
     resolved, _ = settle_options(options)
     store, root = open_store(path, object_store, resolved.storage_options, heard)
     try:
