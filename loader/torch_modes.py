@@ -35,7 +35,9 @@ def default_modes() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as modes:
             modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.device("cpu"))
+            # As a mode it costs each of torch's functions a call of Python.
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
             for kind in kinds:
                 modes.enter_context(torch.autocast(kind, enabled=False))
             # Filling costs a pass over all that is read, and fails for types such as float4.

@@ -11,7 +11,7 @@ import collections
 import io
 import pathlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,18 +74,44 @@ def materialize(
     differ from their checksum, or a known object's fields do not fit it; `FormatError` where constructing an allowed
     type fails; `LayoutError` where elements were saved in files not read.
     """
+    trees = {path: tree}
+    made = materialize_each(
+        trees, reader=reader, safe_types=safe_types, file=file, device=device, keep_unknown=keep_unknown
+    )
+    return made[path]
+
+
+def materialize_each(
+    trees: Mapping[str, Any],
+    *,
+    reader: TensorReader,
+    safe_types: Sequence[str | type] = (),
+    file: str = "",
+    device: str | torch.device = "cpu",
+    keep_unknown: bool = False,
+) -> dict[str, Any]:
+    """Each of `trees`, by its place in the file, as `materialize` makes it by itself: two of them share no memory.
+
+    All are read together, in the order of the file. Raises as `materialize`.
+    """
     allowed = SafeTypes(safe_types)
     if not keep_unknown:
-        require_safe({path: tree}, safe_types=allowed, file=file)
-    made = _Materializer(_read(tree, path, reader, device), allowed, file, device, keep_unknown)
-    return made.real(tree, path, 0)
+        require_safe(trees, safe_types=allowed, file=file)
+    owners = {path: f"{number}: " for number, path in enumerate(trees)}
+    read = _read(trees, owners, reader, device)
+    return {
+        path: _Materializer(read, owners[path], allowed, file, device, keep_unknown).real(tree, path, 0)
+        for path, tree in trees.items()
+    }
 
 
 def _read(
-    tree: Any, path: str, reader: TensorReader, device: str | torch.device
+    trees: Mapping[str, Any], owners: Mapping[str, str], reader: TensorReader, device: str | torch.device
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """Reads what `copies_of_tree` plans for `tree`: by the memory's key, (first byte of its storage, the memory)."""
-    copies = copies_of_tree(tree, path=path)
+    """Reads what `copies_of_tree` plans for `trees`: by the memory's key, (first byte of its storage, the memory)."""
+    copies = [
+        copy for path, tree in trees.items() for copy in copies_of_tree(tree, path=path, owner=owners[path])
+    ]
     found: dict[str, tuple[int, torch.Tensor]] = {}
     for copy in copies:
         memory = copy.memory
@@ -97,17 +123,20 @@ def _read(
 
 
 class _Materializer:
-    """One call of `materialize`: the memory that was read, and what was made so far, by id of the saved value."""
+    """Makes one tree: the memory that was read, and what was made so far, by id of the saved value."""
 
     def __init__(
         self,
-        read: dict[str, tuple[int, torch.Tensor]],
+        read: Mapping[str, tuple[int, torch.Tensor]],
+        owner: str,
         allowed: SafeTypes,
         file: str,
         device: str | torch.device,
         keep_unknown: bool,
     ) -> None:
         self.read = read
+        self.owner = owner
+        """What the keys of its memory begin with."""
         self.keep_unknown = keep_unknown
         self.device = device
         self.allowed = allowed
@@ -180,9 +209,9 @@ class _Materializer:
         if value.numel == 0:
             result = torch.empty(value.shape, dtype=dtype, device=self.device)
         elif piece is None or not isinstance(piece.storage, StorageRef):
-            _, result = self.read[apart(value)]
+            _, result = self.read[self.owner + apart(value)]
         else:
-            low, memory = self.read[shared(piece.storage)]
+            low, memory = self.read[self.owner + shared(piece.storage)]
             result = torch.empty(0, dtype=dtype, device=memory.device)
             offset = piece.offset - low // value.itemsize
             result.set_(memory.untyped_storage(), offset, value.shape, piece.stride)

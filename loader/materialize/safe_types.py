@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import FormatError, OptionError, UnsafeError
 from ..formats.pickle.known import canonical
-from ..saved.tree import join_path, unknown_values
+from ..saved.tree import is_unknown, join_path, unknown_values, values
 from ..saved.values import GlobalName, InertObject, InertTensor, kind_of
 
 _SHOWN = 20
@@ -87,6 +87,9 @@ def require_safe(
     `FormatError` where all types are safe, but a tensor or an array is of a kind that is not restored.
     """
     allowed = safe_types if isinstance(safe_types, SafeTypes) else SafeTypes(safe_types)
+    if all(map(allowed.allows, filter(is_unknown, values(list(trees.values()))))):
+        return
+    # Where they are takes longer to tell.
     refused: dict[str, _Refused] = {}
     for path, tree in trees.items():
         for leaf, glob_of, where in _leaves(tree, path):
@@ -95,8 +98,6 @@ def require_safe(
                     one = refused.setdefault(kind_of(value), _Refused(value, inner))
                     one.count += 1
                     one.globs[glob_of] = None
-    if not refused:
-        return
     types = {name: one for name, one in refused.items() if one.is_type}
     others = {name: one for name, one in refused.items() if not one.is_type}
     lines = [*_listed(types, others), *_advice(types, others)]

@@ -110,8 +110,10 @@ def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -
         raise LayoutError(f"{name}: {error}") from error
 
 
-def copies_of_tree(tree: Any, *, path: str = "") -> list[Copy]:
+def copies_of_tree(tree: Any, *, path: str = "", owner: str = "") -> list[Copy]:
     """The copies that `materialize.objects.materialize` makes before it builds `tree`, whose own place is `path`.
+
+    The keys of their memories begin with `owner`, so that two trees that are made at once have memory of their own.
 
     Of each storage they take the bytes from the first to the last that tensors reach, into memory of that size, because
     tensors that share a storage share memory. A tensor in several pieces gets memory of its own.
@@ -124,7 +126,7 @@ def copies_of_tree(tree: Any, *, path: str = "") -> list[Copy]:
         piece = tensor.whole
         if piece is None or not isinstance(piece.storage, StorageRef):
             memory = Memory(
-                apart(tensor), tensor.dtype, tensor.shape, row_major_stride(tensor.shape), plain=False
+                owner + apart(tensor), tensor.dtype, tensor.shape, row_major_stride(tensor.shape), plain=False
             )
             found.extend(copies_into(tensor, memory.whole, memory, name=where))
             continue
@@ -135,7 +137,7 @@ def copies_of_tree(tree: Any, *, path: str = "") -> list[Copy]:
         extents[piece.storage] = (min(low, first), max(high, stop), name)
     for storage, (low, high, name) in extents.items():
         low -= low % _ALIGNMENT
-        memory = Memory(shared(storage), "uint8", (high - low,), (1,), plain=False)
+        memory = Memory(owner + shared(storage), "uint8", (high - low,), (1,), plain=False)
         found.append(
             Copy(
                 name,

@@ -76,6 +76,20 @@ def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+def values(tree: Any) -> Iterator[Any]:
+    """Every value of `tree` as `iterate` yields it, without its path and in a fraction of the time."""
+    seen: set[int] = set()
+    pending: list[Any] = [tree]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (*_CONTAINERS, InertObject)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            pending.extend(reversed(list(_children(value))))
+        yield value
+
+
 def tensors(tree: Any, *, path: str = "") -> list[tuple[str, SavedTensor]]:
     """Every saved tensor of `tree` with its path, in order; those inside inert objects too."""
     return [(where, value) for where, value in iterate(tree, path=path) if isinstance(value, SavedTensor)]
@@ -83,18 +97,26 @@ def tensors(tree: Any, *, path: str = "") -> list[tuple[str, SavedTensor]]:
 
 def storages(tree: Any) -> list[StorageRef]:
     """The storages of every saved tensor of `tree` that are known, each once, in order."""
-    return list(dict.fromkeys(each for _, tensor in tensors(tree) for each in tensor.storages))
+    found: dict[StorageRef, None] = {}
+    for value in values(tree):
+        if isinstance(value, SavedTensor):
+            found.update(dict.fromkeys(value.storages))
+    return list(found)
 
 
 def unknown_values(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that cannot be made real, with its path, in order: of an unknown class, or a tensor or array of a
-    kind that is not restored."""
-    for where, value in iterate(tree, path=path):
-        if isinstance(value, InertObject | GlobalName):
-            if not value.known:
-                yield where, value
-        elif isinstance(value, InertArray) and value.dtype == UNSUPPORTED:
-            yield where, value
+    """Every value that `is_unknown`, with its path, in order."""
+    return ((where, value) for where, value in iterate(tree, path=path) if is_unknown(value))
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether it cannot be made real: it is of an unknown class, or a tensor or array of a kind that is not restored.
+
+    What it holds is not looked at.
+    """
+    if isinstance(value, InertObject | GlobalName):
+        return not value.known
+    return isinstance(value, InertArray) and value.dtype == UNSUPPORTED
 
 
 def find_unknown(tree: Any, *, path: str = "") -> list[tuple[str, str]]:
@@ -168,7 +190,14 @@ def _too_deep(name: str) -> UnsafeError:
 
 
 def _children(node: Any) -> Iterator[Any]:
-    if isinstance(node, dict):
+    """The values directly inside a container or the fields of an `InertObject`."""
+    if isinstance(node, InertObject):
+        for part in (node.args, node.kwargs, node.state, node.items, node.entries):
+            if isinstance(part, _CONTAINERS):
+                yield from _children(part)
+            elif part is not None:
+                yield part
+    elif isinstance(node, dict):
         for key, value in node.items():
             if not isinstance(key, str):
                 yield key

@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import InternalError
-from ..materialize.objects import materialize
+from ..materialize.objects import materialize_each
 from ..materialize.tensors import TensorReader
 from ..options import Hyperparameters
 from ..saved.contents import Saved
@@ -227,17 +227,10 @@ class Work:
             self._again = None
 
     def real(self, trees: Mapping[str, Any]) -> dict[str, Any]:
-        """`trees` as real values, by the same places; each is made by itself. Raises as `materialize`."""
-        found = {
-            path: materialize(
-                tree,
-                reader=self.reader,
-                safe_types=self.options.safe_types,
-                path=path,
-                file=self.options.file,
-            )
-            for path, tree in trees.items()
-        }
+        """`trees` as real values, by the same places; each is made by itself. Raises as `materialize_each`."""
+        found = materialize_each(
+            trees, reader=self.reader, safe_types=self.options.safe_types, file=self.options.file
+        )
         self._made.update(trees)
         return found
 
