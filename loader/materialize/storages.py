@@ -1,8 +1,9 @@
 """Reads each storage once and in order, into the places of its slices, and sums it for its checksum. Free of torch.
 
 `StorageReader.place` comes first: it reads all slices that come directly from the store, over all storages at once
-(`_divide` finds them). `StorageReader.read` then makes one `_Pass` over a storage, from its first slice to its last;
-over all of it, where it is summed whole. A file that comes in parts may still be growing: a pass waits for its bytes.
+(`_divide` finds them). `StorageReader.read_all` then makes one `_Pass` over each storage, from its first slice to its
+last; over all of it, where it is summed whole. Small storages beside each other are read together (`_neighbours`). A
+file that comes in parts may still be growing: a pass waits for its bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..byte_ranges import ByteRange, subtract
@@ -27,6 +28,10 @@ STAGING_BYTES = 8 << 20
 """The size of the buffer for bytes that cannot be read into their destination itself."""
 WAIT_S = 0.01
 """The time between two looks at whether bytes have landed."""
+SMALL_BYTES = 64 << 10
+"""The largest storage that is read together with its neighbours, and the largest gap between two that is read too."""
+_TOGETHER_BYTES = 1 << 20
+"""How many bytes are read together at most: they must fit the processor's cache."""
 _READ_BYTES = 8 << 20
 _SUMMED_BYTES = 1 << 20
 """How many bytes are read at a time, and how many where they are summed: those must fit the processor's cache."""
@@ -96,9 +101,7 @@ class StorageReader:
 
         Raises `InternalError` where they are not being fetched.
         """
-        if path not in self._landed:
-            self._landed[path] = Landed(path) if self.comes_in_parts(path) else None
-        landed = self._landed[path]
+        landed = self._records_of(path)
         if landed is None or landed.has(start, stop):
             return
         unplanned = subtract([ByteRange(start, stop)], self.coming.get(path, ()))
@@ -111,6 +114,12 @@ class StorageReader:
                 )
             self.on_wait()
             time.sleep(WAIT_S)
+
+    def _records_of(self, path: str) -> Landed | None:
+        """What has landed of the file at `path`; None where it is whole."""
+        if path not in self._landed:
+            self._landed[path] = Landed(path) if self.comes_in_parts(path) else None
+        return self._landed[path]
 
     def share(self, shares: Mapping[StorageRef, Sequence[ByteRange]]) -> None:
         """From now on, only these ranges of these storages are summed here; other ranks sum the rest."""
@@ -140,14 +149,60 @@ class StorageReader:
         if storage.crc32 is not None and storage not in self._checked:
             _Pass(self, storage, (), summed=True).run(())
 
-    def read(self, storage: StorageRef, slices: Iterable[StorageSlice], names: Sequence[str]) -> None:
-        """Reads `slices`, each into its place; `names` are those of the tensors that they are for, for messages.
+    def read_all(self, planned: _Planned, names_of: Callable[[StorageRef], Sequence[str]]) -> None:
+        """Reads the slices of storages that are in the order of their files, each into its place.
 
-        Raises `CorruptError` where the file ends early or the checksum differs; slices may have been written by then.
+        `names_of` a storage are those of the tensors that it is for, for messages. Raises `CorruptError` where a file
+        ends early or a checksum differs; slices may have been written by then.
         """
+        for group in _neighbours(planned):
+            left = group if len(group) == 1 else self._read_together(group, names_of)
+            for storage, slices in left:
+                one = _Pass(self, storage, names_of(storage), summed=self._is_summed(storage))
+                one.run(sorted(slices, key=lambda one: one.start))
+
+    def _is_summed(self, storage: StorageRef) -> bool:
         alone = storage not in self._checked and storage not in self._shares
-        summed = self.verify != "off" and storage.crc32 is not None and alone
-        _Pass(self, storage, names, summed=summed).run(sorted(slices, key=lambda one: one.start))
+        return self.verify != "off" and storage.crc32 is not None and alone
+
+    def _read_together(self, group: _Planned, names_of: Callable[[StorageRef], Sequence[str]]) -> _Planned:
+        """Reads neighbours by one read, and fills their slices from it; returns those that need a pass of their own.
+
+        Those are all of a file that comes in parts or ends early, what several ranks sum together, and what does not
+        match its checksum.
+        """
+        (first, _), (last, _) = group[0], group[-1]
+        if self._records_of(first.file) is not None:
+            return group
+        start, stop = first.offset, last.offset + last.nbytes
+        opened = _open(first)
+        try:
+            data = memoryview(os.pread(opened, stop - start, start))
+        except OSError:
+            return group
+        finally:
+            os.close(opened)
+        if len(data) < stop - start:
+            return group
+        left: _Planned = []
+        n_bytes = 0
+        for storage, slices in group:
+            own = data[storage.offset - start : storage.offset - start + storage.nbytes]
+            summed = self._is_summed(storage)
+            if storage in self._shares or (summed and crc32(own) != storage.crc32):
+                left.append((storage, slices))
+                continue
+            if summed:
+                self.passed(storage)
+            for one in slices:
+                n_bytes += one.nbytes
+                view = self.staging if one.view is None else one.view
+                view[: one.nbytes] = own[one.start : one.start + one.nbytes]
+                if one.use is not None:
+                    one.use()
+        if self.on_bytes is not None:
+            self.on_bytes(n_bytes)
+        return left
 
     def place(
         self, planned: Sequence[tuple[StorageRef, list[StorageSlice]]]
@@ -186,7 +241,7 @@ class _Pass:
 
     def sum(self, ranges: Sequence[ByteRange]) -> None:
         """Reads `ranges` only to sum them."""
-        self.file = self._open()
+        self.file = _open(self.storage)
         try:
             for start, stop in ranges:
                 for begin in range(start, stop, STAGING_BYTES):
@@ -213,7 +268,7 @@ class _Pass:
 
     def _read(self, slices: Sequence[StorageSlice]) -> None:
         self.crc = self.frontier = 0
-        self.file = self._open()
+        self.file = _open(self.storage)
         try:
             for one in slices:
                 self._pass_over(one.start)
@@ -235,15 +290,6 @@ class _Pass:
         other = _Pass(self.reader, self.storage, (), summed=True)
         other._read(())
         return other.crc == self.storage.crc32
-
-    def _open(self) -> int:
-        path = self.storage.file
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFoundError(f"{path} is gone since its index was read", path=path) from None
-        except OSError as error:
-            raise AccessError(f"{path} cannot be opened ({error.strerror})", path=path) from error
 
     def _pass_over(self, position: int) -> None:
         """Reads and sums the bytes up to `position` that no slice wants, where the storage is summed whole."""
@@ -307,6 +353,41 @@ class _Pass:
             f"{self.storage.file}: storage {self.storage.key}{used} {text}; take another copy of it.",
             path=self.storage.file,
         )
+
+
+def _open(storage: StorageRef) -> int:
+    path = storage.file
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is gone since its index was read", path=path) from None
+    except OSError as error:
+        raise AccessError(f"{path} cannot be opened ({error.strerror})", path=path) from error
+
+
+def _neighbours(planned: _Planned) -> Iterator[_Planned]:
+    """`planned`, which is in the order of the files, in groups: small storages that lie close to each other, and each
+    other one by itself."""
+    group: _Planned = []
+    start = end = 0
+    for storage, slices in planned:
+        near = (
+            group
+            and storage.nbytes <= SMALL_BYTES
+            and storage.file == group[0][0].file
+            and end <= storage.offset <= end + SMALL_BYTES
+            and storage.offset + storage.nbytes - start <= _TOGETHER_BYTES
+        )
+        if group and not near:
+            yield group
+            group = []
+        if not group:
+            start = storage.offset
+        # One that is not small stays alone: nothing is near its end.
+        end = storage.offset + storage.nbytes if storage.nbytes <= SMALL_BYTES else -SMALL_BYTES - 1
+        group.append((storage, slices))
+    if group:
+        yield group
 
 
 def _divide(

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -26,6 +27,9 @@ from ..saved.regions import Run, row_major_stride
 from ..saved.strided import Box, Layout, bounded_boxes, row_major_boxes
 from ..saved.tensor import SavedTensor, StorageRef
 from .storages import STAGING_BYTES, FetchAgain, StorageReader, StorageSlice, no_store
+
+_NUMPY_HAS = frozenset({torch.float32, torch.float64, torch.int64, torch.uint8})
+"""Some of the dtypes that NumPy has too: the memory of such tensors is reached in half the time."""
 
 
 class TensorReader:
@@ -78,8 +82,8 @@ class TensorReader:
                 )
                 for storage in _in_file_order(by_storage)
             ]
-            for storage, slices in self._storages.place(planned):
-                self._storages.read(storage, slices, [copy.name for copy in by_storage[storage]])
+            left = self._storages.place(planned)
+            self._storages.read_all(left, lambda storage: [copy.name for copy in by_storage[storage]])
 
     def verify(self, storages: Iterable[StorageRef]) -> None:
         """Compares all of `storages` with their checksums now; `copy` will not do so again.
@@ -162,6 +166,7 @@ def read_tensor(
     return result.requires_grad_(source.requires_grad)
 
 
+@functools.cache
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of that name: ``float32`` gives ``torch.float32``. Raises `FormatError` where torch lacks it."""
     found = getattr(torch, name, None)
@@ -198,6 +203,8 @@ def _place(planned: Memory, memories: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 def _same_steps(planned: Memory, stride: Sequence[int]) -> bool:
     """Whether both have their elements at the same places; dimensions of one element may have any step."""
+    if planned.stride == stride:
+        return True
     return 0 in planned.shape or all(
         one == other or size == 1
         for one, other, size in zip(planned.stride, stride, planned.shape, strict=True)
@@ -206,6 +213,8 @@ def _same_steps(planned: Memory, stride: Sequence[int]) -> bool:
 
 def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
     """The part of `memory` that `target` describes, as a tensor of its shape."""
+    if not target.offset and target.shape == memory.shape and target.stride == memory.stride():
+        return memory
     return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
 
 
@@ -215,12 +224,19 @@ def _slices(copy: Copy, destination: torch.Tensor, staging: torch.Tensor) -> Ite
     if not copy.source.is_contiguous:
         yield from _gathered(copy.source, destination, dtype, staging)
     elif destination.is_contiguous() and is_plain(destination) and destination.dtype == dtype:
-        # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
-        flat = destination.as_strided((destination.numel(),), (1,))
-        memory = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        memory = _bytes_of(destination)
         yield StorageSlice(copy.source.offset * dtype.itemsize, len(memory), memory)
     else:
         yield from _staged(destination, copy.source.offset * dtype.itemsize, dtype, staging)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    if tensor.dtype in _NUMPY_HAS and tensor.numel():
+        return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+    # Not view(-1): that keeps the stride of a single element, which the view as bytes refuses.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _staged(
