@@ -77,7 +77,7 @@ class TensorReader:
                     [
                         each
                         for copy in by_storage[storage]
-                        for each in _slices(copy, _part(places[copy.memory.key], copy.target), staging)
+                        for each in _slices(copy, places[copy.memory.key], staging)
                     ],
                 )
                 for storage in _in_file_order(by_storage)
@@ -213,21 +213,23 @@ def _same_steps(planned: Memory, stride: Sequence[int]) -> bool:
 
 def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
     """The part of `memory` that `target` describes, as a tensor of its shape."""
-    if not target.offset and target.shape == memory.shape and target.stride == memory.stride():
-        return memory
     return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
 
 
-def _slices(copy: Copy, destination: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
-    """The slices to read for `copy`, whose elements go to `destination` one by one."""
+def _slices(copy: Copy, memory: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
+    """The slices to read for `copy`, whose elements go to its part of `memory` one by one."""
     dtype = torch_dtype(copy.dtype)
     if not copy.source.is_contiguous:
-        yield from _gathered(copy.source, destination, dtype, staging)
-    elif destination.is_contiguous() and is_plain(destination) and destination.dtype == dtype:
-        memory = _bytes_of(destination)
-        yield StorageSlice(copy.source.offset * dtype.itemsize, len(memory), memory)
+        yield from _gathered(copy.source, _part(memory, copy.target), dtype, staging)
+        return
+    start = copy.source.offset * dtype.itemsize
+    is_all = copy.target.is_contiguous and copy.target.numel == memory.numel() and memory.is_contiguous()
+    destination = memory if is_all else _part(memory, copy.target)
+    if memory.dtype == dtype and is_plain(memory) and destination.is_contiguous():
+        view = _bytes_of(destination)
+        yield StorageSlice(start, len(view), view)
     else:
-        yield from _staged(destination, copy.source.offset * dtype.itemsize, dtype, staging)
+        yield from _staged(destination, start, dtype, staging)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

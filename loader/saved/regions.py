@@ -59,6 +59,7 @@ def whole_box(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
+@lru_cache(maxsize=256)
 def row_major_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor of `shape` whose elements follow each other in row-major order."""
     steps = []

@@ -41,6 +41,10 @@ class StorageRef:
     header: int = -1
     """Where the header of its record starts in a zip, in bytes; the storage follows it. -1 in other files."""
 
+    def __hash__(self) -> int:
+        # There are as many as tensors, and each is looked up often.
+        return hash((self.offset, self.key))
+
 
 @dataclass(frozen=True, slots=True)
 class Unread:

@@ -17,10 +17,11 @@ import torch
 from ..materialize.tensors import torch_dtype
 from ..plurals import counted
 from ..saved.contents import ENGINE, Saved
-from ..saved.copies import Copy, copies_into
+from ..saved.copies import Copy, Memory, copies_into
 from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
-from ..saved.tensor import SavedTensor, of_one_element
+from ..saved.regions import row_major_stride
+from ..saved.tensor import SavedTensor, StorageRef, of_one_element
 from ..saved.tree import join_path
 from ..saved.values import InertTensor, kind_of
 from ..state import as_list, by_class_name
@@ -172,8 +173,8 @@ class OptimizerStep:
     plan: OptimizerPlan
     copies: tuple[Copy, ...]
     trees: Mapping[str, Any]
-    """What is made as it was saved: the groups, and one for each parameter, so that no two share a step, which is
-    counted up in place."""
+    """What is made as it was saved: the groups, and for each parameter its entries that are no tensors with memory of
+    their own. Each by itself, so that no two parameters share a step, which is counted up in place."""
     tree_of: Mapping[int, str]
     """Position to its place in `trees`."""
 
@@ -199,17 +200,14 @@ class OptimizerStep:
                     fresh[position][key] = made[key]
                 elif isinstance(value, Own):
                     fresh[position][key] = value.value
-                elif lies_along(value, key, parameter):
-                    make = torch.zeros_like if isinstance(value, Zeros) else torch.empty_like
+                else:
                     place = _key(plan, position, key)
                     # When it is carried out again, the tensor that it had filled is the optimizer's by now.
                     tensor = current.get(position, {}).get(key) if work.again else None
                     if tensor is None or not work.has_filled(place, _local(tensor, place)):
-                        tensor = make(parameter.detach(), dtype=_dtype_along(value, parameter))
+                        tensor = _new_tensor(value, key, parameter)
                     fresh[position][key] = tensor
                     memories[place] = local_part(tensor, place)[1]
-                else:
-                    fresh[position][key] = torch.zeros(value.shape, dtype=torch_dtype(value.dtype))
         work.fill(self.copies, memories)
         work.note_change(f"optimizer {plan.name}")
         groups = real[_groups_place(plan)]
@@ -362,12 +360,18 @@ def _step(plan: OptimizerPlan) -> OptimizerStep:
     tree_of: dict[int, str] = {}
     for position, parameter in enumerate(plan.parameters):
         as_saved: dict[str, Any] = {}
-        for key, value in plan.state.get(position, {}).items():
+        entries = plan.state.get(position, {})
+        alone = _standing_alone(entries)
+        for key, value in entries.items():
             if lies_along(value, key, parameter):
                 if isinstance(value, SavedTensor):
                     name = _key(plan, position, key)
                     region, memory = kept_part(parameter, name, new=_dtype_along(value, parameter))
                     copies.extend(copies_into(value, region, memory, name=name))
+            elif key in alone:
+                name = _key(plan, position, key)
+                memory = Memory(name, value.dtype, value.shape, row_major_stride(value.shape), plain=True)
+                copies.extend(copies_into(value, memory.whole, memory, name=name))
             elif not isinstance(value, Own | Zeros):
                 as_saved[key] = value
         if as_saved:
@@ -578,6 +582,34 @@ def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
         if not is_dtensor(parameter):
             return False
     return key != STEP and isinstance(value, SavedTensor | Zeros) and value.shape == shape_of(parameter)
+
+
+def _standing_alone(entries: Mapping[str, Any]) -> set[str]:
+    """The keys of tensors that were saved as a tensor of their shape with memory of its own would be: contiguous, and
+    in a storage that none of the other entries shares."""
+    users: dict[StorageRef, list[str]] = {}
+    for key, value in entries.items():
+        if isinstance(value, SavedTensor):
+            for storage in value.storages:
+                users.setdefault(storage, []).append(key)
+    shared = {key for keys in users.values() if len(keys) > 1 for key in keys}
+    return {
+        key
+        for key, value in entries.items()
+        if isinstance(value, SavedTensor)
+        and value.is_contiguous
+        and not value.requires_grad
+        and key not in shared
+    }
+
+
+def _new_tensor(value: SavedTensor | Zeros, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor that the entry is read into, or that is its zeros."""
+    if lies_along(value, key, parameter):
+        make_like = torch.zeros_like if isinstance(value, Zeros) else torch.empty_like
+        return make_like(parameter.detach(), dtype=_dtype_along(value, parameter))
+    make = torch.zeros if isinstance(value, Zeros) else torch.empty
+    return make(value.shape, dtype=torch_dtype(value.dtype))
 
 
 def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.dtype:
