@@ -106,8 +106,7 @@ def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -
         in_order = row_major_stride(tensor.shape)
         if piece.stride == into.stride == in_order and (n := tensor.numel):
             # What `fill` finds, for the tensors that a checkpoint has most of.
-            shape, stride = ((n,), (1,)) if n > 1 else ((), ())
-            source, target = Layout(shape, stride, piece.offset), Layout(shape, stride, into.offset)
+            source, target = Layout((n,), (1,), piece.offset), Layout((n,), (1,), into.offset)
             yield Copy(name, piece.storage, tensor.dtype, source, memory, target)
             return
     try:

@@ -3,6 +3,8 @@
 `plan_optimizer` checks and changes nothing; its `OptimizerStep` reads the tensors and changes the optimizer. State that
 lies element by element along a parameter is read into memory like the parameter's, so a DTensor's state has its
 placements; everything else, such as ``step``, is made as it was saved.
+
+One file: the plan and its step decide by the same few functions what becomes of each entry.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,47 @@ def test_a_flipped_byte_is_told_with_file_record_and_tensor(tmp_path: Path) -> N
     fill(TensorReader(verify="off"), (saved, destination, "model/a"))
     assert torch.equal(destination, base[:10])
     fill(TensorReader(), (tree["other"], torch.empty(3), "other"))
+
+
+def test_small_storages_beside_each_other_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are; a large one between them, and bytes far from all others, by themselves."""
+    tensors = {f"small{n}": torch.full((50,), float(n)) for n in range(200)}
+    tensors["large"] = torch.arange(60_000.0)
+    tensors |= {f"strided{n}": torch.arange(60.0).reshape(6, 10).t() for n in range(200)}
+    saved = save(tmp_path, **tensors)
+    reads = {"pread": 0, "preadv": 0}
+
+    def counted(name: str, read: Callable[..., object]) -> Callable[..., object]:
+        def count(*arguments: object) -> object:
+            reads[name] += 1
+            return read(*arguments)
+
+        return count
+
+    for name in reads:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    into["strided7"] = torch.zeros(10, 6, dtype=torch.float64)
+    fill(TensorReader(), *((saved[name], into[name], name) for name in tensors))
+    assert all(torch.equal(into[name].float(), tensor) for name, tensor in tensors.items())
+    assert reads == {"pread": 2, "preadv": 1}
+
+
+def test_damage_among_neighbours_is_told_before_its_tensor_is_written(tmp_path: Path) -> None:
+    tensors = {f"small{n}": torch.full((50,), float(n)) for n in range(20)}
+    saved = save(tmp_path, **tensors)
+    flip(tmp_path / "f.pt", storage_of(saved["small11"]).offset + 5)
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    with pytest.raises(
+        CorruptError, match=r"storage data/11, used by small11, has CRC-32 .* the file's directory"
+    ):
+        fill(TensorReader(), *((saved[name], into[name], name) for name in tensors))
+    assert not into["small11"].any()
+    os.truncate(tmp_path / "f.pt", storage_of(saved["small11"]).offset + 100)
+    with pytest.raises(CorruptError, match="small11, ends after 100 of 200 bytes"):
+        fill(TensorReader(verify="off"), *((saved[name], into[name], name) for name in tensors))
 
 
 def test_verified_before_is_not_summed_again(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from rankload.loader.saved.copies import (
     reads_of,
     shared,
 )
-from rankload.loader.saved.regions import Laid, Run
+from rankload.loader.saved.regions import Laid, Run, row_major_stride, whole_box
 from rankload.loader.saved.strided import Box, Layout
-from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread
+from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread, fill
 from rankload.loader.saved.values import InertObject
 
 ONE = StorageRef("f", "0", 64, 4000, 17)
@@ -52,6 +52,17 @@ def test_a_part_of_a_tensor_is_copied_into_a_part_of_a_memory() -> None:
         (Layout((3,), (1,), 7), Layout((3,), (1,), 33)),
     ]
     assert [copy.span for copy in copies] == [ByteRange(448, 460), ByteRange(28, 40)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (2, 3), (1, 4, 1), (4, 1, 3)])
+def test_all_of_a_tensor_in_order_is_what_its_pieces_fill(shape: tuple[int, ...]) -> None:
+    """The short way gives what the long one does."""
+    stride = row_major_stride(shape)
+    tensor = SavedTensor.in_storage(ONE, "float32", shape, stride, 7)
+    into = Laid(whole_box(shape), 5, stride)
+    ((_, source, target),) = fill(tensor, into)
+    (copy,) = copies_into(tensor, into, flat(50), name="w")
+    assert (copy.storage, copy.source, copy.target) == (ONE, source, target)
 
 
 def test_elements_that_no_file_read_has_are_told() -> None:
