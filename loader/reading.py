@@ -21,11 +21,10 @@ from typing import Any
 
 from ..distributed.session import open_session
 from .fetch.checkpoint_files import CheckpointFiles
-from .fetch.parts import all_parts
+from .fetch.parts import all_parts, check_headers, files_reader
 from .fetch.rounds import fetch_now
 from .materialize.objects import materialize
 from .materialize.safe_types import require_safe
-from .materialize.tensors import TensorReader
 from .opening import open_own_file
 from .options import LoadOptions
 from .request import LoadRequest, agree_on_arguments, settle_options
@@ -103,7 +102,7 @@ def read(
             tree = _wanted(request, files)
         fetch_now(files.context, files.remote, all_parts(tree), "fetch parts")
         with stages.stage("values"):
-            return _real(request, files, tree, stages)
+            return _real(request, files, tree)
 
 
 def _wanted(request: LoadRequest, files: CheckpointFiles) -> dict[Any, Any]:
@@ -119,18 +118,11 @@ def _wanted(request: LoadRequest, files: CheckpointFiles) -> dict[Any, Any]:
     return found.tree
 
 
-def _real(
-    request: LoadRequest, files: CheckpointFiles, tree: dict[Any, Any], stages: Stages
-) -> dict[Any, Any]:
+def _real(request: LoadRequest, files: CheckpointFiles, tree: dict[Any, Any]) -> dict[Any, Any]:
     """`tree` with real values. Raises `CorruptError` where bytes are missing or do not match their checksum."""
-    reader = TensorReader(
-        # Storages are compared as they are made, which is before anybody has them.
-        verify="off" if request.options.verify == "off" else "during",
-        on_bytes=stages.count,
-        comes_in_parts=files.remote.known.__contains__,
-    )
-    for index in files.indexes:
-        index.check_headers(storages(tree))
+    # Storages are compared as they are made, which is before anybody has them.
+    reader = files_reader(files, "off" if request.options.verify == "off" else "during")
+    check_headers(files, storages(tree))
     real: dict[Any, Any] = materialize(
         tree, reader=reader, safe_types=request.options.safe_types, file=files.first.source
     )

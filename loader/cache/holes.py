@@ -198,13 +198,12 @@ class FetchedAgain:
         self._fd = fd
         self._load_id = load_id
 
-    def has(self, ranges: Iterable[ByteRange]) -> bool:
-        """Whether any byte of `ranges` is among them."""
+    def left(self, ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+        """The bytes of `ranges` that are not among them."""
         lines = os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode("ascii", "replace").splitlines()
         noted = [line.split() for line in lines if line.startswith(f"{self._load_id} ")]
         held = [ByteRange(int(start), int(stop)) for _, start, stop in noted]
-        wanted = union(ranges)
-        return subtract(wanted, held) != wanted
+        return subtract(ranges, held)
 
     def note(self, ranges: Iterable[ByteRange]) -> None:
         """Adds `ranges`."""

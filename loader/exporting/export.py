@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any, Literal
 
 from ..alone import EVERYTHING, OpenCheckpoint, open_alone
-from ..errors import FormatError, OptionError
-from ..fetch.parts import all_parts, fetching, restore_parts
+from ..errors import FormatError, OptionError, fetched_twice
+from ..fetch.parts import all_parts, check_headers, fetching, files_reader, restore_parts
 from ..fetch.rounds import fetch_now
 from ..materialize.tensors import TensorReader
 from ..options import LoadOptions, Options, parse_size, resolve_options
@@ -28,6 +28,7 @@ from ..redaction import redact_path
 from ..request import as_path
 from ..saved.copies import reads_of
 from ..saved.ignore import IgnoreKeys, ignore, unmatched_glob
+from ..saved.tensor import StorageRef
 from ..saved.tree import storages
 from ..saved.values import is_tensor
 from ..stores.fsspec import FsspecStore
@@ -202,7 +203,7 @@ def export_checkpoint(
             except BaseException:
                 place.abandon()
                 raise
-            saved, selection = opened.saved, plan.selection
+            saved, selection, again = opened.saved, plan.selection, opened.files.remote.fetched_again
     finally:
         store.close()
     return Exported(
@@ -222,7 +223,10 @@ def export_checkpoint(
         aliases=selection.aliases,
         left_out=selection.left_out,
         lost=selection.lost,
-        notes=selection.notes,
+        notes=(
+            *selection.notes,
+            *(f"{one.nbytes:,} bytes of {one.name} were fetched twice: {one.why}" for one in again),
+        ),
         seconds=time.monotonic() - begin,
     )
 
@@ -292,8 +296,7 @@ def _plan(opened: OpenCheckpoint, selection: Selection, options: Options, to: Fo
     kept = selection.objects if to == "dcp" else {}
     small = inert_values([kept, selection.rest])
     fetch_now(files.context, files.remote, all_parts(small), "fetch objects")
-    for index in files.indexes:
-        index.check_headers(one for one in storages(small) if one.file == index.path)
+    check_headers(files, storages(small))
     objects = real.real(kept, "state/model")
     rest = real.real(selection.rest, "") if selection.rest is not None else None
     selection = replace(selection, left_out={**selection.left_out, **real.left_out})
@@ -385,28 +388,46 @@ def _write(
 ) -> None:
     """Writes `files` in their order, each once its part of the checkpoint is being fetched.
 
-    Raises `CorruptError` where what was read differs from the checkpoint's checksums.
+    Those that were written from bytes that came damaged are written again, once these were fetched once more. Raises
+    `CorruptError` where what was read differs still from the checkpoint's checksums.
     """
     reader = _reader(opened, "off")
     copies = {file.name: [copy for one in file.tensors for copy in copies_of(one)] for file in files}
     reads = reads_of([copy for each in copies.values() for copy in each])
     compared = {} if options.verify == "off" else {storage: one.ranges for storage, one in reads.items()}
     sums = StorageSums(reader, compared)
+    from_files: dict[str, set[StorageRef]] = {}
+
+    def write(file: _File) -> None:
+        place.put(file.name, partial(file.write, pieces), file.size_bytes)
+
     with Pieces(reader, on_bytes) as pieces:
         for file in files:
-            parts = restore_parts(opened.files, reads_of(copies.pop(file.name)), {}, (), {})
+            reads = reads_of(copies.pop(file.name))
+            from_files[file.name] = set(reads)
+            parts = restore_parts(opened.files, reads, {}, (), {})
             with fetching(opened.files, reader, parts, f"fetch {file.name}"):
-                place.put(file.name, partial(file.write, pieces), file.size_bytes)
-    with fetching(opened.files, reader, restore_parts(opened.files, {}, sums.gaps(), (), {}), "fetch gaps"):
-        sums.finish()
+                write(file)
+        with fetching(
+            opened.files, reader, restore_parts(opened.files, {}, sums.gaps(), (), {}), "fetch gaps"
+        ):
+            damaged = sums.finish()
+        if not damaged:
+            return
+        for storage, error in damaged.items():
+            why = error.message.removeprefix(f"{storage.file}: ")
+            if not opened.files.again.storage(storage, why):
+                raise error
+        sums.begin(damaged)
+        for file in files:
+            if not from_files[file.name].isdisjoint(damaged):
+                write(file)
+    for error in sums.finish().values():
+        raise fetched_twice(error)
 
 
 def _reader(opened: OpenCheckpoint, verify: str) -> TensorReader:
-    return TensorReader(
-        verify="off" if verify == "off" else "during",
-        on_bytes=opened.files.context.stages.count,
-        comes_in_parts=opened.files.remote.known.__contains__,
-    )
+    return files_reader(opened.files, "off" if verify == "off" else "during")
 
 
 def _counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None]:

@@ -150,19 +150,25 @@ class StorageSums:
         self._read = {
             one: list(ranges) for one, ranges in read.items() if one.crc32 is not None and one.nbytes
         }
-        reader.share({storage: [ByteRange(0, storage.nbytes)] for storage in self._read})
+        self.begin(self._read)
+
+    def begin(self, storages: Iterable[StorageRef]) -> None:
+        """From now on, `storages` are summed, from the beginning."""
+        self._reader.share({storage: [ByteRange(0, storage.nbytes)] for storage in storages})
 
     def gaps(self) -> dict[StorageRef, list[ByteRange]]:
         """What of them nobody reads, but `finish`."""
         gaps = {one: list(subtract([ByteRange(0, one.nbytes)], ranges)) for one, ranges in self._read.items()}
         return {storage: ranges for storage, ranges in gaps.items() if ranges}
 
-    def finish(self) -> None:
-        """Reads what was not read of them. Raises `CorruptError` for the first that differs from its checksum."""
-        for storage, (crc,) in self._reader.finish_shares().items():
-            if crc != storage.crc32:
-                raise CorruptError(
-                    f"{storage.file}: storage {storage.key} has CRC-32 {crc:08x}; the file's directory says "
-                    f"{storage.crc32:08x}. The file is damaged; take another copy of it.",
-                    path=storage.file,
-                )
+    def finish(self) -> dict[StorageRef, CorruptError]:
+        """Reads what was not read of them. Returns those that differ from their checksums, each with what says so."""
+        return {
+            storage: CorruptError(
+                f"{storage.file}: storage {storage.key} has CRC-32 {crc:08x}; the file's directory says "
+                f"{storage.crc32:08x}. The file is damaged; take another copy of it.",
+                path=storage.file,
+            )
+            for storage, (crc,) in self._reader.finish_shares().items()
+            if crc != storage.crc32
+        }

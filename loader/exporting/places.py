@@ -68,7 +68,10 @@ class Place(Protocol):
         """
 
     def put(self, name: str, write: Callable[[SummedFile], None], needed_bytes: int) -> None:
-        """Writes the file `name`, of about `needed_bytes`. Raises what `write` raises, and `AccessError`."""
+        """Writes the file `name`, of about `needed_bytes`; one that this export has written is replaced.
+
+        Raises what `write` raises, and `AccessError`.
+        """
 
     def finish(self, small: Mapping[str, bytes]) -> tuple[WrittenFile, ...]:
         """Ends the export with the `small` files, in their order, and a manifest; returns all files but that."""
@@ -113,9 +116,11 @@ class LocalPlace:
 
     def put(self, name: str, write: Callable[[SummedFile], None], needed_bytes: int) -> None:
         with write_errors(os.path.join(self._folder, name)):
+            if name in self._parts:
+                os.unlink(self._parts[name])
             part = self._part(name)
             digest = write_summed(part, write, lambda _: None)
-            self._files.append(WrittenFile(name, os.path.getsize(part), digest))
+            _note(self._files, WrittenFile(name, os.path.getsize(part), digest))
 
     def finish(self, small: Mapping[str, bytes]) -> tuple[WrittenFile, ...]:
         for name, data in small.items():
@@ -172,7 +177,7 @@ class RemotePlace:
                 digest = write_summed(path, write, lambda _: None)
                 size = os.path.getsize(path)
             self._store.upload(path, self._store.join(self._folder, name), lambda _: None)
-            self._files.append(WrittenFile(name, size, digest))
+            _note(self._files, WrittenFile(name, size, digest))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -202,6 +207,15 @@ class RemotePlace:
             raise mapped from mapped.__cause__
         own = self._folder.rpartition("/")[2]
         return sorted({file_name(str(one).rstrip("/")) for one in found} - {"", own})
+
+
+def _note(files: list[WrittenFile], written: WrittenFile) -> None:
+    """Adds `written` to `files`, in the place of one of its name."""
+    for at, one in enumerate(files):
+        if one.name == written.name:
+            files[at] = written
+            return
+    files.append(written)
 
 
 def _writes(data: bytes) -> Callable[[SummedFile], None]:

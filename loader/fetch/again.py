@@ -50,7 +50,8 @@ class SecondFetch:
     ) -> bool:
         """Fetches `ranges` of this node's file at `path` again; of a file that came whole, all of it.
 
-        False where this load did so before on this node, or the file is from no store: then what is wrong stays wrong.
+        Each byte is fetched again once. False where this load did so before on this node, or the file is from no store:
+        then what is wrong stays wrong.
         `is_right`, where given, tells whether another process has put the right bytes there meanwhile. Of a file that
         comes in parts, only what has landed on this node is fetched. Raises as `read_ranges`, or as `obtain_again`.
         """
@@ -62,7 +63,8 @@ class SecondFetch:
         with fetching_again(at, known.load_id, lambda: self._context.stages.count(0)) as done:
             if is_right is not None and is_right():
                 return True
-            if done.has(spans):
+            spans = done.left(spans)
+            if not spans:
                 return False
             done.note(spans)
             if whole is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from ..byte_ranges import ByteRange
 from ..cache.holes import Landed
@@ -27,6 +28,7 @@ from .wanted import SMALL_STORAGE_BYTES, add_storage, all_parts, parts_of_restor
 __all__ = [
     "SMALL_STORAGE_BYTES",
     "all_parts",
+    "check_headers",
     "fetch_storages",
     "fetching",
     "files_reader",
@@ -78,6 +80,19 @@ def files_reader(files: CheckpointFiles, verify: Verify) -> TensorReader:
         comes_in_parts=files.remote.known.__contains__,
         fetch_again=files.again.storage,
     )
+
+
+def check_headers(files: CheckpointFiles, storages: Iterable[StorageRef]) -> None:
+    """Compares the zip headers of `storages`, all of which is here, with their files' directories.
+
+    One that contradicts it is fetched once more, where it is from a store. Raises `CorruptError`.
+    """
+    by_path = {index.path: index for index in files.indexes}
+    for storage in storages:
+        index = by_path.get(storage.file)
+        if index is not None and storage.header >= 0:
+            header = [ByteRange(storage.header, storage.offset)]
+            files.again.reading(index.path, index.name, partial(index.check_headers, [storage]), header)
 
 
 class Coming:

@@ -131,7 +131,7 @@ class RemoteFiles:
 
     def note_again(self, name: str, n_bytes: int, why: str) -> None:
         """Notes for the receipt that `n_bytes` of the file `name` were fetched again, and logs it."""
-        why = why.rstrip(". ")
+        why = why.partition(". The file is ")[0].rstrip(". ")
         if n_bytes:
             _logger.warning("%s: %s; %s fetched again", name, why, counted(n_bytes, "byte"))
             with self._lock:
@@ -327,7 +327,7 @@ class RemoteFiles:
         file, span = self._files[path], self._index_spans.get(path, ByteRange(0, 0))
         whole = [ByteRange(0, file.source.size_bytes)]
         with fetching_again(path, self.known.load_id, lambda: on_bytes(0)) as done:
-            if done.has(whole):
+            if list(done.left(whole)) != whole:
                 # A rank has put other bytes in the place of a damaged storage's meanwhile.
                 with contextlib.suppress(CorruptError):
                     return self.checks.compare(*self._objects[path], path, on_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...distributed.session import Session
 from ..byte_ranges import ByteRange
-from ..errors import CorruptError, after_first_change, fetched_twice
+from ..errors import after_first_change, fetched_twice
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..saved.copies import StorageReads
@@ -193,15 +193,13 @@ def _judge(
             raise fetched_twice(error) if any(once_more for _, _, once_more in records) else error
         return encode(
             _Judged(
-                tuple((*storage, _what(error, storage[0])) for storage, error in found.items()),
+                tuple(
+                    (*storage, error.message.removeprefix(f"{storage[0]}: "))
+                    for storage, error in found.items()
+                ),
                 tuple(dict.fromkeys(name for _, names, _ in records for name in names)),
             )
         )
 
     record = [encode(own), list(renewed), again]
     return decode(_Judged, checking.session.channel.decide("checksums agree", record, compare))
-
-
-def _what(error: CorruptError, name: str) -> str:
-    """What is wrong by `error`, without the file's `name` and advice."""
-    return error.message.removeprefix(f"{name}: ").partition(". The file")[0]

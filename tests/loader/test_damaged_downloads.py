@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, bad_server
-from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load
+from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load, read
+from rankload.loader.exporting.export import export_checkpoint
 
 WIDE = 768
 """2.25 MiB of fp32 a weight: fetched directly where the mode lets it."""
@@ -257,6 +258,34 @@ def test_members_of_a_tar_are_fetched_again(
             assert same(state, wanted), path
             (again,) = result.receipt.fetched_again
             assert (again.nbytes >= len(tar)) != behaviour.has_ranges, (path, again)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dcp"])
+def test_an_export_writes_again_what_it_wrote_of_damaged_bytes(
+    to: str, source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    data, wanted = source
+    with bad_server({"/a": Behaviour(data, flips={in_weight(data): 1, in_header(data): 1})}) as server:
+        exported = export_checkpoint(
+            server.url("/a"), tmp_path / "out", to=to, options={"cache_dir": str(tmp_path / "cache")}
+        )
+        assert not any(server.objects["/a"].flips.values()), "the fault never fired"
+    assert sum("were fetched twice" in note for note in exported.notes) == 2
+    state = a_state(2)
+    assert load(tmp_path / "out", state, load_weights_only=True, options={"verify": "before"}).receipt.files
+    assert all(torch.equal(value, wanted[name]) for name, value in state.model.state_dict().items())
+    names = [one.name for one in exported.files]
+    assert sorted(names) == sorted(set(names))
+    assert not list((tmp_path / "out").glob(".*part*"))
+
+
+def test_read_fetches_again(source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    data, wanted = source
+    flips = {place(data): 1 for place in (in_moment, in_bias, in_header)}
+    with bad_server({"/a": Behaviour(data, flips=flips)}) as server:
+        found = read(server.url("/a"), progress_bar=False, options={"cache_dir": str(tmp_path)})
+        assert not any(server.objects["/a"].flips.values()), "the fault never fired"
+    assert all(torch.equal(value, wanted[name]) for name, value in found["state"]["model"].items())
 
 
 def test_a_local_file_that_is_damaged_is_an_error_at_once(

@@ -145,7 +145,7 @@ class _Dealer:
                     raise fetched_twice(error)
                 if not from_store:
                     raise error
-                damaged[region] = error.message.removeprefix(f"{region[0]}: ").partition(". The file")[0]
+                damaged[region] = error.message.removeprefix(f"{region[0]}: ")
                 continue
             self.refuted.add(region)
         self.damaged |= damaged
