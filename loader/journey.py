@@ -584,6 +584,7 @@ def _report(
         fetched_in_parts=remote.fetched_by_path(),
         timings=tuple(context.stages.timings),
         fetched_again=tuple(remote.fetched_again),
+        cache_notes=context.cache.notes,
         files=tuple(_file_reports(files)),
     )
 

@@ -68,6 +68,8 @@ class RankReport:
     files: tuple[FileReport, ...]
     fetched_again: tuple[FetchedAgain, ...] = ()
     """By this rank."""
+    cache_notes: tuple[str, ...] = ()
+    """Sentences on the folders that this rank put files into."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ def join_reports(reports: Sequence[RankReport], about: Receipt) -> Receipt:
         notes=(
             *about.notes,
             *reports[0].notes,
+            *_union([tuple(f"{note} [{one.host}]" for note in one.cache_notes) for one in reports]),
             *(f"server without ranges: {name} was read as one stream" for name in streamed),
         ),
         files=files,

@@ -8,11 +8,13 @@
    record in other processes.
 5. When the load ends, `node` gives up its entries, and `bounds.bound` evicts down to the size that may stay.
 
-`records` reads and writes an entry's small files, and removes what dead processes left. `folder.locked` is the lock
-under which all of them decide. `upkeep` lists and removes between loads, for a person.
+`memory` tells how much memory this process may take, where a folder lies in it. `records` reads and writes an entry's
+small files, and removes what dead processes left. `folder.locked` is the lock under which all of them decide.
+`upkeep` lists and removes between loads, for a person.
 
-Not promised: a product counts as whole by the sizes of its files, and its content is not read again (ranges in a
-`PartialFile` are compared with their CRC-32). Sizes are bounds, not reservations: another program may fill the disk.
+What stays for another load is compared there with the CRC-32s that it had; what differs is made, or fetched, again. Not
+promised: while one load lasts, a product counts as whole by the sizes of its files. Sizes are bounds, not reservations:
+another program may fill the disk.
 
 May import `stores`, `byte_ranges`, `checksums` and `errors`; ``distributed.liveness``.
 """

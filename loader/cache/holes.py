@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
 from ..checksums import crc32
+from .folder import open_private
 
 _RECORD = struct.Struct("<QQI")
 _CHECK = struct.Struct("<I")
@@ -45,13 +46,13 @@ class PartialFile:
         self.size_bytes = size_bytes
         self.landed_bytes = 0
         """How many bytes this process landed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT
         self._lock = threading.Lock()
         with contextlib.ExitStack() as opening:
-            self._records = os.open(landed_record(path), flags | os.O_APPEND, 0o600)
+            self._records = open_private(landed_record(path), flags | os.O_APPEND)
             opening.callback(os.close, self._records)
             fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file = os.open(path, flags, 0o600)
+            self._file = open_private(path, flags)
             opening.callback(os.close, self._file)
             os.ftruncate(self._file, size_bytes)
             wrong: list[ByteRange] = []
@@ -217,8 +218,7 @@ def fetching_again(path: str, load_id: str, on_wait: Callable[[], None]) -> Iter
 
     `load_id` is that of the load on all of its ranks. `on_wait` is called while another process holds it; it may raise.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(again_record(path), flags, 0o600)
+    fd = open_private(again_record(path), os.O_RDWR | os.O_CREAT)
     try:
         while True:
             try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import AccessError
 from .bounds import evictable_bytes
 from .folder import default_cache_folder, free_bytes_of, locked, make_private_folder
+from .memory import available_bytes
 from .records import remove, sweep
 
+_logger = logging.getLogger("rankload")
 MEMORY_FOLDER = "/dev/shm"  # noqa: S108 -- what goes there goes into a private folder
 """Linux's file system in memory."""
 SHARE = 2
@@ -46,6 +48,8 @@ class CacheHome:
     """Whether `prepare` was called."""
     placed_bytes: int = 0
     """How many bytes `takes` has promised a place."""
+    notes: list[str] = field(default_factory=list)
+    """What the receipt is to say of it."""
 
     def prepare(self, group: str) -> None:
         """Makes the folder, or checks it, and calls `sweep`, once.
@@ -54,7 +58,10 @@ class CacheHome:
         """
         if self.ready:
             return
-        make_private_folder(self.folder)
+        listed = make_private_folder(self.folder)
+        if listed is not None:
+            self.notes.append(listed)
+            _logger.warning("%s", listed)
         self.sweep(group)
         self.ready = True
 
@@ -109,20 +116,3 @@ def homes_for(cache_dir: str | None, home: str, *, stays: bool) -> list[CacheHom
             )
         return [memory]
     return [memory, disk] if home == "auto" and has_memory else [disk]
-
-
-def available_bytes() -> int:
-    """How many bytes of memory this node, or this process's control group, has left, without swapping others out."""
-    found = []
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        found += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):
-        limit = _read("/sys/fs/cgroup/memory.max")
-        if limit != "max":
-            found.append(int(limit) - int(_read("/sys/fs/cgroup/memory.current")))
-    return max(0, min(found, default=0))
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()

@@ -34,7 +34,7 @@ from ..stores.base import OnBytes
 from ..stores.transfer import bytes_on_disk
 from ..workers import POLL_S
 from .bounds import bound, make_room
-from .folder import locked, remove_if_empty
+from .folder import locked, make_all_private, remove_if_empty
 from .homes import CacheHome, Room, homes_for
 from .records import (
     PARTS,
@@ -141,6 +141,11 @@ class NodeCache:
     def folder(self) -> str:
         """The folder for files that do not fit elsewhere: the one that was given, or the one on disk."""
         return self._homes[-1].folder
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the receipt is to say of the folders that were used."""
+        return tuple(note for home in self._homes for note in home.notes)
 
     def of_checkpoint(self, *identity: object) -> None:
         """Says that entries from now on are part of the checkpoint `identity`: a checkpoint is evicted as a whole.
@@ -395,6 +400,8 @@ class CacheEntry:
         made = os.path.join(work, os.path.basename(path))
         try:
             details = produce(made) or {}
+            # Stores' clients make files as the umask says; the work folder is private meanwhile.
+            make_all_private(made)
             done = {"sizes": sizes(made), "details": details}
             if self._keeps:
                 done["sums"] = sums(made, on_summed)

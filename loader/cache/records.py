@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ...distributed.liveness import ProcessIdentity, how_ended, is_watchable, this_process
 from ..checksums import crc32
+from .folder import make_private, open_private
 
 STALE_S = 180.0
 """A process that cannot be watched from here counts as dead where its file was not touched for so long. Network file
@@ -67,7 +68,8 @@ def begin_use(entry: str, user: str, use: About, purpose: Purpose, now: float) -
     awaited = before.awaited and purpose != "load"
     if purpose == "prefetch" and use.awaited:
         awaited = before.awaited or not is_used_for("load", entry, now)
-    os.makedirs(os.path.dirname(user), mode=0o700, exist_ok=True)
+    make_private(entry)
+    make_private(os.path.dirname(user))
     write_json(user, {**this_process().as_dict(), _PURPOSE: purpose})
     _write_about(entry, replace(use, stays=use.stays or before.stays, awaited=awaited))
 
@@ -173,10 +175,10 @@ def sweep(root: str, now: float, *, spared: str | None = None, at_once: bool = F
 
 def claim(folder: str, work: str, now: float) -> bool:
     """Claims the slot `folder` for this process and makes the folder `work`; False where a living one has the claim."""
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    make_private(folder)
     if _clear_slot(folder, now):
         return False
-    os.mkdir(work, 0o700)
+    make_private(work)
     record = {**this_process().as_dict(), "work": os.path.basename(work)}
     write_json(os.path.join(folder, "claim"), record)
     return True
@@ -273,7 +275,8 @@ def write_json(path: str, record: dict[str, Any]) -> None:
     """Writes `record` to `path` in one step: no reader sees half of it."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.new"
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
+        fd = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
             json.dump(record, file)
         os.replace(temporary, path)
     except BaseException:

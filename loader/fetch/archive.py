@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, BinaryIO, cast
 
+from ..cache.folder import open_private
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..plurals import counted
@@ -224,7 +225,7 @@ def _make_folder(path: str, name: str, shown: str) -> None:
 
 def _write(source: _Source, target: str, size: int, name: str, shown: str, on_bytes: OnBytes | None) -> None:
     try:
-        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = open_private(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError as error:
         if os.path.isdir(target):
             raise file_and_folder(name, shown) from error

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, cast
 
 from ..byte_ranges import ByteRange, total_bytes
+from ..cache.folder import make_private
 from ..cache.holes import PartialFile, replace_bytes
 from ..cache.records import PARTS, product_name
 from ..checksums import crc32
@@ -154,7 +155,7 @@ def open_remote_file(
     entry = objects.entry(info.name, source.size_bytes, source.version, nbytes=source.size_bytes)
     for slot in (PARTS, f"{PARTS}-{uuid.uuid4().hex}"):
         folder = os.path.join(entry.folder, slot)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_private(folder)
         while True:
             # BlockingIOError: another job on this node holds the first.
             with contextlib.suppress(BlockingIOError):

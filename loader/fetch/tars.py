@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..byte_ranges import ByteRange
-from ..cache.folder import free_bytes_of
+from ..cache.folder import free_bytes_of, make_private
 from ..cache.holes import again_record, landed_record
 from ..errors import AccessError, CorruptError, FormatError, UnsafeError
 from ..formats.sniff import HEAD_BYTES, sniff
@@ -95,7 +95,7 @@ def open_archive(
         return None
     folder = f"{tar.path}.members"
     for name in ["", *(one.name if one.is_folder else os.path.dirname(one.name) for one in members)]:
-        os.makedirs(os.path.join(folder, name), mode=0o700, exist_ok=True)
+        make_private(os.path.join(folder, name).rstrip("/"))
     with contextlib.ExitStack() as undoing:
         files = {}
         for one in large:

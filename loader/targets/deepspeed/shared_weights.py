@@ -16,7 +16,7 @@ import torch
 
 from ....distributed.session import Session
 from ...byte_ranges import ByteRange
-from ...cache.homes import available_bytes
+from ...cache.memory import available_bytes
 from ...checksums import crc32, crc32_joined
 from ...errors import AccessError, CorruptError, after_first_change, fetched_twice
 from ...materialize.tensors import TensorReader

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_ranks
 from rankload.loader.byte_ranges import union
-from rankload.loader.cache.homes import available_bytes
+from rankload.loader.cache.memory import available_bytes
 from rankload.loader.targets.deepspeed import weight_regions
 from rankload.loader.targets.deepspeed.shared_memory import SharedMemory
 from rankload.loader.targets.deepspeed.weight_regions import (
