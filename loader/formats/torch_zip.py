@@ -38,6 +38,8 @@ _ALIGNMENT = 64
 """PyTorch begins each record's data at a multiple of this many bytes."""
 _LARGE = 0xFFFFFFFF
 """Stands in a 4-byte field for a size or offset that is in a zip64 field."""
+_MANY = 0xFFFF
+"""The same of a number of records, in 2 bytes."""
 _DESCRIPTORS = (0, 16, 24)
 """Bytes between a record's data and the next header: none, or a descriptor with sizes of 4 or of 8 bytes."""
 
@@ -140,7 +142,7 @@ def read_zip(
     """
     size = os.path.getsize(path) if size is None else size
     with open_file(path) as file:
-        directory = _directory_size(file, size, name)
+        directory, n_entries = _directory_size(file, size, name)
         if directory * _ENTRY_MEMORY > _DIRECTORY_MEMORY * size + _LEAST_DIRECTORY_MEMORY:
             raise UnsafeError(
                 f"{name}: its zip directory has {directory:,} bytes, in a file of {size:,}. That is more than rankload "
@@ -157,6 +159,12 @@ def read_zip(
                 "take another copy of it.",
                 path=name,
             ) from error
+        if n_entries is not None and n_entries != len(entries):
+            raise CorruptError(
+                f"{name}: its zip directory has {counted(len(entries), 'record')}, and says that it has "
+                f"{n_entries:,}. The file is damaged; fetch it again.",
+                path=name,
+            )
         top = _top_folder([entry.filename for entry in entries], name)
         records = _checked_records(file, entries, end_of_records, name, derive=derive)
     inside = {record[len(top) :]: place for record, place in records.items() if record.startswith(top)}
@@ -205,8 +213,13 @@ def _directory_place(tail: bytes, size: int) -> tuple[int, int, int] | None:
     return offset, nbytes, size - len(tail) + at
 
 
-def _directory_size(file: BinaryIO, size: int, name: str) -> int:
-    """Bytes of the directory as the record at the file's end has them; zipfile would read that many at once."""
+def _directory_size(file: BinaryIO, size: int, name: str) -> tuple[int, int | None]:
+    """Bytes and records of the directory as the record at the file's end has them; zipfile would read that many at
+    once. None where it has no room for the number of records.
+
+    Raises `CorruptError` where the two forms of that record contradict each other: which of them a reader believes
+    would decide what the file holds.
+    """
     # As torch writes it, without a comment, the record is the last bytes.
     file.seek(max(0, size - _END.size - _END64_LOCATOR.size))
     tail = file.read()
@@ -221,20 +234,30 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> int:
             "another copy of it.",
             path=name,
         )
-    directory: int = _END.unpack_from(tail, at)[5]
+    short = _END.unpack_from(tail, at)[1:7]
+    directory: int = short[4]
+    entries: int | None = None if short[3] == _MANY else short[3]
     locator = at - _END64_LOCATOR.size
     if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
         file.seek(min(_END64_LOCATOR.unpack_from(tail, locator)[2], size))
         record = file.read(_END64.size)
         if len(record) == _END64.size and record[:4] == b"PK\6\6":
-            directory = _END64.unpack(record)[8]
+            long = _END64.unpack(record)[4:10]
+            largest = (_MANY,) * 4 + (_LARGE,) * 2
+            if any(one not in (other, most) for one, other, most in zip(short, long, largest, strict=True)):
+                raise CorruptError(
+                    f"{name}: the two records at the end of its zip directory contradict each other. The file is "
+                    "damaged; fetch it again.",
+                    path=name,
+                )
+            directory, entries = long[4], long[3]
     if directory > size:
         raise CorruptError(
             f"{name}: its zip directory claims {directory:,} bytes, in a file of {size:,}. The file is "
             "damaged; take another copy of it.",
             path=name,
         )
-    return directory
+    return directory, entries
 
 
 def _top_folder(records: list[str], name: str) -> str:
@@ -270,6 +293,12 @@ def _checked_records(
     taken_until = 0
     before = ""
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
+    if ordered and ordered[0].header_offset > 0:
+        raise CorruptError(
+            f"{name}: {counted(ordered[0].header_offset, 'byte')} before its first record belong to none. Something "
+            "was put before the file; fetch it again.",
+            path=name,
+        )
     for entry, following in zip(ordered, [*ordered[1:], None], strict=True):
         label = entry.filename[:200]
         if entry.flag_bits & _ENCRYPTED or entry.compress_type != zipfile.ZIP_STORED:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import sys
@@ -24,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ class Told:
 
     executions: int = 0
     seconds: float = 0.0
+    worked_s: float = 0.0
+    """Of them, those that a processor gave it."""
     guided: bool = False
     outcomes: dict[str, int] = field(default_factory=dict)
     """How many inputs were read, or refused by which error."""
@@ -178,7 +182,7 @@ def fuzz_here(name: str, seconds: float, seed: int, findings: Path, told: Path, 
     with opened(name, findings) as (runner, seeds), open(told.with_suffix(".input"), "w+b") as file:
         file.truncate(_SLOT_BYTES)
         runner.told.guided = atheris is not None
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), time.process_time()
         with mmap.mmap(file.fileno(), _SLOT_BYTES) as held:
             written = 0.0
 
@@ -190,7 +194,7 @@ def fuzz_here(name: str, seconds: float, seed: int, findings: Path, told: Path, 
                 faulthandler.dump_traceback_later(HANG_S, exit=True)
                 runner.execute(data)
                 now = time.monotonic()
-                runner.told.seconds = now - begun
+                runner.told.seconds, runner.told.worked_s = now - begun, time.process_time() - worked
                 if now - written > 1 or now - begun >= seconds:
                     written = now
                     told.write_text(json.dumps(asdict(runner.report())))
@@ -247,6 +251,7 @@ def fuzz(name: str, seconds: float, seed: int, findings: Path, folder: Path, ath
         whole.guided = part.guided
         whole.executions += part.executions
         whole.seconds += max(part.seconds, 1.0)
+        whole.worked_s += part.worked_s
         for mine, new in ((whole.outcomes, part.outcomes), (whole.findings, part.findings)):
             for key, count in new.items():
                 mine[key] = mine.get(key, 0) + count
@@ -260,25 +265,50 @@ def fuzz(name: str, seconds: float, seed: int, findings: Path, folder: Path, ath
     return whole
 
 
+def fuzz_all(
+    names: Sequence[str], seconds: float, seed: int, findings: Path, folder: Path, atheris: Any, jobs: int
+) -> dict[str, Told]:
+    """Fuzzes the targets `names`, `jobs` of them at once; prints what came of each, and returns it in their order."""
+    found: dict[str, Told] = {}
+    waiting, running = list(names), {}
+
+    def work(name: str) -> None:
+        told = fuzz(name, seconds, seed, findings, folder, atheris)
+        (folder / f"{name}.all").write_text(json.dumps(asdict(told)))
+
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            process = multiprocessing.get_context("fork").Process(target=work, args=(name,))
+            process.start()
+            running[process.sentinel] = (name, process)
+        for sentinel in multiprocessing.connection.wait(running):
+            name, process = running.pop(sentinel)  # type: ignore[index]
+            process.join()
+            if process.exitcode != 0:
+                raise SystemExit(f"{name}: ended with {process.exitcode}")
+            found[name] = told = Told(**json.loads((folder / f"{name}.all").read_text()))
+            print(
+                f"{name}: {told.executions:,} executions in {told.seconds:.0f} s, {told.outcomes}, {told.findings}",
+                flush=True,
+            )
+    return {name: found[name] for name in names}
+
+
 def table(found: dict[str, Told], seed: int) -> str:
     """As docs/reliability.md has it."""
     from fuzz_targets import TARGETS
 
     lines = [
-        "| what is read | target | seconds | executions | read | refused | findings |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| what is read | target | seconds | of a processor | executions | read | refused | findings |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, told in found.items():
         read = told.outcomes.get("read", 0)
         refused = sum(told.outcomes.values()) - read
-        counts = (
-            f"{told.seconds:.0f}",
-            f"{told.executions:,}",
-            f"{read:,}",
-            f"{refused:,}",
-            len(told.findings),
-        )
-        cells = (TARGETS[name].what, name, *counts)
+        times = (f"{told.seconds:.0f}", f"{told.worked_s:.0f}")
+        counts = (f"{told.executions:,}", f"{read:,}", f"{refused:,}", len(told.findings))
+        cells = (TARGETS[name].what, name, *times, *counts)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     executions = sum(told.executions for told in found.values())
     kinds = sum(len(told.findings) for told in found.values())
@@ -327,6 +357,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--seconds", type=float, default=600.0, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at once")
     parser.add_argument("--findings", type=Path, default=Path(FINDINGS))
     parser.add_argument("--write", type=Path, help="a page with a place for the table")
     parser.add_argument("--again", type=Path)
@@ -338,19 +369,20 @@ def main() -> None:
     atheris = _atheris()
     from fuzz_targets import TARGETS
 
-    found: dict[str, Told] = {}
     print(
         f"seed {options.seed}, {options.seconds:g} s for each target, findings in {options.findings}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="rankload-fuzzing-") as made:
-        for name in options.targets or TARGETS:
-            found[name] = fuzz(name, options.seconds, options.seed, options.findings, Path(made), atheris)
-            told = found[name]
-            print(
-                f"{name}: {told.executions:,} executions in {told.seconds:.0f} s, {told.outcomes}, {told.findings}",
-                flush=True,
-            )
+        found = fuzz_all(
+            options.targets or list(TARGETS),
+            options.seconds,
+            options.seed,
+            options.findings,
+            Path(made),
+            atheris,
+            options.jobs,
+        )
     text = table(found, options.seed)
     print(text)
     if options.write is not None:

@@ -65,6 +65,7 @@ WRITES = frozenset(
     }
 )
 for _name in (
+    "ascii",
     "cp437",
     "utf-8-sig",
     "utf-16",

@@ -331,9 +331,10 @@ def _json(data: bytes, folder: Path) -> object:
     """As trainer_state.json, as a model's index, and as verl's ``fsdp_config.json`` of a folder."""
     shards = folder / "shards"
     shards.mkdir(exist_ok=True)
-    put(data, shards, "fsdp_config.json")
-    with contextlib.suppress(*BAD_BYTES, NotFoundError):
-        locate(LocalStore(), str(shards))
+    if b"world_size" in data:  # to look for the files of a thousand ranks takes its time
+        put(data, shards, "fsdp_config.json")
+        with contextlib.suppress(*BAD_BYTES, NotFoundError):
+            locate(LocalStore(), str(shards))
     with contextlib.suppress(*BAD_BYTES):
         read_model_index(put(data, folder, "model.safetensors.index.json"), name="index")
     return parse_json(data, name="trainer_state.json", what="it", finite=False)

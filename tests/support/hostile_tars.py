@@ -38,6 +38,28 @@ HOSTILE = {
     "backslash": [entry("a\\..\\b", b"x")],
     "drive": [entry("C:/x", b"x")],
     "long name": [entry("x" * 300, b"x")],
+    "folder link": [entry("d", type=tarfile.SYMTYPE, linkname=".."), entry("d/x", b"x")],
+    "link to a link": [
+        entry("l", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        entry("h", type=tarfile.LNKTYPE, linkname="l"),
+        entry("h", b"x"),
+    ],
+    "dots between": [entry("a/./../../x", b"x")],
+    "extended name": [entry("a", b"x", pax_headers={"path": "../x"})],
+    "extended absolute name": [entry("a", b"x", pax_headers={"path": "/etc/x"})],
+    "extended nul": [entry("a", b"x", pax_headers={"path": "a\0b"})],
+    "extended size": [entry("a", b"x" * 9, pax_headers={"size": "99999999999"})],
+    "extended negative size": [entry("a", b"x" * 9, pax_headers={"size": "-1"})],
+    "extended link": [entry("a", type=tarfile.SYMTYPE, linkname="x", pax_headers={"linkpath": "/etc"})],
+    "long name upward": [entry("../" * 60 + "x", b"x")],
+    "part of a volume": [entry("m", b"x", type=b"M")],
+    "volume": [entry("v", type=b"V")],
+    "unknown type": [entry("u", b"x", type=b"Z")],
+    "folder with contents": [entry("f", b"x", type=tarfile.DIRTYPE)],
+    "old sparse": [entry("s", b"x", type=tarfile.GNUTYPE_SPARSE)],
+    "sparse of no version": [
+        entry("s", b"x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "99999999999"})
+    ],
     "sparse": [entry("s", b"", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "s"})],
 }
 

@@ -43,6 +43,8 @@ from .opcodes import (
 
 MAX_NUMBER_TEXT = 4300
 """Characters in a number written as text; Python's own limit for conversions."""
+MAX_NUMBER_BYTES = 1785
+"""Bytes of an integer that is not text: as many have fewer digits than that, so that Python can put any into words."""
 MAX_PROTOCOL = 5
 
 _REMEMBERED_BYTES = 4 << 10
@@ -184,6 +186,8 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
                 faults.corrupt(at, f"a length of {length}")
             if length > size - pos:
                 faults.truncated(at, length)
+            if op in b"\x8a\x8b" and length > MAX_NUMBER_BYTES:
+                faults.unsafe(at, f"a number of {length:,} bytes; expected at most {MAX_NUMBER_BYTES:,}")
             memory += length if length < 64 or op in b"BC\x8e\x96" else arguments.text_memory(pos, length)
             # Integers hash to themselves modulo a prime of 61 bits: more than a few collide only where they are longer.
             stack.append(CRAFTED if op in b"\x8a\x8b" and length > 8 else pushed[op])

@@ -1,4 +1,4 @@
-"""Hostile files: nothing in them runs or takes undue memory or time; the next file is read as ever."""
+"""Hostile pickles: nothing in them runs or takes undue memory or time; the next file is read as ever."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_pickles import Call, payloads, text
+from attacks import measured, most, tried
+from hostile_pickles import (
+    Call,
+    disguised,
+    evil_bytes,
+    gadgets,
+    in_a_dict,
+    payloads,
+    push,
+    text,
+)
+from hostile_tars import entry, tar_bytes
+from places import SUPPORT
 from rankload.loader.errors import CorruptError, FormatError, RankloadError, UnsafeError
+from rankload.loader.formats.dcp_metadata import read_metadata
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.objects import materialize
 from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.tree import check_tree, iterate
 from rankload.loader.saved.values import InertObject
 from torch_files import legacy_with, outcome, read_whole, zip_with
-
-SPARE = 32 << 20
-"""What a process takes besides, such as modules that it imports."""
-
-
-def most(path: Path) -> int:
-    """The bytes that reading the file may take, by docs/safety.md."""
-    size = path.stat().st_size
-    return max(64 << 20, 24 * size) + 2 * size + SPARE
-
 
 NAMES = list(payloads(Path("x")))
 
@@ -99,28 +102,6 @@ def test_the_next_file_is_read_as_ever(tmp_path: Path, patch: str) -> None:
     got = read_whole(tmp_path / "good.pt")
     assert got["w"].tolist() == [0.0, 1.0, 2.0]
     assert got["o"] == {"a": 1}
-
-
-MEASURE = """
-import resource, sys, time
-import rankload.loader.formats.torch_file as t
-from rankload.loader.errors import RankloadError
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-before = peak(); begun = time.monotonic()
-try: t.read_index(sys.argv[1]); said = "read"
-except RankloadError as error: said = type(error).__name__
-print(said, peak() - before, time.monotonic() - begun)
-"""
-
-
-def measured(path: Path) -> tuple[str, int, float]:
-    """What a fresh process says of the file, by how much its memory grew, and the seconds it took."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    said, grown, seconds = run.stdout.split()
-    return said, int(grown), float(seconds)
 
 
 def doubling(levels: int) -> bytes:
@@ -397,58 +378,236 @@ def test_a_storage_that_is_not_there(tmp_path: Path) -> None:
         read_index(tmp_path / "f.pt")
 
 
-def directory_entry(data: bytearray, record: str) -> int:
-    return data.rindex(b"PK\1\2", 0, data.rindex(record.encode()))
+# --- what passed scanners, and torch's own safe loading ---------------------------------------------------------------
+
+
+def test_calls_that_scanners_took_for_harmless_are_refused(tmp_path: Path) -> None:
+    canary = tmp_path / "out" / "canary"
+    for name, data in gadgets(canary).items():
+        assert "read" not in tried(zip_with(data, tmp_path / "f.pt")), name
+        for path in (legacy_with(data, tmp_path / "l.pt"), tmp_path / "p.pkl"):
+            if path.name == "p.pkl":
+                path.write_bytes(data)
+            assert outcome(path) != "read", (name, path)
+    assert not canary.parent.exists()
+
+
+REALLY_RUNS = """
+import pickle, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from hostile_pickles import gadgets
+canary = Path(sys.argv[1])
+ran = []
+for name in sys.argv[3:]:
+    try: pickle.loads(gadgets(canary)[name])
+    except BaseException: pass
+    if canary.exists():
+        ran.append(name)
+        canary.unlink()
+print(",".join(ran))
+"""
+
+
+def test_the_calls_would_do_harm(tmp_path: Path) -> None:
+    """A sample, run by Python's own unpickler: else a refusal would show nothing."""
+    sample = (
+        "timeit:timeit",
+        "profile:run",
+        "cProfile:run",
+        "pydoc:pipepager",
+        "runpy:_run_code",
+        "posix:system",
+        "pty:spawn",
+        "os:popen",
+        "uuid:_get_command_stdout",
+        "logging:FileHandler",
+        "io:FileIO",
+        "imaplib:IMAP4_stream",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", REALLY_RUNS, str(tmp_path / "canary"), str(SUPPORT), *sample],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    ran = run.stdout.strip().splitlines()[-1].split(",")
+    assert len(ran) >= 9, (ran, run.stderr)
+
+
+HARMLESS = {
+    "build that calls setattr": "namespace()",
+    "build with a state that is called": "OrderedDict()",
+    "popped before the end": "None",
+    "below a mark that is popped": "None",
+    "as a tensor's hooks": "tensor([0., 0., 0., 0.])",
+}
+"""Of which nothing is left in what is read: how the value is shown."""
+
+
+def test_disguised_calls_are_refused_or_leave_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "out" / "canary"
+    for name, data in disguised(canary).items():
+        path = zip_with(data, tmp_path / "f.pt", storages={"0": bytes(16)})
+        said = tried(path)
+        if name in HARMLESS:
+            assert repr(read_whole(path)["a"]) == HARMLESS[name], name
+        else:
+            assert "read" not in said, name
+        (tmp_path / "p.pkl").write_bytes(data)
+        tried(tmp_path / "p.pkl")
+    assert not canary.parent.exists()
+
+
+TENSOR = shared_tensor("FloatStorage", b"K\x04\x85", b"K\x01\x85")
+PID = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+WEIGHTS_ONLY: dict[str, bytes] = {
+    # CVE-2026-24747: opcodes for dicts and lists that reach what is none, and counts that the records do not have.
+    "an item of a tensor": TENSOR + b"K\x00G?\xf0\0\0\0\0\0\0s",
+    "items of a tensor": TENSOR + b"(J\xff\xff\xff\x7fK\x01K\x02K\x03u",
+    "an item of a storage": PID + b"J\0\1\0\0K\x41s",
+    "an item of a tuple": b"K\x01\x85K\x00K\x02s",
+    "an item of a text": text("x") + b"K\x00" + text("y") + b"s",
+    "an item of a bytearray": b"\x96\4\0\0\0\0\0\0\0abcdK\x00K\x01s",
+    "an item of a number": b"K\x01K\x00K\x02s",
+    "an item of a size": b"ctorch\nSize\n(K\x01K\x02t\x85RK\x00K\x02s",
+    "an item of a dtype": b"ctorch\nfloat32\nK\x00K\x02s",
+    "appended to a tensor": TENSOR + b"K\x01a",
+    "many appended to a tensor": TENSOR + b"(K\x01K\x02e",
+    "appended to a bytearray": b"\x96\0\0\0\0\0\0\0\0K\x01a",
+    "added to a tensor": TENSOR + b"(K\x01\x90",
+    "a tensor's state": TENSOR + b"}b",
+    "a tensor's state with its class": TENSOR + b"(" + push({}) + push({"__class__": 1}) + b"tb",
+    "a storage's state": PID + b"(K\x01K\x02tb",
+    "more elements than the record has": PID.replace(b"K\x04", b"J\xff\xff\xff\x7f"),
+    "fewer elements than below none": PID.replace(b"K\x04", b"J\xff\xff\xff\xff"),
+    "elements as text": PID.replace(b"K\x04", text("4")),
+    "one record as two types": b"(" + PID + PID.replace(b"FloatStorage", b"ComplexDoubleStorage") + b"t",
+    "a type that is no storage": PID.replace(b"torch\nFloatStorage", b"torch\nTensor"),
+    "a storage of another file": PID.replace(text("0"), text("../../version")),
+    "a view of a storage, beyond it": b"ctorch._utils\n_rebuild_tensor_v2\n("
+    + PID
+    + b"J\xff\xff\xff\x7fK\x01\x85K\x01\x85\x89}tR",
+    "a stride that overflows": b"ctorch._utils\n_rebuild_tensor_v2\n("
+    + PID
+    + b"K\x00K\x02\x85\x8a\x08"
+    + b"\xff" * 7
+    + b"\x7f\x85\x89}tR",
+    "a negative stride": b"ctorch._utils\n_rebuild_tensor_v2\n("
+    + PID
+    + b"K\x03K\x04\x85J\xff\xff\xff\xff\x85\x89}tR",
+    # What torch.load has called for tensors of other kinds.
+    "a tensor of a nested torch file": b"ctorch.storage\n_load_from_bytes\n"
+    + evil_bytes(b"\x80\x02cos\nsystem\n)R.")
+    + b"\x85R",
+    "an array on another device": b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n(Nctorch\nfloat32\n"
+    + text("cuda")
+    + b"\x89tR",
+    "a sparse tensor whose indices lie": sparse(
+        shared_tensor("LongStorage", b"K\x01K\x02\x86", b"K\x02K\x01\x86", 2),
+        TENSOR,
+        b"J\xff\xff\xff\x7f\x85",
+    )[2:-1],
+    "a compressed tensor without its parts": b"ctorch._utils\n_rebuild_sparse_tensor\n"
+    + b"ctorch.serialization\n_get_layout\n"
+    + push(("torch.sparse_csr",))
+    + b"R("
+    + TENSOR
+    + TENSOR
+    + b"t\x86R",
+    "a nested tensor": b"ctorch._utils\n_rebuild_nested_tensor\n(" + TENSOR * 4 + b"tR",
+    "a wrapper of other tensors": b"ctorch._utils\n_rebuild_wrapper_subclass\n(ctorch\nTensor\nctorch\nfloat32\n"
+    + push((4,))
+    + push((1,))
+    + b"K\x00NN\x89tR",
+}
+"""Values of a dict that torch's own restricted unpickler took at some time, or makes by its C++ code."""
+
+
+@pytest.mark.parametrize("attack", WEIGHTS_ONLY)
+def test_what_torchs_safe_loading_let_through(tmp_path: Path, attack: str) -> None:
+    storages = {"0": struct.pack("<4f", 1, 2, 3, 4)}
+    path = zip_with(in_a_dict(WEIGHTS_ONLY[attack]), tmp_path / "f.pt", storages=storages)
+    assert "read" not in tried(path)
+
+
+def test_a_pickle_in_a_tensors_bytes_stays_bytes(tmp_path: Path) -> None:
+    canary = tmp_path / "out" / "canary"
+    evil = payloads(canary)["reduce os.system"]
+    torch.save(
+        {"t": torch.frombuffer(bytearray(evil), dtype=torch.uint8), "io": io.BytesIO(evil)}, tmp_path / "f.pt"
+    )
+    assert tried(tmp_path / "f.pt") == {"read"}
+    got = read_whole(tmp_path / "f.pt")
+    assert bytes(got["t"].tolist()) == got["io"].getvalue() == evil
+    assert not canary.parent.exists()
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        (42, b"\0\0\0\0"),  # header offset: that of another record
-        (24, b"\xff\xff\xff\x7f"),  # size
-        (20, b"\x01\0\0\0"),  # packed size
-        (42, b"\xff\xff\xff\x7f"),  # header beyond the file
-        (10, b"\x08\0"),  # deflated
-        (8, b"\x01\0"),  # encrypted
-    ],
+    "name", ["f.pt", "f.pkl", "f.bin", "f.npy", "f.joblib", "f.txt", "f", "f.safetensors", "f.json"]
 )
-def test_zip_directories_that_lie(tmp_path: Path, field: int, value: bytes) -> None:
-    torch.save({"a": torch.arange(9.0), "b": torch.ones(3)}, tmp_path / "f.pt")
-    data = bytearray((tmp_path / "f.pt").read_bytes())
-    at = directory_entry(data, "data/1") + field
-    data[at : at + len(value)] = value
-    (tmp_path / "f.pt").write_bytes(data)
-    with pytest.raises(RankloadError):
-        read_whole(tmp_path / "f.pt")
+def test_a_files_name_does_not_choose_its_reader(tmp_path: Path, name: str) -> None:
+    canary = tmp_path / "out" / "canary"
+    for data in (
+        payloads(canary)["stack global"],
+        zip_with(payloads(canary)["eval"], tmp_path / "z").read_bytes(),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert "read" not in tried(tmp_path / name)
+    assert not canary.parent.exists()
 
 
-def test_overlapping_records(tmp_path: Path) -> None:
-    torch.save({"a": torch.arange(9.0), "b": torch.ones(9)}, tmp_path / "f.pt")
-    data = bytearray((tmp_path / "f.pt").read_bytes())
-    first, second = directory_entry(data, "data/0"), directory_entry(data, "data/1")
-    data[second + 42 : second + 46] = data[first + 42 : first + 46]
-    (tmp_path / "f.pt").write_bytes(data)
-    with pytest.raises(UnsafeError, match="overlap"):
-        read_index(tmp_path / "f.pt")
+def test_files_of_other_kinds_that_hold_pickles_are_not_opened(tmp_path: Path) -> None:
+    """A 7z archive, a NumPy file with objects, and the tar of torch before 0.1.10 (CVE-2025-32434)."""
+    canary = tmp_path / "out" / "canary"
+    evil = payloads(canary)["reduce os.system"]
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    old = tar_bytes(
+        entry("sys_info", push({}) + b"."), *(entry(name, evil) for name in ("pickle", "storages", "tensors"))
+    )
+    for data in (
+        b"7z\xbc\xaf\x27\x1c\0\x04" + evil,
+        b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + evil,
+        old,
+    ):
+        (tmp_path / "f.pt").write_bytes(data)
+        assert "read" not in tried(tmp_path / "f.pt")
+    assert not canary.parent.exists()
 
 
-def test_a_record_twice(tmp_path: Path) -> None:
+def test_code_in_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
+    """torch.load takes such a file for one of its own in no mode now; weights_only=True did (CVE-2025-32434)."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"a": 1}, 2))
-        with pytest.warns(UserWarning, match="Duplicate name"):
-            archive.writestr("archive/data.pkl", pickle.dumps({"a": 2}, 2))
+        for name, data in (
+            ("data.pkl", payloads(tmp_path / "out" / "canary")["eval"]),
+            ("constants.pkl", b"\x80\x02)."),
+            ("code/__torch__.py", b"def forward(self): return 1"),
+            ("version", b"3"),
+        ):
+            archive.writestr(f"archive/{name}", data)
     (tmp_path / "f.pt").write_bytes(stream.getvalue())
-    with pytest.raises(CorruptError, match="two records"):
-        read_index(tmp_path / "f.pt")
+    assert tried(tmp_path / "f.pt") == {"FormatError"}
 
 
-def test_a_directory_of_millions(tmp_path: Path) -> None:
-    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    directory = entry * 1_000_000
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), 4, 0)
-    path = tmp_path / "f.pt"
-    path.write_bytes(b"PK\3\4" + directory + end)
-    said, grown, _ = measured(path)
-    assert said in ("UnsafeError", "CorruptError")
-    assert grown <= most(path)
+DCP = ("torch.distributed.checkpoint.metadata", "Metadata")
+
+
+def test_a_dcp_folders_metadata_runs_nothing(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint reads this file by pickle.load."""
+    canary = tmp_path / "out" / "canary"
+    hidden = {
+        "in its state": b"c%b\n%b\n)\x81}" % tuple(part.encode() for part in DCP) + text("planner_data")
+    }
+    for name, data in {**payloads(canary), **disguised(canary)}.items():
+        (tmp_path / ".metadata").write_bytes(data)
+        with pytest.raises(RankloadError):
+            pytest.fail(f"{name}: {read_metadata(str(tmp_path / '.metadata'), name=name)}")
+    for opcodes in hidden.values():
+        (tmp_path / ".metadata").write_bytes(
+            b"\x80\x02" + opcodes + b"cos\nsystem\n" + push((f"touch {canary}",)) + b"Rsb."
+        )
+        with pytest.raises(RankloadError):
+            read_metadata(str(tmp_path / ".metadata"), name="m")
+    assert not canary.parent.exists()
