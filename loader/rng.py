@@ -483,7 +483,7 @@ def decode(payload: bytes) -> RngState:
                 state[key] = (
                     [_from_text(one) for one in value] if isinstance(value, list) else _from_text(value)
                 )
-    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptError(f"a rank sent an RNG state that cannot be read: {error}") from error
     return state
 

@@ -78,6 +78,7 @@ def test_states_that_lack_are_derived_the_same_every_time_and_all_differ(seed: i
         b'{"numpy": []}',
         b'{"torch": "*"}',
         b'{"numpy": ["MT19937", [-1], 0]}',
+        b'{"numpy": {}}',
         b"[" * 100_000,
     ],
     ids=lambda payload: payload[:20].decode(),
