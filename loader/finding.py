@@ -22,6 +22,7 @@ from .completeness import faults_of
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .options import LoadOptions, Options, resolve_options
 from .request import as_path
+from .retries import Outages
 from .stores.base import Heard, Store, unheard
 from .stores.locate import Located
 from .stores.manifest import find_manifests, key_of, known_sums
@@ -59,7 +60,12 @@ def find(
     """
     resolved = options if isinstance(options, Options) else resolve_options(options)
     given = list_candidates(
-        as_path(path), object_store, resolved.storage_options, run_name=run_name, heard=heard
+        as_path(path),
+        object_store,
+        resolved.storage_options,
+        run_name=run_name,
+        heard=heard,
+        outages=Outages(resolved.stall_timeout_s),
     )
 
     def examine(one: Candidate) -> FoundCheckpoint | None:

@@ -586,6 +586,7 @@ def _report(
         fetched_again=tuple(remote.fetched_again),
         cache_notes=context.cache.notes,
         files=tuple(_file_reports(files)),
+        waits=context.store.outages.waits(),
     )
 
 

@@ -17,6 +17,7 @@ from .fetch.progress import JobProgress
 from .fetch.remote_files import RemoteFiles
 from .fetch.whole_checks import WholeChecks
 from .request import LoadRequest
+from .retries import Outages
 from .saved.contents import Saved
 from .stages import Stages
 from .stores.base import Store
@@ -80,6 +81,12 @@ def open_own_file(
         raise
 
 
+def outages_of(session: Session, stall_timeout_s: float) -> Outages:
+    """What decides for how long a call of `session` waits for stores, on this rank."""
+    ranks = session.topology
+    return Outages(stall_timeout_s, who=f"rank {ranks.rank}" if ranks.world_size > 1 else "this process")
+
+
 def _one_file(store: Store, name: str) -> Located:
     """The file that `name` names. Raises as `locate`, and `FormatError` where it names a checkpoint's folder."""
     located = locate(store, name)
@@ -107,7 +114,8 @@ def _open(
     with stages.stage("open"):
         opening = (request.object_store, options.storage_options)
         first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
-        store, first_name = open_store(first_path, *opening, stages.heard)
+        outages = outages_of(session, options.stall_timeout_s)
+        store, first_name = open_store(first_path, *opening, stages.heard, outages)
         leaving.callback(store.close)
         cache = leaving.enter_context(
             NodeCache(
@@ -132,6 +140,8 @@ def _files(
 ) -> CheckpointFiles:
     """Fetches the first file, which is `located` for all ranks, or for each its `own`. Every rank must call."""
     session, store = context.session, context.store
+    # Rank 0 found it there: to no rank is its server one that never answered.
+    store.outages.answered(store.origin(located.first))
     context.cache.of_checkpoint(store.identity, store.describe(located.name))
     leaving.enter_context(
         JobProgress(

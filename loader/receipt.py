@@ -10,18 +10,23 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .fetch.tally import FetchedAgain
 from .plurals import counted
+from .retries import Wait, waited_s
 from .stages import Timing
 
 SCHEMA_VERSION = 1
 """Of `Receipt.as_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 
+_TOLD_S = 0.1
+"""Waits for a store from so many seconds on are told."""
+_WAITS_NAMED = 8
+"""Ranks whose waits `Receipt.notes` tells of."""
 _NAMED = 20
 """Names of one kind that `Receipt.__str__` shows."""
 
@@ -70,6 +75,8 @@ class RankReport:
     """By this rank."""
     cache_notes: tuple[str, ...] = ()
     """Sentences on the folders that this rank put files into."""
+    waits: tuple[Wait, ...] = ()
+    """When this rank waited for a store, or for another node's rank, that gave nothing."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ class Receipt:
     """Each rank's machine, by rank."""
     nodes: tuple[int, ...] = ()
     """Each rank's node, by rank."""
+    waited_s: float = 0.0
+    """Seconds in which any rank waited for a store that failed or gave nothing; `notes` say who, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt as JSON types, with `SCHEMA_VERSION` under ``schema_version``."""
@@ -174,6 +183,7 @@ class Receipt:
             "rankload/size_bytes": float(sum(file.size_bytes for file in self.files)),
             "rankload/fetched_bytes": float(self.fetched_bytes),
             "rankload/fetched_again_bytes": float(sum(one.nbytes for one in self.fetched_again)),
+            "rankload/waited_seconds": self.waited_s,
             "rankload/ignored": float(len(self.ignored)),
             "rankload/missing": float(len(self.missing)),
             "rankload/unexpected": float(len(self.unexpected)),
@@ -206,6 +216,8 @@ class Receipt:
             f"{counted(len(self.files), 'file')}, {counted(size, 'byte')}, {fetched}; "
             f"{self.seconds:.2f} s" + (f" ({timing})" if timing else "")
         )
+        if self.waited_s >= _TOLD_S:
+            second += f"; waited {self.waited_s:.1f} s for the store"
         parts = [
             f"{len(value)} {label}"
             for label, value in (
@@ -286,7 +298,9 @@ def join_reports(reports: Sequence[RankReport], about: Receipt) -> Receipt:
             *reports[0].notes,
             *_union([tuple(f"{note} [{one.host}]" for note in one.cache_notes) for one in reports]),
             *(f"server without ranges: {name} was read as one stream" for name in streamed),
+            *_told_waits(reports),
         ),
+        waited_s=waited_s([wait for one in reports for wait in one.waits]),
         files=files,
         fetched_again=tuple(each for one in reports for each in one.fetched_again),
         hosts=tuple(one.host for one in reports),
@@ -325,6 +339,20 @@ def _join_files(reports: Sequence[RankReport], *, verify: str) -> tuple[FileReco
                 _union([known.not_compared if known else (), file.not_compared]),
             )
     return tuple(files.values())
+
+
+def _told_waits(reports: Sequence[RankReport]) -> Iterator[str]:
+    """A sentence on how long each rank waited for a store; of many ranks, those that waited longest."""
+    seconds = {rank: waited_s(one.waits) for rank, one in enumerate(reports)}
+    told = sorted(
+        (rank for rank, each in seconds.items() if each >= _TOLD_S), key=lambda rank: -seconds[rank]
+    )
+    for rank in sorted(told[:_WAITS_NAMED]):
+        longest = max(reports[rank].waits, key=lambda wait: wait.seconds)
+        yield f"rank {rank} waited {seconds[rank]:.1f} s for the store: {longest.why}"
+    if len(told) > _WAITS_NAMED:
+        more = counted(len(told) - _WAITS_NAMED, "more rank")
+        yield f"{more} waited for the store, for {seconds[told[_WAITS_NAMED]]:.1f} s at most"
 
 
 def _union(many: Sequence[Sequence[str]]) -> tuple[str, ...]:

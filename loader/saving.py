@@ -33,9 +33,11 @@ from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
 from .errors import LayoutError, OptionError, TemplateError
+from .opening import outages_of
 from .options import LoadOptions
 from .redaction import redact_path
 from .request import LoadRequest, agree_on_arguments, check_same, settle_options
+from .retries import Outages
 from .rng import RngState, capture_rng, gather_states
 from .sources.zero.model_states import OWN_KEYS
 from .stages import Stages
@@ -112,7 +114,7 @@ def save_checkpoint(
         stages = Stages(session.channel)
         agree_on_arguments(request, problem, session, stages)
         with stages.stage("check"):
-            save = _checked(request, extra, tag, stages)
+            save = _checked(request, extra, tag, stages, outages_of(session, resolved.stall_timeout_s))
             leaving.callback(save.store.close)
         session.channel.decide("same save", save.comparable(), check_same)
         rng = gather_states(session.channel, capture_rng())
@@ -149,7 +151,7 @@ class _Save:
         return {"extra's keys": ", ".join(sorted(self.extra)), "tag": self.tag}
 
 
-def _checked(request: LoadRequest, extra: Any, tag: Any, stages: Stages) -> _Save:
+def _checked(request: LoadRequest, extra: Any, tag: Any, stages: Stages, outages: Outages) -> _Save:
     """Raises as `save_checkpoint` where an argument does not fit; asks no store. `stages` hear how it answers later."""
     state = request.state
     if not isinstance(state, State):
@@ -164,7 +166,7 @@ def _checked(request: LoadRequest, extra: Any, tag: Any, stages: Stages) -> _Sav
             path=redact_path(request.path),
         )
     path = expand_for_rank_zero(request.path, run_name=request.run_name)
-    store, name = open_store(path, None, request.options.storage_options, stages.heard)
+    store, name = open_store(path, None, request.options.storage_options, stages.heard, outages)
     if not isinstance(store, LocalStore | FsspecStore):
         raise OptionError(
             f"{redact_path(path)}: http(s) is not written to; pass a local path or an fsspec URI such as s3://"

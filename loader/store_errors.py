@@ -1,18 +1,49 @@
 """The one boundary where backends' exceptions become rankload's, and secrets are taken out of messages.
 
 An HTTP status becomes an error in ``http.answers.status_error``, a failure of a connection in
-``http.exchange.network_error``; everything else in `store_error`.
+``http.exchange.network_error``; everything else in `store_error`. Whether it is one that may pass, `outage_in` says.
 """
 
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .redaction import redact_text
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
+"""Statuses after which the same request may succeed."""
+_BROKEN = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
+_NO_WAY = (
+    errno.ECONNREFUSED,
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.ENETDOWN,
+)
+_BROKEN_OFF = frozenset(
+    {
+        "ServerDisconnectedError", "ClientPayloadError", "ConnectionClosedError", "ResponseStreamingError",
+        "IncompleteReadError", "ChunkedEncodingError", "RemoteProtocolError", "ReadError", "ServiceResponseError",
+        "ObjectStoreTransientError",
+    }
+)  # fmt: skip
+"""SDKs' errors for what a server broke off, by their names: no SDK is imported."""
+_UNREACHED = frozenset(
+    {
+        "ClientConnectionError", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError",
+        "ProxyConnectionError", "NewConnectionError", "ConnectionError", "ConnectTimeout", "ReadTimeout",
+        "ProtocolError", "TransportError", "ServiceRequestError", "NoValidConnectionsError", "SSHException",
+    }
+)  # fmt: skip
+"""Those for a server that was not reached, or did not answer."""
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+"""S3's codes for credentials that were good before."""
+_MOST_CAUSES = 8
 
 
 ADVICE_CREDENTIALS = (
@@ -32,6 +63,58 @@ def http_status(error: BaseException) -> int | None:
     else:
         status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A failure of a store that may pass."""
+
+    is_there: bool
+    """Whether it shows that the store is there: it answered, or broke off a connection that it had accepted."""
+    throttled: bool = False
+
+
+def outage_in(error: BaseException) -> Outage | None:
+    """The outage that a backend's exception tells of, itself or by what it was raised from; None where it is none."""
+    known: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if known is None or isinstance(known, RankloadError):
+            return None
+        found = _outage(known)
+        if found is not None or http_status(known) is not None:
+            return found
+        known = known.__cause__ or (None if known.__suppress_context__ else known.__context__)
+    return None
+
+
+def is_expired(error: BaseException) -> bool:
+    """Whether a backend's exception says that credentials have expired, itself or by what it was raised from."""
+    known: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        response = getattr(known, "response", None)
+        told = response.get("Error") if isinstance(response, dict) else None
+        if isinstance(told, dict) and told.get("Code") in _EXPIRED:
+            return True
+        known = None if known is None else known.__cause__ or known.__context__
+    return False
+
+
+def _outage(error: BaseException) -> Outage | None:
+    status = http_status(error)
+    if status is not None:
+        return Outage(True, status in (429, 503)) if status in WORTH_RETRYING else None
+    names = {one.__name__ for one in type(error).__mro__}
+    if any("Certificate" in name or "Authentication" in name for name in names):
+        return None
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, EOFError) or names & _BROKEN_OFF or number in _BROKEN:
+        return Outage(True)
+    if isinstance(error, ConnectionResetError | BrokenPipeError | ConnectionAbortedError):
+        return Outage(True)
+    # s3fs says EBUSY for 503, and EREMOTEIO for 500; their causes have the status.
+    if isinstance(error, ConnectionError | TimeoutError) or names & _UNREACHED or number in _NO_WAY:
+        return Outage(False)
+    return None
 
 
 def store_error(error: BaseException, described: str, doing: str = "read") -> RankloadError:
@@ -94,6 +177,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _mapped(error: BaseException, described: str, doing: str) -> RankloadError:
+    if is_not_there(error) and outage_in(error) is not None:
+        # fsspec's http says "not found" of what it could not ask for.
+        error = error.__cause__ or error.__context__ or error
     status = http_status(error)
     kind = type(error).__name__
     message = redact_text(str(error)) or kind

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 POLL_S = 0.1
 """How often the calling thread looks at work in other threads, and calls `tick`."""
@@ -43,10 +44,21 @@ class Stop:
 
 
 def check_stopped() -> None:
-    """Raises `Stopped` in a thread of `run_jobs` whose work is given up: for code that was not handed its `Stop`."""
+    """Raises `Stopped` in a thread of `run_jobs`, or a block of `stopped_by`, whose work is given up: for code that was
+    not handed its `Stop`."""
     stop: Stop | None = getattr(_here, "stop", None)
     if stop is not None:
         stop.check()
+
+
+@contextmanager
+def stopped_by(stop: Stop) -> Iterator[None]:
+    """A block in which `stop` is what `check_stopped` looks at in this thread."""
+    before, _here.stop = getattr(_here, "stop", None), stop
+    try:
+        yield
+    finally:
+        _here.stop = before
 
 
 def run_jobs(

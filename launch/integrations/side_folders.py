@@ -15,7 +15,9 @@ from typing import Any
 from ..distributed.session import Session, open_session
 from ..loader import LoadOptions, NotFoundError
 from ..loader.formats.model_index import read_model_index
+from ..loader.opening import outages_of
 from ..loader.request import LoadRequest, agree_on_arguments, settle_options
+from ..loader.retries import Outages
 from ..loader.stages import Stages
 from ..loader.state import State
 from ..loader.stores.base import Heard, Store, path_scheme, unheard
@@ -100,7 +102,11 @@ def _make(
     place = session.topology
     with stages.stage("open side folder"):
         store, root = open_store(
-            request.path, request.object_store, request.options.storage_options, stages.heard
+            request.path,
+            request.object_store,
+            request.options.storage_options,
+            stages.heard,
+            outages_of(session, request.options.stall_timeout_s),
         )
     try:
         ranks = [own(rank) for rank in range(place.world_size)]
@@ -155,7 +161,8 @@ def count_numbered(
     `heard` is called while the store is waited for.
     """
     resolved, _ = settle_options(options)
-    store, root = open_store(path, object_store, resolved.storage_options, heard)
+    outages = Outages(resolved.stall_timeout_s)
+    store, root = open_store(path, object_store, resolved.storage_options, heard, outages)
     begin, size = 0, 8
     try:
         while True:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CorruptError, FormatError, NotFoundError, UnsafeError
 from ..redaction import redact_path
+from ..retries import Outages
 from ..stores.base import Entry, Heard, Store, unheard
 from ..stores.locate import LATEST, read_tag
 from ..stores.names import child_of, is_url
@@ -92,6 +93,7 @@ def list_candidates(
     *,
     run_name: str | None,
     heard: Heard = unheard,
+    outages: Outages | None = None,
 ) -> list[Candidate]:
     """What may be the checkpoints of a run, in no order; empty where there is nothing. One process calls it.
 
@@ -101,6 +103,7 @@ def list_candidates(
         object_store, storage_options: as `load` takes them.
         run_name: stands for ``{run_name}``.
         heard: called while the store is waited for.
+        outages: of the call that it is for.
 
     Raises:
         RankloadError: `AccessError` where the store refuses to list, or cannot be reached; `TemplateError`,
@@ -108,10 +111,10 @@ def list_candidates(
     """
     by_rank = bool(template_variables(path) & _RANK_VARIABLES)
     plain = expand_path(path, rank=0, local_rank=0, node_rank=0, run_name=run_name)
-    store, name = open_store(plain, object_store, storage_options, heard)
+    store, name = open_store(plain, object_store, storage_options, heard, outages)
     try:
         if "*" in path and not (store.is_local and os.path.lexists(name)):
-            return _of_pattern(path, object_store, storage_options, run_name, heard)
+            return _of_pattern(path, object_store, storage_options, run_name, heard, store.outages)
         if by_rank:
             return _of_folder_for_each(store, path, name) or _of_template(store, path, name)
         return _of_path(store, escaped(plain) if not is_url(plain) else plain, name)
@@ -305,6 +308,7 @@ def _of_pattern(
     storage_options: Mapping[str, Any] | None,
     run_name: str | None,
     heard: Heard,
+    outages: Outages,
 ) -> list[Candidate]:
     """What fits a path of which one part has ``*``."""
     parts = path.split("/")
@@ -319,7 +323,7 @@ def _of_pattern(
         return expand_path(text, rank=0, local_rank=0, node_rank=0, run_name=run_name) if text else text
 
     store, name = open_store(
-        first(before) or ("/" if path.startswith("/") else "."), object_store, storage_options, heard
+        first(before) or ("/" if path.startswith("/") else "."), object_store, storage_options, heard, outages
     )
     entries = store.entries(name)
     if entries is None:

@@ -26,6 +26,7 @@ from ..materialize.tensors import TensorReader
 from ..options import LoadOptions, Options, parse_size, resolve_options
 from ..redaction import redact_path
 from ..request import as_path
+from ..retries import Outages
 from ..saved.copies import reads_of
 from ..saved.ignore import IgnoreKeys, ignore, unmatched_glob
 from ..saved.tensor import StorageRef
@@ -170,7 +171,7 @@ def export_checkpoint(
     reading = replace(resolved, mode="node")
     where = as_path(out)
     storage_options = resolved.storage_options if out_storage_options is None else out_storage_options
-    store, name = open_store(where, None, storage_options)
+    store, name = open_store(where, None, storage_options, outages=Outages(resolved.stall_timeout_s))
     if not isinstance(store, LocalStore | FsspecStore):
         raise OptionError(
             f"{redact_path(where)}: http(s) is not written to; name a local folder or an fsspec URI such as s3://"

@@ -30,7 +30,7 @@ from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, ReadReport, read_ranges
 from ..ranges.open import RangeServers, open_range_source
 from ..ranges.window import WindowSource
-from ..retries import TryAgainError
+from ..retries import until_done
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.names import path_of
 from ..workers import Stop
@@ -169,7 +169,7 @@ class RemoteFiles:
         described = objects.store.describe(info.name)
         if not self.may_come_in_parts(info):
             return None
-        source = self._source(objects.store, info)
+        source = self._source(objects.store, info, on_bytes)
         if source is None:
             return None
         with contextlib.ExitStack() as undoing:
@@ -249,7 +249,7 @@ class RemoteFiles:
         """
         if 0 <= (info.size_bytes or -1) < PARALLEL_FROM_BYTES:
             return False
-        source = self._source(store, info)
+        source = self._source(store, info, on_bytes)
         if source is None:
             return False
         try:
@@ -388,15 +388,16 @@ class RemoteFiles:
         """The objects that came whole because their server does no ranges, as messages call them."""
         return list(self._servers.streamed)
 
-    def _source(self, store: Store, info: ObjectInfo) -> RangeSource | None:
+    def _source(self, store: Store, info: ObjectInfo, on_bytes: OnBytes) -> RangeSource | None:
         """The object's range source; None where its store does no ranges."""
-        try:
-            return self._servers.open(
+        return until_done(
+            store.outages,
+            store.describe(info.name),
+            lambda: self._servers.open(
                 store, info, lambda: open_range_source(store, info, self._shared_connections())
-            )
-        except TryAgainError:
-            # A plain download makes its own attempts, and raises what it meets.
-            return None
+            ),
+            lambda: on_bytes(0),
+        )
 
     def _shared_connections(self) -> Connections:
         with self._lock:
@@ -494,10 +495,7 @@ class KnownParts:
 
     def _open(self, store: Store, name: str, part: ObjectPart) -> RangeSource:
         info = ObjectInfo(part.object_name, part.size_bytes, part.store_version)
-        try:
-            source = open_range_source(store, info, self._connections())
-        except TryAgainError as error:
-            raise error.error from error
+        source = until_done(store.outages, name, lambda: open_range_source(store, info, self._connections()))
         if source is None or (source.version, source.size_bytes) != (part.version, part.size_bytes):
             got = "nothing" if source is None else f"{source.size_bytes} bytes, version {source.version}"
             raise CorruptError(

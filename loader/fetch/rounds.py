@@ -104,7 +104,16 @@ class FetchRound:
             tally.moved += 1
 
         def open_peer(name: str, size_bytes: int) -> RangeSource:
-            sources.append(PeerSource(address, name, size_bytes, rank=rank, moved=moved))
+            sources.append(
+                PeerSource(
+                    address,
+                    name,
+                    size_bytes,
+                    rank=rank,
+                    moved=moved,
+                    outages=self.context.store.outages,
+                )
+            )
             return sources[-1]
 
         def take(stop: Stop) -> None:

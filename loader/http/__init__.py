@@ -13,7 +13,8 @@
    end.
 
 A request that was sent over a kept connection, which the server had closed, is sent once more over a new one. What else
-another attempt may fix is raised as `TryAgainError`, and ``loader.retries`` decides.
+another attempt may fix is raised as `TryAgainError`, with the server whose failure it is, and ``loader.retries``
+decides.
 
 Not promised: the bytes of a body are counted, and compared with no checksum.
 

@@ -15,18 +15,16 @@ from email.message import Message
 from ..errors import AccessError, CorruptError, NotFoundError, RankloadError
 from ..plurals import counted
 from ..retries import TryAgainError
-from ..store_errors import refused
+from ..store_errors import WORTH_RETRYING, refused
 
 Arrived = Callable[[int], None]
 """Called in the reading thread with the number of bytes that have just been placed, before any more are; with 0 about
 twice a second while nothing comes, or a connection is made. What it raises ends the read."""
 Headers = Message | Mapping[str, str]
-WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
 _THROTTLED = frozenset({429, 503})
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
 _CODE = re.compile(rb"<Code>([A-Za-z]{1,64})</Code>")
-_MAX_RETRY_AFTER_S = 60.0
+_MAX_RETRY_AFTER_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def status_error(
 
 
 def retry_after_s(headers: Headers, now: float | None = None) -> float | None:
-    """Seconds that ``Retry-After`` (RFC 9110) asks for, a minute at most; None where it is missing.
+    """Seconds that ``Retry-After`` (RFC 9110) asks for, an hour at most; None where it is missing.
 
     `now` is in seconds since the epoch.
     """

@@ -18,7 +18,7 @@ from ..errors import AccessError
 from ..redaction import redact_path
 from .addresses import Origin, basic, proxy_for, proxy_parts
 
-CONNECT_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 10.0
 MAX_IDLE_S = 15.0
 """A connection that was kept for longer is not used again."""
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

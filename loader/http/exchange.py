@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ..errors import AccessError, RankloadError
 from ..retries import TryAgainError
 from ..store_errors import store_error
-from .addresses import origin_of, request_target
+from .addresses import Origin, origin_of, request_target
 from .answers import Arrived, cut_short
 from .connections import Connection, Connections
 
@@ -42,6 +42,9 @@ _ERROR_BODY_BYTES = 4096
 _INTERIM = frozenset({102, 103})
 _MOST_INTERIM = 8
 """Answers that come before the answer (RFC 9110, 15.2): more of them are taken for a mistake."""
+
+_BROKEN_OFF = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""How a connection ends that the other side breaks off; what is no HTTP at all is none of it."""
 
 _ReceiveOnce = Callable[[socket.socket, memoryview], int]
 _Receive = Callable[[memoryview], int]
@@ -70,8 +73,10 @@ def exchange(connections: Connections, request: Request, arrived: Arrived) -> An
     connection = connections.take(origin)
     while True:
         silence_s = connection.silence_timeout_s or SILENCE_TIMEOUT_S
+        is_connected = False
         try:
             sock = _connected(connection, arrived)
+            is_connected = True
             sock.settimeout(connection.connect_timeout_s)
             target = connection.target_prefix + request_target(request.url)
             connection.http.request(request.method, target, headers={**sent, **connection.headers})
@@ -85,7 +90,7 @@ def exchange(connections: Connections, request: Request, arrived: Arrived) -> An
                 connection = connections.take(origin, fresh=True)
                 continue
             if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, described, silence_s) from None
+                raise network_error(error, described, origin, silence_s, is_connected=is_connected) from None
             raise
 
 
@@ -169,7 +174,9 @@ class Answer:
                     got and not isinstance(error, TimeoutError)
                 ):
                     raise cut_short(described, 0, n_bytes, got) from None
-                raise network_error(error, described, self.waiting.silence_s) from None
+                raise network_error(
+                    error, described, self.connection.origin, self.waiting.silence_s
+                ) from None
             if not n_new:
                 if n_bytes is None:
                     break
@@ -193,25 +200,37 @@ class Answer:
 
 
 def network_error(
-    error: Exception, described: str, silence_s: float | None = None
+    error: Exception,
+    described: str,
+    origin: Origin,
+    silence_s: float | None = None,
+    *,
+    is_connected: bool = True,
 ) -> RankloadError | TryAgainError:
-    """The error for a failure of the connection: a `TryAgainError`, unless it will last.
+    """The error for a failure of the connection to `origin`: a `TryAgainError`, unless it will last.
 
-    A name that does not resolve, a certificate that does not verify and a URL that is not valid stay so. `silence_s` is
-    how long the server was waited for.
+    A certificate that does not verify and a URL that is not valid stay so, and a name that does not resolve does unless
+    it did before. `silence_s` is how long the server was waited for, `is_connected` whether it had taken the
+    connection: then it is there, where it is what broke it off.
     """
     if isinstance(error, TimeoutError):
         waited_s = SILENCE_TIMEOUT_S if silence_s is None else silence_s
-        text = f"{described}: the server sent nothing for {waited_s:g} s, or took no connection"
-        return TryAgainError(AccessError(text, path=described))
+        text = f"{described}: the server sent nothing for {waited_s:g} s"
+        if not is_connected:
+            text = f"{described}: the server took no connection in time"
+        return TryAgainError(AccessError(text, path=described), origin=origin, is_there=False)
     if isinstance(error, http.client.InvalidURL):
         # Its own text has the URL, whose query may be a signature.
         return AccessError(f"{described}: not a valid http(s) URL", path=described)
     mapped = store_error(error, described)
-    lasting = isinstance(error, ssl.SSLCertVerificationError) or (
-        isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return mapped
+    return TryAgainError(
+        mapped,
+        origin=origin,
+        is_there=is_connected and isinstance(error, _BROKEN_OFF),
+        lasting=isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN,
     )
-    return mapped if lasting else TryAgainError(mapped)
 
 
 def _connected(connection: Connection, arrived: Arrived) -> socket.socket:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from ..http.answers import Arrived
+from ..retries import Outages
 
 READ_BYTES = 1 << 20
 """How much is read before `Arrived` is called again, at most (backends that hand out whole parts: 8 MiB)."""
@@ -37,6 +38,10 @@ class RangeSource(Protocol):
     @property
     def max_connections(self) -> int:
         """How many reads at once are safe and of use."""
+
+    @property
+    def outages(self) -> Outages:
+        """What the call that reads it knows of outages."""
 
     def describe(self) -> str:
         """What messages and receipts call the object; holds no secret."""

@@ -2,8 +2,8 @@
 
     wanted ranges  →  small gaps added  →  chunks  →  requests for adjacent chunks  →  landed, chunk by chunk
 
-Requests get shorter towards the end, so that connections end together. One that fails goes on where it stopped, where
-`retries` decides so; from a server without ranges, it begins anew.
+Requests get shorter towards the end, so that connections end together. One that fails goes on where it stopped, for as
+long as `retries` decides; from a server without ranges, it begins anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..byte_ranges import CHUNK_BYTES, ByteRange, coalesce, overlap, split, union
-from ..retries import TryAgainError, pause, read_retries
+from ..retries import Attempts, Progress, TryAgainError
 from ..stores.base import OnBytes
 from ..workers import Stop, run_jobs
 from .base import RangeSource
@@ -125,7 +125,7 @@ class _Engine:
         self._reads = [one for one in reads if union(one.ranges)]
         self._queue = deque(chunks(self._reads, chunk_bytes))
         self._left_bytes = sum(chunk.span.length for chunk in self._queue)
-        self._retries = read_retries(len(self._queue))
+        self._progress = Progress()
         self._ready = threading.Condition()
         self._working = 0
         self._by_source: dict[int, int] = {}
@@ -143,7 +143,6 @@ class _Engine:
             )
         finally:
             self.report.read_bytes = self._arrived
-            self.report.retries = self._retries.used
         self._pass_on()
         for object_read in self._reads:
             object_read.source.confirm()
@@ -222,21 +221,27 @@ class _Engine:
 
     def _read(self, request: RangeRequest, stop: Stop) -> None:
         source = request.object_read.source
-        position = request.start
-        attempt = 0
+        position = furthest = request.start
+        attempts = Attempts(source.outages, source.describe(), self._progress)
         pending = deque(request.chunks)
         n_landed = 0
 
         filling = Filling(request, position)
 
         def arrived(n_bytes: int) -> None:
-            nonlocal position, attempt, n_landed
+            nonlocal position, furthest, n_landed
             stop.check()
             if not n_bytes:
+                # A rank that hands out what it fetches itself may wait for the store: that is its own wait.
+                if source.kind != "peer":
+                    attempts.quiet()
                 return
-            attempt = 0
             filling.arrived(n_bytes)
             position += n_bytes
+            # What comes again of a stream that began anew is no progress.
+            if position > furthest:
+                furthest = position
+                attempts.moved()
             self._count(n_bytes)
             while pending and pending[0].span.stop <= position:
                 chunk = pending.popleft()
@@ -246,23 +251,23 @@ class _Engine:
                     for part in chunk.wanted if request.object_read.landed is not None else ():
                         request.object_read.landed(part.start, part.stop)  # type: ignore[misc]
 
-        while pending:
-            filling = Filling(request, position)
-            try:
-                source.read_into(position, request.stop, filling.views(), arrived)
-            except TryAgainError as error:
-                filling.end()
-                attempt += 1
-                pause_s = self._retries.pause_s(error, attempt)
-                if error.throttled:
+        with attempts:
+            while pending:
+                filling = Filling(request, position)
+                try:
+                    source.read_into(position, request.stop, filling.views(), arrived)
+                except TryAgainError as error:
+                    filling.end()
                     with self._count_lock:
-                        self._concurrency.throttled(time.monotonic())
-                if not source.has_ranges:
-                    with self._count_lock:
-                        self._taken_back += position - request.start
-                    position = request.start
-                    pending = deque(request.chunks)
-                pause(pause_s, stop.check)
+                        self.report.retries += 1
+                        if error.throttled:
+                            self._concurrency.throttled(time.monotonic())
+                        if not source.has_ranges:
+                            self._taken_back += position - request.start
+                    if not source.has_ranges:
+                        position = request.start
+                        pending = deque(request.chunks)
+                    attempts.failed(error, stop.check)
 
 
 def chunks(reads: Iterable[ObjectRead], chunk_bytes: int) -> Iterator[Chunk]:

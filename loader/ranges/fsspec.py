@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import CorruptError
-from ..http.answers import WORTH_RETRYING, Arrived, cut_short
+from ..http.answers import Arrived, cut_short
 from ..plurals import counted
-from ..retries import TryAgainError
-from ..store_errors import http_status, store_error
 from ..stores.base import ObjectInfo
 from ..stores.fsspec import FsspecStore
 from .base import pieces
@@ -31,6 +29,7 @@ class FsspecSource:
         self._info = info
         self.size_bytes = size_bytes
         self.kind = store.protocol
+        self.outages = store.outages
 
     @property
     def version(self) -> str | None:
@@ -79,15 +78,8 @@ class FsspecSource:
         """Does nothing: the file system keeps its own connections."""
 
     def _read(self, start: int, stop: int) -> bytes:
-        try:
-            data: bytes = self._store.files().cat_file(self._info.name, start=start, end=stop)
-        except Exception as error:
-            mapped = store_error(error, self.describe())
-            if http_status(error) in WORTH_RETRYING or isinstance(
-                error, ConnectionError | TimeoutError | EOFError
-            ):
-                raise TryAgainError(mapped) from mapped.__cause__
-            raise mapped from mapped.__cause__
+        name = self._info.name
+        data: bytes = self._store.once(name, lambda files: files.cat_file(name, start=start, end=stop))
         if len(data) > stop - start:
             raise CorruptError(
                 f"{self.describe()}: expected bytes {start}-{stop - 1}, got {counted(len(data), 'byte')}",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import AccessError
-from ..http.addresses import Address
+from ..http.addresses import Address, origin_of
 from ..http.answers import (
     Arrived,
     Pin,
@@ -30,6 +30,7 @@ from ..http.connections import Connections
 from ..http.exchange import Answer, Request, network_error
 from ..http.redirects import follow
 from ..redaction import redact_path
+from ..retries import Outages
 from ..stores.base import Heard, ObjectInfo, unheard
 from ..stores.sums import StoredSum, in_headers
 from .base import pieces
@@ -59,7 +60,7 @@ class HttpSource:
     The constructor asks the server for the first byte, which fixes the version; it raises `NotFoundError`,
     `NoSizeError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`,
     whose version must be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where
-    it is. `heard` is called while the constructor waits.
+    it is. `heard` is called while the constructor waits; `outages` are those of the call that reads it.
     """
 
     max_connections = 32
@@ -74,7 +75,9 @@ class HttpSource:
         signed_for_s: float | None = None,
         described: str | None = None,
         heard: Heard = unheard,
+        outages: Outages | None = None,
     ) -> None:
+        self.outages = outages or Outages()
         self._make_address = make_address
         self._connections = connections
         self._owns = owns_connections
@@ -185,6 +188,8 @@ class HttpSource:
                 sent["If-Match"] = self._pin.strong
             request = Request("GET", place.url, self._described, sent)
             followed = follow(self._connections, request, place.address, arrived)
+            for url in (place.url, followed.url):
+                self.outages.answered(origin_of(url))
             answer = followed.answer
             if followed.passed:
                 is_moved, place = True, replace(place, url=followed.url)
@@ -204,6 +209,12 @@ class HttpSource:
                 is_renewed, is_moved = True, False
                 place = self._renewed(place)
                 continue
+            if status in (401, 403) and not is_renewed and self._pin != Pin():
+                # It was let in before: the netrc file may have other credentials by now.
+                is_renewed, before = True, place.address
+                place = self._renewed(place)
+                if place.address != before:
+                    continue
             raise status_error(
                 status, answer.response.headers, body, self._described, place.address.credentials
             )
@@ -216,7 +227,9 @@ class HttpSource:
         except BaseException as error:
             answer.drop()
             if isinstance(error, OSError | http.client.HTTPException):
-                raise network_error(error, self._described, answer.waiting.silence_s) from None
+                raise network_error(
+                    error, self._described, answer.connection.origin, answer.waiting.silence_s
+                ) from None
             raise
         response = answer.response
         is_whole = response.status == 206 or content_length(response.headers) == self.size_bytes

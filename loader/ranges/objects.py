@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 from ..byte_ranges import ByteRange
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..http.connections import Connections
-from ..retries import whole_attempts
+from ..retries import until_done
 from ..store_errors import is_not_there
 from ..stores.base import ObjectInfo, OnBytes, Store
 from .base import RangeSource
@@ -94,21 +94,31 @@ def open_bytes(store: Store, info: ObjectInfo, connections: Connections) -> Iter
         with open_local(store.local_path(info.name)) as found:
             yield found
         return
-    source = whole_attempts(lambda: open_range_source(store, info, connections))
+    described = store.describe(info.name)
+
+    def idle() -> None:
+        store.heard(0, described)
+
+    source = until_done(store.outages, described, lambda: open_range_source(store, info, connections), idle)
     if source is None or not source.has_ranges:
         if source is not None:
             source.close()
         yield None
         return
     try:
-        yield ObjectBytes(source.describe(), source.size_bytes, _filler(source), source)
+        yield ObjectBytes(source.describe(), source.size_bytes, _filler(source, idle), source)
     finally:
         source.close()
 
 
-def _filler(source: RangeSource) -> Callable[[int, memoryview], None]:
+def _filler(source: RangeSource, idle: Callable[[], None]) -> Callable[[int, memoryview], None]:
     def fill(start: int, view: memoryview) -> None:
-        whole_attempts(lambda: source.read_into(start, start + len(view), [view]))
+        until_done(
+            source.outages,
+            source.describe(),
+            lambda: source.read_into(start, start + len(view), [view]),
+            idle,
+        )
 
     return fill
 

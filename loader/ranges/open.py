@@ -97,6 +97,7 @@ def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | No
             owns_connections=owns,
             expected=info,
             heard=store.heard,
+            outages=store.outages,
         )
     except NoSizeError:
         return None

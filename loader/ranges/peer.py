@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from ...distributed.range_server import PeerAddress, PeerConnection, UnreachableError
 from ..errors import AccessError
 from ..http.answers import Arrived
-from ..retries import TryAgainError
+from ..retries import Outages, TryAgainError
 from .base import pieces
 
 
@@ -36,8 +36,10 @@ class PeerSource:
         *,
         rank: int,
         moved: Callable[[], None],
+        outages: Outages,
     ) -> None:
         self.size_bytes = size_bytes
+        self.outages = outages
         self._address = address
         self._key = key
         self._rank = rank
@@ -62,6 +64,7 @@ class PeerSource:
         connection: PeerConnection | None = None
         try:
             connection = self._take()
+            self.outages.answered(self._address)
             connection.ask(self._key, start, stop)
             for view in pieces(views):
                 left = view
@@ -81,7 +84,11 @@ class PeerSource:
             raise TryAgainError(AccessError(failure, path=self._key)) from error
         except OSError as error:
             # Mostly that rank failed; the channel will say why.
-            raise TryAgainError(AccessError(f"{self.describe()}: {error}", path=self._key)) from error
+            raise TryAgainError(
+                AccessError(f"{self.describe()}: {error}", path=self._key),
+                origin=self._address,
+                is_there=connection is not None,
+            ) from error
         finally:
             if connection is not None:
                 connection.close()

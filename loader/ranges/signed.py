@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from ..errors import AccessError, RankloadError
+from ..http import exchange
 from ..http.addresses import Address
 from ..http.connections import Connections
 from ..retries import TryAgainError
@@ -59,6 +61,8 @@ def open_signed(
         return None
     owns = connections is None
     connections = (connections or Connections()).trusting(verify)
+    silence_s = store.outages.silence_s(exchange.SILENCE_TIMEOUT_S)
+    connections = connections.by(replace(connections.route, silence_timeout_s=silence_s))
     # The ETag of other backends' listings is not the one that their HTTP answers carry.
     version = info.version if is_s3 and info.version and info.version.startswith('"') else None
     expected = ObjectInfo(info.name, info.size_bytes, version)
@@ -71,6 +75,7 @@ def open_signed(
             signed_for_s=SIGNED_FOR_S,
             described=described,
             heard=store.heard,
+            outages=store.outages,
         )
     except TryAgainError:
         raise

@@ -25,6 +25,7 @@ class WindowSource:
         self.size_bytes = size_bytes
         self.kind = whole.kind
         self.has_ranges = whole.has_ranges
+        self.outages = whole.outages
         self._described = described
 
     @property

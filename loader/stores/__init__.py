@@ -12,7 +12,7 @@
 
 Not promised: no store lists names (`nearby` lists a local folder, for a message alone). A download is checked
 for its size, and for its version over http(s) only; its checksum is compared by the caller (`fetch.whole_checks`).
-`http` and `given` try a download again, as ``loader.retries`` decides; any other backend does as it is configured.
+What may pass is tried again as ``loader.retries`` decides, whatever the backend; many try again themselves before that.
 
 May import `http`, `retries`, `workers`, `checksums`, `redaction`, `errors` and `store_errors`; fsspec inside functions.
 """

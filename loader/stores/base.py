@@ -2,16 +2,17 @@
 
 What a load reads is found by names that are derived, so that stores that cannot list serve as well; `Store.entries`
 lists a folder for whoever looks for checkpoints in it. Each store maps every error of its backend to
-``rankload.loader.errors``, with secrets taken out.
+``rankload.loader.errors``, with secrets taken out, and tries again what may pass (``loader.retries``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..retries import Outages
 from .sums import StoredSum
 
 OnBytes = Callable[[int], None]
@@ -74,6 +75,10 @@ class Store(Protocol):
         """Whether objects are files on this node, which are used where they lie (`local_path`)."""
 
     @property
+    def outages(self) -> Outages:
+        """What the call that the store belongs to knows of outages, and for how long it waits for one to pass."""
+
+    @property
     def heard(self) -> Heard:
         """What every method calls while it waits, `download` excepted, which has its own."""
 
@@ -83,6 +88,9 @@ class Store(Protocol):
 
     def describe(self, name: str) -> str:
         """`name` for messages and receipts: the URI without user info, and a URL without its query."""
+
+    def origin(self, name: str) -> Hashable:
+        """Whose answer it is that the object `name` gets, as `Outages.answered` calls it."""
 
     def join(self, name: str, child: str) -> str:
         """The name of `child` (may hold ``/``) under the folder `name`."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from ..errors import CorruptError, NotFoundError, OptionError, UnsafeError
+from ..errors import CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
 from ..plurals import counted
 from ..redaction import redact_path, redact_text
-from ..store_errors import store_error
+from ..retries import Outages, TryAgainError, until_done
+from ..store_errors import is_expired, outage_in, refusals_in, store_error
 from .base import (
     ONE_CONNECTION,
     Entry,
@@ -28,7 +30,7 @@ from .base import (
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
-from .transfer import Meter, awaited, bytes_on_disk, receive, run_watched
+from .transfer import Meter, Reports, awaited, bytes_on_disk, receive, run_watched, until_received
 
 _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
@@ -54,13 +56,15 @@ _VERSION_FIELDS = (
 _TIME_FIELDS = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
 """What they call the time when it was last written."""
 
+
 T = TypeVar("T")
 
 
 class FsspecStore:
     """Names are the file system's own, without the protocol (``bucket/key``).
 
-    `reopen` is the URI and options to open the file system with in a forked child; None where the user passed it.
+    `reopen` is the URI and options to open the file system with in a forked child, and where its credentials have
+    expired; None where the user passed it.
     """
 
     is_local = False
@@ -70,9 +74,11 @@ class FsspecStore:
         filesystem: Any,
         reopen: tuple[str, Mapping[str, Any]] | None = None,
         heard: Heard = unheard,
+        outages: Outages | None = None,
     ) -> None:
-        self._filesystem = filesystem
         self.heard = heard
+        self.outages = outages or Outages()
+        self._filesystem = filesystem
         self._reopen = reopen
         self._pid = os.getpid()
         protocol = filesystem.protocol
@@ -80,11 +86,17 @@ class FsspecStore:
         self._own = threading.local()
         self._own.filesystem = self._pid, filesystem
         self._sums: dict[ObjectInfo, tuple[StoredSum, ...]] = {}
+        self._answered: set[str] = set()
+        """The objects that the store has told of, or given."""
+        self._renewing = threading.Lock()
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def describe(self, name: str) -> str:
         return redact_path(f"{self.protocol}://{name}")
+
+    def origin(self, name: str) -> Hashable:
+        return self.identity
 
     def join(self, name: str, child: str) -> str:
         return child_of(name, child)
@@ -108,12 +120,9 @@ class FsspecStore:
 
     def stat(self, name: str) -> ObjectInfo | None:
         try:
-            info = self._answered(name, lambda files: files.info(name))
-        except Exception as error:
-            mapped = store_error(error, self.describe(name))
-            if isinstance(mapped, NotFoundError):
-                return None
-            raise mapped from mapped.__cause__
+            info = self._asked(name, lambda files: files.info(name))
+        except NotFoundError:
+            return None
         size = info.get("size")
         is_folder = info.get("type") == "directory"
         version = next((str(info[key]) for key in _VERSION_FIELDS if info.get(key)), None)
@@ -129,25 +138,32 @@ class FsspecStore:
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
     ) -> None:
-        meter = Meter(on_bytes)
         described = self.describe(name)
         size = expected.size_bytes if expected is not None else None
 
-        def write(part: str) -> None:
-            callback = _callback(meter)
+        def attempt(reports: Reports) -> None:
+            meter = Meter(reports)
 
-            def poll() -> None:
-                # Where a backend never calls back, the bytes on the disk are counted.
-                if not callback.called:
-                    meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
+            def write(part: str) -> None:
+                callback = _callback(meter)
 
-            run_watched(lambda: self.files().get_file(name, part, callback=callback), meter, poll)
-            if os.path.exists(part):
-                meter.reach(os.path.getsize(part))
-                meter.report()
+                def poll() -> None:
+                    # Where a backend never calls back, the bytes on the disk are counted.
+                    if not callback.called:
+                        meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
+
+                def get(files: Any) -> None:
+                    run_watched(lambda: files.get_file(name, part, callback=callback), meter, poll)
+
+                self.once(name, get, reports)
+                if os.path.exists(part):
+                    meter.reach(os.path.getsize(part))
+                    meter.report()
+
+            receive(target_path, described, size, write)
 
         try:
-            receive(target_path, described, size, write)
+            until_received(self.outages, described, on_bytes, attempt)
         except Exception as error:
             mapped = store_error(error, described)
             raise mapped from mapped.__cause__
@@ -157,21 +173,27 @@ class FsspecStore:
 
         Raises `AccessError` where the store refuses, `CorruptError` where it has another number of bytes.
         """
-        meter = Meter(on_bytes)
         described = self.describe(name)
         size = os.path.getsize(source_path)
-        try:
-            self._make_folder(name)
-            run_watched(
-                lambda: self.files().put_file(source_path, name, callback=_callback(meter)), meter, None
-            )
+
+        def attempt(reports: Reports) -> None:
+            meter = Meter(reports)
+
+            def put(files: Any) -> None:
+                self._make_folder(name)
+                run_watched(lambda: files.put_file(source_path, name, callback=_callback(meter)), meter, None)
+
+            self.once(name, put, reports, doing="written")
             meter.reach(size)
             meter.report()
-            self.files().invalidate_cache()
-            got = self._answered(name, lambda files: files.info(name)).get("size")
+
+        try:
+            until_received(self.outages, described, on_bytes, attempt)
         except Exception as error:
             mapped = store_error(error, described, "written")
             raise mapped from mapped.__cause__
+        self.files().invalidate_cache()
+        got = self._asked(name, lambda files: files.info(name), doing="written").get("size")
         if got not in (None, size):
             raise CorruptError(
                 f"{described}: {counted(size, 'byte')} were written, and the store has {got}", path=described
@@ -179,52 +201,41 @@ class FsspecStore:
 
     def write_small(self, name: str, data: bytes) -> None:
         """Writes the object whole. Raises as `upload`."""
-        try:
+
+        def write(files: Any) -> None:
             self._make_folder(name)
-            self._answered(name, lambda files: files.pipe_file(name, data))
-        except Exception as error:
-            mapped = store_error(error, self.describe(name), "written")
-            raise mapped from mapped.__cause__
+            files.pipe_file(name, data)
+
+        self._asked(name, write, doing="written")
 
     def _make_folder(self, name: str) -> None:
         # Object stores need no folders, and some would make the bucket.
         folder = name.rpartition("/")[0]
         if folder and self.protocol not in _WITH_BUCKETS:
-            self._answered(folder, lambda files: files.makedirs(folder, exist_ok=True))
+            self.files().makedirs(folder, exist_ok=True)
 
     def remove(self, name: str) -> None:
         """Removes the object, where there is one. Raises as `upload`."""
-        try:
-            self.files().invalidate_cache()
-            if self._answered(name, lambda files: files.exists(name)):
-                self._answered(name, lambda files: files.rm_file(name))
-        except Exception as error:
-            mapped = store_error(error, self.describe(name), "removed")
-            if not isinstance(mapped, NotFoundError):
-                raise mapped from mapped.__cause__
+
+        def remove(files: Any) -> None:
+            files.invalidate_cache()
+            if files.exists(name):
+                files.rm_file(name)
+
+        with contextlib.suppress(NotFoundError):
+            self._asked(name, remove, doing="removed")
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
-        try:
-            data: bytes = self._answered(name, lambda files: files.cat_file(name, start=0, end=n_bytes))
-        except Exception as error:
-            mapped = store_error(error, self.describe(name))
-            raise mapped from mapped.__cause__
+        data: bytes = self._asked(name, lambda files: files.cat_file(name, start=0, end=n_bytes))
         return data
 
     def read_small(self, name: str, limit: int) -> bytes:
-        described = self.describe(name)
-
         def read(files: Any) -> bytes:
             with files.open(name, "rb", block_size=max(limit + 1, 1 << 16)) as file:
                 data: bytes = file.read(limit + 1)
                 return data
 
-        try:
-            data = self._answered(name, read)
-        except Exception as error:
-            mapped = store_error(error, described)
-            raise mapped from mapped.__cause__
-        return within_limit(data, limit, described)
+        return within_limit(self._asked(name, read), limit, self.describe(name))
 
     def local_path(self, name: str) -> str:
         raise NotImplementedError("not a local store")
@@ -233,21 +244,25 @@ class FsspecStore:
         if {"s3", "s3a"} & set(self.protocols()):
             from .sums import ask_s3
 
-            return self._answered(info.name, lambda files: ask_s3(files, info.name, info.version))
+            return self._answer(info.name, lambda files: ask_s3(files, info.name, info.version))
         return self._sums.get(info, ())
 
     def entries(self, name: str) -> list[Entry] | None:
         folder = name.rstrip("/")
+
+        def list_all(files: Any) -> Any:
+            files.invalidate_cache()
+            try:
+                return files.ls(folder, detail=True)
+            except NotImplementedError:
+                return None
+
         try:
-            self.files().invalidate_cache()
-            found = self._answered(folder, lambda files: files.ls(folder, detail=True))
-        except NotImplementedError:
+            found = self._asked(name, list_all)
+        except NotFoundError:
+            return []
+        if found is None:
             return None
-        except Exception as error:
-            mapped = store_error(error, self.describe(name))
-            if isinstance(mapped, NotFoundError):
-                return []
-            raise mapped from mapped.__cause__
         return [_entry(one, folder) for one in found if _is_inside(one, folder)]
 
     def nearby(self, name: str) -> str:
@@ -260,11 +275,6 @@ class FsspecStore:
 
     def close(self) -> None:
         """Does nothing: fsspec closes its sessions when the file system is collected."""
-
-    def _answered(self, name: str, ask: Callable[[Any], T]) -> T:
-        """What `ask` gets from the file system, a call that blocks; `heard` is called meanwhile."""
-        files = self.files()  # of this thread, which waits
-        return awaited(lambda: ask(files), self.heard, self.describe(name))
 
     def protocols(self) -> tuple[str, ...]:
         """All the names of the file system's protocol, ``s3`` and ``s3a`` for example."""
@@ -280,6 +290,72 @@ class FsspecStore:
             self._pid = os.getpid()
         return self._filesystem
 
+    def once(
+        self,
+        name: str,
+        work: Callable[[Any], T],
+        reports: Reports | None = None,
+        *,
+        doing: str = "read",
+        renews: bool = True,
+    ) -> T:
+        """What `work` returns, which is given the file system and asks the store for the object `name`.
+
+        A refusal after an earlier answer about that object may mean that credentials have expired: then the file system
+        is opened anew, which finds new ones, and `work` is called once more. Raises rankload's own errors,
+        `TryAgainError` for an outage, and what the callback of `reports` raised.
+        """
+        files = self.files()
+        try:
+            found = work(files)
+        except Exception as error:
+            if reports is not None and reports.raised is not None:
+                raise
+            outage = outage_in(error)
+            mapped = store_error(error, self.describe(name), doing)
+            if outage is not None:
+                raise TryAgainError(
+                    mapped, origin=self.identity, is_there=outage.is_there, throttled=outage.throttled
+                ) from mapped.__cause__
+            # Of an object that it has not told of, a refusal may mean that it is not there.
+            may_have_expired = refusals_in(mapped) and (name in self._answered or is_expired(error))
+            if not (renews and may_have_expired and self._renewed(files)):
+                raise mapped from mapped.__cause__
+        else:
+            self._answered.add(name)
+            self.outages.answered(self.identity)
+            return found
+        return self.once(name, work, reports, doing=doing, renews=False)
+
+    def _asked(self, name: str, work: Callable[[Any], T], *, doing: str = "read") -> T:
+        """As `once`, begun anew as long as there is an outage; `heard` is called meanwhile."""
+        described = self.describe(name)
+
+        def attempt() -> T:
+            return self.once(
+                name, lambda files: awaited(lambda: work(files), self.heard, described), doing=doing
+            )
+
+        return until_done(self.outages, described, attempt, lambda: self.heard(0, described))
+
+    def _answer(self, name: str, work: Callable[[Any], T]) -> T:
+        """What `work` gets from the file system, a call that blocks; `heard` is called meanwhile."""
+        files = self.files()  # of this thread, which waits
+        return awaited(lambda: work(files), self.heard, self.describe(name))
+
+    def _renewed(self, refused: Any) -> bool:
+        """Whether there is another file system now than the one that was `refused`, with credentials found anew."""
+        if self._reopen is None or self.protocol in ONE_CONNECTION:
+            return False
+        with self._renewing:
+            if self._filesystem is refused:
+                uri, options = self._reopen
+                try:
+                    self._filesystem = _open(uri, {**options, "skip_instance_cache": True})[0]
+                except RankloadError:
+                    return False
+            return True
+
     def _of_this_thread(self) -> Any:
         pid, filesystem = getattr(self._own, "filesystem", (None, None))
         if pid != os.getpid():
@@ -290,20 +366,41 @@ class FsspecStore:
         return filesystem
 
 
-def open_fsspec(uri: str, storage_options: Mapping[str, Any], heard: Heard = unheard) -> tuple[Store, str]:
+def open_fsspec(
+    uri: str,
+    storage_options: Mapping[str, Any],
+    heard: Heard = unheard,
+    outages: Outages | None = None,
+) -> tuple[Store, str]:
     """The store and name of an fsspec URI. Raises `OptionError` as `open.open_store` does."""
+    outages = outages or Outages()
+    shown = redact_path(uri)
+
+    def opened() -> tuple[Any, str]:
+        try:
+            return _open(uri, storage_options)
+        except RankloadError as error:
+            outage = None if error.__cause__ is None else outage_in(error.__cause__)
+            if outage is None:
+                raise
+            raise TryAgainError(error, origin=f"credentials of {shown}", is_there=outage.is_there) from error
+
     # Some backends ask for their credentials here.
-    filesystem, name = awaited(lambda: _open(uri, storage_options), heard, redact_path(uri))
-    return FsspecStore(filesystem, (uri, storage_options), heard), name
+    filesystem, name = until_done(
+        outages, shown, lambda: awaited(opened, heard, shown), lambda: heard(0, shown)
+    )
+    return FsspecStore(filesystem, (uri, storage_options), heard, outages), name
 
 
-def store_of_filesystem(filesystem: Any, path: str, heard: Heard = unheard) -> tuple[Store, str]:
+def store_of_filesystem(
+    filesystem: Any, path: str, heard: Heard = unheard, outages: Outages | None = None
+) -> tuple[Store, str]:
     """The store over the file system that the user passed, and the name of `path` in it."""
     protocol = filesystem.protocol
     if "file" in ((protocol,) if isinstance(protocol, str) else protocol):
         return LocalStore(), file_uri_path(path) or path
     name = str(filesystem._strip_protocol(path)) if "://" in path else path
-    return FsspecStore(filesystem, heard=heard), name
+    return FsspecStore(filesystem, None, heard, outages), name
 
 
 def is_protocol(scheme: str) -> bool:

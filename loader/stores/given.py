@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from ..errors import CorruptError, NotFoundError, OptionError
 from ..redaction import redact_path
-from ..retries import TryAgainError, whole_attempts
-from ..store_errors import store_error
+from ..retries import Outages, TryAgainError, until_done
+from ..store_errors import outage_in, store_error
 from .base import Entry, Heard, ObjectInfo, OnBytes, Store, unheard
 from .local import within_limit
 from .sums import StoredSum
-from .transfer import Meter, awaited, bytes_on_disk, receive_through_folder, run_watched
-
-_TRANSIENT = "ObjectStoreTransientError"
-"""Composer's error for what another attempt may fix, by its name: Composer is not imported. No other is tried again."""
+from .transfer import (
+    Meter,
+    Reports,
+    awaited,
+    bytes_on_disk,
+    receive_through_folder,
+    run_watched,
+    until_received,
+)
 
 T = TypeVar("T")
 
@@ -29,9 +34,10 @@ class GivenStore:
 
     is_local = False
 
-    def __init__(self, backend: Any, heard: Heard = unheard) -> None:
+    def __init__(self, backend: Any, heard: Heard = unheard, outages: Outages | None = None) -> None:
         self._backend = backend
         self.heard = heard
+        self.outages = outages or Outages()
         self._by_object = hasattr(backend, "download_object")
         self.identity = f"{type(backend).__module__}.{type(backend).__qualname__}"
 
@@ -42,6 +48,9 @@ class GivenStore:
         except Exception:
             # get_uri is optional, and describing an object for a message must not fail.
             return f"{type(self._backend).__name__}:{name}"
+
+    def origin(self, name: str) -> Hashable:
+        return self.identity
 
     def join(self, name: str, child: str) -> str:
         return f"{name.rstrip('/')}/{child}" if name else child
@@ -54,7 +63,9 @@ class GivenStore:
         if not hasattr(self._backend, "get_object_size"):
             return ObjectInfo(name=name, size_bytes=None, certain=False)
         try:
-            size = whole_attempts(
+            size = until_done(
+                self.outages,
+                self.describe(name),
                 lambda: self._once(name, lambda: self._answered(name, self._backend.get_object_size)),
                 lambda: self.heard(0, self.describe(name)),
             )
@@ -73,34 +84,33 @@ class GivenStore:
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
     ) -> None:
-        meter = Meter(on_bytes)
         size = expected.size_bytes if expected is not None else None
-        has_called_back = False
+        described = self.describe(name)
 
-        def callback(arrived: int, total: int) -> None:
-            nonlocal has_called_back
-            has_called_back = True
-            meter.reach(arrived)
+        def attempt(reports: Reports) -> None:
+            meter = Meter(reports)
+            has_called_back = False
 
-        def write(part: str) -> None:
-            def poll() -> None:
-                if not has_called_back:
-                    on_disk = bytes_on_disk(os.path.dirname(part))
-                    meter.reach(on_disk if size is None else min(on_disk, size))
+            def callback(arrived: int, total: int) -> None:
+                nonlocal has_called_back
+                has_called_back = True
+                meter.reach(arrived)
 
-            def work() -> None:
-                # Where the transfer was given up meanwhile, `add` ends this thread.
-                whole_attempts(
-                    lambda: self._once(name, lambda: self._fetch(name, part, callback)), lambda: meter.add(0)
-                )
+            def write(part: str) -> None:
+                def poll() -> None:
+                    if not has_called_back:
+                        on_disk = bytes_on_disk(os.path.dirname(part))
+                        meter.reach(on_disk if size is None else min(on_disk, size))
 
-            run_watched(work, meter, poll)
-            if os.path.exists(part):
-                meter.reach(os.path.getsize(part))
-                meter.report()
+                run_watched(lambda: self._once(name, lambda: self._fetch(name, part, callback)), meter, poll)
+                if os.path.exists(part):
+                    meter.reach(os.path.getsize(part))
+                    meter.report()
+
+            receive_through_folder(target_path, described, size, write)
 
         try:
-            receive_through_folder(target_path, self.describe(name), size, write)
+            until_received(self.outages, described, on_bytes, attempt)
         except Exception as error:
             mapped = store_error(error, self.describe(name))
             raise mapped from mapped.__cause__
@@ -148,14 +158,24 @@ class GivenStore:
     def _once(self, name: str, work: Callable[[], T]) -> T:
         """What `work` returns. Raises what it raises, and `TryAgainError` for what another attempt may mend."""
         try:
-            return work()
+            found = work()
         except Exception as error:
-            if type(error).__name__ != _TRANSIENT:
+            outage = outage_in(error)
+            if outage is None:
                 raise
-            raise TryAgainError(store_error(error, self.describe(name))) from error
+            raise TryAgainError(
+                store_error(error, self.describe(name)),
+                origin=self.identity,
+                is_there=outage.is_there,
+                throttled=outage.throttled,
+            ) from error
+        self.outages.answered(self.identity)
+        return found
 
 
-def open_object_store(object_store: object, path: str, heard: Heard = unheard) -> tuple[Store, str]:
+def open_object_store(
+    object_store: object, path: str, heard: Heard = unheard, outages: Outages | None = None
+) -> tuple[Store, str]:
     """The store over `object_store`, and the name of `path` in it.
 
     Raises `OptionError` where it is no fsspec file system and has neither ``download_object`` nor ``download_file``.
@@ -166,11 +186,11 @@ def open_object_store(object_store: object, path: str, heard: Heard = unheard) -
         if isinstance(object_store, AbstractFileSystem):
             from .fsspec import store_of_filesystem
 
-            return store_of_filesystem(object_store, path, heard)
+            return store_of_filesystem(object_store, path, heard, outages)
     if callable(getattr(object_store, "download_object", None)) or callable(
         getattr(object_store, "download_file", None)
     ):
-        return GivenStore(object_store, heard), path
+        return GivenStore(object_store, heard, outages), path
     raise OptionError(
         f"object_store is a {type(object_store).__name__}: expected an fsspec file system, an object with "
         "download_object(object_name, filename, overwrite, callback) and "

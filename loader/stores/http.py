@@ -1,29 +1,31 @@
 """The store of http(s) URLs: HEAD asks for an object's size, one GET downloads it.
 
 What ``storage_options`` say is read once (``http.settings``), and holds for the ranges of an object too
-(``ranges.open``). Each request is made in ``retries.whole_attempts``.
+(``ranges.open``). Each request is made in ``retries.until_done``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from ..http.addresses import Address, address_of
+from ..http import exchange
+from ..http.addresses import Address, address_of, origin_of
 from ..http.answers import Arrived, check_expected, content_length, cut_short, pin_of, status_error
 from ..http.connections import Connections
 from ..http.exchange import Method, Request
 from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
-from ..retries import TryAgainError, whole_attempts
+from ..retries import Outages, until_done
 from .base import Entry, Heard, ObjectInfo, OnBytes, unheard
 from .local import within_limit
 from .names import child_of, url_link_targets
 from .sums import StoredSum, in_headers, in_linked
-from .transfer import receive
+from .transfer import Reports, receive, until_received
 
 _WHOLE = frozenset({200, 203})
 """Answers to a GET that carry the object: any other says something else, or brings a part that was not asked for."""
@@ -32,15 +34,27 @@ _HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 """Answers to HEAD that say nothing about GET: URLs signed for GET alone answer 403."""
 
 
+T = TypeVar("T")
+
+
 class HttpStore:
     """Names are whole URLs, with their query. Raises `OptionError` for options that are not known for http(s)."""
 
     is_local = False
 
-    def __init__(self, storage_options: Mapping[str, Any] | None = None, heard: Heard = unheard) -> None:
+    def __init__(
+        self,
+        storage_options: Mapping[str, Any] | None = None,
+        heard: Heard = unheard,
+        outages: Outages | None = None,
+    ) -> None:
         self.heard = heard
         options = dict(storage_options or {})
-        self.settings = settings_of(options)
+        self.outages = outages or Outages()
+        settings = settings_of(options)
+        route = settings.route
+        silence_s = self.outages.silence_s(route.silence_timeout_s or exchange.SILENCE_TIMEOUT_S)
+        self.settings = replace(settings, route=replace(route, silence_timeout_s=silence_s))
         self._connections = Connections(self.settings.route)
         self._sums: dict[str, tuple[StoredSum, ...]] = {}
         digest = hashlib.sha256(repr(sorted(options.items(), key=str)).encode()).hexdigest()
@@ -62,32 +76,28 @@ class HttpStore:
             name, settings.headers, encoded=settings.encoded, trust_env=settings.route.trust_env
         )
 
+    def origin(self, name: str) -> Hashable:
+        return origin_of(name)
+
     def stat(self, name: str) -> ObjectInfo | None:
-        return whole_attempts(lambda: self._head(name), lambda: self._waits(name)(0))
+        return self._until_done(name, lambda: self._head(name))
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
-        return whole_attempts(lambda: self._first(name, n_bytes), lambda: self._waits(name)(0))
+        return self._until_done(name, lambda: self._first(name, n_bytes))
 
     def download(
         self, name: str, target_path: str, on_bytes: OnBytes, expected: ObjectInfo | None = None
     ) -> None:
         described = self.describe(name)
-        reports = _Reports(on_bytes)
         size = expected.size_bytes if expected is not None else None
 
-        def attempt() -> None:
-            reports.restart()
-            try:
-                receive(target_path, described, size, lambda part: self._body(name, part, reports, expected))
-            except TryAgainError:
-                if reports.raised is not None:
-                    raise reports.raised from None
-                raise
+        def attempt(reports: Reports) -> None:
+            receive(target_path, described, size, lambda part: self._body(name, part, reports, expected))
 
-        whole_attempts(attempt, lambda: reports(0))
+        until_received(self.outages, described, on_bytes, attempt)
 
     def read_small(self, name: str, limit: int) -> bytes:
-        text = whole_attempts(lambda: self._text(name, limit), lambda: self._waits(name)(0))
+        text = self._until_done(name, lambda: self._text(name, limit))
         return within_limit(text, limit, self.describe(name))
 
     def add_sums(self, name: str, sums: tuple[StoredSum, ...]) -> None:
@@ -131,7 +141,7 @@ class HttpStore:
             is_stream=pin.size_bytes is None and headers.get("Accept-Ranges", "").strip().lower() != "bytes",
         )
 
-    def _body(self, name: str, part: str, reports: _Reports, expected: ObjectInfo | None) -> None:
+    def _body(self, name: str, part: str, reports: Reports, expected: ObjectInfo | None) -> None:
         """Writes the body of one GET into a new file at `part`."""
         described = self.describe(name)
         with self._got(name, reports) as followed:
@@ -207,6 +217,8 @@ class HttpStore:
         headers = {} if n_first is None else {"Range": f"bytes=0-{n_first - 1}"}
         request = Request(method, address.url, self.describe(name), headers)
         followed = follow(self._connections, request, address, arrived)
+        for url in (address.url, followed.url):
+            self.outages.answered(origin_of(url))
         self.heard(1, request.described)  # the head of an answer, which may be all of it
         return followed
 
@@ -215,26 +227,9 @@ class HttpStore:
         described = self.describe(name)
         return lambda n_bytes: self.heard(n_bytes, described)
 
-
-class _Reports:
-    """Passes on to `on_bytes` how many bytes came, and keeps what it raises: no failure of the connection."""
-
-    def __init__(self, on_bytes: OnBytes) -> None:
-        self._on_bytes = on_bytes
-        self._reported = 0
-        self.raised: BaseException | None = None
-
-    def __call__(self, n_bytes: int) -> None:
-        self._reported += n_bytes
-        try:
-            self._on_bytes(n_bytes)
-        except BaseException as error:
-            self.raised = error
-            raise
-
-    def restart(self) -> None:
-        """Takes back what was reported, since the transfer begins again."""
-        self(-self._reported)
+    def _until_done(self, name: str, work: Callable[[], T]) -> T:
+        waits = self._waits(name)
+        return until_done(self.outages, self.describe(name), work, lambda: waits(0))
 
 
 def _sums(followed: Followed) -> tuple[StoredSum, ...]:

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Hashable
 from urllib.parse import unquote
 
 from ..errors import AccessError, CorruptError, OptionError, RankloadError
+from ..retries import Outages
 from ..store_errors import is_not_there, store_error
 from .base import Entry, ObjectInfo, OnBytes, unheard
 from .sums import StoredSum
@@ -25,6 +27,13 @@ class LocalStore:
     is_local = True
     identity = "local"
     heard = staticmethod(unheard)
+
+    def __init__(self) -> None:
+        self.outages = Outages()
+        """Never waits: no failure of a disk is tried again."""
+
+    def origin(self, name: str) -> Hashable:
+        return self.identity
 
     def describe(self, name: str) -> str:
         return name

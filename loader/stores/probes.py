@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from ..errors import AccessError, CorruptError, NotFoundError
 from ..store_errors import ADVICE_CREDENTIALS, refusals_in
+from ..workers import Stop, stopped_by
 from .base import ONE_CONNECTION, ObjectInfo, Store
 
 T = TypeVar("T")
@@ -118,8 +119,18 @@ def ask_each(store: Store, ask: Callable[[T], R], items: Sequence[T], *, at_once
     """
     if store.is_local or getattr(store, "protocol", "") in ONE_CONNECTION:
         return [ask(one) for one in items]
+    stop = Stop()
+
+    def asked(one: T) -> R:
+        with stopped_by(stop):
+            return ask(one)
+
     with ThreadPoolExecutor(at_once) as threads:
-        return list(threads.map(ask, items))
+        try:
+            return list(threads.map(asked, items))
+        except BaseException:
+            stop.set()
+            raise
 
 
 def all_there(store: Store, names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs one transfer into a file: reports its progress, and checks the size before the file gets its name.
 
-A store transfers inside `receive`, which gives the file its name. A backend that blocks runs in `run_watched`, and
-counts its bytes in a `Meter`.
+A store transfers inside `receive`, which gives the file its name, and begins anew inside `until_received`. A backend
+that blocks runs in `run_watched`, and counts its bytes in a `Meter`; a call that only answers runs in `awaited`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ..errors import CorruptError
 from ..plurals import counted
+from ..retries import Attempts, Outages, TryAgainError, until_done
 from ..workers import POLL_S, Stopped
 from .base import Heard, OnBytes, unheard
 
@@ -51,6 +52,59 @@ class Meter:
         except BaseException:
             self.stopped = True
             raise
+
+
+class Reports:
+    """Passes on to `on_bytes` how many bytes came, over all attempts at one transfer."""
+
+    def __init__(self, on_bytes: OnBytes, attempts: Attempts) -> None:
+        self._on_bytes = on_bytes
+        self._attempts = attempts
+        self._reported = 0
+        self._most = 0
+        self.raised: BaseException | None = None
+        """What `on_bytes` raised: it ends the transfer, and is no failure of the store."""
+
+    def __call__(self, n_bytes: int) -> None:
+        self._reported += n_bytes
+        # What comes again after a failure is no progress.
+        if self._reported > self._most:
+            self._most = self._reported
+            self._attempts.moved()
+        elif not n_bytes:
+            self._attempts.quiet()
+        try:
+            self._on_bytes(n_bytes)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    def restart(self) -> None:
+        """Takes back what was reported, since the transfer begins again."""
+        if self._reported:
+            self(-self._reported)
+
+
+def until_received(
+    outages: Outages, described: str, on_bytes: OnBytes, attempt: Callable[[Reports], None]
+) -> None:
+    """Calls `attempt`, which transfers the whole object `described` and tells `Reports` of its bytes, until it is done.
+
+    Raises as `until_done` does, and what `on_bytes` raises.
+    """
+    attempts = Attempts(outages, described)
+    reports = Reports(on_bytes, attempts)
+
+    def work() -> None:
+        reports.restart()
+        try:
+            attempt(reports)
+        except TryAgainError:
+            if reports.raised is not None:
+                raise reports.raised from None
+            raise
+
+    until_done(outages, described, work, lambda: reports(0), attempts=attempts)
 
 
 def receive(

@@ -25,6 +25,7 @@ from ..fetch.whole_checks import WholeChecks
 from ..http.connections import Connections
 from ..options import LoadOptions, Options, resolve_options
 from ..request import as_path
+from ..retries import Outages
 from ..stores.base import ONE_CONNECTION, Store
 from ..stores.locate import locate
 from ..stores.manifest import key_of
@@ -125,7 +126,8 @@ class _Asked:
 def _require_located(asked: _Asked) -> None:
     """Raises `NotFoundError` where there is no checkpoint at the path, rather than one that lacks a file."""
     first = expand_for_rank_zero(asked.path, run_name=None)
-    store, name = open_store(first, asked.object_store, asked.options.storage_options)
+    outages = Outages(asked.options.stall_timeout_s)
+    store, name = open_store(first, asked.object_store, asked.options.storage_options, outages=outages)
     with contextlib.closing(store):
         locate(store, name)
 

@@ -25,6 +25,7 @@ QUERIES = [
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 2.0)
 
 
 @pytest.fixture(scope="module")

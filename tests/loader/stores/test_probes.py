@@ -243,6 +243,7 @@ def test_what_answers_to_a_manifests_name_is_left_out_and_noted(answer: Served) 
 
 def test_a_manifest_that_could_not_be_asked_for_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 1.0)
     with counting_server({}) as server:
         server.missing = Served(status=500)
         found = manifests(server)
