@@ -109,6 +109,7 @@ class Outages:
         self._logged_s: dict[Attempts, float] = {}
         self._failing_since: float | None = None
         """When the first of the failures began between which nothing has succeeded."""
+        self._succeeded_at = float("-inf")
         self.retries = 0
         """How many attempts there were after a failure."""
 
@@ -136,11 +137,12 @@ class Outages:
             return (*self._closed, *(self._wait(*begun, now) for begun in self._open.values()))
 
     def _succeeded(self) -> None:
-        self._failing_since = None
+        self._failing_since, self._succeeded_at = None, time.monotonic()
 
     def _still_s(self, began: float) -> float:
         """For how long nothing has succeeded, where the attempt at `began` is the latest that failed."""
-        self._failing_since = began if self._failing_since is None else self._failing_since
+        if self._failing_since is None:
+            self._failing_since = max(began, self._succeeded_at)
         return time.monotonic() - self._failing_since
 
     def _began(self, attempts: Attempts, since: float, why: str) -> None:
@@ -226,8 +228,9 @@ class Attempts:
             self._wait("nothing comes")
 
     def failed(self, error: TryAgainError, idle: Callable[[], None]) -> None:
-        """Waits until the next attempt is due. `idle` is called meanwhile: it tells the other ranks that this one lives,
-        and ends the wait by raising.
+        """Waits until the next attempt is due.
+
+        `idle` is called meanwhile: it tells the other ranks that this one lives, and ends the wait by raising.
 
         Raises the failure's own error (`TryAgainError.error`) where patience has ended.
         """

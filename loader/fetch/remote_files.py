@@ -495,7 +495,12 @@ class KnownParts:
 
     def _open(self, store: Store, name: str, part: ObjectPart) -> RangeSource:
         info = ObjectInfo(part.object_name, part.size_bytes, part.store_version)
-        source = until_done(store.outages, name, lambda: open_range_source(store, info, self._connections()))
+        source = until_done(
+            store.outages,
+            name,
+            lambda: open_range_source(store, info, self._connections()),
+            lambda: store.heard(0, name),
+        )
         if source is None or (source.version, source.size_bytes) != (part.version, part.size_bytes):
             got = "nothing" if source is None else f"{source.size_bytes} bytes, version {source.version}"
             raise CorruptError(
