@@ -7,6 +7,8 @@ An HTTP status becomes an error in ``http.answers.status_error``, a failure of a
 from __future__ import annotations
 
 import errno
+import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
@@ -16,6 +18,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 """Statuses after which the same request may succeed."""
+_BROKEN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _BROKEN = (errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
 _NO_WAY = (
     errno.ECONNREFUSED,
@@ -76,26 +79,43 @@ class Outage:
 
 def outage_in(error: BaseException) -> Outage | None:
     """The outage that a backend's exception tells of, itself or by what it was raised from; None where it is none."""
-    known: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
-        if known is None or isinstance(known, RankloadError):
+    chain = list(_chain(error))
+    if any(map(_lasts, chain)):
+        return None
+    for known in chain:
+        if isinstance(known, RankloadError):
             return None
         found = _outage(known)
         if found is not None or http_status(known) is not None:
             return found
-        known = known.__cause__ or (None if known.__suppress_context__ else known.__context__)
     return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and what it was raised from."""
+    known: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if known is None:
+            return
+        yield known
+        known = known.__cause__ or (None if known.__suppress_context__ else known.__context__)
+
+
+def _lasts(error: BaseException) -> bool:
+    """Whether it tells of a certificate or a login, which do not get better by themselves."""
+    if isinstance(error, _BROKEN_TLS):
+        return False
+    names = {one.__name__ for one in type(error).__mro__}
+    return "SSLError" in names or any("Certificate" in name or "Authentication" in name for name in names)
 
 
 def is_expired(error: BaseException) -> bool:
     """Whether a backend's exception says that credentials have expired, itself or by what it was raised from."""
-    known: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
+    for known in _chain(error):
         response = getattr(known, "response", None)
         told = response.get("Error") if isinstance(response, dict) else None
         if isinstance(told, dict) and told.get("Code") in _EXPIRED:
             return True
-        known = None if known is None else known.__cause__ or known.__context__
     return False
 
 
@@ -104,10 +124,8 @@ def _outage(error: BaseException) -> Outage | None:
     if status is not None:
         return Outage(True, status in (429, 503)) if status in WORTH_RETRYING else None
     names = {one.__name__ for one in type(error).__mro__}
-    if any("Certificate" in name or "Authentication" in name for name in names):
-        return None
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, EOFError) or names & _BROKEN_OFF or number in _BROKEN:
+    if isinstance(error, (EOFError, *_BROKEN_TLS)) or names & _BROKEN_OFF or number in _BROKEN:
         return Outage(True)
     if isinstance(error, ConnectionResetError | BrokenPipeError | ConnectionAbortedError):
         return Outage(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import ssl
 
 import pytest
 from hypothesis import given
@@ -268,6 +269,10 @@ OUTAGES: dict[str, tuple[Exception, bool | None]] = {
     "403": (raised_from(PermissionError("u"), ClientError("AccessDenied", 403)), None),
     "not there": (FileNotFoundError(errno.ENOENT, "u"), None),
     "wrong key": (AuthenticationException("x"), None),
+    "certificate": (
+        raised_from(type("ServiceRequestError", (Exception,), {})("x"), ssl.SSLCertVerificationError("x")),
+        None,
+    ),
     "disk full": (OSError(errno.ENOSPC, "x"), None),
     "ours": (NotFoundError("x"), None),
     "any": (ValueError("x"), None),

@@ -131,7 +131,8 @@ def test_a_tag_whose_files_are_refused(tmp_path: Path) -> None:
     assert [name.rpartition("/")[2] for name in caught.value.details["refused"]] == list(MODEL_STATES)
 
 
-def test_failures_that_are_no_refusal_end_the_search() -> None:
+def test_failures_that_are_no_refusal_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 1.0)
     with (
         counting_server({"/run/latest": Served(status=500)}) as server,
         pytest.raises(AccessError, match="500"),
@@ -254,7 +255,8 @@ def test_a_manifest_that_could_not_be_asked_for_is_noted(monkeypatch: pytest.Mon
         assert manifests(server)["notes"] == []
 
 
-def test_a_damaged_manifest_is_no_page() -> None:
+def test_a_damaged_manifest_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 1.0)
     with (
         counting_server({"/d/SHA256SUMS": Served(b"0" * 64 + b"  a.pt\n<html>\n")}) as server,
         pytest.raises(FormatError, match="got '<html>'"),
