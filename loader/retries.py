@@ -126,9 +126,9 @@ class Outages:
     def silence_s(self, usual_s: float) -> float:
         """After how long a silence a request is given up, where it is `usual_s` usually.
 
-        A second after the call has stalled: then the stall is what is raised, where somebody watches for it.
+        A moment after the call has stalled: then the stall is what is raised, where somebody watches for it.
         """
-        return min(usual_s, self.stall_timeout_s + 1.0)
+        return min(usual_s, self.stall_timeout_s + 3.0)
 
     def waits(self) -> tuple[Wait, ...]:
         """The waits so far, in the order in which they ended; those of several threads may overlap."""

@@ -29,7 +29,7 @@ from rankload.distributed.range_server import (
 )
 from rankload.loader.errors import AccessError
 from rankload.loader.ranges.peer import PeerSource, PeerUnreachableError
-from rankload.loader.retries import TryAgainError
+from rankload.loader.retries import Outages, TryAgainError
 
 DATA = os.urandom(3 << 20)
 
@@ -67,7 +67,7 @@ def server(growing: Growing) -> Iterator[RangeServer]:
 
 def source(address: PeerAddress, key: str = "data", **given: object) -> PeerSource:
     moved = given.pop("moved", lambda: None)
-    return PeerSource(address, key, len(DATA), rank=3, moved=moved)  # type: ignore[arg-type]
+    return PeerSource(address, key, len(DATA), rank=3, moved=moved, outages=Outages())  # type: ignore[arg-type]
 
 
 def read(peer: PeerSource, start: int, stop: int) -> bytes:

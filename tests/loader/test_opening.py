@@ -149,7 +149,7 @@ def test_a_stream_that_ends_early_is_found_out_by_the_file(data: bytes, restore:
         counting_server({"/a.pt": Served(data, chunked=True, truncate_to=keep)}) as server,
         pytest.raises(CorruptError, match="the body ended early"),
     ):
-        restore(server.url("/a.pt"))
+        restore(server.url("/a.pt"), stall_timeout_s=1)
 
 
 def test_a_server_that_answers_a_page_to_every_name(data: bytes, restore: Restore) -> None:

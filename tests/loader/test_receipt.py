@@ -20,6 +20,7 @@ from rankload.loader.receipt import (
     log_receipt,
 )
 from rankload.loader.request import check_logger
+from rankload.loader.retries import Wait
 from rankload.loader.stages import Timing
 from rankload.loader.wire import decode, encode
 
@@ -118,6 +119,7 @@ def test_the_json_is_the_golden_one() -> None:
         stages=(StageRecord(0, "fetch", 1.5, 1500, 2.0), StageRecord(1, "fetch", 0.5, 0, 2.25)),
         hosts=("node-a", "node-a"),
         nodes=(0, 0),
+        waited_s=2.5,
     )
     unset = Receipt("", "", "", None, 0, 0, False, "")
     assert not [
@@ -215,3 +217,23 @@ def test_bytes_of_a_file_are_those_of_each_node_and_each_rank_once() -> None:
     assert file == FileRecord("f", 100, 60 + 70 + 5, verified=False, verified_by=("zip CRC-32",))
     assert join_reports(reports, about).unverified == ("f",)
     assert join_reports(reports[:2], receipt(verify="off")).files[0].verified_by == ()
+
+
+def test_waits_of_all_ranks_count_once() -> None:
+    """Rank 0 waited twice, rank 1 meanwhile; rank 2 not at all."""
+
+    def of(rank: int, *waits: Wait) -> RankReport:
+        return report(host=f"h{rank}", waits=waits)
+
+    busy, cut = Wait(100.0, 5.0, "http://h/a: HTTP 503"), Wait(110.0, 1.0, "http://h/b: ended early")
+    joined = join_reports([of(0, busy, cut), of(1, Wait(103.0, 4.0, "http://h/a: reset")), of(2)], receipt())
+    assert joined.waited_s == 8.0
+    assert joined.notes[-2:] == (
+        "rank 0 waited 6.0 s for the store: http://h/a: HTTP 503",
+        "rank 1 waited 4.0 s for the store: http://h/a: reset",
+    )
+    assert "; waited 8.0 s for the store" in joined.lines()[1]
+    assert joined.metrics()["rankload/waited_seconds"] == 8.0
+    many = join_reports([of(rank, Wait(0.0, rank + 1.0, "x")) for rank in range(12)], receipt())
+    assert len([note for note in many.notes if "waited" in note]) == 9
+    assert many.notes[-1] == "4 more ranks waited for the store, for 4.0 s at most"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import ssl
 
 import pytest
@@ -35,6 +36,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(retries, "time", clock)
+    monkeypatch.setattr(retries, "_CHANCE", random.Random(0))
     return clock
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rankload.loader import OptionError, RankloadError, State, gather_rng, load, restore_rng
-from rankload.loader.retries import Retries, TryAgainError
+from rankload.loader.retries import Attempts, Outages, TryAgainError
 from rankload.loader.torch_modes import callers_device, default_modes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -224,7 +224,7 @@ def test_a_mode_that_makes_no_real_tensors_is_refused_before_anything_is_read() 
 def test_a_load_draws_none_of_the_jobs_random_numbers(saved: tuple[Path, list[float]]) -> None:
     before = gather_rng()
     load(saved[0], State(*job()), progress_bar=False)
-    Retries(3).pause_s(TryAgainError(RankloadError("no answer")), 1)
+    Attempts(Outages(60.0), "a").failed(TryAgainError(RankloadError("no answer")), lambda: None)
     # A job of the same kind draws what `job` draws.
     after = gather_rng()
     restore_rng(before)

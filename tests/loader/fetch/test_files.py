@@ -34,6 +34,7 @@ from rankload.loader.errors import (
 )
 from rankload.loader.fetch.files import Fetched, FileNeed, fetch_files
 from rankload.loader.options import resolve_options
+from rankload.loader.retries import Outages
 from rankload.loader.stages import Stages
 from rankload.loader.stores.open import open_store
 from torch.distributed import HashStore
@@ -94,7 +95,7 @@ class Job:
 def fetch(
     rank: Rank, path: str, needs: list[Any], cache_dir: Path, object_store: Any = None, keep: Any = None
 ) -> Fetched:
-    store, _ = open_store(path, object_store)
+    store, _ = open_store(path, object_store, outages=Outages(rank.channel.stall_timeout_s))
     with NodeCache(str(cache_dir)) as cache:
         got = fetch_files(context(rank.channel, rank.place, store, cache), needs)
         for file in got.files.values():
@@ -223,9 +224,8 @@ def test_optional_files(tmp_path: Path) -> None:
 def test_truncated(tmp_path: Path) -> None:
     with counting_server({"/a": Served(b"x" * 1000, truncate_to=10), "/b": Served(b"y" * 1000)}) as server:
         needs = [server.url("/a"), server.url("/b")]
-        error = only_error(
-            Job([0, 0]).run(lambda rank: fetch(rank, needs[0], needs, tmp_path / "c")), CorruptError
-        )
+        job = Job([0, 0], stall_timeout_s=3)
+        error = only_error(job.run(lambda rank: fetch(rank, needs[0], needs, tmp_path / "c")), CorruptError)
         assert "expected 1,000 bytes, got 10" in str(error)
     assert os.listdir(tmp_path / "c") == []
 
