@@ -25,6 +25,8 @@ from ..loader import OptionError
 from .versions import warn_of_version
 
 TRIED = ("0.11",)
+_BATCH = "rankload_batch_size"
+"""Kept in a gathered state: torchdata's own, with workers, tells the batch size from its first snapshot on."""
 _LOADED = object()
 """Stands for a loop during which another position was loaded: it must not go on."""
 
@@ -216,13 +218,15 @@ def _mixed(*parts: int) -> int:
 def gather_loader_states(loader: Any) -> list[dict[str, Any]]:
     """Every rank's ``loader.state_dict()``, by global rank, on every rank, for ``save_checkpoint(extra=...)``.
 
-    All ranks must call it.
+    Each has the loader's batch size in addition, which `reshard_loader_state` takes out. All ranks must call it.
 
     Raises:
         OptionError: a state has more than JSON holds exactly: tensors, tuples.
     """
     with open_session() as session:
         state = loader.state_dict()
+        if isinstance(state, Mapping) and isinstance(getattr(loader, "batch_size", None), int):
+            state = {**state, _BATCH: loader.batch_size}
         try:
             exact = json.loads(json.dumps(state)) == state
         except (TypeError, ValueError):
@@ -280,7 +284,7 @@ def reshard_loader_state(
     except _IndivisibleError:
         if len(states) != world_size or _batch_size(states[rank]) not in (None, batch_size):
             raise
-        return copy.deepcopy(dict(states[rank]))
+        return _without_note(states[rank])
     for saved, position in enumerate(found):
         if position != found[0]:
             raise OptionError(
@@ -331,9 +335,14 @@ def _batch_size(state: Mapping[str, Any]) -> float | None:
     main = _main_state(state)
     sampled, batches = main["_sampler_iter_state"], main["_sampler_iter_yielded"]
     if not batches or not isinstance(sampled, Mapping) or "samples_yielded" not in sampled:
-        return None
+        return state.get(_BATCH)
     size: float = sampled["samples_yielded"] / batches
     return size
+
+
+def _without_note(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `state` for torchdata."""
+    return copy.deepcopy({key: value for key, value in state.items() if key != _BATCH})
 
 
 def _position(state: Mapping[str, Any], rank: int) -> _Position:
@@ -354,13 +363,14 @@ def _position(state: Mapping[str, Any], rank: int) -> _Position:
         raise _IndivisibleError(f"saved rank {rank}'s loader cannot be divided anew: {problem}")
     samples = sampled["samples_yielded"]
     if since and not finished:
-        if not batches or samples % batches:
+        size = _batch_size(state)
+        if size is None or size != int(size):
             raise _IndivisibleError(
                 f"saved rank {rank}'s loader was {since} steps beyond its last snapshot, at {samples} samples in "
                 f"{batches} batches, which does not tell how many samples a step has: save with "
-                "snapshot_every_n_steps=1"
+                "snapshot_every_n_steps=1, or by gather_loader_states"
             )
-        samples += since * (samples // batches)
+        samples += since * int(size)
     return _Position(samples, batches + since, finished)
 
 
@@ -394,7 +404,7 @@ def _indivisible(sampled: Any, fetched: Sequence[Any], kept: Sequence[Any]) -> s
 
 def _moved(states: Sequence[Mapping[str, Any]], rank: int, *, samples: int, batches: int) -> dict[str, Any]:
     """A saved rank's state, at another position. With workers, ranks beyond the saved ones get seeds of their own."""
-    state = copy.deepcopy(dict(states[rank % len(states)]))
+    state = _without_note(states[rank % len(states)])
     main = _main_state(state)
     state["_iterator_finished"] = False
     main["_sampler_iter_yielded"] = batches
