@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, from_record
-from .heartbeat import described
+from .heartbeat import SILENT_AFTER_S, described
 from .key_value import KeyValue
 from .store_thread import AGREED, HEARTBEAT_S, StoreThread, decision_key
 
@@ -77,16 +77,34 @@ class Agreement:
         parts = _matching(name, [post or b"\0" for post in self._await(index, name, posts)])
         made = None if combine is None else combine(parts)
 
-        def conclude(key_value: KeyValue) -> str:
+        def conclude(key_value: KeyValue) -> str | None:
+            if self._store_thread.unheard():
+                return None
             if made is not None:
                 self._hand_out(key_value, index, made)
             return key_value.settle(decision_key(index), AGREED)
 
-        self._accept(self._store_thread.call(conclude))
+        self._accept(self._concluded(name, conclude))
         if index > 0:
             # No rank waits for the removal.
             self._store_thread.call_later(lambda key_value: key_value.forget(self.spent_keys(index - 1)))
         return made[0] if isinstance(made, list) else made or b""
+
+    def _concluded(self, name: str, conclude: Callable[[KeyValue], str | None]) -> str:
+        """The outcome, once every peer was heard of since this rank woke: those that had waited may have given up."""
+        begin = time.monotonic()
+        while (outcome := self._store_thread.call(conclude)) is None:
+            if self._store_thread.announced is not None:
+                raise self._store_thread.announced
+            unheard = self._store_thread.unheard()
+            if time.monotonic() - begin > SILENT_AFTER_S or any(watch.closed for watch in unheard):
+                raise StalledError(
+                    f"this rank's process was stopped in {name}, and has heard nothing since it woke of "
+                    f"{self._described([watch.rank for watch in unheard])}: the others have given up waiting",
+                    rank=self._rank,
+                )
+            time.sleep(POLL_S[1])
+        return outcome
 
     def _hand_out(self, key_value: KeyValue, index: int, made: bytes | list[bytes]) -> None:
         if not isinstance(made, list):

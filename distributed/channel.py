@@ -25,12 +25,12 @@ from .errors import RankloadError, StalledError, TopologyError, from_record, to_
 from .failures import as_rankload_error, bounded, store_lost
 from .heartbeat import described, place
 from .key_value import KeyValue, key_value_opener
-from .liveness import this_process
+from .liveness import ProcessIdentity, is_watchable, this_process
 from .store_thread import AGREED, HEARTBEAT_S, StoreLostError, StoreThread, decision_key, heartbeat_key
 
 LINGER_S = 10.0
 """How long rank 0 waits at the end for the others to leave: it may host the store."""
-LINGER_AFTER_FAILURE_S = 2.0
+LINGER_AFTER_FAILURE_S = 1.0
 """The same after a failure; also how long announcing an error and leaving wait for an answer of the store."""
 
 
@@ -55,7 +55,8 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
     Every rank of the world must call, as often as every other: the n-th call opens the same channel on all ranks.
     Alone (world size 1) no group is needed. What is raised inside the block, in a stage or between stages, ends it
     for all; the block should end with a stage, so that no rank leaves while another still works. No thread is
-    left behind, unless the store's host is stopped: then it ends with that host.
+    left behind, unless the store's host is stopped, and torch cannot give this rank a connection of its own: then it
+    ends with that host.
 
     Inside the block of another one, what moves in this one moves there too, and a failure there ends this one: its
     other ranks wait meanwhile.
@@ -112,6 +113,8 @@ class Channel:
         self._store_thread = StoreThread(open_key_value, self._process, rank, world_size, stall_timeout_s)
         self._agreement = Agreement(self._store_thread, rank, world_size, stall_timeout_s)
         self._failure: BaseException | None = None
+        self.absent = 0
+        """On rank 0, once it has left: the ranks that have not, and will not. Nobody need wait for them."""
         self._within = within
         self._store_thread.start()
 
@@ -248,7 +251,7 @@ class Channel:
         """
         mine = json.dumps(self._process.as_dict())
         with self._announcing(""):
-            held = self._store_thread.call(lambda key_value: key_value.settle(f"claim/{self.rank}", mine))
+            held = self._store_thread.call(lambda key_value: key_value.settle(claim_key(self.rank), mine))
             if held != mine:
                 other = json.loads(held)
                 raise TopologyError(
@@ -256,6 +259,29 @@ class Channel:
                     f"{other['host']} and pid {self._process.pid} on host {self.host}; check RANK, or the "
                     "launcher's own variable"
                 )
+
+    def watch_neighbours(self, ranks: Sequence[int]) -> None:
+        """Watches processes of this machine, where this rank is one of its `ranks`, so that a death among them is known
+        on all machines within about two seconds: rank 0 sees only the silence of those elsewhere.
+
+        The first of `ranks` watches the others, and they watch the first. All must have claimed their ranks.
+        """
+        watched = [
+            one for one in (ranks[1:] if self.rank == ranks[0] else ranks[:1]) if one not in (0, self.rank)
+        ]
+        if self.rank == 0 or not watched:
+            return
+        claims = self._store_thread.call(
+            lambda key_value: [key_value.settled(claim_key(one)) for one in watched]
+        )
+        found = {
+            one: ProcessIdentity(**json.loads(told))
+            for one, told in zip(watched, claims, strict=True)
+            if told
+        }
+        self._store_thread.neighbours = {
+            one: process for one, process in found.items() if is_watchable(process)
+        }
 
     def close(self, error: BaseException | None = None) -> BaseException | None:
         """Leaves the channel and announces ``error`` to the others; returns what to raise in its place.
@@ -380,13 +406,14 @@ class Channel:
         while (
             left := self._store_thread.call(lambda key_value: key_value.count("left", 0))
         ) < self.world_size:
-            alive = [w for w in self._store_thread.watches.values() if not w.closed and w.death() is None]
+            alive = [watch for watch in self._store_thread.watches.values() if watch.may_still_leave]
             if time.monotonic() > until or not alive:
-                return
+                break
             time.sleep(0.01)
+        self.absent = self.world_size - left
         if left == self.world_size:
             ranks = range(self.world_size)
-            spent = [heartbeat_key(rank) for rank in ranks] + [f"claim/{rank}" for rank in ranks]
+            spent = [heartbeat_key(rank) for rank in ranks] + [claim_key(rank) for rank in ranks]
             index = self._store_thread.index
             for last in (index, index - 1):
                 spent += self._agreement.spent_keys(last)
@@ -397,6 +424,11 @@ class Channel:
             self._failure = self._store_thread.announced
         if self._failure is not None:
             raise self._failure
+
+
+def claim_key(rank: int) -> str:
+    """The key of the process that is ``rank``."""
+    return f"claim/{rank}"
 
 
 def _encode(value: Any) -> Callable[[], bytes]:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from .channel import LINGER_AFTER_FAILURE_S, LINGER_S
 from .errors import PeerError
 from .rendezvous import MeetingPoint, await_all, meeting_point, open_meeting_store
+from .sockets import connected_since, open_sockets, shut_down
 from .topology import Topology, group_topology
 
 _groups = itertools.count()
@@ -22,7 +23,9 @@ _groups = itertools.count()
 
 
 @contextmanager
-def process_group(topology: Topology, timeout_s: float = 120.0) -> Iterator[Topology]:
+def process_group(
+    topology: Topology, timeout_s: float = 120.0, absent: Callable[[], int] = lambda: 0
+) -> Iterator[Topology]:
     """A default process group for the block, and the topology that fits it.
 
     An initialised group is used as it is, whatever its backend, and left as it is: its rank and size count.
@@ -33,6 +36,7 @@ def process_group(topology: Topology, timeout_s: float = 120.0) -> Iterator[Topo
         topology: as discovered.
         timeout_s: seconds for which a rank that has not joined is waited for, and the time-out of a group made
             here.
+        absent: how many ranks are known, at the end of the block, not to come there: rank 0 does not wait for them.
 
     Raises:
         TopologyError: the group and the environment contradict each other, or no meeting point is known.
@@ -46,19 +50,21 @@ def process_group(topology: Topology, timeout_s: float = 120.0) -> Iterator[Topo
     elif topology.world_size == 1:
         yield topology
     else:
-        with _own_group(topology, timeout_s):
+        with _own_group(topology, timeout_s, absent):
             yield topology
 
 
 @contextmanager
-def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
+def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) -> Iterator[None]:
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
 
     point = meeting_point(topology)
     # An agent's server outlives the group, and has the keys of earlier ones.
     number = next(_groups) if point.hosted else 0
+    before = open_sockets()
     server = open_meeting_store(point, topology, timeout_s)
+    connection = connected_since(before, point.port)
     farewell: socket.socket | None = None
     failed = True
     try:
@@ -90,25 +96,29 @@ def _own_group(topology: Topology, timeout_s: float) -> Iterator[None]:
         # find the server of this one. So rank 0 closes it when all have left, and the others wait until it has.
         # A thread asks the server, because one whose process is stopped never answers.
         leaving: Any = threading.Thread(
-            target=_leave, args=(server, topology, number, longest_s), daemon=True
+            target=_leave, args=(server, topology, number, longest_s, absent()), daemon=True
         )
         leaving.start()
         leaving.join(longest_s + 0.5)
+        answers = not leaving.is_alive()
+        if not answers:
+            shut_down(connection)
+            leaving.join(LINGER_AFTER_FAILURE_S)
         store = server = leaving = None  # The last references: the server ends here.
         if farewell is not None:
             with farewell:
-                if topology.rank != 0:
+                if topology.rank != 0 and answers:
                     _await_end(farewell, longest_s)
 
 
-def _leave(store: Any, topology: Topology, number: int, longest_s: float) -> None:
-    """Counts this rank as left; on rank 0 waits until all are."""
+def _leave(store: Any, topology: Topology, number: int, longest_s: float, absent: int) -> None:
+    """Counts this rank as left; on rank 0 waits until all are that come."""
     key = f"left/{number}"
     until = time.monotonic() + longest_s
     # Where the store is lost, no rank can wait for this one there.
     with suppress(RuntimeError):
         left = store.add(key, 1)
-        while topology.rank == 0 and left < topology.world_size and time.monotonic() < until:
+        while topology.rank == 0 and left < topology.world_size - absent and time.monotonic() < until:
             time.sleep(0.01)
             left = store.add(key, 0)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
 
-SILENT_AFTER_S = 8.0
+HEARD = 2
+"""A rank that was stopped has heard of another one after so many heartbeats: one may have waited for it to wake."""
+SILENT_AFTER_S = 6.0
 """Seconds without a heartbeat after which a rank that can't be watched by its pid counts as dead."""
 
 NAMED_AT_MOST = 8
@@ -28,6 +30,7 @@ class Heartbeat:
     ``sequence`` counts its heartbeats, ``progress`` its own steps, ``moved`` (rank 0 only) how often it saw
     another rank move. ``closed``: the rank has left the channel in good order and sends no further heartbeats.
     ``waiting_for``: what it waits for outside of the channel, such as a file that a server does not send; or "".
+    ``stopped``: ranks whose processes it watches, and sees stopped: they are silent, but not dead.
     """
 
     sequence: int
@@ -38,6 +41,7 @@ class Heartbeat:
     counters: dict[str, float] = field(default_factory=dict)
     closed: bool = False
     waiting_for: str = ""
+    stopped: list[int] = field(default_factory=list)
 
     def encode(self) -> bytes:
         """JSON; `decode_heartbeat` reads it."""
@@ -58,6 +62,10 @@ class PeerWatch:
         self.heartbeat: Heartbeat | None = None
         self.silent_s = 0.0
         self.idle_s = 0.0
+        self.stopped = False
+        """Whether a rank on its machine has seen its process stopped."""
+        self.heard = HEARD
+        """How many heartbeats came since this rank woke, if it was stopped."""
 
     def observe(self, raw: bytes | None, looked_for_s: float) -> bool:
         """Takes in the latest heartbeat (None: none so far) after ``looked_for_s`` of looking.
@@ -74,6 +82,7 @@ class PeerWatch:
             and (self.heartbeat is None or _steps(heartbeat) != _steps(self.heartbeat))
         )
         self.silent_s = 0.0 if fresh else self.silent_s + looked_for_s
+        self.heard += fresh
         self.idle_s = 0.0 if moved else self.idle_s + looked_for_s
         self.heartbeat = heartbeat if fresh else self.heartbeat
         return moved
@@ -87,6 +96,13 @@ class PeerWatch:
         waits, sends one each second: so this one is stopped, or starved."""
         return self.heartbeat is not None and not self.closed and self.silent_s > seconds
 
+    @property
+    def may_still_leave(self) -> bool:
+        """Whether its process lives, is not stopped, and has not left."""
+        if self.heartbeat is None or self.closed or self.stopped or self.death() is not None:
+            return False
+        return not is_stopped(self.heartbeat.process)
+
     def death(self) -> str | None:
         """How the peer died, in words; None while it may live, has not arrived yet, or left in good order.
 
@@ -94,7 +110,8 @@ class PeerWatch:
         if self.heartbeat is None or self.heartbeat.closed:
             return None
         ended = how_ended(self.heartbeat.process)
-        if ended is None and not is_watchable(self.heartbeat.process) and self.silent_s >= SILENT_AFTER_S:
+        told_by_silence = not self.stopped and not is_watchable(self.heartbeat.process)
+        if ended is None and told_by_silence and self.silent_s >= SILENT_AFTER_S:
             return f"no sign of life for {self.silent_s:.0f} s (process, machine or network is gone)"
         return ended
 
@@ -103,7 +120,7 @@ class PeerWatch:
         if self.heartbeat is None:
             return f"rank {self.rank} (never heard of: it has not started, or not reached this load)"
         process = self.heartbeat.process
-        stopped = "; the process is stopped" if is_stopped(process) else ""
+        stopped = "; the process is stopped" if self.stopped or is_stopped(process) else ""
         waiting = f", waiting for {self.heartbeat.waiting_for}" if self.heartbeat.waiting_for else ""
         counters = "".join(f", {name}={value:g}" for name, value in sorted(self.heartbeat.counters.items()))
         return (

@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import TopologyError
 from .memory_store import MemoryStore
+from .sockets import Sockets, connected_since, open_sockets
 
 VALUE_BYTES = 1 << 20
 """A longer value is split into parts of this size."""
@@ -29,8 +30,14 @@ _WHOLE, _SPLIT = b"w", b"s"
 class KeyValue:
     """Keys and values over one connection to ``store`` (a ``torch.distributed.Store``)."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(
+        self, store: Any, address: tuple[str, int] | None = None, connection: Sockets | None = None
+    ) -> None:
         self._store = store
+        self.address = address
+        """Of the server, where the store has one."""
+        self.connection = connection or {}
+        """Its sockets that nobody else uses."""
         self._batched = bool(store.has_extended_api())
 
     def put(self, key: str, value: bytes) -> None:
@@ -129,7 +136,10 @@ def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValu
     def open_key_value() -> KeyValue:
         from torch.distributed.distributed_c10d import PrefixStore
 
-        return KeyValue(PrefixStore(f"rankload/{number}", _own_connection(shared)))
+        before, address = open_sockets(), _address_of(shared)
+        own = _own_connection(shared)
+        connection = connected_since(before, None if address is None or own is shared else address[1])
+        return KeyValue(PrefixStore(f"rankload/{number}", own), address, connection)
 
     return open_key_value
 
@@ -147,6 +157,14 @@ def _default_store(world_size: int) -> Any:
     if store is None:
         raise TopologyError("the default process group has no store; initialise it with gloo or nccl")
     return store
+
+
+def _address_of(store: Any) -> tuple[str, int] | None:
+    """The host and port of the TCPStore that `store` is, or is a part of; None for others."""
+    while (inner := getattr(store, "underlying_store", None)) is not None:
+        store = inner
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return (host, port) if isinstance(host, str) and isinstance(port, int) else None
 
 
 def _own_connection(store: Any) -> Any:

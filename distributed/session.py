@@ -41,11 +41,17 @@ def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterato
     """
     with terminable():
         found = discover_topology()
+        opened: list[Channel] = []
         with (
-            process_group(found, timeout_s=stall_timeout_s) as topology,
+            process_group(
+                found, timeout_s=stall_timeout_s, absent=lambda: sum(one.absent for one in opened)
+            ) as topology,
             open_channel(topology, stall_timeout_s=stall_timeout_s) as channel,
         ):
-            yield Session(confirm_topology(topology, channel), channel)
+            opened.append(channel)
+            confirmed = confirm_topology(topology, channel)
+            channel.watch_neighbours(confirmed.ranks_by_node[confirmed.node_rank])
+            yield Session(confirmed, channel)
 
 
 @contextmanager

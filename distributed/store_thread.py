@@ -6,6 +6,8 @@ death in one of three ways:
 
     it watches the rank that died    `PeerWatch.death` says how it ended; this thread settles a PeerError as the outcome
                                      of the current agreement, which announces it to all ranks
+    it is the first rank of its node, or the one that died is
+                                     the same: they watch each other's processes, which rank 0 of another node cannot
     another rank watched it          that PeerError stands at the current agreement's decision key
     the store is lost                its host died with it: calls break or get no answer (`StoreLostError`, of which
                                      `failures.store_lost` makes the PeerError)
@@ -22,17 +24,21 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, from_record, to_record
-from .heartbeat import SILENT_AFTER_S, Heartbeat, PeerWatch, place
+from .heartbeat import HEARD, SILENT_AFTER_S, Heartbeat, PeerWatch, place
 from .key_value import KeyValue
-from .liveness import ProcessIdentity, how_ended, is_watchable
+from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
+from .sockets import Sockets, listens, shut_down
 
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats, and between two looks at the peers'."""
+SLEPT_S = 4.0
+"""A thread that comes this late to its next look was stopped: what the others did meanwhile, it has not seen."""
+LISTEN_AGAIN_S = 2.0
 AGREED = "agreed"
 """What stands at an agreement's decision key when all agreed; anything else is the record of an error."""
 
@@ -65,6 +71,7 @@ class StoreThread:
 
     Attributes:
         watches: what this rank knows of each peer that it watches.
+        neighbours: processes of this machine that this rank watches without their heartbeats; set by the main thread.
         index: number of the current agreement; set by the main thread.
         stage: name of the stage that this rank is in; set by the main thread.
         counters: the latest of `Channel.progress`; set by the main thread.
@@ -89,6 +96,7 @@ class StoreThread:
         self._stall_timeout_s = stall_timeout_s
         watched = range(world_size) if rank == 0 else range(1)
         self.watches = {peer: PeerWatch(peer) for peer in watched if peer != rank}
+        self.neighbours: dict[int, ProcessIdentity] = {}
         self.index = 0
         self.stage = ""
         self.counters: dict[str, float] = {}
@@ -102,6 +110,9 @@ class StoreThread:
         self._sequence = 0
         self._closed = False
         self._connected = False
+        self._address: tuple[str, int] | None = None
+        self._sockets: Sockets = {}
+        self._listened = (0.0, False)
         self._last_look = time.monotonic()
         self._last_wait = self._last_look
         self._unanswered = (self._last_look, self._last_look, 0.0)
@@ -163,16 +174,31 @@ class StoreThread:
         self._jobs.put(_Job(work))
 
     def stop(self, patience_s: float) -> bool:
-        """Ends the thread; False where it is still in a call that the store does not answer after ``patience_s``."""
+        """Ends the thread; False where it is in a call that the store does not answer after ``patience_s``, and that
+        does not end with its connection."""
         self._jobs.put(None)
         # A store that has not answered so far is not waited for again.
         self._thread.join(patience_s if self.lost is None else 0.1)
+        if self._thread.is_alive():
+            shut_down(self._sockets)
+            self._thread.join(patience_s)
         return not self._thread.is_alive()
 
     def send_last_heartbeat(self, key_value: KeyValue) -> None:
         """Sends the heartbeat that says that this rank left in good order. Runs on the thread: work for `call`."""
         self._closed = True
         self._send(key_value)
+
+    def unheard(self) -> list[PeerWatch]:
+        """The peers that have given up, or were not heard of since this rank woke, if it was stopped."""
+        if time.monotonic() - self._last_look > SLEPT_S:
+            self._note_sleep()
+        # Nobody leaves while this rank is in an agreement, unless it has given up.
+        return [watch for watch in self.watches.values() if watch.heard < HEARD or watch.closed]
+
+    def _note_sleep(self) -> None:
+        for watch in self.watches.values():
+            watch.heard = 0
 
     def rank_zero_ended(self) -> str | None:
         """How rank 0's process ended; None while it lives or where that can't be seen from this machine."""
@@ -201,8 +227,8 @@ class StoreThread:
             return
         watch = self.watches.get(0)
         near = watch is not None and watch.heartbeat is not None and is_watchable(watch.heartbeat.process)
-        if near and self.rank_zero_ended() is None:
-            # Rank 0 lives on this machine; stopped or starved is not dead, and gets the stall's patience.
+        if self.rank_zero_ended() is None if near else self._host_lives(waited):
+            # Rank 0 lives; stopped or starved is not dead, and gets the stall's patience.
             if waited > max(self._stall_timeout_s, SILENT_AFTER_S / 2):
                 self.lost = TimeoutError(f"no answer for {waited:.0f} s")
                 raise StalledError(
@@ -214,10 +240,22 @@ class StoreThread:
             self.lost = TimeoutError(f"no answer for {waited:.0f} s")
             raise StoreLostError(str(self.lost))
 
+    def _host_lives(self, waited: float) -> bool:
+        """Whether the store's server on another machine, silent for ``waited`` seconds, still takes connections: its
+        process is stopped then, or starved. Asks once in `LISTEN_AGAIN_S`."""
+        if waited < SILENT_AFTER_S / 2 or self._address is None:
+            return False
+        asked, answer = self._listened
+        if time.monotonic() - asked > LISTEN_AGAIN_S:
+            answer = listens(self._address)
+            self._listened = (time.monotonic(), answer)
+        return answer
+
     def _run(self) -> None:
         try:
             # Connecting may hang as any call may, so this thread does it, and alone holds the connection.
             key_value = self._open_key_value()
+            self._address, self._sockets = key_value.address, key_value.connection
             self._connected = True
             # What is left of the channel must not keep the store: its server ends with the last reference.
             del self._open_key_value
@@ -251,6 +289,7 @@ class StoreThread:
             self.counters,
             self._closed,
             self.waiting_for,
+            [rank for rank, process in list(self.neighbours.items()) if is_stopped(process)],
         )
         key_value.put(heartbeat_key(self._rank), heartbeat.encode())
 
@@ -261,6 +300,8 @@ class StoreThread:
         index = self.index
         now = time.monotonic()
         looked_for = min(now - self._last_look, 2 * HEARTBEAT_S)
+        if now - self._last_look > SLEPT_S:
+            self._note_sleep()
         self._last_look = now
         self._notice(key_value.settled(decision_key(index)))
         peers = list(self.watches)
@@ -268,15 +309,33 @@ class StoreThread:
         moved = [
             self.watches[peer].observe(raw, looked_for) for peer, raw in zip(peers, heartbeats, strict=True)
         ]
+        stopped = {
+            peer for watch in self.watches.values() if watch.heartbeat for peer in watch.heartbeat.stopped
+        }
+        for peer, watch in self.watches.items():
+            watch.stopped = peer in stopped
         if self._rank == 0:
             # Rank 0 alone passes on what it saw: two ranks that did would see each other move for ever.
             self._moved += sum(moved)
         self.still_s = 0.0 if any(moved) else self.still_s + looked_for
-        for watch in self.watches.values():
-            death = watch.death()
+        deaths = [(watch, watch.death()) for watch in self.watches.values()]
+        for watch, death in [*deaths, *self._dead_neighbours(key_value)]:
             if death is not None and self.announced is None and not self._closed:
                 error = peer_error(watch, death, self.stage)
                 self._notice(key_value.settle(decision_key(index), to_record(error)))
+
+    def _dead_neighbours(self, key_value: KeyValue) -> Iterator[tuple[PeerWatch, str]]:
+        """The neighbours whose processes have ended, unless they had left in good order, each with how it ended."""
+        for rank, process in list(self.neighbours.items()):
+            ended = how_ended(process)
+            if ended is None:
+                continue
+            del self.neighbours[rank]
+            watch = PeerWatch(rank)
+            watch.observe(key_value.peek(heartbeat_key(rank)), 0.0)
+            # Without a heartbeat all have left, and rank 0 has removed what they left in the store.
+            if watch.heartbeat is not None and not watch.closed:
+                yield watch, ended
 
     def _notice(self, outcome: str | None) -> None:
         """Keeps the first error that was settled as an outcome, for the main thread to raise."""

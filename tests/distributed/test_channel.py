@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 from processes import Finished, run_ranks
 from rankload.distributed.channel import Channel, open_channel
 from rankload.distributed.errors import PeerError, RankloadError, StalledError, TopologyError
+from rankload.distributed.heartbeat import SILENT_AFTER_S, Heartbeat, PeerWatch
 from rankload.distributed.key_value import VALUE_BYTES, KeyValue
 from rankload.distributed.liveness import how_ended, this_process
+from rankload.distributed.store_thread import SLEPT_S, StoreThread
 
 THIS = __file__
 
@@ -312,6 +315,82 @@ def fault(kind: str, victim: str, stall_timeout_s: str) -> None:
         print(type(error).__name__, f"{time.monotonic() - begin:.2f}", error, flush=True)
         sys.exit(7)
     sys.exit(0)
+
+
+def a_death_on_another_machine(stall_timeout_s: str) -> None:
+    """Rank 0 sees no process of the others, as from another machine; ranks 1 and 2 watch each other; 2 is killed."""
+    from rankload.distributed import heartbeat
+
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        heartbeat.is_watchable = lambda process: False
+        heartbeat.how_ended = lambda process: None
+    begin = time.monotonic()
+    try:
+        with open_channel(
+            SimpleNamespace(rank=rank, world_size=3),
+            stall_timeout_s=float(stall_timeout_s),
+            store=rank_store(3),
+        ) as channel:
+            with channel.stage("before"):
+                pass
+            channel.watch_neighbours([0] if rank == 0 else [1, 2])
+            with channel.stage("fault"):
+                begin = time.monotonic()
+                if rank == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    except RankloadError as error:
+        print(type(error).__name__, f"{time.monotonic() - begin:.2f}", error, flush=True)
+        sys.exit(7)
+    sys.exit(0)
+
+
+def test_a_death_is_known_on_all_machines_soon() -> None:
+    finished = run_ranks(f"{THIS}:a_death_on_another_machine", 3, args=(60,), deadline_s=40)
+    assert finished[2].returncode == -signal.SIGKILL
+    for one in finished[:2]:
+        error, seconds, message = outcome(one)
+        assert error == "PeerError"
+        assert "rank 2 (host " in message
+        # Its silence alone would have told later.
+        assert "no sign of life" not in message
+        assert seconds < SILENT_AFTER_S
+
+
+def test_a_rank_that_was_stopped_hears_of_all_before_it_settles_anything() -> None:
+    store_thread = StoreThread(lambda: KeyValue(hash_store()), this_process(), 0, 3, 5.0)
+    waiting, left = store_thread.watches.values()
+    sent = iter(range(100))
+
+    def beats(watch: PeerWatch, **more: Any) -> None:
+        watch.observe(Heartbeat(next(sent), this_process(), **more).encode(), 1.0)
+
+    beats(waiting)
+    beats(left)
+    assert store_thread.unheard() == []
+    store_thread._last_look -= SLEPT_S + 1
+    assert store_thread.unheard() == [waiting, left]
+    store_thread._last_look = time.monotonic()
+    # One may have been on its way while this rank was stopped.
+    beats(waiting)
+    assert store_thread.unheard() == [waiting, left]
+    beats(waiting)
+    beats(left)
+    beats(left, closed=True)
+    assert store_thread.unheard() == [left]
+
+
+def test_a_process_that_its_neighbour_sees_stopped_is_silent_and_not_dead() -> None:
+    watch = PeerWatch(1)
+    elsewhere = replace(this_process(), machine="another")
+    watch.observe(Heartbeat(1, elsewhere).encode(), 1.0)
+    watch.observe(None, SILENT_AFTER_S)
+    assert "no sign of life" in str(watch.death())
+    assert not watch.may_still_leave
+    watch.stopped = True
+    assert watch.death() is None
+    assert not watch.may_still_leave
+    assert "the process is stopped" in watch.describe()
 
 
 def outcome(finished: Finished) -> tuple[str, float, str]:
