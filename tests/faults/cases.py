@@ -247,10 +247,11 @@ LEAVES = Stage("leaving", LEAVING, changed=True)
 LAST_WORD = Promise(
     "every rank ends: restored bit for bit where it had read the last outcome, else by a PartialRestoreError",
     frozenset({"PartialRestoreError"}),
-    STALL_S,
+    NO_ANSWER_S,
     partial=True,
     either=True,
 )
+LEFT_BEHIND = replace(RESTORES, text="the others restore, and do not wait for it for long")
 ALL_FAULTS = ("raises", "SIGKILL", "SIGSTOP", "sys.exit(0)", "os._exit(0)", "clock")
 DEADLY = ("raises", "SIGKILL", "SIGSTOP")
 
@@ -277,7 +278,7 @@ OF_LOADS = (
         collectives=True,
     ),
     *(
-        Case("load", "http", LEAVES, role, fault, LAST_WORD if role is LEADER else RESTORES)
+        Case("load", "http", LEAVES, role, fault, LAST_WORD if role is LEADER else LEFT_BEHIND)
         for role in EVERY_ROLE
         for fault in ("SIGKILL", "SIGSTOP")
     ),

@@ -258,7 +258,9 @@ def left(threads: set[threading.Thread], sockets: dict[str, str], grouped: bool)
     while True:
         gc.collect()
         found = [f"thread {one.name}" for one in threading.enumerate() if one not in threads]
-        found += [f"socket {what}" for key, what in open_sockets().items() if key not in sockets]
+        if not grouped:
+            # A group of the job's own connects its ranks when they first need it.
+            found += [f"socket {what}" for key, what in open_sockets().items() if key not in sockets]
         if torch.distributed.is_initialized() and not grouped:
             found.append("process group")
         if not found or time.monotonic() > until:
