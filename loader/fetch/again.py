@@ -14,7 +14,7 @@ from typing import TypeVar
 from ..byte_ranges import ByteRange, union
 from ..cache.holes import Landed, fetching_again
 from ..context import LoadContext
-from ..errors import CorruptError, fetched_twice
+from ..errors import CorruptError, FormatError, RankloadError, UnsafeError, fetched_twice
 from ..saved.tensor import StorageRef
 from ..stores.base import ObjectInfo, OnBytes
 from .object_cache import ObjectCache
@@ -25,6 +25,7 @@ from .tally import OnProgress
 from .whole import obtain_again
 
 T = TypeVar("T")
+_SMALL_BYTES = 1 << 20
 _ALL = ByteRange(0, 1 << 62)
 """Stands for a file that came whole."""
 
@@ -80,17 +81,19 @@ class SecondFetch:
     def reading(self, path: str, name: str, read: Callable[[], T], ranges: Sequence[ByteRange] = ()) -> T:
         """What `read` makes of the file at `path`; where that is damaged, once it was fetched again.
 
-        Of a file that comes in parts, `ranges` are what it reads of it.
+        Of a file that comes in parts, `ranges` are what it reads of it. One bit that flipped on the way can make an
+        index, or a small file, seem to be of another kind; a large file is fetched again only where it is damaged.
 
         Raises as `read`, and as `ranges`.
         """
+        kinds = self._kinds(path)
         try:
             return read()
-        except CorruptError as error:
+        except kinds as error:
             made: list[T] = []
 
             def is_right() -> bool:
-                with contextlib.suppress(CorruptError):
+                with contextlib.suppress(*kinds):
                     made.append(read())
                 return bool(made)
 
@@ -103,6 +106,12 @@ class SecondFetch:
             return read()
         except CorruptError as error:
             raise fetched_twice(error) from error.__cause__
+
+    def _kinds(self, path: str) -> tuple[type[RankloadError], ...]:
+        """The errors after which the file at `path` is fetched again."""
+        whole = self._remote.known.whole_at(path)
+        large = whole is not None and whole[2].size_bytes > _SMALL_BYTES
+        return (CorruptError,) if large else (CorruptError, FormatError, UnsafeError)
 
     def _into_file(self, path: str, spans: Sequence[ByteRange]) -> int:
         source = self._remote.known.open_source(self._context.store, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..cache.folder import folder_of
 from ..context import LoadContext
@@ -26,6 +26,8 @@ from .again import SecondFetch
 from .files import FetchedFile, FileNeed, fetch_files
 from .items import read_items
 from .remote_files import RemoteFiles
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,9 @@ class CheckpointFiles:
             self._index_at[path] = self.again.reading(path, name, lambda: self.remote.index(path, name))
             self._names[path] = name
         return self._index_at[path]
+
+    def parsed(self, file: NodeFile, parse: Callable[[str, str], T]) -> T:
+        return self.again.reading(file.path, file.source, lambda: parse(file.path, file.source))
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
         found, by_file = read_items(self.context, self.remote, self.again, wanted, stage)

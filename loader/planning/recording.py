@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from ..fetch.checkpoint_files import CheckpointFiles
 from ..formats.torch_file import FileIndex
 from ..saved.node_file import FileItem, NodeFile
+
+T = TypeVar("T")
 
 
 class RankFiles:
@@ -58,6 +60,9 @@ class RankFiles:
 
     def index(self, file: NodeFile, member: str = "") -> FileIndex:
         return self._files.index(file, member)
+
+    def parsed(self, file: NodeFile, parse: Callable[[str, str], T]) -> T:
+        return self._files.parsed(file, parse)
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
         self.items_read += wanted

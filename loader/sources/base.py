@@ -6,14 +6,16 @@ files of a load are fetched once per node, by all ranks together; so a source as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
 from ..saved.demand import Demand
 from ..saved.node_file import FileItem, NodeFile
+
+T = TypeVar("T")
 
 
 class Files(Protocol):
@@ -67,6 +69,12 @@ class Files(Protocol):
 
     def index(self, file: NodeFile, member: str = "") -> FileIndex:
         """The index of a file of tensors that was fetched; of an archive, of its `member`."""
+
+    def parsed(self, file: NodeFile, parse: Callable[[str, str], T]) -> T:
+        """What `parse` makes of another file that was fetched, from its path here and its name for messages.
+
+        Raises as `parse`; of a remote file that came damaged, once it was fetched again.
+        """
 
     def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
         """The indexes of torch files inside fetched files, in the order of `wanted`. Every rank must call.

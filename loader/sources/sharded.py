@@ -30,7 +30,7 @@ class Sharded:
 
     def open(self, files: Files, demand: Demand) -> Saved:
         with files.stage("read index"):
-            index = read_model_index(files.first.path, name=files.first.source)
+            index = files.parsed(files.first, lambda path, name: read_model_index(path, name=name))
         fetched = files.fetch(index.file_names, "fetch")
         with files.stage("read"):
             read = {name: files.index(fetched[name]) for name in index.file_names}

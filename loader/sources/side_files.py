@@ -219,11 +219,15 @@ def _entry(files: Files, file: NodeFile) -> Any:
     """What an entry's file holds: JSON, or any object that was pickled."""
     if not file.name.endswith(".json"):
         return files.index(file).tree
-    with open(file.path, "rb") as opened:
+    return files.parsed(file, _read_json)
+
+
+def _read_json(path: str, name: str) -> Any:
+    with open(path, "rb") as opened:
         data = opened.read(_LARGEST_JSON + 1)
     if len(data) > _LARGEST_JSON:
         raise CorruptError(
-            f"{file.source}: expected at most {_LARGEST_JSON:,} bytes of JSON; leave it out by renaming it",
-            path=file.source,
+            f"{name}: expected at most {_LARGEST_JSON:,} bytes of JSON; leave it out by renaming it",
+            path=name,
         )
-    return parse_json(data, name=file.source, what="it", finite=False)
+    return parse_json(data, name=name, what="it", finite=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import struct
 import tarfile
 import zipfile
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from bad_server import BadServer, Behaviour, bad_server
+from dcp_folders import module_of, save
 from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load, read
 from rankload.loader.exporting.export import export_checkpoint
 
@@ -258,6 +260,80 @@ def test_members_of_a_tar_are_fetched_again(
             assert same(state, wanted), path
             (again,) = result.receipt.fetched_again
             assert (again.nbytes >= len(tar)) != behaviour.has_ranges, (path, again)
+
+
+@pytest.mark.parametrize("verify", ["during", "before"])
+def test_a_safetensors_file_is_fetched_again_by_its_manifest(verify: str, tmp_path: Path) -> None:
+    """Large, in parts, of which all are read, and small, whole; it has no other checksums."""
+    state = a_state(1)
+    wanted = {name: value.clone() for name, value in state.model.state_dict().items()}
+    files = {"large": save_tensors(wanted), "small": save_tensors({"w": torch.arange(999.0)})}
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    served = {f"/m/{name}": Behaviour(data, flips={len(data) - 99: 1}) for name, data in files.items()}
+    with bad_server({**served, "/m/SHA256SUMS": Behaviour(sums.encode())}) as server:
+        options = {"cache_dir": str(tmp_path), "mode": "node", "verify": verify}
+        for name, data in files.items():
+            model = a_state(2).model if name == "large" else Single()
+            receipt = load(
+                server.url(f"/m/{name}"), State(model), options=options, progress_bar=False
+            ).receipt
+            assert not any(served[f"/m/{name}"].flips.values()), "the fault never fired"
+            (again,) = receipt.fetched_again
+            assert "sha256 of SHA256SUMS: expected" in again.why
+            assert again.nbytes == len(data)
+            assert receipt.files[0].verified_by == ("sha256 of SHA256SUMS",)
+            right = wanted if name == "large" else {"w": torch.arange(999.0)}
+            assert all(torch.equal(value, right[key]) for key, value in model.state_dict().items()), name
+
+
+class Single(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(999))
+
+
+def save_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.detach().numpy().tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_the_files_of_a_dcp_folder_are_fetched_again(tmp_path: Path) -> None:
+    """An item's index, an item's tensor, and the metadata that names all items."""
+    torch.manual_seed(3)
+    model = {"big": torch.rand(900, 900), "small": torch.rand(7)}
+    folder = save(tmp_path / "saved", {"model": model})
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    data = files["__0_0.distcp"]
+    at = data.index(model["big"].numpy().tobytes()[:64])
+    places = {
+        "tensor": {"__0_0.distcp": at + 300_001},
+        # The name of the first item's pickle, in its zip's directory.
+        "index": {"__0_0.distcp": data.index(b"data.pkl", data.index(b"PK\1\2"))},
+        "metadata": {".metadata": 0},
+    }
+    for name, flips in places.items():
+        served = {
+            f"/{file}": Behaviour(body, flips={flips[file]: 1} if file in flips else {})
+            for file, body in files.items()
+        }
+        with bad_server(served) as server:
+            state = State(module_of(model))
+            receipt = load(
+                server.url(""), state, options={"cache_dir": str(tmp_path / name)}, progress_bar=False
+            ).receipt
+            assert not any(flip for one in served.values() for flip in one.flips.values()), name
+        assert all(torch.equal(value, model[key]) for key, value in state.model.state_dict().items()), name
+        assert [one.name.rpartition("/")[2] for one in receipt.fetched_again] == list(flips), name
 
 
 @pytest.mark.parametrize("to", ["safetensors", "dcp"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rankload.loader.errors import LayoutError, NotFoundError
 from rankload.loader.formats.torch_file import FileIndex, read_index, read_item
@@ -63,6 +64,9 @@ class LocalFiles:
         )
         self.indexed.append(name)
         return read_index(path, name=name)
+
+    def parsed(self, file: NodeFile, parse: Callable[[str, str], Any]) -> Any:
+        return parse(file.path, file.source)
 
     def existing(self, names: Sequence[str]) -> list[str]:
         self.stages.append("existing")

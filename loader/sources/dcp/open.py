@@ -63,7 +63,7 @@ class Dcp:
                 with files.stage("read beside"):
                     beside = _beside(files, fetched[_META])
         with files.stage("read metadata"):
-            folders = [_folder(file) for file in metadata]
+            folders = [_folder(files, file) for file in metadata]
             wanted = dict(_wanted(folders, beside, demand, files.name))
         held = files.fetch(sorted({name for name, _ in wanted}), "fetch")
         items = [
@@ -142,9 +142,9 @@ def _beside(files: Files, file: NodeFile) -> Mapping[str, Any]:
     return tree
 
 
-def _folder(file: NodeFile) -> _Folder:
+def _folder(files: Files, file: NodeFile) -> _Folder:
     prefix = file.name.removesuffix(METADATA)
-    return _Folder(prefix, file, read_metadata(file.path, name=file.source))
+    return _Folder(prefix, file, files.parsed(file, lambda path, name: read_metadata(path, name=name)))
 
 
 def _places(metadata: Metadata, items: Container[Item]) -> Iterator[tuple[Item, str]]:
