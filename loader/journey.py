@@ -10,7 +10,8 @@
                                            which rank provides which weights, sums which bytes, fetches which ranges
     restore        targets.base.carry_out  FIRST CHANGE: bytes are copied into place, while others are still fetched
     weights        targets.deepspeed       weights that ranks share come to each node once
-    checksums      verify.checks           what was summed is compared (with ``verify="before"``: before the restore)
+    checksums      verify.checks           what was summed is compared (with ``verify="before"``: before the restore);
+                                           what came damaged is fetched, and restored, once more
     finish         Plan.finish             what DeepSpeed does on all ranks at the end
     timestamp      _agree_on_timestamp     all ranks restored the same batch count
     rng            _complete_rng           one random state for each rank; returned, not applied
