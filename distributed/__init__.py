@@ -5,14 +5,15 @@
 1. `shutdown.terminable`: SIGTERM becomes an exception, so that clean-up runs.
 2. `topology.discover_topology`: this rank's place, from the variables of its launcher (`launchers`).
 3. `group.process_group`: the default process group where there is one; otherwise a gloo group for the length of the
-   session, made at the address that `rendezvous` finds.
+   session, made at the address that `rendezvous` finds. Ranks that end before they join are noticed by `siblings`.
 4. `channel.open_channel`: this rank's end of the channel. `agreement` reaches one agreement at a time; `store_thread`
    carries it over torch's key-value store (`key_value`).
 5. `topology.confirm_topology`: all ranks' places are compared.
 
 A rank learns in `store_thread` that another died: once a second it looks at heartbeats (`heartbeat`), at the processes
-on its own machine (`liveness`) and at the outcome that another rank announced. `failures` explains a lost store.
-All ranks raise the same error. `range_server`, apart from all that, sends byte ranges of files from rank to rank.
+of its own node (`liveness`, `siblings`) and at the outcome that another rank announced. `failures` explains a lost
+store. All ranks raise the same error. Inside others' collectives, `watchdog` ends a rank that cannot leave them.
+`range_server`, apart from all that, sends byte ranges of files from rank to rank, by the addresses of `interfaces`.
 
 Not guaranteed: that a death is seen at once (about a second on one machine, `heartbeat.SILENT_AFTER_S` across
 machines), nor that a rank hears of it outside an agreement or `Channel.progress`: native code and the user's own code

@@ -26,7 +26,7 @@ POLL_S = (0.001, 0.05)
 PATIENCE = 0.1
 """A rank that has waited for t seconds pauses for ``PATIENCE * t``: it notices the outcome at most that much late."""
 LONG_WAIT_S = 10.0
-"""A wait of so long is logged, and again each time that it has doubled."""
+"""A wait of so long is logged, and again each time that it has doubled: as a warning where a rank has not even come."""
 
 _logger = logging.getLogger("rankload")
 
@@ -147,12 +147,19 @@ class Agreement:
             waited = time.monotonic() - begin
             if waited > told_after_s:
                 told_after_s *= 2
-                _logger.info(
+                missing = self._missing(index)
+                watches = self._store_thread.watches
+                # A heartbeat of whoever has come was seen by then.
+                never_came = waited > 2 * HEARTBEAT_S and any(
+                    watches[peer].heartbeat is None for peer in missing if peer in watches
+                )
+                _logger.log(
+                    logging.WARNING if never_came else logging.INFO,
                     "rank %d has waited for %.0f s in %s for %s",
                     self._rank,
                     waited,
                     name,
-                    self._described(self._missing(index)),
+                    self._described(missing),
                 )
             time.sleep(min(max(PATIENCE * waited, shortest), longest))
 

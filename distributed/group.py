@@ -14,7 +14,7 @@ from typing import Any
 
 from .channel import LINGER_AFTER_FAILURE_S, LINGER_S
 from .errors import PeerError
-from .rendezvous import MeetingPoint, await_all, meeting_point, open_meeting_store
+from .rendezvous import MeetingPoint, RollCall, await_all, meeting_point, open_meeting_store
 from .sockets import connected_since, open_sockets, shut_down
 from .topology import Topology, group_topology
 
@@ -61,9 +61,10 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
 
     point = meeting_point(topology)
     # An agent's server outlives the group, and has the keys of earlier ones.
-    number = next(_groups) if point.hosted else 0
+    call = next(_groups) + 1
+    number = call - 1 if point.hosted else 0
     before = open_sockets()
-    server = open_meeting_store(point, topology, timeout_s)
+    server = open_meeting_store(point, topology, timeout_s, call)
     connection = connected_since(before, point.port)
     farewell: socket.socket | None = None
     failed = True
@@ -71,21 +72,10 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
         store: Any = PrefixStore(f"{point.prefix}/group/{number}", server)
         if topology.rank == 0:
             farewell = _open_farewell(store, topology, point)
-        await_all(store, topology, number, timeout_s)
+        roll_call = await_all(store, topology, number, timeout_s, call)
         if topology.rank != 0:
             farewell = _open_farewell(store, topology, point)
-        try:
-            dist.init_process_group(
-                "gloo",
-                store=store,
-                rank=topology.rank,
-                world_size=topology.world_size,
-                timeout=timedelta(seconds=timeout_s),
-            )
-        except RuntimeError as error:
-            raise PeerError(
-                f"rank {topology.rank} could not make the gloo process group: {error}", rank=topology.rank
-            ) from error
+        _make_group(store, topology, timeout_s, roll_call)
         yield
         failed = False
     finally:
@@ -109,6 +99,39 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
             with farewell:
                 if topology.rank != 0 and answers:
                     _await_end(farewell, longest_s)
+
+
+def _make_group(store: Any, topology: Topology, timeout_s: float, roll_call: RollCall) -> None:
+    """Makes the group in a thread: gloo waits in native code for ranks that have ended, which are noticed here."""
+    import torch.distributed as dist
+
+    outcome: list[BaseException | None] = []
+
+    def make() -> None:
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=make, name="rankload-group", daemon=True)
+    thread.start()
+    while not outcome:
+        thread.join(0.05)
+        roll_call.look([], tells=False)
+    thread.join()
+    if isinstance(outcome[0], RuntimeError):
+        raise PeerError(
+            f"rank {topology.rank} could not make the gloo process group: {outcome[0]}", rank=topology.rank
+        ) from outcome[0]
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def _leave(store: Any, topology: Topology, number: int, longest_s: float, absent: int) -> None:

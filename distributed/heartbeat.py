@@ -24,6 +24,24 @@ NAMED_AT_MOST = 8
 
 
 @dataclass(frozen=True)
+class Enrolled:
+    """Which process a rank is, and how many calls it has made over one store."""
+
+    process: ProcessIdentity
+    calls: int
+
+    def encode(self) -> bytes:
+        """JSON; `decode_enrolled` reads it."""
+        return json.dumps({"process": self.process.as_dict(), "calls": self.calls}).encode()
+
+
+def decode_enrolled(raw: bytes) -> Enrolled:
+    """What `Enrolled.encode` wrote."""
+    fields: dict[str, Any] = json.loads(raw)
+    return Enrolled(ProcessIdentity(**fields["process"]), fields["calls"])
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """What a rank reports of itself once a second.
 
@@ -66,6 +84,8 @@ class PeerWatch:
         """Whether a rank on its machine has seen its process stopped."""
         self.heard = HEARD
         """How many heartbeats came since this rank woke, if it was stopped."""
+        self.expected: Enrolled | None = None
+        """What an earlier call told of it, where it has not come to this one yet."""
 
     def observe(self, raw: bytes | None, looked_for_s: float) -> bool:
         """Takes in the latest heartbeat (None: none so far) after ``looked_for_s`` of looking.
@@ -104,10 +124,12 @@ class PeerWatch:
         return not is_stopped(self.heartbeat.process)
 
     def death(self) -> str | None:
-        """How the peer died, in words; None while it may live, has not arrived yet, or left in good order.
+        """How the peer died, in words; None while it may live, or left in good order.
 
         On this machine the pid decides: a stopped or starved process is silent, but not dead."""
-        if self.heartbeat is None or self.heartbeat.closed:
+        if self.heartbeat is None:
+            return None if self.expected is None else how_ended(self.expected.process)
+        if self.heartbeat.closed:
             return None
         ended = how_ended(self.heartbeat.process)
         told_by_silence = not self.stopped and not is_watchable(self.heartbeat.process)
@@ -118,7 +140,11 @@ class PeerWatch:
     def describe(self) -> str:
         """Which rank it is, where it runs, and how far it was when last heard of."""
         if self.heartbeat is None:
-            return f"rank {self.rank} (never heard of: it has not started, or not reached this load)"
+            if self.expected is None:
+                return f"rank {self.rank} (never heard of: it has not started, or not made this call)"
+            process, calls = self.expected.process, self.expected.calls
+            made = f": it has made {calls} before, and all ranks must make the same calls" if calls else ""
+            return f"rank {self.rank} (host {process.host}, pid {process.pid}, never heard of in this call{made})"
         process = self.heartbeat.process
         stopped = "; the process is stopped" if self.stopped or is_stopped(process) else ""
         waiting = f", waiting for {self.heartbeat.waiting_for}" if self.heartbeat.waiting_for else ""

@@ -28,17 +28,29 @@ _WHOLE, _SPLIT = b"w", b"s"
 
 
 class KeyValue:
-    """Keys and values over one connection to ``store`` (a ``torch.distributed.Store``)."""
+    """Keys and values over one connection to ``store`` (a ``torch.distributed.Store``).
+
+    Attributes:
+        address: of the server, where the store has one.
+        connection: its sockets that nobody else uses.
+        call: which one of this process's calls over its store this is, from 1 on.
+        roster: the keys that all calls over that store share; None where it is known that there is one call.
+    """
 
     def __init__(
-        self, store: Any, address: tuple[str, int] | None = None, connection: Sockets | None = None
+        self,
+        store: Any,
+        address: tuple[str, int] | None = None,
+        connection: Sockets | None = None,
+        call: int = 1,
+        roster: KeyValue | None = None,
     ) -> None:
         self._store = store
         self.address = address
-        """Of the server, where the store has one."""
         self.connection = connection or {}
-        """Its sockets that nobody else uses."""
         self._batched = bool(store.has_extended_api())
+        self.call = call
+        self.roster = roster
 
     def put(self, key: str, value: bytes) -> None:
         """Sets a value; a reader sees all of it or none."""
@@ -139,7 +151,8 @@ def key_value_opener(world_size: int, store: Any = None) -> Callable[[], KeyValu
         before, address = open_sockets(), _address_of(shared)
         own = _own_connection(shared)
         connection = connected_since(before, None if address is None or own is shared else address[1])
-        return KeyValue(PrefixStore(f"rankload/{number}", own), address, connection)
+        roster = KeyValue(PrefixStore("rankload/roster", own))
+        return KeyValue(PrefixStore(f"rankload/{number}", own), address, connection, number + 1, roster)
 
     return open_key_value
 

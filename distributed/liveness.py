@@ -33,8 +33,16 @@ class ProcessIdentity:
 def this_process() -> ProcessIdentity:
     """The identity of the calling process."""
     pid = os.getpid()
+    found = identity_of(pid)
+    return found or ProcessIdentity(socket.gethostname(), pid, 0, machine_identity())
+
+
+def identity_of(pid: int) -> ProcessIdentity | None:
+    """The identity of the process `pid` of this machine; None where there is none, or it has ended."""
     stat = _read_stat(pid)
-    return ProcessIdentity(socket.gethostname(), pid, 0 if stat is None else stat[1], machine_identity())
+    if stat is None or stat[0] in "ZX":
+        return None
+    return ProcessIdentity(socket.gethostname(), pid, stat[1], machine_identity())
 
 
 @lru_cache(maxsize=1)

@@ -1,23 +1,28 @@
 """Brings the ranks together where there is no process group yet: an address for all, a store there, and all joined.
 
 `meeting_point`, `open_meeting_store`, `await_all`, in this order. Joining waits in short steps of its own: torch's way
-blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing.
+blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing. Here the end of a
+rank is noticed by its process, where that is on this machine (`RollCall`); else those that are missing are named after
+some seconds.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
-import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .errors import PeerError, RankloadError, StalledError, TopologyError
+from .errors import PeerError, RankloadError, StalledError, TopologyError, from_record, to_record
+from .liveness import ProcessIdentity, how_ended, this_process
+from .siblings import Siblings
 from .topology import Topology
 
 FIRST_PORT, PORTS = 20000, 12000
@@ -28,7 +33,17 @@ MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "MPIRUN_ID
 POLL_S = 0.02
 GRACE_S = 5.0
 """Added to the wait for torch's own time-out, which says more."""
+LOOK_S = 1.0
+"""Seconds between two looks at who is missing."""
+_FAILED_S = 0.2
+"""Seconds between two questions whether another rank has failed: rank 0 may host the store, and ends soon then."""
+WARN_AFTER_S = 10.0
+"""After how long those that are missing are named by a warning; and again each time that it has doubled."""
+NAMED_AT_MOST = 16
+"""Ranks that a message names; the others are counted."""
 T = TypeVar("T")
+
+_logger = logging.getLogger("rankload")
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,10 @@ def _on_one_node(topology: Topology) -> bool:
     return known and topology.local_world_size == topology.world_size
 
 
-def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float) -> Any:
+def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float, call: int = 1) -> Any:
     """A TCPStore at the meeting point, hosted by rank 0 unless the point is ``hosted``. Every rank must call.
+
+    `call` counts the calls of this process that came here, for messages.
 
     Raises:
         TopologyError: rank 0 can't listen there.
@@ -113,8 +130,14 @@ def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float
 
     # In a thread, so that Ctrl-C and SIGTERM are heard meanwhile.
     thread = threading.Thread(target=connect, name="rankload-rendezvous", daemon=True)
+    begin = time.monotonic()
     thread.start()
-    _wait(lambda: bool(made), timeout_s + GRACE_S, lambda: f"rank 0 to listen at {where}")
+    roll_call = RollCall(topology, f"to listen at {where}{_same_calls(call)}")
+    while not made:
+        if time.monotonic() - begin > timeout_s + GRACE_S:
+            raise _stalled(topology, begin, timeout_s, f"rank 0 to listen at {where}{_same_calls(call)}")
+        roll_call.look([] if hosts else [0], tells=topology.local_rank == 0)
+        time.sleep(POLL_S)
     thread.join()
     if not isinstance(made[0], Exception):
         return made[0]
@@ -123,46 +146,132 @@ def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float
             f"rank 0 can't listen at {where}: {made[0]}; set MASTER_ADDR to an address of rank 0 and MASTER_PORT "
             "to a free port, the same on all ranks"
         ) from made[0]
-    raise StalledError(
-        f"rank {topology.rank} waited {timeout_s:g} s (stall_timeout_s) for rank 0 to listen at {where} "
-        f"(MASTER_ADDR, MASTER_PORT): {made[0]}",
-        rank=topology.rank,
-    ) from made[0]
+    what = f"rank 0 to listen at {where} (MASTER_ADDR, MASTER_PORT)"
+    raise _stalled(topology, begin, timeout_s, f"{what}{_same_calls(call)}: {made[0]}") from made[0]
 
 
-def await_all(store: Any, topology: Topology, number: int, timeout_s: float) -> None:
-    """Returns when every rank has joined group ``number``. Every rank must call.
+def await_all(store: Any, topology: Topology, number: int, timeout_s: float, call: int = 1) -> RollCall:
+    """Returns when every rank has joined group `number`. Every rank must call.
+
+    `call` is as `open_meeting_store` takes it. Returns the `RollCall` that knows the ranks' processes by then.
 
     Raises:
-        StalledError: for ``timeout_s`` no further rank joined; names those that are missing.
-        PeerError: the store was lost meanwhile.
+        StalledError: for `timeout_s` no further rank joined; names those that are missing.
+        PeerError: the store was lost meanwhile, or the process of a rank has ended.
     """
     keys = [f"joined/{number}/{rank}" for rank in range(topology.world_size)]
-    _reaching(lambda: store.set(keys[topology.rank], socket.gethostname()))
-
-    def missing() -> list[int]:
-        return _reaching(lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
-
+    failed = f"failed/{number}"
+    _reaching(lambda: store.set(keys[topology.rank], json.dumps(this_process().as_dict())))
+    roll_call = RollCall(topology, f"to join{_same_calls(call)}")
+    begin = since = time.monotonic()
+    missing: list[int] = list(range(topology.world_size))
+    looked = asked = begin
     while not _reaching(lambda: store.check(keys)):
-        before = missing()
+        now = time.monotonic()
+        if now - looked >= LOOK_S or now - since > timeout_s:
+            looked, before = now, missing
+            missing = _reaching(lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
+            if len(missing) < len(before):
+                since = now
+            # Each node's first rank knows the processes of those that came: few ranks ask for all.
+            if topology.local_rank == 0:
+                for rank in set(before) - set(missing):
+                    record = _reaching(lambda rank=rank: store.get(keys[rank]))  # type: ignore[misc]
+                    roll_call.came(rank, ProcessIdentity(**json.loads(record)))
+        if now - asked >= _FAILED_S:
+            asked = now
+            if _reaching(lambda: store.check([failed])):
+                raise from_record(_reaching(lambda: store.get(failed)).decode())
+        if now - since > timeout_s:
+            raise _stalled(topology, begin, timeout_s, roll_call.described(missing))
+        first = min(set(range(topology.world_size)) - set(missing), default=topology.rank)
         try:
-            _wait(lambda: _reaching(lambda: store.check(keys)), timeout_s, lambda: _ranks(missing()))
-        except StalledError:
-            if len(missing()) == len(before):
-                raise
-
-
-def _wait(done: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
-    until = time.monotonic() + timeout_s
-    while not done():
-        if time.monotonic() > until:
-            raise StalledError(f"waited {timeout_s:g} s (stall_timeout_s) for {what()}")
+            roll_call.look(missing, tells=topology.rank == first)
+        except PeerError as error:
+            # The others may not see that process, and rank 0 may take the store with it: they get the first cause.
+            raise _settled(store, failed, error.located(topology.rank)) from None
         time.sleep(POLL_S)
+    return roll_call
 
 
-def _ranks(ranks: list[int]) -> str:
-    named = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {named} to join: every rank must make the same calls"
+def _settled(store: Any, key: str, error: RankloadError) -> RankloadError:
+    """The first error that a rank left at `key`, which is `error` where it is this one."""
+    return from_record(_reaching(lambda: store.compare_set(key, "", to_record(error))).decode())
+
+
+class RollCall:
+    """What a rank knows of those that it waits for: names them early, and notices the end of their processes."""
+
+    def __init__(self, topology: Topology, what: str) -> None:
+        """`what` says what they are waited for to do, as ``to join``."""
+        self._topology, self._what = topology, what
+        self._begin = time.monotonic()
+        self._told_after_s = WARN_AFTER_S
+        self._looked = 0.0
+        self._siblings = Siblings()
+        self._came: dict[int, ProcessIdentity] = {}
+
+    def came(self, rank: int, process: ProcessIdentity) -> None:
+        """Notes that `rank` has come, and is `process`."""
+        self._came[rank] = process
+
+    def look(self, missing: Sequence[int], *, tells: bool) -> None:
+        """To be called often. With `tells`, warns of those `missing` after `WARN_AFTER_S`, and whenever that doubled.
+
+        Raises `PeerError` where the process of another rank has ended, whether that had come or not.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        for rank, process in self._came.items():
+            ended = how_ended(process)
+            if ended is not None and rank != self._topology.rank:
+                raise self._died(rank, process, ended)
+        for rank, process in self._siblings.ended().items():
+            raise self._died(rank, process, how_ended(process) or "its process is gone")
+        waited = now - self._begin
+        if tells and missing and waited > self._told_after_s:
+            self._told_after_s *= 2
+            _logger.warning(
+                "rank %d has waited for %.0f s for %s", self._topology.rank, waited, self.described(missing)
+            )
+
+    def described(self, missing: Sequence[int]) -> str:
+        """Those `missing`, what is known of them, and who has come."""
+        shown = [self._one(rank) for rank in missing[:NAMED_AT_MOST]]
+        more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+        hosts = sorted({process.host for process in self._came.values()})
+        at = f", on {', '.join(hosts[:NAMED_AT_MOST])}" if hosts else ""
+        there = self._topology.world_size - len(missing)
+        return (
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(shown)}{more} {self._what} ({there} of "
+            f"{self._topology.world_size} are there{at})"
+        )
+
+    def _one(self, rank: int) -> str:
+        process = self._siblings.running(rank)
+        return str(rank) if process is None else f"{rank} (which runs on this host, pid {process.pid})"
+
+    def _died(self, rank: int, process: ProcessIdentity, ended: str) -> PeerError:
+        return PeerError(
+            f"rank {rank} (host {process.host}, pid {process.pid}) ended before all ranks had joined: {ended}",
+            rank=rank,
+            host=process.host,
+        )
+
+
+def _same_calls(call: int) -> str:
+    told = f"; this rank makes its call number {call}" if call > 1 else ""
+    return f": every rank must make the same calls{told}"
+
+
+def _stalled(topology: Topology, begin: float, timeout_s: float, what: str) -> StalledError:
+    waited = time.monotonic() - begin
+    return StalledError(
+        f"rank {topology.rank} waited {waited:.0f} s (stall_timeout_s={timeout_s:g}) for {what}",
+        rank=topology.rank,
+    )
 
 
 def _reaching(work: Callable[[], T]) -> T:

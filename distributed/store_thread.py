@@ -2,18 +2,20 @@
 
 Every `HEARTBEAT_S` the thread sends this rank's heartbeat and calls `StoreThread._watch_peers`. Rank 0 watches every
 rank and every rank watches rank 0, so that only rank 0's messages per second grow with the world. A rank learns of a
-death in one of three ways:
+death in one of five ways:
 
     it watches the rank that died    `PeerWatch.death` says how it ended; this thread settles a PeerError as the outcome
                                      of the current agreement, which announces it to all ranks
     it is the first rank of its node, or the one that died is
                                      the same: they watch each other's processes, which rank 0 of another node cannot
+    that has not come yet            `siblings` finds the processes of ranks on this machine, and the roster tells of
+                                     those that made an earlier call
     another rank watched it          that PeerError stands at the current agreement's decision key
     the store is lost                its host died with it: calls break or get no answer (`StoreLostError`, of which
                                      `failures.store_lost` makes the PeerError)
 
-The first two leave the error in `StoreThread.announced`, for the main thread to raise in its next agreement,
-`Channel.progress` or `Channel.check`; the third is raised where the main thread calls or checks.
+The first four leave the error in `StoreThread.announced`, for the main thread to raise in its next agreement,
+`Channel.progress` or `Channel.check`; the last is raised where the main thread calls or checks.
 
 The main thread never calls the store itself: a store whose host is stopped or cut off answers no call, and a thread
 inside such a call can be neither interrupted nor timed. It queues its work for this thread and waits outside (`call`).
@@ -28,9 +30,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, from_record, to_record
-from .heartbeat import HEARD, SILENT_AFTER_S, Heartbeat, PeerWatch, place
+from .heartbeat import HEARD, SILENT_AFTER_S, Enrolled, Heartbeat, PeerWatch, decode_enrolled, place
 from .key_value import KeyValue
 from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
+from .siblings import Siblings
 from .sockets import Sockets, listens, shut_down
 
 T = TypeVar("T")
@@ -97,6 +100,9 @@ class StoreThread:
         watched = range(world_size) if rank == 0 else range(1)
         self.watches = {peer: PeerWatch(peer) for peer in watched if peer != rank}
         self.neighbours: dict[int, ProcessIdentity] = {}
+        self._siblings: Siblings | None = Siblings() if world_size > 1 else None
+        self._looks = 0
+        self._trusts_roster = False
         self.index = 0
         self.stage = ""
         self.counters: dict[str, float] = {}
@@ -257,6 +263,7 @@ class StoreThread:
             key_value = self._open_key_value()
             self._address, self._sockets = key_value.address, key_value.connection
             self._connected = True
+            self._enroll(key_value)
             # What is left of the channel must not keep the store: its server ends with the last reference.
             del self._open_key_value
             while True:
@@ -277,6 +284,16 @@ class StoreThread:
                     self._due = time.monotonic() + HEARTBEAT_S
         except Exception as error:
             self.lost = self.lost or error
+
+    def _enroll(self, key_value: KeyValue) -> None:
+        """Leaves on the roster which process this rank is, for later calls that another rank has not come to."""
+        roster = key_value.roster
+        if roster is None:
+            return
+        before = roster.peek(str(self._rank))
+        # A store that outlives its ranks may tell of other processes.
+        self._trusts_roster = before is None or decode_enrolled(before).process == self._process
+        roster.put(str(self._rank), Enrolled(self._process, key_value.call).encode())
 
     def _send(self, key_value: KeyValue) -> None:
         self._sequence += 1
@@ -318,8 +335,12 @@ class StoreThread:
             # Rank 0 alone passes on what it saw: two ranks that did would see each other move for ever.
             self._moved += sum(moved)
         self.still_s = 0.0 if any(moved) else self.still_s + looked_for
+        self._looks += 1
+        absent = [watch for watch in self.watches.values() if watch.heartbeat is None]
+        if absent and self._looks > 1:
+            self._expect(key_value, absent)
         deaths = [(watch, watch.death()) for watch in self.watches.values()]
-        for watch, death in [*deaths, *self._dead_neighbours(key_value)]:
+        for watch, death in [*deaths, *self._dead_neighbours(key_value), *self._dead_siblings(key_value)]:
             if death is not None and self.announced is None and not self._closed:
                 error = peer_error(watch, death, self.stage)
                 self._notice(key_value.settle(decision_key(index), to_record(error)))
@@ -336,6 +357,28 @@ class StoreThread:
             # Without a heartbeat all have left, and rank 0 has removed what they left in the store.
             if watch.heartbeat is not None and not watch.closed:
                 yield watch, ended
+
+    def _expect(self, key_value: KeyValue, absent: list[PeerWatch]) -> None:
+        """Looks up what earlier calls told of ranks that have not come to this one."""
+        if key_value.roster is None or not self._trusts_roster:
+            return
+        for watch in absent:
+            if watch.expected is None:
+                raw = key_value.roster.peek(str(watch.rank))
+                found = None if raw is None else decode_enrolled(raw)
+                watch.expected = found if found is not None and found.calls < key_value.call else None
+
+    def _dead_siblings(self, key_value: KeyValue) -> Iterator[tuple[PeerWatch, str]]:
+        """Until all have come: the ranks of this machine whose processes have ended before they told that they came."""
+        if self._siblings is None or self._looks < 2:
+            return
+        for rank, process in self._siblings.ended().items():
+            watch = PeerWatch(rank)
+            watch.expected = Enrolled(process, 0)
+            if self.index == 0 and key_value.peek(heartbeat_key(rank)) is None:
+                yield watch, how_ended(process) or "its process is gone"
+        if self.index > 0:
+            self._siblings = None
 
     def _notice(self, outcome: str | None) -> None:
         """Keeps the first error that was settled as an outcome, for the main thread to raise."""
@@ -362,7 +405,13 @@ def peer_error(watch: PeerWatch, death: str, stage: str) -> PeerError:
         stage: where the rank that noticed it is.
     """
     if watch.heartbeat is None:
-        return PeerError(f"rank {watch.rank} ended: {death}", rank=watch.rank)
+        process = None if watch.expected is None else watch.expected.process
+        who = "" if process is None else f" (host {process.host}, pid {process.pid})"
+        return PeerError(
+            f"rank {watch.rank}{who} ended before it came to this call: {death}",
+            rank=watch.rank,
+            host=None if process is None else process.host,
+        )
     process = watch.heartbeat.process
     return PeerError(
         f"rank {watch.rank} (host {process.host}, pid {process.pid}) ended "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -473,3 +474,45 @@ def test_over_a_default_group(tmp_path: Any) -> None:
     finished = run_ranks(f"{THIS}:rarely_together", 2, args=(tmp_path,), deadline_s=60)
     assert [one.returncode for one in finished] == [0, 0], finished
     assert "time" not in "".join(one.stderr for one in finished).lower(), finished
+
+
+def calls_apart(how: str) -> None:
+    """Over the user's group: rank 1 makes one call, and then none, or ends; the others make a second one."""
+    import torch.distributed as dist
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = SimpleNamespace(rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
+    with open_channel(place) as channel:
+        channel.gather("all", rank)
+    if rank == 1:
+        if how == "ends":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(20)
+        os._exit(0)
+    begin = time.monotonic()
+    try:
+        with open_channel(place, stall_timeout_s=60 if how == "ends" else 2) as channel:
+            channel.gather("once more", rank)
+    except RankloadError as error:
+        print(type(error).__name__, f"{time.monotonic() - begin:.2f}", error, flush=True)
+        os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("ends", "PeerError", r"rank 1 \(host .+, pid \d+\) ended before it came to this call: "),
+        (
+            "calls no more",
+            "StalledError",
+            r"waiting for rank 1 \(host .+ never heard of in this call: it has made 1 ",
+        ),
+    ],
+)
+def test_a_rank_that_does_not_make_the_same_calls_is_named(how: str, kind: str, words: str) -> None:
+    finished = run_ranks(f"{THIS}:calls_apart", 3, args=(how,), deadline_s=60, kill_once_others_end=[1])
+    for one in (finished[0], finished[2]):
+        error, seconds, message = outcome(one)
+        assert (error, bool(re.search(words, message))) == (kind, True), finished
+        assert seconds < 10

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import free_port, run_ranks
-from rankload.distributed.errors import RankloadError, TopologyError
+from rankload.distributed import rendezvous, siblings
+from rankload.distributed.errors import PeerError, RankloadError, StalledError, TopologyError
 from rankload.distributed.group import process_group
-from rankload.distributed.rendezvous import meeting_point
+from rankload.distributed.liveness import identity_of, this_process
+from rankload.distributed.rendezvous import RollCall, meeting_point
 from rankload.distributed.session import open_session
-from rankload.distributed.topology import discover_topology
+from rankload.distributed.topology import Topology, discover_topology
 
 THIS = __file__
 
@@ -170,3 +177,89 @@ def test_torchrun_agents_store_is_used() -> None:
     point = meeting_point(discover_topology({**environ, **agent}, []), {**environ, **agent})
     assert point.hosted
     assert point.prefix.endswith("attempt_3")
+
+
+# --- before all have joined ----------------------------------------------------------------------------------------
+
+
+def dies_before_it_joins(group: str, folder: str) -> None:
+    """Rank 1 is killed before it calls, while the others wait; with ``group``, all have made a group of their own."""
+    import torch.distributed as dist  # it takes long, and no rank looks for others meanwhile
+
+    rank = int(os.environ["RANK"])
+    if group == "group":
+        dist.init_process_group("gloo")
+    if rank == 1:
+        while len(os.listdir(folder)) < 2:
+            time.sleep(0.05)
+        time.sleep(2 * siblings.LOOK_S + 2)  # the others have seen its process by then
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(folder, str(rank)).touch()
+    try:
+        open_session(stall_timeout_s=100).__enter__()
+    except RankloadError as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(3)
+
+
+@pytest.mark.parametrize("group", ["none", "group"])
+def test_a_rank_that_is_killed_before_it_joins_is_noticed_by_its_process(group: str, tmp_path: Path) -> None:
+    finished = run_ranks(f"{THIS}:dies_before_it_joins", 3, args=(group, tmp_path), deadline_s=80, fork=False)
+    assert [one.returncode for one in finished] == [3, -signal.SIGKILL, 3], finished
+    for one in (finished[0], finished[2]):
+        kind, message = one.stdout.split(maxsplit=1)
+        assert kind == "PeerError", finished
+        assert re.match(r"rank 1 \(host .+, pid \d+\) ended before ", message), finished
+        assert one.seconds - finished[1].seconds < 10, finished
+
+
+def test_those_who_are_missing_are_named_early(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rendezvous, "LOOK_S", 0.0)
+    assert rendezvous.WARN_AFTER_S <= 10
+    monkeypatch.setattr(rendezvous, "WARN_AFTER_S", 0.05)
+    topology = Topology(0, 0, 30, 4, 0, 8, "torchrun", "here")
+    roll_call = RollCall(topology, "to join")
+    roll_call.came(2, this_process())
+    missing = [1, *range(3, 30)]
+    roll_call.look(missing, tells=True)
+    assert not caplog.records
+    time.sleep(0.06)
+    roll_call.look(missing, tells=True)
+    roll_call.look(missing, tells=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    said = caplog.records[0].getMessage()
+    assert re.fullmatch(
+        rf"rank 0 has waited for 0 s for ranks 1, 3, 4, .*, 17 and 12 more to join \(2 of 30 are there, on "
+        rf"{socket.gethostname()}\)",
+        said,
+    ), said
+    ended = subprocess.Popen(["true"])
+    died = identity_of(ended.pid) or this_process()
+    ended.wait()
+    roll_call.came(5, died)
+    with pytest.raises(PeerError, match=rf"rank 5 .*pid {ended.pid}\) ended before all ranks had joined"):
+        roll_call.look(missing, tells=False)
+
+
+def one_call_more() -> None:
+    """Without a group: rank 0 makes a second call, rank 1 none."""
+    with open_session(stall_timeout_s=20):
+        pass
+    if os.environ["RANK"] == "1":
+        time.sleep(6)
+        return
+    with pytest.raises(StalledError) as caught:
+        open_session(stall_timeout_s=1.5).__enter__()
+    print(caught.value)
+
+
+def test_a_call_that_others_do_not_make_is_told_so() -> None:
+    finished = run_ranks(f"{THIS}:one_call_more", 2, deadline_s=40)
+    assert [one.returncode for one in finished] == [0, 0], finished
+    assert re.search(
+        r"rank 0 waited [1-4] s \(stall_timeout_s=1.5\) for rank 1 to join: every rank must make the same calls; this "
+        r"rank makes its call number 2 \(1 of 2 are there",
+        finished[0].stdout,
+    ), finished

@@ -38,8 +38,23 @@ def deaf_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/run"
 
 
+released = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_hangs_on() -> Iterator[None]:
+    released.clear()
+    yield
+    released.set()
+    until = time.monotonic() + 10
+    while any(one.name == "rankload-transfer" for one in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def hang(*args: Any, **options: Any) -> Any:
-    time.sleep(1000)
+    released.wait(1000)
+    raise OSError("the test is over")
 
 
 class Hanging(MemoryFileSystem):  # type: ignore[misc]
