@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,8 +36,14 @@ CHUNK = 12
 """Cases that a lane takes at once: those of one journey go on in the same processes."""
 
 
-def run_cases(cases: Sequence[Case], lanes: int, *, tell: bool = False) -> dict[str, Row]:
-    """What was seen of each, by name."""
+def run_cases(
+    cases: Sequence[Case],
+    lanes: int,
+    *,
+    tell: bool = False,
+    keep: Callable[[dict[str, Row]], None] | None = None,
+) -> dict[str, Row]:
+    """What was seen of each, by name. `keep` gets it as it grows."""
     waiting: queue.SimpleQueue[list[Case]] = queue.SimpleQueue()
     for chunk in chunks(cases):
         waiting.put(chunk)
@@ -45,8 +51,14 @@ def run_cases(cases: Sequence[Case], lanes: int, *, tell: bool = False) -> dict[
     workers = [threading.Thread(target=_run_lane, args=(waiting, rows, cases, tell)) for _ in range(lanes)]
     for worker in workers:
         worker.start()
+    while any(worker.is_alive() for worker in workers):
+        time.sleep(1)
+        if keep is not None:
+            keep(dict(rows))
     for worker in workers:
         worker.join()
+    if keep is not None:
+        keep(rows)
     return rows
 
 
@@ -213,16 +225,16 @@ def main() -> int:
         print("\n".join(case.name for case in cases))
         return 0
     begin = time.monotonic()
-    rows = {**known, **run_cases(cases, arguments.lanes, tell=True)}
-    names = {case.name for case in ALL}
-    rows = {name: row for name, row in rows.items() if name in names}
+    rows: dict[str, Row] = {}
+
+    def keep(found: dict[str, Row]) -> None:
+        rows.update({case.name: row for case in ALL if (row := {**known, **found}.get(case.name))})
+        if arguments.json:
+            told = {"rows": {name: asdict(row) for name, row in rows.items()}}
+            Path(arguments.json).write_text(json.dumps(told, indent=1))
+
+    run_cases(cases, arguments.lanes, tell=True, keep=keep)
     took_s = time.monotonic() - begin
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps(
-                {"took_s": took_s, "rows": {name: asdict(row) for name, row in rows.items()}}, indent=1
-            )
-        )
     if arguments.write:
         write_page(Path(arguments.write), page(rows, took_s, arguments.lanes))
     print("\n".join(["", *table(rows), "", *summary(rows)]))

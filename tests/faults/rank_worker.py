@@ -235,9 +235,12 @@ def run(step: Step, job: Job) -> Ending:
 
 
 def has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
-    while error is not None:
+    seen: set[int] = set()
+    # Errors that were raised again may be each other's cause.
+    while error is not None and id(error) not in seen:
         if isinstance(error, kind):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
