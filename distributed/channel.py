@@ -86,7 +86,7 @@ def open_channel(topology: Placed, *, stall_timeout_s: float = 120.0, store: Any
         outcome = channel.close(error)
         if outcome is None or outcome is error:
             raise
-        raise outcome from error
+        raise outcome from _cause_of(outcome, error)
     else:
         channel.close()
     finally:
@@ -364,7 +364,7 @@ class Channel:
             outcome = self._end(error, stage)
             if outcome is error:
                 raise
-            raise outcome from error
+            raise outcome from _cause_of(outcome, error)
         finally:
             self._store_thread.stage = outer
 
@@ -424,6 +424,11 @@ class Channel:
             self._failure = self._store_thread.announced
         if self._failure is not None:
             raise self._failure
+
+
+def _cause_of(outcome: BaseException, error: BaseException) -> BaseException:
+    """What `outcome` is raised from in the place of `error`: what it came from on this rank, where it is this one's."""
+    return outcome.__cause__ or error
 
 
 def claim_key(rank: int) -> str:

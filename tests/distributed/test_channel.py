@@ -129,6 +129,20 @@ def test_another_exception_is_wrapped_and_kept_as_the_cause() -> None:
     assert outcomes[0].__cause__ is None
 
 
+def test_the_first_cause_stays_the_cause_whatever_is_raised_on_its_way_out() -> None:
+    def walk() -> None:
+        with open_channel(SimpleNamespace(rank=0, world_size=1)) as channel:
+            try:
+                with channel.stage("one"):
+                    raise ValueError("first")
+            finally:
+                raise KeyError("second")
+
+    with pytest.raises(RankloadError, match="ValueError: first") as caught:
+        walk()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 def test_the_first_cause_wins_and_later_use_raises_it_again() -> None:
     seen: list[BaseException] = []
 
