@@ -7,6 +7,7 @@ of the work. `fetch_now` does both, and waits.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ...distributed.range_server import PeerAddress
 from ..byte_ranges import ByteRange, union
 from ..context import LoadContext
+from ..plurals import counted
 from ..ranges.base import RangeSource
 from ..ranges.direct import DirectReads
 from ..ranges.peer import PeerSource, PeerUnreachableError
@@ -37,6 +39,13 @@ class Parts:
     wanted: WantedRanges = field(default_factory=dict)
     direct: WantedRanges = field(default_factory=dict)
     """The part of `wanted` that can be fetched directly into this rank's tensors."""
+
+
+def _parts_of(wanted: WantedRanges) -> str:
+    """What is fetched, for messages."""
+    names = [os.path.basename(path) for path in wanted]
+    others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
+    return f"parts of {names[0]}{others}" if names else "parts"
 
 
 @dataclass
@@ -76,12 +85,14 @@ class FetchRound:
         channel = self.context.session.channel
         tally = Tally(channel.counters().get(channel.rank, {}))
         watch = FetchWatch(channel, tally)
-        tally.expect("parts", from_store)
+        parts = _parts_of(self.bring)
+        if self.bring:
+            tally.expect(parts, from_store)
         brought: list[int] = []
 
         def bring(stop: Stop) -> None:
-            report = remote.fetch(self.bring, _stoppable(stop, tally.of("parts", remote.stopping).arrived))
-            tally.settle("parts", report.read_bytes, report.read_bytes)
+            report = remote.fetch(self.bring, _stoppable(stop, tally.of(parts, remote.stopping).arrived))
+            tally.settle(parts, report.read_bytes, report.read_bytes)
             brought.append(report.read_bytes)
 
         jobs: list[Callable[[Stop], None]] = [bring] if self.bring else []
