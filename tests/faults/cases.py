@@ -342,17 +342,30 @@ OF_SAVES = (
         roles=(LEADER, OTHER_LEADER),
     ),
 )
+NO_EXPORT = "what stands there is no export"
 ALONE = Role("the process", (0,), 0)
+WRITING = Stage("fetching and writing", "fetch .*safetensors.*")
 OF_EXPORTS = (
     Case(
-        "export", "http", Stage("writing", "fetch .*safetensors"), ALONE, "raises",
-        Promise("the exception; what stands there is no export", frozenset({"RankloadError", "InjectedError"})),
+        "export",
+        "http",
+        WRITING,
+        ALONE,
+        "raises",
+        Promise(f"the exception; {NO_EXPORT}", frozenset({"RankloadError", "InjectedError"})),
     ),
+    Case("export", "http", WRITING, ALONE, "SIGKILL", Promise(NO_EXPORT)),
+    Case("export", "http", WRITING, ALONE, "clock", ENDS_WELL),
     Case(
-        "export", "http", Stage("writing", "fetch .*safetensors"), ALONE, "SIGKILL",
-        Promise("what stands there is no export, and the next one replaces it"),
+        "export",
+        "http",
+        WRITING,
+        ALONE,
+        "full disk",
+        Promise(f"AccessError; {NO_EXPORT}", frozenset({"AccessError"})),
+        needs_nodes=True,
     ),
-)  # fmt: skip
+)
 
 # --- faults of stores ----------------------------------------------------------------------------------------------
 
@@ -429,6 +442,16 @@ SHORT_S = 2.0
 
 
 def store_cases() -> Iterator[Case]:
+    for kind in ("stalls", "503", "403", "loses", "shrinks", "changes", "flips"):
+        yield Case(
+            "export", "http", WRITING, BOTH_NODES, STORE_WORDS[kind],
+            replace(OF_STORES[kind], text=OF_STORES[kind].text.replace(NOTHING_CHANGED, NO_EXPORT)),
+            StoreFault(kind, objects=frozenset({"/big.pt"})),
+        )  # fmt: skip
+    yield Case(
+        "export", "http", WRITING, BOTH_NODES, f"{STORE_WORDS['503']} for {SHORT_S:.0f} s",
+        replace(ENDS_WELL, within_s=30.0), StoreFault("503", objects=frozenset({"/big.pt"}), lasts_s=SHORT_S),
+    )  # fmt: skip
     for stage in STORE_STAGES:
         start = stage is FROM_THE_START
         objects = frozenset({"/big.pt"}) if stage.name != "listing" else frozenset()

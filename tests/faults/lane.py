@@ -167,8 +167,10 @@ class Lane:
         problems += place.problems(case)
         if not retire:
             problems += self._left_files(case)
+            # What an export has written stands there.
+            goes_again = case.journey != "export" or bool(case.promise.errors)
             place.mend(case)
-            if problems or case.fault not in WITHOUT_TRACES:
+            if goes_again and (problems or case.fault not in WITHOUT_TRACES):
                 problems += self._again(job, step)
             retire = bool(problems)
         if retire:
@@ -230,7 +232,8 @@ class Lane:
         # Nothing can be agreed on with those who are cut off: what they have changed, or not, is their own.
         if len(kinds) > 1 and not promise.either and case.fault != "network cut":
             problems.append(f"ranks differ: {', '.join(sorted(kinds))}")
-        seen = sorted({one.error or "done" for rank, one in endings.items() if rank not in faulty})
+        told = [one for rank, one in endings.items() if rank not in faulty or case.fault == "raises"]
+        seen = sorted({one.error or "done" for one in told})
         if any(code == WATCHDOG for code in job.exits.values()):
             seen.append(f"exit {WATCHDOG}")
         return ", ".join(seen) or "nothing"
@@ -259,8 +262,8 @@ class Lane:
 
     def _left_files(self, case: Case) -> list[str]:
         """What the case left on the nodes' own disks. What is kept in a cache on purpose is no such thing."""
-        if "cache_size" in case.options:
-            return []
+        if "cache_size" in case.options or (case.journey == "export" and case.fault == "SIGKILL"):
+            return []  # Kept on purpose; or nobody is left to remove it.
         until = time.monotonic() + SETTLED_S
         while True:
             found = [path for node in self._nodes.nodes for path in node.left()["files"]]
@@ -558,7 +561,8 @@ class Place:
 
     def out(self, case: Case) -> str:
         if case.journey == "export":
-            return str(self._folder / "exported")
+            small = self._nodes[0].disks["small"]
+            return f"{small}/exported" if case.fault == "full disk" else str(self._folder / "exported")
         return "new" if case.journey == "save of an engine" else ""
 
     def options(self, case: Case) -> dict[str, Any]:
@@ -569,7 +573,8 @@ class Place:
         if not case.promise.errors and case.fault != "SIGKILL":
             return []
         if case.journey == "export":
-            found = sorted(path.name for path in (self._folder / "exported").rglob("*") if path.is_file())
+            out = self._nodes[0].inside(self.out(case)) if case.fault == "full disk" else Path(self.out(case))
+            found = sorted(path.name for path in out.rglob("*") if path.is_file())
             # One that is whole has its name; its index and manifest come after all files.
             whole = [name for name in found if not name.endswith(".part")]
             left = [] if case.fault == "SIGKILL" else found
@@ -594,8 +599,9 @@ class Place:
         if case.source == "local":
             shutil.copy(self._made / "big.pt", self._folder)
         for node in self._nodes.nodes:
-            with contextlib.suppress(FileNotFoundError):
-                node.inside(f"{node.disks['small']}/{FILLER}").unlink()
+            small = node.inside(node.disks["small"])
+            (small / FILLER).unlink(missing_ok=True)
+            shutil.rmtree(small / "exported", ignore_errors=True)
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
