@@ -63,7 +63,8 @@ class LocalStore:
     ) -> None:
         try:
             size = os.stat(name).st_size
-            receive(target_path, name, size, lambda part: _copy(name, part))
+            told = size if expected is None or expected.size_bytes is None else expected.size_bytes
+            receive(target_path, name, told, lambda part: _copy(name, part))
         except OSError as error:
             raise _local_error(error, name) from error
         on_bytes(size)

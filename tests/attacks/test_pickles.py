@@ -516,6 +516,8 @@ WEIGHTS_ONLY: dict[str, bytes] = {
     + TENSOR
     + TENSOR
     + b"t\x86R",
+    "integers that require gradients": INDICES.replace(b"\x89}tR", b"\x88}tR"),
+    "a parameter of integers": b"ctorch._utils\n_rebuild_parameter\n(" + INDICES + b"\x88}tR",
     "a nested tensor": b"ctorch._utils\n_rebuild_nested_tensor\n(" + TENSOR * 4 + b"tR",
     "a wrapper of other tensors": b"ctorch._utils\n_rebuild_wrapper_subclass\n(ctorch\nTensor\nctorch\nfloat32\n"
     + push((4,))

@@ -191,7 +191,7 @@ def _from_device(
     """A tensor of XLA and the like, which was saved from the CPU: a tensor or an array, and the dtype it had there."""
     known = isinstance(dtype, GlobalName) and dtype.name in DTYPES
     if known and isinstance(data, PickledTensor) and data.dtype == DTYPES[dtype.name]:
-        return data.requiring_grad(bool(requires_grad))
+        return data.requiring_grad(_requires(data.dtype, requires_grad))
     kind = f"tensor of the device {str(device)[:80]}"
     if known and isinstance(data, PickledArray) and data.dtype != UNSUPPORTED and data.dtype[1] in "biufc":
         budget.charge_rebuilt(math.prod(data.shape) * ITEMSIZE[DTYPES[dtype.name]])
@@ -229,7 +229,14 @@ def _parameter(
         return data
     if not isinstance(data, PickledTensor):
         raise CorruptError("a parameter without a tensor")
-    return data.requiring_grad(bool(requires_grad))
+    return data.requiring_grad(_requires(data.dtype, requires_grad))
+
+
+def _requires(dtype: str, requires_grad: Any) -> bool:
+    """Whether a tensor of `dtype` requires gradients. Raises `CorruptError` where none of it can."""
+    if requires_grad and not dtype.startswith(("float", "bfloat", "complex")):
+        raise CorruptError(f"a tensor of {dtype} that requires gradients")
+    return bool(requires_grad)
 
 
 def _typed(budget: Budget, function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -310,7 +317,7 @@ def lay_out(
             )
         if math.prod(sizes) > _LARGEST:
             raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
-    return PickledTensor(storage, dtype, sizes, steps, start, requires_grad=bool(requires_grad))
+    return PickledTensor(storage, dtype, sizes, steps, start, requires_grad=_requires(dtype, requires_grad))
 
 
 def _integers(budget: Budget, value: Any, what: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from http_server import Served, counting_server
+from object_stores import Destination, ObjectStore
 from rankload.loader import retries
 from rankload.loader.errors import (
     AccessError,
@@ -362,43 +363,6 @@ def test_secrets_do_not_leak_through_causes() -> None:
 
 
 # ---------------------------------------------------------------- object stores
-
-
-class ObjectStore:
-    def __init__(self, objects: dict[str, bytes], *, announce: bool = True) -> None:
-        self.objects = objects
-        self.announce = announce
-        self.downloads: list[str] = []
-        self.transient = 0
-
-    def get_object_size(self, object_name: str) -> int:
-        if object_name not in self.objects:
-            raise FileNotFoundError(object_name)
-        return len(self.objects[object_name])
-
-    def download_object(self, object_name, filename, overwrite=False, callback=None):  # type: ignore[no-untyped-def]
-        self.downloads.append(object_name)
-        if self.transient:
-            self.transient -= 1
-            raise type("ObjectStoreTransientError", (RuntimeError,), {})()
-        if object_name not in self.objects:
-            raise FileNotFoundError(object_name)
-        data = self.objects[object_name]
-        with open(f"{filename}.own.tmp", "wb") as file:
-            file.write(data)
-            if self.announce:
-                callback(len(data), len(data))
-        os.rename(f"{filename}.own.tmp", filename)
-
-
-class Destination:
-    def __init__(self, objects: dict[str, bytes]) -> None:
-        self.objects = objects
-
-    def download_file(self, remote_file_name, destination, overwrite=False, progress_bar=True):  # type: ignore[no-untyped-def]
-        if remote_file_name not in self.objects:
-            raise FileNotFoundError(remote_file_name)
-        Path(destination).write_bytes(self.objects[remote_file_name])
 
 
 @pytest.mark.parametrize("announce", [True, False])

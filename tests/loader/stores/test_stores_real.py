@@ -19,6 +19,8 @@ from modules_worker import Classifier, Squeezing, check_against_oracle, oracle_o
 from places import SUPPORT
 from processes import run_ranks
 from rankload.loader import AccessError, NotFoundError, State, load
+from rankload.loader.stores.open import open_store
+from store_contract import CONTRACT, NAME, SOURCE, Kept
 
 pytest.importorskip("safetensors")
 
@@ -212,3 +214,11 @@ def test_two_ranks_agree(hadro_server: Any, tmp_path: Path, served_folder: Path)
     for rank in finished:
         assert rank.stdout.splitlines()[-3:] == ["restored", "NotFoundError", "AccessError"]
         assert hadro_server.secret_key not in rank.stdout + rank.stderr
+
+
+@pytest.mark.parametrize("part", CONTRACT)
+def test_it_keeps_the_contract_of_stores(place: Place, part: str, tmp_path: Path) -> None:
+    store, name = open_store(f"{place.base}/{SOURCE.name}/{NAME}", None, place.options)
+    (tmp_path / "out").mkdir()
+    CONTRACT[part](Kept(store, name), tmp_path / "out" / "x")
+    store.close()
