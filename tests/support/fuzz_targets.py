@@ -32,6 +32,7 @@ from fuzz_http import KINDS, ScriptedServer, scripted
 from hostile_pickles import payloads
 from hostile_tars import HOSTILE, PLAIN, entry, tar_bytes
 from places import DATA
+from rankload.distributed import range_server
 from rankload.distributed.range_server import PeerAddress, PeerConnection, RangeServer, Served
 from rankload.loader import State, load, retries
 from rankload.loader.alone import EVERYTHING, open_alone
@@ -555,37 +556,50 @@ def _message(data: bytes, folder: Path) -> object:
 
 
 def _requests(folder: Path) -> list[bytes]:
-    asked = json.dumps({"token": "TOKEN", "key": "k", "start": 0, "stop": 3}).encode()
+    """The first byte says who sends the rest: a stranger to the server, one that has proved itself, or a false server
+    to the client."""
+    asked = json.dumps({"key": "k", "start": 0, "stop": 3}).encode()
+    request = len(asked).to_bytes(4, "big") + asked
     frames = [
         struct.pack("!cQ", b"d", 3) + b"abc",
         struct.pack("!cQ", b"w", 1) + struct.pack("!cQ", b"e", 2) + b"no",
     ]
+    hello = range_server._HELLO + bytes(range_server._NONCE_BYTES)
     return [
-        b"s" + len(asked).to_bytes(4, "big") + asked,
+        b"p" + request,
         *(b"c" + one for one in frames),
-        b"s\xff\xff\xff\xff",
+        b"p\xff\xff\xff\xff",
+        b"s" + hello + bytes(32),
+        b"s" + hello + request,
+        b"s" + request,
     ]
 
 
 @contextlib.contextmanager
 def _peer(folder: Path) -> Iterator[Parse]:
-    """A stranger's bytes to the server of ranges, and a false server's to the client."""
     put(b"abc", folder, "k")
     crashes: list[str] = []
     was = threading.excepthook
     threading.excepthook = lambda args: crashes.append(f"{args.exc_type.__name__}: {args.exc_value}")
-    server = RangeServer(lambda key: Served(str(folder / "k"), lambda start, stop: stop, lambda: 0), "h")
+    server = RangeServer(
+        lambda key: Served(str(folder / "k"), lambda start, stop: min(stop, 3), lambda: 0), "h"
+    )
 
     def parse(data: bytes) -> object:
         crashes.clear()
         if data[:1] == b"c":
             return _ask(data[1:])
-        with socket.create_connection(("127.0.0.1", server.address.port), timeout=5) as stranger:
+        if data[:1] == b"p":
+            sender = PeerConnection(server.address)._socket
+        else:
+            sender = socket.create_connection(("127.0.0.1", server.address.port), timeout=5)
+        with sender:
+            sender.settimeout(1)
             with contextlib.suppress(OSError):
-                stranger.sendall(data[1:].replace(b"TOKEN", server.address.token.encode()))
-                stranger.shutdown(socket.SHUT_WR)
+                sender.sendall(data[1:])
+                sender.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):
-                while stranger.recv(1 << 16):
+                while sender.recv(1 << 16):
                     pass
         if crashes:
             raise FindingError("exception", f"in the server's thread: {crashes[0][:200]}")
@@ -599,21 +613,28 @@ def _peer(folder: Path) -> Iterator[Parse]:
 
 
 def _ask(answer: bytes) -> object:
-    """What the client makes of `answer`, which it gets for a request of three bytes."""
+    """What the client makes of `answer`, which it gets for a request of three bytes from one that knows the key."""
+    key = bytes(32)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
                 with connection:
-                    connection.sendall(answer)
+                    hello = connection.recv(
+                        len(range_server._HELLO) + range_server._NONCE_BYTES, socket.MSG_WAITALL
+                    )
+                    theirs = hello[len(range_server._HELLO) :]
+                    ours = bytes(range_server._NONCE_BYTES)
+                    connection.sendall(ours + range_server._proof(key, b"server", theirs, ours) + answer)
                     connection.shutdown(socket.SHUT_WR)
                     while connection.recv(1 << 16):
                         pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        connection = PeerConnection(PeerAddress("h", ("127.0.0.1",), listener.getsockname()[1], "t"), "other")
+        port = listener.getsockname()[1]
+        connection = PeerConnection(PeerAddress("h", "elsewhere", ("127.0.0.1",), port, key.hex()))
         try:
             connection.ask("k", 0, 3)
             view = memoryview(bytearray(3))
@@ -884,7 +905,6 @@ TARGETS: dict[str, Target] = {
         _peer,
         _after_first(
             mutations.with_tokens(
-                b"TOKEN",
                 b'"stop": ',
                 b"9" * 5000,
                 b"[" * 3000,
