@@ -20,6 +20,7 @@ from ..fetch.whole_checks import RunningSum
 from ..http.connections import Connections
 from ..ranges.objects import ObjectBytes, open_bytes, open_local
 from ..stores.base import ObjectInfo, OnBytes, Store
+from ..stores.digests import Digest
 from ..stores.sums import StoredSum
 from .units import SMALL_ZIP_BYTES, ZIP, Contents, Unit, records_of, tensors_in
 from .values import Damage, FileState, FileVerdict
@@ -116,17 +117,22 @@ def _compared(data: ObjectBytes, plan: FilePlan, store: Store, on_bytes: OnBytes
     if expanded:
         damages += _expand(data, plan, on_bytes)
     units, unsummed = _records(data, plan, local=store.is_local)
-    running = _Units(units, plan.shown)
-    everything = bool(sums or sha256 is not None)
-
-    for start, view in _blocks(data, [ByteRange(0, plan.size)] if everything else _spans(units), on_bytes):
-        running.take(start, view)
-        for one in sums:
-            one.update(view)
-        if sha256 is not None:
-            sha256.update(view)
-    found = running.finish()
-    unsummed += running.unsummed
+    found, unsummed_zips = _read(data, plan, units, sums, sha256, on_bytes)
+    unsummed += unsummed_zips
+    differ = [one for one in sums if one.value() != one.stored.value]
+    at_first = ""
+    if (found or differ) and not store.is_local:
+        # A bit may have flipped on the way: what differs is fetched once more, and that counts.
+        at_first = found[0][0].what if found else differ[0].stored.label
+        units = [
+            unit for unit in units if any(one.start < unit.stop and unit.first < one.stop for one, _ in found)
+        ]
+        if differ or sha256 is not None:
+            sums = [RunningSum(one.stored) for one in sums]
+            sha256 = hashlib.sha256() if sha256 is not None else None
+            found, _ = _read(data, plan, units, sums, sha256, on_bytes)
+        else:
+            found, _ = _read(data, plan, units, (), None, on_bytes)
     damages += (
         one if one.tensors or unit is None else replace(one, tensors=tensors_in(data, unit, plan.shown))
         for one, unit in found
@@ -140,12 +146,38 @@ def _compared(data: ObjectBytes, plan: FilePlan, store: Store, on_bytes: OnBytes
     by += [one.stored.label for one in sums]
     compared = sum(one.nbytes for one in plan.chosen) - sum(one.nbytes for one in unsummed)
     state = _state(plan, bool(damages), by, bool(unsummed))
+    why = _why(plan, state, bool(unsummed))
+    if at_first and not damages:
+        why = f"{at_first} differed when it came first, and not when it was fetched again" + (
+            f"; {why}" if why else ""
+        )
     return replace(
-        _verdict(plan, state, reason=_why(plan, state, bool(unsummed)), by=tuple(by)),
+        _verdict(plan, state, reason=why, by=tuple(by)),
         compared_bytes=plan.size if sums or expanded else compared,
         damages=tuple(damages),
         sha256=sha256.hexdigest() if sha256 is not None else None,
     )
+
+
+def _read(
+    data: ObjectBytes,
+    plan: FilePlan,
+    units: Sequence[Unit],
+    sums: Sequence[RunningSum],
+    sha256: Digest | None,
+    on_bytes: OnBytes,
+) -> tuple[list[tuple[Damage, Unit | None]], list[Unit]]:
+    """Reads `units`, or for `sums` and `sha256` all of the file; what differs, each with its unit, and zips without
+    checksums."""
+    running = _Units(units, plan.shown)
+    everything = bool(sums or sha256 is not None)
+    for start, view in _blocks(data, [ByteRange(0, plan.size)] if everything else _spans(units), on_bytes):
+        running.take(start, view)
+        for one in sums:
+            one.update(view)
+        if sha256 is not None:
+            sha256.update(view)
+    return running.finish(), running.unsummed
 
 
 def _state(plan: FilePlan, damaged: bool, by: Sequence[str], lacking: bool) -> FileState:

@@ -20,6 +20,7 @@ from bad_server import BadServer, Behaviour, bad_server
 from dcp_folders import module_of, save
 from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load, read
 from rankload.loader.exporting.export import export_checkpoint
+from rankload.loader.wholeness.check import check_whole
 
 WIDE = 768
 """2.25 MiB of fp32 a weight: fetched directly where the mode lets it."""
@@ -152,6 +153,24 @@ def test_a_byte_that_flips_once_is_fetched_again(
             assert again.nbytes <= more <= again.nbytes + 1, (path, again, more)
             assert receipt.fetched_bytes - clean.receipt.fetched_bytes == again.nbytes, (path, again)
             assert f"fetched again: {again.name} ({again.nbytes:,} bytes: {again.why})" in str(receipt)
+
+
+def test_verify_reads_again_what_differs(
+    source: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """By a storage, and by a manifest's checksum of the whole file; what differs twice is damaged."""
+    data = source[0]
+    sums = f"{hashlib.sha256(data).hexdigest()}  "
+    served = {f"/{name}": Behaviour(data, flips={in_moment(data): times}) for name, times in
+              (("a.pt", 1), ("b.pt", 1), ("c.pt", 2))}  # fmt: skip
+    with bad_server({**served, "/b.pt.sha256": Behaviour(sums.encode())}) as server:
+        states = {}
+        for path in served:
+            (states[path],) = check_whole(server.url(path)).files
+            assert not any(served[path].flips.values()), "the fault never fired"
+    assert [one.state for one in states.values()] == ["whole", "whole", "damaged"]
+    assert "not when it was fetched again" in states["/a.pt"].reason
+    assert "not when it was fetched again" in states["/b.pt"].reason
 
 
 def test_what_is_damaged_twice_is_an_error_that_names_both_sums_and_the_next_load_fetches_it_anew(

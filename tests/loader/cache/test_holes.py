@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.byte_ranges import ByteRange
-from rankload.loader.cache.holes import PartialFile
+from rankload.loader.cache.holes import Landed, PartialFile, fetching_again, replace_bytes
 from rankload.loader.checksums import crc32
 
 DATA = random.Random(3).randbytes(5000)
@@ -74,3 +74,64 @@ def test_damage_of_the_record_or_the_bytes_is_noticed(cut: int, position: int, f
         assert again.resumed_bytes == 5000
         assert Path(path).read_bytes() == DATA
         again.close()
+
+
+@given(st.integers(0, 4999), st.integers(1, 3000), st.lists(st.integers(0, 4999), max_size=2, unique=True))
+def test_what_was_put_in_the_place_of_damage_counts_and_so_does_what_lies_beside_it(
+    start: int, length: int, damaged: list[int]
+) -> None:
+    """Bytes that were damaged since they landed count as missing, unless they were replaced."""
+    import tempfile
+
+    span = ByteRange(start, min(5000, start + length))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "object")
+        file = PartialFile(path, len(DATA))
+        for first in range(0, 5000, 1000):
+            land(file, first, first + 1000)
+        file.close()
+        with open(path, "r+b") as raw:
+            for position in damaged:
+                raw.seek(position)
+                raw.write(bytes([DATA[position] ^ 1]))
+            with replace_bytes(path, [span]):
+                raw.seek(span.start)
+                raw.write(DATA[span.start : span.stop])
+                raw.flush()
+        landed = Landed(path)
+        assert landed.has(0, 5000)
+        again = PartialFile(path, len(DATA))
+        # Where all damage of a record was replaced, its bytes are what was recorded again.
+        lost = {position // 1000 for position in damaged if not span.start <= position < span.stop}
+        outside = [one for one in range(5000) if one // 1000 in lost and not span.start <= one < span.stop]
+        kept = 5000 - len(outside)
+        assert again.resumed_bytes == kept
+        assert again.damaged_bytes == 5000 - kept
+        for gap in whole(again):
+            assert any(position // 1000 == gap.start // 1000 for position in damaged)
+        again.close()
+
+
+def test_each_load_fetches_each_byte_again_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "object")
+    for load_id in ("a", "b"):
+        with fetching_again(path, load_id, lambda: None) as done:
+            assert done.left([ByteRange(0, 100)]) == (ByteRange(0, 100),)
+            done.note([ByteRange(20, 30)])
+        with fetching_again(path, load_id, lambda: None) as done:
+            assert done.left([ByteRange(20, 40)]) == (ByteRange(30, 40),)
+
+
+def test_one_process_at_a_time_fetches_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "object")
+
+    class TooLongError(Exception):
+        pass
+
+    def wait() -> None:
+        raise TooLongError
+
+    with fetching_again(path, "a", wait), pytest.raises(TooLongError), fetching_again(path, "a", wait):
+        raise AssertionError("two at once")
+    with fetching_again(path, "a", wait):
+        pass
