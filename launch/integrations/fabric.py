@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..loader import LoadOptions, OptionError
+from ..loader import LoadOptions, LoadResult, OptionError
 from . import deepspeed
-from .batches import warn_of_batch
+from .batches import warn_of_batch, warn_of_unknown_batch
 from .inert import warn_of_inert
 from .lightning_home import TRIED, import_home
 from .native import native_load
@@ -103,14 +103,16 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
             options=self._options,
             warns_of_batch=False,
         )
-        # Fabric tells DeepSpeed of a batch of one sample where nobody told it.
+        result: LoadResult = engine.rankload_result
+        words = {
+            "counted_by": "a script that counts its batches",
+            "remedy": "Keep the batch, or count samples",
+        }
+        # Fabric tells DeepSpeed of a batch of one sample where nobody told it, and DeepSpeed's files that.
         if self._knows_batch or engine.train_micro_batch_size_per_gpu() > 1:
-            warn_of_batch(
-                engine.rankload_result.batch_size,
-                engine.train_batch_size(),
-                counted_by="a script that counts its batches",
-                remedy="Keep the batch, or count samples",
-            )
+            warn_of_batch(result.batch_size, engine.train_batch_size(), **words)
+        else:
+            warn_of_unknown_batch(result.receipt.saved_world_size, result.receipt.world_size, **words)
         warn_of_inert(client_state, tuple(state))
         if "lr_scheduler" in state:
             warnings.warn(

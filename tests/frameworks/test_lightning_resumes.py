@@ -70,7 +70,7 @@ def test_a_file_that_tells_the_ranks(frameworks: str, saved: Saved) -> None:
     assert "was saved by 2 ranks, and here are 1; it does not tell how many samples a step was" in warning
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("zero2", 1), ("zero3", 3)])
+@pytest.mark.parametrize(("kind", "world_size"), [("zero1", 2), ("zero2", 1), ("zero3", 3)])
 def test_validate(frameworks: str, saved: Saved, kind: str, world_size: int) -> None:
     folder = saved(kind)
     told = run(
@@ -103,3 +103,14 @@ def test_fabric_goes_on(
     check(told, world_size)
     assert told["step"] == 4
     assert told["rest"] == {"left": [1, 2], "note": {"a": [1]}}
+
+
+def test_a_batch_that_fabric_was_not_told(frameworks: str, saved: Saved) -> None:
+    """Then Fabric tells DeepSpeed of one sample a rank, which is no batch to compare with."""
+    folder = saved("fabric-zero2")
+    for world_size, told_of in ((1, 1), (2, 0)):
+        told = run(
+            frameworks, "fabric_resume_job.py:resume", world_size, folder, "fabric-untold2", folder / "step-4"
+        )
+        found = [one for one in told["warnings"] if "was saved by 2 ranks, and here are 1" in one]
+        assert (len(found), len(told["warnings"])) == (told_of, told_of), told["warnings"]
