@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError
+from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError, StalledError
 from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
 from .locate import Located
@@ -162,6 +162,8 @@ def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[st
 def _stat(store: Store, name: str, notes: list[str]) -> ObjectInfo | None:
     try:
         info = store.stat(name)
+    except StalledError:
+        raise  # It has been waited for as long as anything is.
     except RankloadError as error:
         # Some stores refuse access to what is not there, to users who may not list.
         if not refusals_in(error):

@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from http_server import CountingServer, Served, counting_server
 from rankload.loader import retries
-from rankload.loader.errors import AccessError, CorruptError, FormatError, NotFoundError
+from rankload.loader.errors import AccessError, CorruptError, FormatError, NotFoundError, StalledError
 from rankload.loader.stores.local import LocalStore
 from rankload.loader.stores.locate import MODEL_STATES, Located, locate
 from rankload.loader.stores.manifest import LIMIT_BYTES, NAMES, find_manifests
@@ -253,6 +253,23 @@ def test_a_manifest_that_could_not_be_asked_for_is_noted(monkeypatch: pytest.Mon
         assert all("could not be asked for, and was not used" in note for note in found["notes"])
         server.missing = Served(status=403)  # so some stores answer for what is not there
         assert manifests(server)["notes"] == []
+
+
+def test_a_store_that_is_deaf_to_a_manifests_name_is_not_waited_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, asked = LocalStore(), []
+
+    def stat(name: str) -> Any:
+        asked.append(name)
+        raise StalledError(f"nothing has arrived for 5 s: {name}")
+
+    monkeypatch.setattr(store, "stat", stat)
+    with pytest.raises(StalledError, match=r"a\.pt\.sha256"):
+        find_manifests(
+            store, Located("file", str(tmp_path / "a.pt"), str(tmp_path / "a.pt")), only_beside=True
+        )
+    assert len(asked) == 1
 
 
 def test_a_damaged_manifest_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
