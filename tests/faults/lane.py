@@ -176,7 +176,7 @@ class Lane:
         if retire:
             files = self._left_files(case)
             problems += [*self.end(), *(one for one in files if one not in problems)]
-        place.remove()
+        place.remove(case)
         return Row(case.name, seen, round(seconds, 1), problems, seed, fired_at is not None)
 
     def _again(self, job: Job, step: Step) -> list[str]:
@@ -445,7 +445,7 @@ class Lane:
         for node in self._nodes.nodes:
             node.clear()
         shutil.rmtree(folder)
-        place.remove()
+        place.remove(case)
         seen = ", ".join(sorted({one.error or "restored" for one in endings.values()}))
         return Row(case.name, seen, round(seconds, 1), problems, seed, fired_at is not None)
 
@@ -603,8 +603,13 @@ class Place:
             (small / FILLER).unlink(missing_ok=True)
             shutil.rmtree(small / "exported", ignore_errors=True)
 
-    def remove(self) -> None:
+    def remove(self, case: Case) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+        if "cache_size" in case.options:
+            # What is kept on purpose would spare the next case its fault.
+            for node in self._nodes.nodes:
+                for kept in node.inside(node.disks["tmp"]).glob("rankload-*"):
+                    shutil.rmtree(kept)
 
     def _small(self) -> Path:
         return self._nodes[0].inside(self._nodes[0].disks["small"])
