@@ -67,7 +67,7 @@ def settings_of(storage_options: Mapping[str, Any]) -> Settings:
         )
     connect_s, silence_s = _timeouts(given.get("timeout"))
     return Settings(
-        headers=_headers(client, storage_options, given.get("auth")),
+        headers=headers_of(client, storage_options, given.get("auth")),
         encoded=bool(given.get("encoded")),
         route=Route(
             verify=_verify(given.get("ssl")),
@@ -79,8 +79,11 @@ def settings_of(storage_options: Mapping[str, Any]) -> Settings:
     )
 
 
-def _headers(client: Mapping[str, Any], options: Mapping[str, Any], auth: Any) -> dict[str, str]:
-    """The headers of requests, in which what the `options` hold takes the place of what the `client`'s do."""
+def headers_of(client: Mapping[str, Any], options: Mapping[str, Any], auth: Any) -> dict[str, str]:
+    """The headers of requests, cookies and `auth` among them; the `options`' take the place of the `client`'s.
+
+    Raises `OptionError` for what is no header, cookie or login.
+    """
     found: dict[str, tuple[str, str]] = {}
     cookies: dict[str, str] = {}
     for given in (client, options):

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from ..errors import CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
+from ..http.settings import headers_of
 from ..plurals import counted
 from ..redaction import redact_path, redact_text
 from ..retries import Outages, TryAgainError, until_done
@@ -27,6 +28,7 @@ from .base import (
     path_schemes,
     unheard,
 )
+from .http import HttpStore
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
 from .sums import StoredSum, in_info
@@ -48,6 +50,10 @@ _TELL_EMPTY_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs"})
 """Those of them whose file systems tell an empty bucket from one that is not there (tried with real servers)."""
 _CHAINED_URL = re.compile(r"::(https?)://[\x21-\x7e]*\Z", re.IGNORECASE)
 """A URL at the end of a chain that needs no percent-encoding."""
+_USERS = frozenset({"headers", "cookies", "auth"})
+"""Options of fsspec's http, and of its client, that are for the user's own server."""
+_ANYBODYS = frozenset({"accept", "accept-encoding", "range", "user-agent", "if-match", "if-none-match"})
+"""Headers that any server may be sent."""
 _VERSION_FIELDS = (
     "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
     "LastModified", "last_modified", "mtime", "modified", "created",
@@ -278,8 +284,7 @@ class FsspecStore:
 
     def protocols(self) -> tuple[str, ...]:
         """All the names of the file system's protocol, ``s3`` and ``s3a`` for example."""
-        protocol = self._filesystem.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+        return _protocols(self._filesystem)
 
     def files(self) -> Any:
         """The file system: of this thread where it has one connection; opened anew in a forked child."""
@@ -400,7 +405,16 @@ def store_of_filesystem(
     if "file" in ((protocol,) if isinstance(protocol, str) else protocol):
         return LocalStore(), file_uri_path(path) or path
     name = str(filesystem._strip_protocol(path)) if "://" in path else path
+    if {"http", "https"} & set(_protocols(filesystem)) and is_url(name):
+        # Our own client has ranges, and keeps the user's headers from other servers.
+        with contextlib.suppress(OptionError):
+            return HttpStore(filesystem.storage_options, heard, outages), name
     return FsspecStore(filesystem, None, heard, outages), name
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def is_protocol(scheme: str) -> bool:
@@ -435,15 +449,51 @@ def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _as_given(uri: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, by which the http(s) part of a chain is sent as it is written: it may be signed to the letter."""
+    """The options, by which the http(s) part of a chain is sent as it is written: it may be signed to the letter.
+
+    Its headers, cookies and login go to its own server alone.
+    """
     options = dict(storage_options)
-    match = _CHAINED_URL.search(uri)
-    if match is not None:
-        scheme = match[1].lower()
+    for scheme in {"http", "https"} & set(path_schemes(uri)):
         own = options.get(scheme) or {}
-        if isinstance(own, Mapping):
-            options[scheme] = {"encoded": True, **own}
+        if not isinstance(own, Mapping):
+            continue
+        match = _CHAINED_URL.search(uri)
+        encoded = {"encoded": True} if match is not None and match[1].lower() == scheme else {}
+        options[scheme] = {**encoded, **_kept_home(own)}
     return options
+
+
+def _kept_home(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of fsspec's http by which what is the user's is in the headers of a client that `_client` makes."""
+    client = options.get("client_kwargs") or {}
+    if not isinstance(client, Mapping) or "get_client" in options:
+        return dict(options)
+    auth = options.get("auth") or client.get("auth")
+    theirs = {name: value for name, value in client.items() if name not in _USERS}
+    headers = headers_of(client, options, auth)
+    ours = {name: value for name, value in options.items() if name not in _USERS}
+    return {**ours, "client_kwargs": {**theirs, "headers": headers}, "get_client": _client}
+
+
+async def _client(**options: Any) -> Any:
+    """The client of fsspec's http. Redirected to another server, it sends none of the headers that are the user's.
+
+    aiohttp itself leaves out Authorization, where it is a header, and nothing else.
+    """
+    from aiohttp import ClientSession, TraceConfig
+    from yarl import URL
+
+    async def redirected(session: Any, context: Any, told: Any) -> None:
+        location = told.response.headers.get("Location") or told.response.headers.get("URI") or ""
+        if told.url.join(URL(location)).origin() != told.url.origin():
+            for name in [name for name in told.headers if name.lower() not in _ANYBODYS]:
+                # The next request is sent with what is left.
+                told.headers.popall(name, None)
+
+    trace = TraceConfig()
+    trace.on_request_redirect.append(redirected)
+    return ClientSession(**{**options, "trace_configs": [*options.get("trace_configs", ()), trace]})
 
 
 def _how_to_install(uri: str, error: ImportError) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
+import fsspec
 import pytest
-from http_server import CountingServer, Served, counting_server
+from http_server import CountingServer, Request, Served, counting_server
 from rankload.loader.errors import AccessError
 from rankload.loader.ranges.open import open_range_source
 from rankload.loader.stores.base import ObjectInfo, Store
@@ -89,3 +91,50 @@ def test_redirects_that_lead_nowhere(way: Way, target: str, says: str, tmp_path:
         store.close()
         assert "SECRET" not in str(caught.value)
         assert len(server.requests) in (1, 11)
+
+
+CHAINED: dict[str, Callable[[], dict[str, object]]] = {
+    "headers": lambda: SECRETS,
+    "client's headers": lambda: {"client_kwargs": SECRETS},
+    "cookies": lambda: {"cookies": {"session": "SECRET"}},
+    "client's cookies": lambda: {"client_kwargs": {"cookies": {"session": "SECRET"}}},
+    "client's auth": lambda: {"client_kwargs": {"auth": aiohttp.BasicAuth("user", "SECRET")}},
+    "auth": lambda: {"auth": aiohttp.BasicAuth("user", "SECRET")},
+}
+
+
+@pytest.mark.parametrize("option", CHAINED)
+@pytest.mark.parametrize("chain", ["simplecache", "filecache"])
+def test_headers_of_a_chain_are_for_the_users_own_server(chain: str, option: str, tmp_path: Path) -> None:
+    """fsspec's http is aiohttp's, which hands all but Authorization to whoever it is redirected to."""
+    with counting_server({"/a": Served(BODY)}) as other, counting_server() as own:
+        own.served |= {"/first": Served(redirect="/second"), "/second": Served(redirect=other.url("/a"))}
+        given = {"http": CHAINED[option](), chain: {"cache_storage": str(tmp_path / "cache")}}
+        store, name = open_store(
+            f"{chain}::{own.url('/first')}", None, {**given, "skip_instance_cache": True}
+        )
+        for way in (whole, small):
+            way(store, name, tmp_path)
+        store.close()
+        assert own.requests
+        assert other.requests
+        users = {"x-api-key", "private-token", "cookie", "authorization"}
+
+        def has(one: Request) -> bool:
+            return bool(users & {name.lower() for name in one.headers})
+
+        assert all(map(has, own.requests)), own.requests
+        assert not any(map(has, other.requests)), [one.headers for one in other.requests]
+        assert "SECRET" not in str(other.requests)
+
+
+def test_a_file_system_for_http_that_the_user_passes_leaks_nothing(tmp_path: Path) -> None:
+    files = fsspec.filesystem("http", client_kwargs=SECRETS, skip_instance_cache=True)
+    with counting_server({"/a": Served(BODY)}) as other, counting_server() as own:
+        own.served["/first"] = Served(redirect=other.url("/a"))
+        store, name = open_store(own.url("/first"), files)
+        for way in (head, whole, small):
+            way(store, name, tmp_path)
+        store.close()
+        assert set(asked_with(own)) == {True}
+        assert set(asked_with(other)) == {False}
