@@ -29,6 +29,8 @@ class Hub:
     """Method, path and range of each request."""
     token: str | None = None
     """What is let in; everybody where None."""
+    elsewhere: str = ""
+    """The URL of another server, which has the files: requests for them are redirected there."""
 
     @property
     def url(self) -> str:
@@ -94,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": REVISION,
             "Accept-Ranges": "bytes",
         }
+        if self.owner.elsewhere:
+            return self._send(302, b"", {**headers, "Location": f"{self.owner.elsewhere}/{name}"})
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None:
             return self._send(200, data, headers)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_server import Behaviour, bad_server
 from hub_server import REVISION, Hub, hub_server
 from rankload.loader import AccessError, CorruptError, NotFoundError, State, load
 from safetensors_files import as_safetensors
@@ -83,6 +84,17 @@ def test_what_is_not_there_and_who_is_not_let_in(hub: Hub, module: torch.nn.Line
             f"hf://{REPO}/{PARTS}", State(torch.nn.Linear(512, 512)), load_weights_only=True, options=options
         )
     assert "hf_wrong" not in str(caught.value)
+
+
+def test_the_token_is_for_the_hub_alone(hub: Hub, module: torch.nn.Linear, tmp_path: Path) -> None:
+    """The Hub's files lie on another server, to which it redirects."""
+    hub.token = "hf_right"
+    with bad_server({f"/{name}": Behaviour(data) for name, data in hub.files.items()}) as other:
+        hub.elsewhere = other.url("")
+        restored(hub, WHOLE, module, tmp_path)
+        restored(hub, SMALL, module, tmp_path, verify="off")
+        assert {one.path for one in other.asked} == {f"/{WHOLE}", f"/{SMALL}"}
+        assert "hf_right" not in str(other.asked)
 
 
 @pytest.mark.parametrize("revision", ["", "@main", f"@{REVISION}"])
