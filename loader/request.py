@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..distributed.session import Session
@@ -30,7 +30,7 @@ from .torch_modes import what_tensors_lack
 class LoadRequest:
     """The arguments of one load, as one rank gave them; a path object becomes its text."""
 
-    path: str
+    path: str = field(repr=False)  # may have a signature or a password in it
     state: Any
     options: Options
     logger: Any = None

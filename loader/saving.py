@@ -24,7 +24,7 @@ import os
 import posixpath
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def save_checkpoint(
 class _Save:
     """One save, its arguments checked on this rank."""
 
-    path: str
+    path: str = field(repr=False)
     """Without a template."""
     store: LocalStore | FsspecStore
     name: str

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .errors import AccessError, FormatError, NotFoundError, RankloadError
 from .redaction import redact_text
 
+AnyError = TypeVar("AnyError", bound=RankloadError)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 WORTH_RETRYING = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
@@ -135,17 +137,32 @@ def _outage(error: BaseException) -> Outage | None:
     return None
 
 
-def store_error(error: BaseException, described: str, doing: str = "read") -> RankloadError:
+def store_error(
+    error: BaseException, described: str, doing: str = "read", secrets: Iterable[str] = ()
+) -> RankloadError:
     """`error`, met while `described` was read (or ``written``), as one of rankload's (returned, with its cause set).
 
-    A cause whose own message holds a secret is left out, since tracebacks print causes.
+    `secrets` are values that no message may hold (`redaction.secrets_in`). See `caused_by` for the cause.
     """
-    mapped = error if isinstance(error, RankloadError) else _mapped(error, described, doing)
-    if mapped is not error:
-        text = str(error)
-        mapped.__cause__ = error if redact_text(text) == text else None
-        mapped.__suppress_context__ = True
-    return mapped
+    if isinstance(error, RankloadError):
+        return error
+    return caused_by(_mapped(error, described, doing, tuple(secrets)), error, secrets)
+
+
+def caused_by(ours: AnyError, error: BaseException, secrets: Iterable[str] = ()) -> AnyError:
+    """`ours`, with `error` as its cause, unless that or what it was raised from quotes a secret: tracebacks print them.
+
+    To be raised as ``raise ours from ours.__cause__``.
+    """
+    quotable = all(_is_quotable(one, tuple(secrets)) for one in _chain(error))
+    ours.__cause__ = error if quotable else None
+    ours.__suppress_context__ = True
+    return ours
+
+
+def _is_quotable(error: BaseException, secrets: tuple[str, ...]) -> bool:
+    texts = [str(one) for one in (error, *getattr(error, "__notes__", ()), *getattr(error, "exceptions", ()))]
+    return all(redact_text(text, secrets) == text for text in texts)
 
 
 def refused(described: str, reason: str) -> AccessError:
@@ -194,13 +211,13 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
-def _mapped(error: BaseException, described: str, doing: str) -> RankloadError:
+def _mapped(error: BaseException, described: str, doing: str, secrets: tuple[str, ...]) -> RankloadError:
     if is_not_there(error) and outage_in(error) is not None:
         # fsspec's http says "not found" of what it could not ask for.
         error = error.__cause__ or error.__context__ or error
     status = http_status(error)
     kind = type(error).__name__
-    message = redact_text(str(error)) or kind
+    message = redact_text(str(error), secrets) or kind
     if is_not_there(error) or status in (404, 410):
         what = "not there" if doing == "read" else f"could not be {doing}: its folder or bucket is not there"
         return NotFoundError(f"{described}: {what}", path=described)

@@ -75,7 +75,7 @@ MAY_IMPORT_HEAVY_LATE = {
         "torchtitan",
     },
     "loader.exporting": {"torch"},
-    "loader.stores": {"fsspec"},
+    "loader.stores": {"fsspec", "aiohttp"},
     "loader.state": {"torch"},
     "loader.targets": {"torch"},
     "loader.torch_modes": {"torch"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..redaction import redact_path
+
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
@@ -36,4 +38,4 @@ class FoundCheckpoint:
         state = {True: "proven", False: f"passed over: {self.reason}", None: "not examined"}[self.proven]
         step = "" if self.step is None else f" (step {self.step:,})"
         named = f", named by {self.pointer}" if self.pointer else ""
-        return f"{self.shown or self.path}{step}{named}: {state}"
+        return f"{self.shown or redact_path(self.path)}{step}{named}: {state}"

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CorruptError, FormatError, NotFoundError, UnsafeError
@@ -39,7 +39,7 @@ _RANK_VARIABLES = {"rank", "local_rank", "node_rank"}
 class Candidate:
     """What may be a checkpoint."""
 
-    path: str
+    path: str = field(repr=False)  # may have a signature or a password in it
     """For `load`; a template where each rank has a file."""
     shown: str
     """The same for messages, without secrets."""
@@ -62,7 +62,7 @@ class _Folder:
     store: Store
     name: str
     """In the store."""
-    path: str
+    path: str = field(repr=False)
     """For `load`, without a slash at its end."""
     entries: Mapping[str, Entry]
     listed: bool

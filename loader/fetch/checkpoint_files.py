@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..cache.folder import folder_of
@@ -34,7 +34,7 @@ T = TypeVar("T")
 class NamedPath:
     """The path that a load was given, and how it becomes names of objects."""
 
-    template: str
+    template: str = field(repr=False)  # may have a signature or a password in it
     run_name: str | None
     name_of: Callable[[str], str]
     """Gives the name in the store of the object that a path, without variables, means."""

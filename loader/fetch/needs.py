@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError
@@ -22,7 +22,7 @@ _SHOWN = 8
 class FileNeed:
     """One object that this rank wants to read; an `optional` one may be missing."""
 
-    name: str
+    name: str = field(repr=False)  # may have a signature in it
     optional: bool = False
 
 

@@ -61,7 +61,7 @@ _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 class ObjectPart:
     """Where a file's bytes are: in one version of an object, as the whole of it or (an archive's member) a part."""
 
-    object_name: str
+    object_name: str = field(repr=False)  # may have a signature in it
     size_bytes: int
     """Of the whole object."""
     store_version: str | None

@@ -41,7 +41,7 @@ _EXPANDS = {".tar": 2, ".tgz": 4, ".gz": 4, ".bz2": 4, ".xz": 4, ".lzma": 4, ".z
 class Obtained:
     """An object, or its index, on this node; fields without a comment are those of `files.FetchedFile`."""
 
-    object_name: str
+    object_name: str = field(repr=False)
     """After links were followed."""
     path: str
     kind: Literal["file", "archive"]

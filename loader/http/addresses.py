@@ -8,7 +8,7 @@ import os
 import re
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
@@ -32,8 +32,8 @@ class Origin(NamedTuple):
 class Address:
     """An object's URL without user info and fragment, and the headers that only its own server may be sent."""
 
-    url: str
-    headers: Mapping[str, str]
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
     credentials: str
     """Where the credentials in `headers` come from, for messages."""
 

@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,7 +31,7 @@ class Route:
 
     verify: Any = None
     """Who is trusted, as for `trusted`."""
-    proxy: str | None = None
+    proxy: str | None = field(default=None, repr=False)  # may have a password in it
     """An ``http://`` URL; None for what the environment sets."""
     trust_env: bool = True
     """Whether the environment's proxies and netrc file count."""

@@ -56,10 +56,10 @@ class Request:
     """What a server is asked for."""
 
     method: Method
-    url: str
+    url: str = field(repr=False)
     described: str
     """What messages call the object."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def exchange(connections: Connections, request: Request, arrived: Arrived) -> Answer:

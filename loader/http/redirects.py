@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from email.message import Message
 
 from ..errors import AccessError
@@ -20,9 +20,9 @@ class Followed:
     """The answer at the end of a chain of redirects."""
 
     answer: Answer
-    url: str
+    url: str = field(repr=False)
     """Which URL answered."""
-    passed: tuple[Message, ...]
+    passed: tuple[Message, ...] = field(repr=False)
     """The headers of the redirects that led there, in order."""
 
 

@@ -11,7 +11,7 @@ import http.client
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import AccessError
 from ..http.addresses import Address, origin_of
@@ -44,7 +44,7 @@ class _Place:
     """The URL that is asked for now: as given, as signed, or the target of a redirect."""
 
     address: Address
-    url: str
+    url: str = field(repr=False)
     is_redirected: bool = False
     until: float = float("inf")
     """When it is to be renewed, by `time.monotonic`."""

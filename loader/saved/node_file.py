@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -10,7 +10,7 @@ from typing import Literal
 class NodeFile:
     """One file on this node: all of it, or its index alone where it is remote and comes in parts."""
 
-    name: str
+    name: str = field(repr=False)  # may have a signature in it
     """As it was asked for."""
     source: str
     """The object it came from, after links were followed, without secrets."""

@@ -38,7 +38,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://|::)")
 class ObjectInfo:
     """What a store says about one object."""
 
-    name: str
+    name: str = field(repr=False)  # may have a signature in it
     size_bytes: int | None
     """None where the store does not say before the object is read."""
     version: str | None = None

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from ..errors import CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
 from ..http.settings import headers_of
 from ..plurals import counted
-from ..redaction import redact_path, redact_text
+from ..redaction import redact_path, redact_text, secrets_in
 from ..retries import Outages, TryAgainError, until_done
-from ..store_errors import is_expired, outage_in, refusals_in, store_error
+from ..store_errors import caused_by, is_expired, outage_in, refusals_in, store_error
 from .base import (
     ONE_CONNECTION,
     Entry,
@@ -95,6 +95,9 @@ class FsspecStore:
         self._answered: set[str] = set()
         """The objects that the store has told of, or given."""
         self._renewing = threading.Lock()
+        self._secrets = secrets_in(getattr(filesystem, "storage_options", {})) | secrets_in(
+            {} if reopen is None else reopen[1]
+        )
         settings = repr(sorted(getattr(filesystem, "storage_options", {}).items(), key=str))
         self.identity = f"{self.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
@@ -171,7 +174,7 @@ class FsspecStore:
         try:
             until_received(self.outages, described, on_bytes, attempt)
         except Exception as error:
-            mapped = store_error(error, described)
+            mapped = self._error(error, described)
             raise mapped from mapped.__cause__
 
     def upload(self, source_path: str, name: str, on_bytes: OnBytes) -> None:
@@ -196,7 +199,7 @@ class FsspecStore:
         try:
             until_received(self.outages, described, on_bytes, attempt)
         except Exception as error:
-            mapped = store_error(error, described, "written")
+            mapped = self._error(error, described, "written")
             raise mapped from mapped.__cause__
         self.files().invalidate_cache()
         got = self._asked(name, lambda files: files.info(name), doing="written").get("size")
@@ -317,7 +320,7 @@ class FsspecStore:
             if reports is not None and reports.raised is not None:
                 raise
             outage = outage_in(error)
-            mapped = store_error(error, self.describe(name), doing)
+            mapped = self._error(error, self.describe(name), doing)
             if outage is not None:
                 raise TryAgainError(
                     mapped, origin=self.identity, is_there=outage.is_there, throttled=outage.throttled
@@ -331,6 +334,9 @@ class FsspecStore:
             self.outages.answered(self.identity)
             return found
         return self.once(name, work, reports, doing=doing, renews=False)
+
+    def _error(self, error: BaseException, described: str, doing: str = "read") -> RankloadError:
+        return store_error(error, described, doing, self._secrets)
 
     def _asked(self, name: str, work: Callable[[Any], T], *, doing: str = "read") -> T:
         """As `once`, begun anew as long as there is an outage; `heard` is called meanwhile."""
@@ -428,24 +434,31 @@ def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     shown = redact_path(uri)
+    secrets = secrets_in(storage_options)
     try:
         filesystem, name = url_to_fs(uri, **_as_given(uri, storage_options))
-    except ImportError as error:
-        raise OptionError(f"{shown}: {_how_to_install(uri, error)}", path=shown) from error
-    except TypeError as error:
-        raise OptionError(f"{shown}: storage_options do not fit: {error}", path=shown) from error
-    except ValueError as error:
-        if "rotocol" not in str(error):
-            raise store_error(error, shown) from None
-        raise OptionError(
+    except OptionError:
+        raise
+    except Exception as error:
+        ours = caused_by(_unopened(uri, shown, error, secrets), error, secrets)
+        raise ours from ours.__cause__
+    return filesystem, str(name)
+
+
+def _unopened(uri: str, shown: str, error: Exception, secrets: frozenset[str]) -> RankloadError:
+    """The error for a file system that could not be made."""
+    told = redact_text(str(error), secrets)
+    if isinstance(error, ImportError):
+        return OptionError(f"{shown}: {_how_to_install(uri, told)}", path=shown)
+    if isinstance(error, TypeError):
+        return OptionError(f"{shown}: storage_options do not fit: {told}", path=shown)
+    if isinstance(error, ValueError) and "rotocol" in told:
+        return OptionError(
             f"{shown}: unknown protocol {path_scheme(uri)!r}; expected a local path, http(s), "
             "or a protocol that fsspec knows",
             path=shown,
-        ) from error
-    except Exception as error:
-        mapped = store_error(error, shown)
-        raise mapped from mapped.__cause__
-    return filesystem, str(name)
+        )
+    return store_error(error, shown, secrets=secrets)
 
 
 def _as_given(uri: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -496,7 +509,7 @@ async def _client(**options: Any) -> Any:
     return ClientSession(**{**options, "trace_configs": [*options.get("trace_configs", ()), trace]})
 
 
-def _how_to_install(uri: str, error: ImportError) -> str:
+def _how_to_install(uri: str, error: str) -> str:
     schemes = path_schemes(uri)
     for scheme in schemes:
         if scheme in _EXTRAS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
@@ -98,16 +98,16 @@ class Located:
 
     form: str
     """``file`` or ``folder``."""
-    name: str
+    name: str = field(repr=False)  # may have a signature in it, as the next ones
     """The file's object name, or the folder's."""
-    first: str
+    first: str = field(repr=False)
     """Object name of the file to read first: the file itself, the first rank's model file, or a model's index."""
     tag: str | None = None
     """The tag folder's own name, or what ``latest`` holds (which may be nested); None for a file, and for a model's
     folder."""
     by_latest: bool = False
     """Whether the folder was named by the ``latest`` of the one above."""
-    root: str | None = None
+    root: str | None = field(default=None, repr=False)
     """The folder that the path names, where a framework may have more files; None for a file and for a tag's folder."""
     first_inside: str = ""
     """Name of `first` relative to the folder, where it lies in a folder inside it."""

@@ -6,7 +6,7 @@ A name that is missing is looked for as ``NAME.symlink``. What a link holds is r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import AccessError, CorruptError, NotFoundError, UnsafeError
 from .base import ObjectInfo, Store
@@ -23,7 +23,7 @@ class Resolved:
     """The object that a name stands for."""
 
     info: ObjectInfo
-    links: tuple[str, ...] = ()
+    links: tuple[str, ...] = field(default=(), repr=False)  # may have signatures in them
     """The ``.symlink`` objects that were followed, in order."""
 
 

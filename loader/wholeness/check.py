@@ -7,7 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..alone import EVERYTHING, OUTLINE, OpenCheckpoint, open_alone
@@ -114,7 +114,7 @@ def check_whole(
 
 @dataclass(frozen=True)
 class _Asked:
-    path: str
+    path: str = field(repr=False)
     object_store: Any
     options: Options
     subset: Subset | None
