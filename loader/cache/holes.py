@@ -242,16 +242,17 @@ def replace_bytes(path: str, ranges: Iterable[ByteRange]) -> Iterator[None]:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         beside = [
-            left
+            (*left, _crc_of(file, *left))
             for start, stop, crc in _records_of(path)
             if subtract([(start, stop)], spans) != (ByteRange(start, stop),)
             and _crc_of(file, start, stop) == crc
             for left in subtract([(start, stop)], spans)
         ]
         yield
+        put = [(*span, _crc_of(file, *span)) for span in spans]
         with open(landed_record(path), "ab", buffering=0) as records:
-            for start, stop in (*beside, *spans):
-                records.write(_packed(start, stop, _crc_of(file, start, stop)))
+            for start, stop, crc in (*beside, *put):
+                records.write(_packed(start, stop, crc))
     finally:
         os.close(file)
 

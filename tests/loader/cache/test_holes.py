@@ -94,6 +94,7 @@ def test_what_was_put_in_the_place_of_damage_counts_and_so_does_what_lies_beside
             for position in damaged:
                 raw.seek(position)
                 raw.write(bytes([DATA[position] ^ 1]))
+            raw.flush()
             with replace_bytes(path, [span]):
                 raw.seek(span.start)
                 raw.write(DATA[span.start : span.stop])
