@@ -164,7 +164,7 @@ def await_all(store: Any, topology: Topology, number: int, timeout_s: float, cal
     _reaching(lambda: store.set(keys[topology.rank], json.dumps(this_process().as_dict())))
     roll_call = RollCall(topology, f"to join{_same_calls(call)}")
     begin = since = time.monotonic()
-    missing: list[int] = list(range(topology.world_size))
+    missing = [rank for rank in range(topology.world_size) if rank != topology.rank]
     looked = asked = begin
     while not _reaching(lambda: store.check(keys)):
         now = time.monotonic()
@@ -209,7 +209,7 @@ class RollCall:
         self._told_after_s = WARN_AFTER_S
         self._looked = 0.0
         self._siblings = Siblings()
-        self._came: dict[int, ProcessIdentity] = {}
+        self._came = {topology.rank: this_process()}
 
     def came(self, rank: int, process: ProcessIdentity) -> None:
         """Notes that `rank` has come, and is `process`."""

@@ -235,9 +235,11 @@ def test_those_who_are_missing_are_named_early(
         rf"{socket.gethostname()}\)",
         said,
     ), said
-    ended = subprocess.Popen(["true"])
-    died = identity_of(ended.pid) or this_process()
+    ended = subprocess.Popen(["sleep", "60"])
+    died = identity_of(ended.pid)
+    ended.kill()
     ended.wait()
+    assert died is not None
     roll_call.came(5, died)
     with pytest.raises(PeerError, match=rf"rank 5 .*pid {ended.pid}\) ended before all ranks had joined"):
         roll_call.look(missing, tells=False)
