@@ -256,7 +256,7 @@ def test_only_some_rooms_import_what_is_heavy(package, path):
     late = {
         line
         for node in ast.walk(nodes)
-        if isinstance(node, ast.FunctionDef)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for line in range(node.lineno, (node.end_lineno or 0) + 1)
     }
     for level, module, line in imported(path):
