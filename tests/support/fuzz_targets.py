@@ -787,6 +787,9 @@ def _load_and_compare(
     except RankloadError as error:
         if "planted" in f"{error} {error.details}":
             raise FindingError("secret", str(error)) from error
+        if type(error) is RankloadError:
+            # How ranks are told of an exception that nobody foresaw.
+            raise FindingError("exception", error.message) from error
         raise
     if any(not torch.equal(value, expected[name]) for name, value in model.state_dict().items()):
         raise FindingError("damage", "a damaged byte was loaded without an error")
