@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from .agreement import Agreement, Combine, join_bytes, join_json, split_bytes
+from .changes import Changes
 from .errors import RankloadError, StalledError, TopologyError, from_record, to_record
 from .failures import as_rankload_error, bounded, store_lost
 from .heartbeat import described, place
@@ -112,6 +113,7 @@ class Channel:
         self.host = self._process.host
         self._store_thread = StoreThread(open_key_value, self._process, rank, world_size, stall_timeout_s)
         self._agreement = Agreement(self._store_thread, rank, world_size, stall_timeout_s)
+        self.changes = Changes(self._store_thread, rank, world_size)
         self._failure: BaseException | None = None
         self.absent = 0
         """On rank 0, once it has left: the ranks that have not, and will not. Nobody need wait for them."""
@@ -286,12 +288,15 @@ class Channel:
     def close(self, error: BaseException | None = None) -> BaseException | None:
         """Leaves the channel and announces ``error`` to the others; returns what to raise in its place.
 
+        After a failure ``changes`` tells whether it came before the first change of any rank, the same on all.
         Rank 0 waits until all have left, `LINGER_S` at most: it may host the store, and others may still have to read
         there what was decided.
         """
         store_thread = self._store_thread
         outcome = None if error is None else self._end(error, store_thread.stage)
         failed = self._failure is not None
+        if failed:
+            self.changes.conclude(waits=error is None or isinstance(error, Exception))
         try:
             # A store that is lost has failed the channel already; leaving needs no answer.
             with suppress(StoreLostError, RankloadError):
@@ -417,6 +422,7 @@ class Channel:
             index = self._store_thread.index
             for last in (index, index - 1):
                 spent += self._agreement.spent_keys(last)
+            spent += self.changes.spent_keys()
             self._store_thread.call(lambda key_value: key_value.forget([*spent, "left"]))
 
     def _raise_if_over(self) -> None:

@@ -1,4 +1,4 @@
-"""Defines every error that a load or a save can raise; makes failures after the first change `PartialRestoreError`s.
+"""Defines every error that a load or a save can raise.
 
 RankloadError                  rank, host, path
 ├── TemplateError              the path template names a variable that does not exist
@@ -21,8 +21,7 @@ RankloadError                  rank, host, path
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from ..distributed.errors import PeerError, RankloadError, StalledError, TopologyError
 
@@ -103,10 +102,10 @@ class OptionError(RankloadError, ValueError):
 
 
 class PartialRestoreError(RankloadError):
-    """The restore failed after its first change.
+    """The restore failed after the first change of some rank; every rank raises it then.
 
-    ``changed`` lists what had been changed on the rank that failed: those parts of the model, optimizer and
-    state must be taken as undefined until a load succeeds.
+    ``changed`` lists what had been changed on any rank, ``changed_by_rank`` on which: those parts of the model,
+    optimizer and state must be taken as undefined until a load succeeds.
     """
 
     def __init__(
@@ -123,8 +122,14 @@ class PartialRestoreError(RankloadError):
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Names of the parts that were changed before the failure."""
+        """Names of the parts that were changed before the failure, on any rank."""
         return tuple(self.details.get("changed", ()))
+
+    @property
+    def changed_by_rank(self) -> dict[int, tuple[str, ...]]:
+        """The same of each rank; one that did not tell, because it was killed or stopped, is not in it."""
+        by_rank = self.details.get("changed_by_rank", {})
+        return {int(rank): tuple(parts) for rank, parts in by_rank.items()}
 
 
 class AlgorithmError(PartialRestoreError, ValueError):
@@ -137,56 +142,3 @@ class InternalError(RankloadError):
 
 class TimestampError(RankloadError, RuntimeError):
     """The ranks hold different timestamps after the restore: they loaded different checkpoints."""
-
-
-@contextmanager
-def after_first_change(name: str, changed: Sequence[str] | None = None) -> Iterator[None]:
-    """Raises every failure of the block as a `PartialRestoreError` of the checkpoint `name`.
-
-    `changed` lists what this rank has changed so far; it may grow while the block runs. None where the failure may be
-    another rank's: the message then says nothing of what this rank has changed. A `TimestampError` passes as it is: it
-    means that everything was restored.
-    """
-    try:
-        yield
-    except TimestampError:
-        raise
-    except PartialRestoreError as error:
-        error.path = error.path or name
-        if changed:
-            error.details["changed"] = list(dict.fromkeys([*error.changed, *changed]))
-        raise
-    except Exception as error:
-        message = error.message if isinstance(error, RankloadError) else f"{type(error).__name__}: {error}"
-        what = ""
-        if changed is not None:
-            what = f"; changed: {', '.join(changed) or 'nothing on this rank, but others may have begun'}"
-        earlier = ""
-        if isinstance(error, CorruptError):
-            earlier = '. LoadOptions(verify="before") finds such damage before the first change'
-        partial = PartialRestoreError(
-            f"the restore of {name} failed after it began{what}. {message.rstrip('.')}. "
-            f"Take the model, optimizer and state as undefined until a load succeeds{earlier}",
-            path=name,
-            changed=changed or (),
-        )
-        if isinstance(error, RankloadError):
-            partial.rank, partial.host = error.rank, error.host
-            partial.details["cause"] = type(error).__name__
-        raise partial from error
-
-
-@contextmanager
-def partial_once_begun() -> Iterator[list[str]]:
-    """Around a whole session: yields a list, to which the caller adds the checkpoint's name before its first change.
-
-    From then on every failure is raised as by `after_first_change`, another rank's too.
-    """
-    begun: list[str] = []
-    try:
-        yield begun
-    except Exception as error:
-        if not begun:
-            raise
-        with after_first_change(begun[0]):
-            raise error

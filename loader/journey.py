@@ -8,7 +8,8 @@
     check          _check                  types, names, shapes and dtypes; the restore is planned: `Plan`
     agree          targets.deepspeed, verify, fetch
                                            which rank provides which weights, sums which bytes, fetches which ranges
-    restore        targets.base.carry_out  FIRST CHANGE: bytes are copied into place, while others are still fetched
+    restore        targets.base.carry_out  FIRST CHANGE (`Changes.note`): bytes are copied into place, while others are
+                                           still fetched
     weights        targets.deepspeed       weights that ranks share come to each node once
     checksums      verify.checks           what was summed is compared (with ``verify="before"``: before the restore);
                                            what came damaged is fetched, and restored, once more
@@ -18,8 +19,8 @@
     receipt        _report, join_reports   every rank's report is joined to one `Receipt`
 
 Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns is
-changed before ``restore``. What a stage hands on is a value that can be printed; what the stages work with is in
-`context.LoadContext`.
+changed before ``restore``, and a failure before any rank's first change is an ordinary error (`changes`). What a stage
+hands on is a value that can be printed; what the stages work with is in `context.LoadContext`.
 
 One file: the stages are read in their order, each as a short function.
 """
@@ -29,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,8 +39,9 @@ from ..distributed.channel import Channel
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
 from .candidates.found import FoundCheckpoint
+from .changes import partial_once_changed
 from .collector import without_collector
-from .errors import TimestampError, after_first_change, partial_once_begun
+from .errors import TimestampError
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import (
     SMALL_STORAGE_BYTES,
@@ -248,7 +250,7 @@ def load(
     with (
         default_modes(),
         without_collector(),
-        partial_once_begun() as begun,
+        partial_once_changed() as restoring,
         open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
     ):
@@ -272,7 +274,16 @@ def load(
         reader = files_reader(files, verify)
         checked = _check(request, files, target, saved, ignored, reader)
         from_store = not files.context.store.is_local
-        sharing = Sharing(session, stages, reader, files.name, verify, files.name_at, from_store)
+        sharing = Sharing(
+            session,
+            stages,
+            reader,
+            files.name,
+            verify,
+            files.name_at,
+            session.channel.changes.note,
+            from_store,
+        )
         plan, weights = plan_weights(checked.plan, sharing)
         unplanned = (
             storages([saved.state, saved.masters, saved.unnamed_masters]) if plan.rest is not None else []
@@ -280,17 +291,15 @@ def load(
         reads = checked.reads if plan is checked.plan else reads_of(plan.copies)
         from_peers = from_store and files.context.options.mode == "job"
         checking = Checking(session, stages, reader, from_store, from_peers)
-        checks = deal_checks(
-            checking, reads, files.name_at, verify=verify, name=files.name, direct=files.context.direct
-        )
+        checks = deal_checks(checking, reads, files.name_at, verify=verify, direct=files.context.direct)
         shared = weights.reads if weights is not None else {}
         parts = restore_parts(files, reads, checks.shares, checks.alone, shared, unplanned)
         if verify == "before":
             fetch_now(files.context, files.remote, parts.wanted, "fetch parts")
         verify_before(checks, checking, unplanned)
         with fetching(files, reader, parts, "fetch parts") as coming:
-            begun.append(files.name)
-            restored, work = _restore(plan, reader, restore, stages)
+            restoring.begins(session.channel, files.name)
+            restored, work = _restore(plan, reader, restore, stages, coming.before_change)
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
             coming.settle()
             verify_after(
@@ -475,17 +484,19 @@ def _refuse_unknown(plan: Plan, saved: Saved, request: LoadRequest, files: Check
 
 
 def _restore(
-    plan: Plan, reader: TensorReader, options: RestoreOptions, stages: Stages
+    plan: Plan,
+    reader: TensorReader,
+    options: RestoreOptions,
+    stages: Stages,
+    before_change: Callable[[], None],
 ) -> tuple[list[str], Work]:
-    """Carries out `plan`; the first change is here.
+    """Carries out `plan`; the first change is here, after `before_change`.
 
     Returns what was restored, as the receipt names it, and what it was done with, which knows all that was planned:
     algorithms bring more.
     """
-    changed: list[str] = []
     with (
         stages.stage("restore"),
-        after_first_change(options.file, changed),
         # What the user's objects do in their own load_state_dict is not known here: they may wait for other ranks.
         watched_collectives(
             stages.channel,
@@ -493,7 +504,8 @@ def _restore(
             anywhere=False,
         ),
     ):
-        work = Work(reader, options, changed.append)
+        before_change()
+        work = Work(reader, options, stages.channel.changes.note)
         return carry_out(plan, work), work
 
 
@@ -503,7 +515,6 @@ def _finish(plan: Plan, name: str, stages: Stages) -> None:
         return
     with (
         stages.stage("finish"),
-        after_first_change(name, ["all parts"]),
         watched_collectives(stages.channel, f"DeepSpeed's collectives at the end of the load of {name}"),
     ):
         plan.finish()

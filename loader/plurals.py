@@ -1,11 +1,19 @@
-"""A number of things in words, and of bytes in units, for messages."""
+"""A number of things and of ranks in words, and of bytes in units, for messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
     """``1 file`` or ``1,200 files``; `plural` where it is not `noun` and an s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0, 1``, as messages say it."""
+    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
 
 
 def in_units(nbytes: int) -> str:

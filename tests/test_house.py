@@ -40,7 +40,17 @@ ROOMS = (
     ("stores",),
     ("http",),
     ("saved",),
-    ("state", "options", "stages", "wire", "template", "checksums", "store_errors", "retries"),
+    (
+        "state",
+        "options",
+        "stages",
+        "changes",
+        "wire",
+        "template",
+        "checksums",
+        "store_errors",
+        "retries",
+    ),
     ("byte_ranges", "collector", "plurals", "redaction", "torch_modes", "workers"),
     ("errors",),
 )

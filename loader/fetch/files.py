@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..context import LoadContext
 from ..errors import FormatError, NotFoundError
+from ..plurals import ranks_text
 from ..saved.node_file import NodeFile
 from ..stores.base import ObjectInfo, Store
 from ..stores.probes import AT_ONCE
 from ..stores.symlinks import resolve
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
-from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, ranks_text
+from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking
 from .object_cache import ObjectCache
 from .remote_files import ObjectPart
 from .space_check import agree_on_room

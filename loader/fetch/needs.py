@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError
-from ..plurals import counted
+from ..plurals import counted, ranks_text
 from ..stores.base import Store
 
 if TYPE_CHECKING:
@@ -137,12 +137,6 @@ def _problem(
     hosts = {node: table.rows[leader]["host"] for node, leader in leaders.items()}
     where = f"there on {_nodes(has, hosts)}" if has else "there on no other"
     return f"{text} (missing on {_nodes(lacks, hosts)}; {where})"
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0, 1``, as messages say it."""
-    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
 
 
 def _nodes(nodes: Sequence[int], hosts: Mapping[int, str]) -> str:

@@ -12,10 +12,11 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-from ..byte_ranges import ByteRange
+from ..byte_ranges import ByteRange, subtract, total_bytes, union
 from ..cache.holes import Landed
 from ..errors import CorruptError, fetched_twice
 from ..formats.torch_file import FileIndex
+from ..materialize.storages import READY_BYTES
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..ranges.direct import DirectReads
@@ -121,6 +122,23 @@ class Coming:
             self._thread.start()
         else:
             self._ended.set()
+
+    def before_change(self) -> None:
+        """To be called in a stage before the first change: what fails in it is no partial restore.
+
+        Opens what this rank reads directly and, where this rank reads no more than `READY_BYTES`, waits until all of
+        it has landed.
+        """
+        if self._round is None:
+            return
+        direct = self._round.direct
+        direct.open_all()
+        if sum(total_bytes(union(ranges)) for ranges in self._wanted.values()) > READY_BYTES:
+            return
+        for path, ranges in self._wanted.items():
+            for wanted in ranges:
+                for start, stop in subtract([wanted], direct.of(path, *wanted)):
+                    self._reader.wait_for(path, start, stop)
 
     def settle(self) -> None:
         """Returns once all has landed on all nodes, and the headers of the storages were checked. Every rank must call.

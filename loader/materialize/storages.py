@@ -20,12 +20,16 @@ from ..cache.holes import Landed
 from ..checksums import RangeSums, crc32
 from ..errors import AccessError, CorruptError, InternalError, NotFoundError, fetched_twice
 from ..options import Verify
+from ..ranges.destinations import FirstWrite
 from ..ranges.direct import DirectReads, Placement
 from ..ranges.engine import OnLanded
 from ..saved.tensor import StorageRef
 
 STAGING_BYTES = 8 << 20
 """The size of the buffer for bytes that cannot be read into their destination itself."""
+READY_BYTES = 64 << 20
+"""A rank that reads no more than this from a remote store has all of it before it changes anything: the time that takes
+is not worth a partial restore."""
 WAIT_S = 0.01
 """The time between two looks at whether bytes have landed."""
 SMALL_BYTES = 64 << 10
@@ -42,13 +46,15 @@ class StorageSlice:
     """``nbytes`` bytes of a storage from byte ``start`` on, and where they go.
 
     They are read into ``view``; where that is None into the staging buffer (at most ``STAGING_BYTES`` of them), and
-    ``use`` is called to take them from there.
+    ``use`` is called to take them from there. ``first_write`` is noted before, where they go to memory that the caller
+    of a load owns.
     """
 
     start: int
     nbytes: int
     view: memoryview | None = None
     use: Callable[[], None] | None = None
+    first_write: FirstWrite | None = None
 
 
 _Planned = list[tuple[StorageRef, list[StorageSlice]]]
@@ -196,6 +202,8 @@ class StorageReader:
                 self.passed(storage)
             for one in slices:
                 n_bytes += one.nbytes
+                if one.first_write is not None:
+                    one.first_write.before()
                 view = self.staging if one.view is None else one.view
                 view[: one.nbytes] = own[one.start : one.start + one.nbytes]
                 if one.use is not None:
@@ -214,8 +222,17 @@ class StorageReader:
         """
         if not self.direct:
             return list(planned)
+        owned: list[tuple[FirstWrite, memoryview, memoryview]] = []
+        if self.direct.nbytes <= READY_BYTES:
+            planned = [
+                (storage, [_apart(one, self.direct, storage, owned) for one in slices])
+                for storage, slices in planned
+            ]
         left, placements = _divide(self.direct, planned, self._shares, self.on_bytes)
         self.direct.place(placements)
+        for first_write, view, landed in owned:
+            first_write.before()
+            view[:] = landed
         return left
 
     def passed(self, storage: StorageRef) -> None:
@@ -273,9 +290,11 @@ class _Pass:
             for one in slices:
                 self._pass_over(one.start)
                 if one.view is not None:
-                    self._fill(one.start, one.view)
+                    self._fill(one.start, one.view, one.first_write)
                 else:
                     self._fill(one.start, self.staging[: one.nbytes])
+                    if one.first_write is not None:
+                        one.first_write.before()
                     if one.use is not None:
                         one.use()
             self._pass_over(self.storage.nbytes)
@@ -296,12 +315,18 @@ class _Pass:
         while self.summed and self.frontier < position:
             self._fill(self.frontier, self.staging[: min(STAGING_BYTES, position - self.frontier)])
 
-    def _fill(self, start: int, view: memoryview) -> None:
-        """Reads the storage's bytes from ``start`` into all of ``view``, and sums them."""
+    def _fill(self, start: int, view: memoryview, first_write: FirstWrite | None = None) -> None:
+        """Reads the storage's bytes from ``start`` into all of ``view``, and sums them.
+
+        Until ``first_write`` is noted, bytes are read into the staging buffer first: a failed read is no change.
+        """
         step = _SUMMED_BYTES if self.summed or self.shared is not None else _READ_BYTES
         done = 0
         while done < len(view):
             part = view[done : done + step]
+            apart = first_write is not None and not first_write.noted
+            if apart:
+                part = self.staging[: len(part)]
             first = self.storage.offset + start + done
             part, count = self._direct(first, part)
             if count == 0:
@@ -318,6 +343,9 @@ class _Pass:
                     "since its index was read"
                 )
             self._sum(start + done, part[:count])
+            if apart and first_write is not None:
+                first_write.before()
+                view[done : done + count] = part[:count]
             done += count
             if self.reader.on_bytes is not None:
                 self.reader.on_bytes(count)
@@ -390,6 +418,22 @@ def _neighbours(planned: _Planned) -> Iterator[_Planned]:
         yield group
 
 
+def _apart(
+    wanted: StorageSlice,
+    direct: DirectReads,
+    storage: StorageRef,
+    owned: list[tuple[FirstWrite, memoryview, memoryview]],
+) -> StorageSlice:
+    """`wanted` with memory apart in place of memory that the caller of the load owns, where all of it comes directly;
+    adds both to `owned`."""
+    span = ByteRange(storage.offset + wanted.start, storage.offset + wanted.start + wanted.nbytes)
+    if wanted.first_write is None or wanted.view is None or direct.of(storage.file, *span) != (span,):
+        return wanted
+    landed = memoryview(bytearray(wanted.nbytes))
+    owned.append((wanted.first_write, wanted.view, landed))
+    return replace(wanted, view=landed, first_write=None)
+
+
 def _divide(
     direct: DirectReads,
     planned: Sequence[tuple[StorageRef, Sequence[StorageSlice]]],
@@ -431,6 +475,8 @@ def _place_direct(
         return
     for start, stop in spans:
         placement.pieces.append((start, view[start - first : stop - first]))
+        if wanted.first_write is not None:
+            placement.first_writes[start] = wanted.first_write
     for start, stop in subtract([ByteRange(first, first + wanted.nbytes)], spans):
         part = view[start - first : stop - first]
         yield replace(wanted, start=start - storage.offset, nbytes=stop - start, view=part)

@@ -21,6 +21,7 @@ import torch
 from ..byte_ranges import ByteRange, union
 from ..errors import FormatError, InternalError
 from ..options import Verify
+from ..ranges.destinations import FirstWrite
 from ..ranges.direct import DirectReads
 from ..saved.copies import Copy, Memory, copies_into
 from ..saved.regions import Run, row_major_stride
@@ -56,10 +57,16 @@ class TensorReader:
         """What is called with a storage that does not match its checksum."""
         return self._storages.fetch_again
 
-    def copy(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
+    def copy(
+        self,
+        copies: Sequence[Copy],
+        memories: Mapping[str, torch.Tensor],
+        first_writes: Mapping[str, FirstWrite] | None = None,
+    ) -> None:
         """Fills `memories`, by `Memory.key`, as `copies` say, storage by storage in the order of the files.
 
-        Ranges of `reading_direct` are read first, for all copies at once.
+        Ranges of `reading_direct` are read first, for all copies at once. `first_writes`, by key too, are noted before
+        a memory is first written, once there are bytes for it.
 
         Raises `CorruptError` where a file is too short or a checksum differs; memories may have been written by then.
         Raises `FormatError` where torch lacks a dtype, `InternalError` where a memory is missing or is not as planned.
@@ -69,6 +76,7 @@ class TensorReader:
             by_storage.setdefault(copy.storage, []).append(copy)
         planned_memories = {id(copy.memory): copy.memory for copy in copies}.values()
         places = {memory.key: _place(memory, memories) for memory in planned_memories}
+        noted = first_writes or {}
         staging = self._buffer(places.values())
         with torch.no_grad():
             planned = [
@@ -77,7 +85,9 @@ class TensorReader:
                     [
                         each
                         for copy in by_storage[storage]
-                        for each in _slices(copy, places[copy.memory.key], staging)
+                        for each in _slices(
+                            copy, places[copy.memory.key], staging, noted.get(copy.memory.key)
+                        )
                     ],
                 )
                 for storage in _in_file_order(by_storage)
@@ -216,8 +226,18 @@ def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
     return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
 
 
-def _slices(copy: Copy, memory: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
+def _slices(
+    copy: Copy, memory: torch.Tensor, staging: torch.Tensor, first_write: FirstWrite | None
+) -> Iterator[StorageSlice]:
     """The slices to read for `copy`, whose elements go to its part of `memory` one by one."""
+    if first_write is None:
+        yield from _slices_of(copy, memory, staging)
+        return
+    for one in _slices_of(copy, memory, staging):
+        yield replace(one, first_write=first_write)
+
+
+def _slices_of(copy: Copy, memory: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
     dtype = torch_dtype(copy.dtype)
     if not copy.source.is_contiguous:
         yield from _gathered(copy.source, _part(memory, copy.target), dtype, staging)

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from ..errors import CorruptError
@@ -15,6 +15,26 @@ from ..store_errors import disk_full
 
 BUFFER_BYTES = 1 << 20
 """What is received before it is written: small enough to be in the processor's cache still."""
+_FIRST_BYTES = 64 << 10
+"""How much is received before memory of the caller's is first written."""
+
+
+class FirstWrite:
+    """Calls `note` before memory is first written that the caller of a load owns. Several threads may share it."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self._note = note
+        self._lock = threading.Lock()
+        self.noted = False
+
+    def before(self) -> None:
+        """To be called when there are bytes to write, before each write. Raises what `note` raises."""
+        if self.noted:
+            return
+        with self._lock:
+            if not self.noted:
+                self._note()
+                self.noted = True
 
 
 class Destination(Protocol):
@@ -30,14 +50,20 @@ class Destination(Protocol):
 class MemoryDestination:
     """Memory that is filled in place: of `pieces`, ``(start, view)`` takes the object's bytes from `start` on.
 
-    Views are one-dimensional, contiguous and writable, of any item size. Raises `ValueError` where they overlap, or
-    cannot be written.
+    Views are one-dimensional, contiguous and writable, of any item size. `first_writes` are those of the pieces that
+    the caller of a load owns, by their start: until one was noted, its bytes are received elsewhere, so that a body
+    that never comes is no change. Raises `ValueError` where pieces overlap, or cannot be written.
     """
 
-    def __init__(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+    def __init__(
+        self,
+        pieces: Iterable[tuple[int, memoryview]],
+        first_writes: Mapping[int, FirstWrite] | None = None,
+    ) -> None:
         placed = sorted(((start, view.cast("B")) for start, view in pieces), key=lambda one: one[0])
         self._pieces = [(start, view) for start, view in placed if len(view)]
         self._starts = [start for start, _ in self._pieces]
+        self._first_writes = first_writes or {}
         for (start, view), (after, _) in zip(self._pieces, self._pieces[1:], strict=False):
             if start + len(view) > after:
                 raise ValueError(f"two pieces of memory take byte {after}")
@@ -45,19 +71,32 @@ class MemoryDestination:
                 raise ValueError("memory that can't be written")
 
     def views(self, start: int, stop: int) -> Iterator[memoryview]:
-        index = max(bisect_right(self._starts, start) - 1, 0)
         position = start
         while position < stop:
-            begin, view = self._pieces[index] if index < len(self._pieces) else (stop, memoryview(b""))
-            if not begin <= position < begin + len(view):
-                raise ValueError(f"byte {position} has no place in memory")
+            begin, view = self._piece(position)
             end = min(stop, begin + len(view))
-            yield view[position - begin : end - begin]
+            first = self._first_writes.get(begin)
+            if first is not None and not first.noted:
+                end = min(end, position + _FIRST_BYTES)
+                yield memoryview(bytearray(end - position))
+            else:
+                yield view[position - begin : end - begin]
             position = end
-            index += 1
 
     def take(self, start: int, view: memoryview) -> None:
-        """Does nothing: the bytes are in place."""
+        """Puts bytes that were received elsewhere into their place; others are there."""
+        begin, piece = self._piece(start)
+        if view.obj is not piece.obj:
+            self._first_writes[begin].before()
+            piece[start - begin : start - begin + len(view)] = view
+
+    def _piece(self, position: int) -> tuple[int, memoryview]:
+        """The piece that takes the byte at `position`."""
+        index = bisect_right(self._starts, position) - 1
+        begin, view = self._pieces[index] if index >= 0 else (position, memoryview(b""))
+        if not begin <= position < begin + len(view):
+            raise ValueError(f"byte {position} has no place in memory")
+        return begin, view
 
 
 class FileDestination:

@@ -15,7 +15,7 @@ from ..byte_ranges import ByteRange, total_bytes, union
 from ..stores.base import OnBytes
 from .base import RangeSource
 from .concurrency import MOST, START, Concurrency
-from .destinations import MemoryDestination
+from .destinations import FirstWrite, MemoryDestination
 from .engine import ObjectRead, OnLanded, ReadReport, read_ranges
 
 SINGLE_CHUNK_BYTES = 2 << 20
@@ -28,6 +28,8 @@ class Placement:
 
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
     """Memory for the file's bytes from a position on, as for `MemoryDestination`."""
+    first_writes: dict[int, FirstWrite] = field(default_factory=dict)
+    """As for `MemoryDestination`."""
     headers: list[ByteRange] = field(default_factory=list)
     """The ranges of storages' headers, to be kept for `DirectReads.header`."""
     landed: OnLanded | None = None
@@ -94,13 +96,17 @@ class DirectReads:
                     memory = self._headers[path, header.start] = bytearray(header.length)
                     pieces.append((header.start, memoryview(memory)))
             spans = union((start, start + view.nbytes) for start, view in pieces)
-            reads.append(
-                ObjectRead(self._open_source(path), spans, MemoryDestination(pieces), placement.landed)
-            )
+            into = MemoryDestination(pieces, placement.first_writes)
+            reads.append(ObjectRead(self._open_source(path), spans, into, placement.landed))
             self._add(path, total_bytes(spans))
         if reads:
             report = read_ranges(reads, self._on_bytes, concurrency=self._concurrency())
             self._settle(next(iter(wanted)), report)
+
+    def open_all(self) -> None:
+        """Opens the objects that the ranges are of, so that none fails to open later. Raises as `open_source`."""
+        for path in self._ranges:
+            self._open_source(path)
 
     def read(self, path: str, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, which must be among the ranges. Raises as `read_ranges` does."""

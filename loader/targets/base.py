@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from ..errors import InternalError
 from ..materialize.objects import materialize_each
 from ..materialize.tensors import TensorReader
 from ..options import Hyperparameters
+from ..ranges.destinations import FirstWrite
 from ..saved.contents import Saved
 from ..saved.copies import Copy, copies_of_tree
 from ..saved.demand import Demand
@@ -27,7 +28,8 @@ from ..saved.tensor import SavedTensor, StorageRef
 from ..state import AlgorithmPass
 
 NoteChange = Callable[[str], None]
-"""Called with a part's name before that part is first changed."""
+"""Called with a part's name before that part is first changed. Raises where another rank has failed before the first
+change of any: nothing may be changed then."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class RestoreOptions:
         return not any(self.comes_in_parts(storage.file) for storage in tensor.storages)
 
 
+Change = Callable[[], list[str]]
+"""The rest of a step, which changes the target; returns what was restored, for the receipt."""
+
+
 class Step(Protocol):
     """A part of a plan, carried out on this rank alone: no rank waits in it for another."""
 
@@ -68,11 +74,11 @@ class Step(Protocol):
     def trees(self) -> Mapping[str, Any]:
         """The saved values that it makes real, by their places in the checkpoint."""
 
-    def apply(self, work: Work) -> list[str]:
-        """Carries it out by `work`; returns what was restored, for the receipt.
+    def prepare(self, work: Work) -> Change:
+        """Reads what goes to new memory, makes it real, allocates and compares; changes nothing. The rest is returned.
 
-        `Work.note_change` is called with a part's name before that part is first changed. Raises `CorruptError` where
-        bytes are missing or do not match their checksum, and whatever the target's own loading raises.
+        That calls `Work.note_change` with a part's name before that part is first changed. Both raise `CorruptError`
+        where bytes are missing or do not match their checksum; the rest whatever the target's own loading raises.
         """
 
 
@@ -184,6 +190,7 @@ class Work:
         self.reader = reader
         self.options = options
         self.note_change = note_change
+        self._first_writes: dict[str, FirstWrite] = {}
         self.carried_out = Plan()
         """All plans that were carried out, as one, for the receipt: `Plan.rest` adds what the first could not tell."""
         self._copied: set[int] = set()
@@ -192,16 +199,24 @@ class Work:
         """By `Memory.key`: the memory that was filled, whether or not it is there still."""
         self._again: Collection[StorageRef] | None = None
 
-    def fill(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self,
+        copies: Sequence[Copy],
+        memories: Mapping[str, torch.Tensor],
+        changes: Mapping[str, str] | None = None,
+    ) -> None:
         """Fills `memories`, by `Memory.key`. Raises as `TensorReader.copy`.
 
-        In `carry_out_again`, memory that was filled before gets only what was damaged then.
+        `changes` names, by key too, the part that is changed where a memory is the user's, rather than new: it is noted
+        when the first bytes for it are there. In `carry_out_again`, memory that was filled before gets only what was
+        damaged then.
         """
         again = self._again
         if again is not None:
             held = {key for key, memory in memories.items() if self.has_filled(key, memory)}
             copies = [copy for copy in copies if copy.storage in again or copy.memory.key not in held]
-        self.reader.copy(copies, memories)
+        noted = {key: self._first_write(part) for key, part in (changes or {}).items()}
+        self.reader.copy(copies, memories, noted)
         self._copied.update(map(id, copies))
         for key in {copy.memory.key for copy in copies}:
             memory = memories[key]
@@ -226,6 +241,11 @@ class Work:
         finally:
             self._again = None
 
+    def _first_write(self, part: str) -> FirstWrite:
+        if part not in self._first_writes:
+            self._first_writes[part] = FirstWrite(partial(self.note_change, part))
+        return self._first_writes[part]
+
     def real(self, trees: Mapping[str, Any]) -> dict[str, Any]:
         """`trees` as real values, by the same places; each is made by itself. Raises as `materialize_each`."""
         found = materialize_each(
@@ -248,13 +268,16 @@ class Work:
 def carry_out(plan: Plan, work: Work) -> list[str]:
     """Carries out `plan` on this rank; returns the parts that were restored, for the receipt. No rank waits.
 
+    All steps are prepared before the first one changes anything: what fails then is no partial restore.
+
     Raises `MismatchError` where what could only be planned after a change does not fit, `InternalError` where a step
-    left something out, and as `Step.apply`.
+    left something out, and as `Step.prepare`.
     """
     restored: list[str] = []
     work.carried_out = work.carried_out.joined(plan)
-    for step in plan.steps:
-        restored += step.apply(work)
+    prepared = [(step, step.prepare(work)) for step in plan.steps]
+    for step, change in prepared:
+        restored += change()
         work.account(step)
     if plan.rest is not None:
         rest = plan.rest()
@@ -280,4 +303,4 @@ def carry_out_again(work: Work, damaged: Collection[StorageRef]) -> None:
             begun = begun or any(copy.storage in damaged for copy in Plan((step,)).copies)
             # Algorithms read nothing; they have changed the model by now, and would change it twice.
             if begun and (step.copies or step.trees):
-                step.apply(work)
+                step.prepare(work)()

@@ -18,7 +18,7 @@ from ..saved.demand import Demand
 from ..saved.mismatch import Mismatch
 from ..state import ForeignState, State, as_list, by_class_name
 from .algorithms import apply_required, ordered_algorithms, required_algorithms
-from .base import Plan, RestoreOptions, Target, Work, join
+from .base import Change, Plan, RestoreOptions, Target, Work, join
 from .deepspeed.engine import EngineTarget
 from .deepspeed.ownership import engine_behind, is_part_of
 from .foreign import ForeignTarget
@@ -192,7 +192,11 @@ class AlgorithmsStep:
     copies: tuple[Copy, ...] = ()
     trees: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, work: Work) -> list[str]:
-        """Raises `AlgorithmError` where applying one fails."""
-        apply_required(self.algorithms, self.state, work.options.logger, work.note_change)
-        return [f"algorithm {algorithm!r}" for algorithm in self.algorithms]
+    def prepare(self, work: Work) -> Change:
+        """The rest raises `AlgorithmError` where applying one fails."""
+
+        def change() -> list[str]:
+            apply_required(self.algorithms, self.state, work.options.logger, work.note_change)
+            return [f"algorithm {algorithm!r}" for algorithm in self.algorithms]
+
+        return change

@@ -8,6 +8,7 @@ there, as a plan needs them. For modules sharded with ``fully_shard`` (FSDP2): `
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -160,15 +161,18 @@ def kept_part(tensor: Any, key: str, *, new: torch.dtype | None = None) -> tuple
     box, local = local_part(tensor, key)
     made = new is not None or local.is_meta
     layout = torch.empty_like(local, dtype=new, device="meta") if made else local
-    if not local.is_meta:
-        device = local.device.type
-    elif is_dtensor(tensor):
-        device = tensor.device_mesh.device_type
-    else:
-        device = callers_device().type
+    device = (
+        torch.device(memory_device(tensor, callers_device())).type if local.is_meta else local.device.type
+    )
     plain = device == "cpu" and (made or not (local.is_conj() or local.is_neg()))
     memory = Memory(key, dtype_name(layout.dtype), tuple(layout.shape), layout.stride(), plain)
     return Laid(box, 0, memory.stride), memory
+
+
+def memory_device(tensor: Any, callers: torch.device) -> torch.device | str:
+    """Where a tensor on the meta device gets its memory: on the caller's default device, a shard on its mesh's."""
+    device: torch.device | str = tensor.device_mesh.device_type if is_dtensor(tensor) else callers
+    return device
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -209,8 +213,8 @@ def has_dtensors(module: nn.Module) -> bool:
     return any(is_dtensor(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def give_shards_memory(module: nn.Module) -> None:
-    """Gives the meta DTensors of `module` memory on their mesh's device; they stay the same objects.
+def give_shards_memory(module: nn.Module, made: Mapping[int, torch.Tensor]) -> None:
+    """Gives the meta DTensors of `module` the memory that was `made` for them, by id; they stay the same objects.
 
     Raises `LayoutError` where torch replaced them by others: an optimizer would keep the old ones.
     """
@@ -223,7 +227,7 @@ def give_shards_memory(module: nn.Module) -> None:
     def real(tensor: torch.Tensor) -> torch.Tensor:
         if not (is_dtensor(tensor) and tensor.is_meta):
             return tensor
-        return torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[attr-defined]
+        return made[id(tensor)]
 
     # As ``to_empty`` does, for the meta ones only; in ``_apply`` FSDP's modules renew their own references.
     module._apply(real)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from ..saved.masters import name_masters
 from ..saved.mismatch import Mismatch
 from ..state import as_list, by_class_name
 from .algorithms import metrics_logger, without_unregistered
-from .base import Plan, RestoreOptions, Work, join
+from .base import Change, Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
 from .module import parameter_names, plan_module
 from .optimizer import OptimizerPlan, plan_optimizers, without_hyperparameters
@@ -40,7 +40,11 @@ class ForeignStep:
     """Whether the weights in it are all that the module has."""
     copies: tuple[Copy, ...] = ()
 
-    def apply(self, work: Work) -> list[str]:
+    def prepare(self, work: Work) -> Change:
+        """Does nothing beforehand: what it makes real may be large, and others hold what they have prepared."""
+        return lambda: self._change(work)
+
+    def _change(self, work: Work) -> list[str]:
         """No rank waits for another, but where the object's own loading does. Raises whatever that raises."""
         options = work.options
         real = work.real(self.trees)[_PLACE]
@@ -159,7 +163,7 @@ class ForeignTarget:
         whole = saved.whole.state.get("optimizers") or {}
         left = saved.state.get("optimizers") or {}
         names = parameter_names(getattr(self.state, "model", None))
-        told = join([*(plan.as_plan() for plan in plans), rest])
+        told = join([*(plan.as_plan(ahead=False) for plan in plans), rest])
         if told.mismatch.wrong or (
             not rest.not_restored
             and all(

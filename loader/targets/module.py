@@ -1,10 +1,10 @@
 """Restores a torch module: plans which saved tensor goes where, then reads each straight into its parameter.
 
-`plan_module` matches names and checks shapes and dtypes; its `ModuleStep` gives meta tensors memory and fills them. A
-module whose loading does anything but copy (`loading_overrides`: hooks, or a loader that is not torch's own) gets real
-tensors through its own ``load_state_dict`` instead, and names that only its hooks know are checked there. What a saved
-entry is follows from its name: a parameter's, a buffer's, or the extra state's of a submodule that takes it; never from
-what the target holds at the moment.
+`plan_module` matches names and checks shapes and dtypes; its `ModuleStep` fills the tensors. What is on the meta device
+stays there until new memory for it is filled. A module whose loading does anything but copy (`loading_overrides`:
+hooks, or a loader that is not torch's own) gets real tensors through its own ``load_state_dict`` instead, and names
+that only its hooks know are checked there. What a saved entry is follows from its name: a parameter's, a buffer's, or
+the extra state's of a submodule that takes it; never from what the target holds at the moment.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.values import InertTensor, kind_of
 from ..state import unwrap
 from ..torch_modes import callers_device
-from .base import Plan, RestoreOptions, Work
+from .base import Change, Plan, RestoreOptions, Work
 from .buffers import check_read, check_saved, values_place
 from .dtensor import (
     TORCH_OWN,
@@ -49,6 +49,7 @@ from .dtensor import (
     is_dtensor,
     kept_part,
     local_part,
+    memory_device,
     shape_of,
     show_shards,
 )
@@ -56,9 +57,9 @@ from .made_tensors import layout_problem, set_whole
 
 __all__ = [
     "NOT_INITIALISED",
+    "MetaMemory",
     "ModulePlan",
     "ModuleStep",
-    "allocate_meta",
     "dtype_name",
     "extra_states",
     "has_own_loader",
@@ -129,9 +130,9 @@ class ModuleStep:
     """Extra state, and tensors that are made as a whole; with hooks also those that repeat elements, which need no
     memory for each."""
 
-    def apply(self, work: Work) -> list[str]:
-        """Gives meta tensors memory first, as the same objects. Extra state is read before `Work.note_change`, and
-        buffers that the check could not read are compared.
+    def prepare(self, work: Work) -> Change:
+        """Reads extra state, compares the buffers that the check could not read, and makes the memory that meta tensors
+        get when it is filled; they stay the same objects.
 
         With ``strict``, names that the module's own ``load_state_dict`` left out are an error. Raises `CorruptError`
         where bytes are missing or do not match their checksum, `MismatchError` where a buffer's values do not survive
@@ -144,18 +145,31 @@ class ModuleStep:
             {name: (made[values_place(name)], targets[name]) for name in plan.unchecked}, work.options.file
         )
         real = {name: made[_place(name)] for name in plan.sources if _place(name) in made}
-        work.note_change("model")
-        allocate_meta(plan.module)
+        made_for = MetaMemory(plan.module)
+        return lambda: self._change(real, targets, made_for, work)
+
+    def _change(
+        self,
+        real: Mapping[str, Any],
+        targets: Mapping[str, torch.Tensor | None],
+        made_for: MetaMemory,
+        work: Work,
+    ) -> list[str]:
+        plan = self.plan
         if plan.through_hooks:
-            self._load_through_hooks(real, targets, work)
+            self._load_through_hooks(real, targets, made_for, work)
         else:
             filled = {copy.memory.key for copy in self.copies}
-            memories = {
-                _key(name): local_part(target, _key(name))[1]
-                for name, target in targets.items()
-                if target is not None and _key(name) in filled
-            }
-            work.fill(self.copies, memories)
+            memories, changes = {}, {}
+            for name, target in targets.items():
+                if target is not None and _key(name) in filled:
+                    memories[_key(name)] = local_part(made_for.of(target), _key(name))[1]
+                    if not target.is_meta:
+                        changes[_key(name)] = "model"
+            work.fill(self.copies, memories, changes)
+            if made_for or real:
+                work.note_change("model")
+            made_for.give()
             takers = extra_states(plan.module)
             for name, value in real.items():
                 target = targets[name]
@@ -168,7 +182,11 @@ class ModuleStep:
         return [f"model ({counted(count, 'entry', 'entries')}, {counted(nbytes, 'byte')})"]
 
     def _load_through_hooks(
-        self, real: Mapping[str, Any], targets: Mapping[str, torch.Tensor | None], work: Work
+        self,
+        real: Mapping[str, Any],
+        targets: Mapping[str, torch.Tensor | None],
+        made_for: MetaMemory,
+        work: Work,
     ) -> None:
         plan = self.plan
         given = dict(real)
@@ -178,7 +196,7 @@ class ModuleStep:
                 continue
             target, dtype = targets.get(name), torch_dtype(value.dtype)
             if target is not None and _gets_shards(value, target):
-                given[name] = torch.empty_like(target.detach(), dtype=dtype)
+                given[name] = torch.empty_like(made_for.of(target).detach(), dtype=dtype)
             else:
                 given[name] = torch.empty(value.shape, dtype=dtype, device="cpu")
             memories[_key(name)] = local_part(given[name], _key(name))[1]
@@ -187,6 +205,8 @@ class ModuleStep:
             if isinstance(value, SavedTensor) and not is_dtensor(given[name]):
                 given[name].requires_grad_(value.requires_grad)
         in_order = {name: given[name] for name in plan.sources}
+        work.note_change("model")
+        made_for.give()
         load_through_hooks(plan.module, in_order, plan.metadata, plan.excused, strict=work.options.strict)
 
 
@@ -483,18 +503,41 @@ def _plain(hook: Any) -> Any:
     return getattr(hook, "hook", hook)
 
 
-def allocate_meta(module: nn.Module) -> None:
-    """Gives every meta parameter and buffer memory on the caller's default device (shards: on their mesh's). They stay
-    the same objects, so that an optimizer made before keeps its parameters."""
-    give_shards_memory(module)
-    device = callers_device()
-    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
-        if not tensor.is_meta or is_dtensor(tensor):
-            continue
-        real = torch.empty_like(tensor, device=device)
-        if isinstance(tensor, nn.Parameter):
-            real = nn.Parameter(real, requires_grad=tensor.requires_grad)
-        torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+class MetaMemory:
+    """Memory for every meta parameter and buffer of a module, on the caller's default device (shards: on their mesh's).
+
+    It is the module's once `give` is called. The tensors stay the same objects, so that an optimizer made before keeps
+    its parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        device = callers_device()
+        self._tensors = {
+            id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_meta
+        }
+        self._made = {
+            key: torch.empty_like(tensor, device=memory_device(tensor, device))
+            for key, tensor in self._tensors.items()
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._made)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The memory of `tensor`: that which it will get, where it has none."""
+        return self._made.get(id(tensor), tensor)
+
+    def give(self) -> None:
+        """Gives each tensor its memory. Raises as `give_shards_memory`."""
+        give_shards_memory(self._module, self._made)
+        for key, tensor in self._tensors.items():
+            if is_dtensor(tensor):
+                continue
+            real = self._made[key]
+            if isinstance(tensor, nn.Parameter):
+                real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
 
 
 def load_through_hooks(

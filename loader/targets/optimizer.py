@@ -27,7 +27,7 @@ from ..saved.tensor import SavedTensor, StorageRef, of_one_element
 from ..saved.tree import join_path
 from ..saved.values import InertTensor, kind_of
 from ..state import as_list, by_class_name
-from .base import Plan, RestoreOptions, Work
+from .base import Change, Plan, RestoreOptions, Work
 from .dtensor import dtype_name, is_dtensor, kept_part, local_part, shape_of
 from .module import NOT_INITIALISED, parameter_names
 from .optimizer_kinds import (
@@ -159,12 +159,12 @@ class OptimizerPlan:
         """Whether the optimizer gets the groups as they were saved, under the name that they were saved under."""
         return not self.notes and self.hyperparameters != "job"
 
-    def as_plan(self) -> Plan:
-        """The plan, with its step unless something does not fit.
+    def as_plan(self, *, ahead: bool = True) -> Plan:
+        """The plan, with its step unless something does not fit; `ahead` as in `OptimizerStep`.
 
         Raises `LayoutError` where elements lie in files that were not read.
         """
-        steps = () if self.mismatch.wrong else (_step(self),)
+        steps = () if self.mismatch.wrong else (_step(self, ahead),)
         return Plan(steps, self.mismatch, cast=self.cast, reset=tuple(self.reset), notes=tuple(self.notes))
 
 
@@ -179,13 +179,23 @@ class OptimizerStep:
     their own. Each by itself, so that no two parameters share a step, which is counted up in place."""
     tree_of: Mapping[int, str]
     """Position to its place in `trees`."""
+    ahead: bool = True
+    """Whether the state is read before any other part is changed."""
 
-    def apply(self, work: Work) -> list[str]:
-        """A parameter that the checkpoint does not have, or whose state was ignored, keeps its state.
+    def prepare(self, work: Work) -> Change:
+        """Reads all of the state, as new tensors, where it may be read ahead and the parameters have memory by then.
 
-        One that was saved without state has none afterwards. Raises `CorruptError` where bytes are missing or do not
-        match their checksum; the optimizer is unchanged then.
+        A parameter that the checkpoint does not have, or whose state was ignored, keeps its state. One that was saved
+        without state has none afterwards. Raises `CorruptError` where bytes are missing or do not match their checksum;
+        the optimizer is unchanged then.
         """
+        if not self.ahead or any(parameter.is_meta for parameter in self.plan.parameters):
+            return lambda: self._load(self._read(work), work)
+        state = self._read(work)
+        return lambda: self._load(state, work)
+
+    def _read(self, work: Work) -> dict[str, Any]:
+        """What the optimizer's ``load_state_dict`` gets."""
         plan = self.plan
         current = plan.optimizer.state_dict()["state"]
         kept = {position: entries for position, entries in current.items() if position in plan.keep}
@@ -211,9 +221,13 @@ class OptimizerStep:
                     fresh[position][key] = tensor
                     memories[place] = local_part(tensor, place)[1]
         work.fill(self.copies, memories)
-        work.note_change(f"optimizer {plan.name}")
         groups = [{**group, "params": _Params(group["params"])} for group in real[_groups_place(plan)]]
-        plan.optimizer.load_state_dict({"state": {**kept, **fresh}, "param_groups": groups})
+        return {"state": {**kept, **fresh}, "param_groups": groups}
+
+    def _load(self, state: dict[str, Any], work: Work) -> list[str]:
+        plan = self.plan
+        work.note_change(f"optimizer {plan.name}")
+        plan.optimizer.load_state_dict(state)
         return [f"optimizer {plan.name} ({counted(sum(tensor.nbytes for tensor in plan.tensors), 'byte')})"]
 
 
@@ -371,7 +385,7 @@ def plan_optimizer(
     return plan
 
 
-def _step(plan: OptimizerPlan) -> OptimizerStep:
+def _step(plan: OptimizerPlan, ahead: bool) -> OptimizerStep:
     copies: list[Copy] = []
     trees: dict[str, Any] = {_groups_place(plan): plan.param_groups}
     tree_of: dict[int, str] = {}
@@ -396,7 +410,7 @@ def _step(plan: OptimizerPlan) -> OptimizerStep:
             # A file may use one key twice.
             tree_of[position] = place if place not in trees else f"{place} ({position})"
             trees[tree_of[position]] = as_saved
-    return OptimizerStep(plan, tuple(copies), trees, tree_of)
+    return OptimizerStep(plan, tuple(copies), trees, tree_of, ahead)
 
 
 def _groups_place(plan: OptimizerPlan) -> str:

@@ -17,7 +17,7 @@ from ..saved.masters import name_masters
 from ..saved.mismatch import Mismatch
 from ..saved.tree import join_path
 from ..state import PLAIN_PARTS, State, by_class_name
-from .base import Plan, RestoreOptions, Work, join
+from .base import Change, Plan, RestoreOptions, Work, join
 from .demand import demand_of, optimizer_groups
 from .module import ModuleStep, plan_module
 from .optimizer import OptimizerStep, plan_optimizers, without_hyperparameters
@@ -49,11 +49,15 @@ class ObjectStep:
     """The one saved state, by its place in the checkpoint."""
     copies: tuple[Copy, ...] = ()
 
-    def apply(self, work: Work) -> list[str]:
+    def prepare(self, work: Work) -> Change:
         (real,) = work.real(self.trees).values()
-        work.note_change(self.label)
-        self.target.load_state_dict(with_empty(self.target, real))
-        return [self.label]
+
+        def change() -> list[str]:
+            work.note_change(self.label)
+            self.target.load_state_dict(with_empty(self.target, real))
+            return [self.label]
+
+        return change
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,15 @@ class ValueStep:
     """The one value, by its place in the checkpoint."""
     copies: tuple[Copy, ...] = ()
 
-    def apply(self, work: Work) -> list[str]:
+    def prepare(self, work: Work) -> Change:
         (real,) = work.real(self.trees).values()
-        work.note_change(self.part)
-        setattr(self.state, self.part, real)
-        return [self.part]
+
+        def change() -> list[str]:
+            work.note_change(self.part)
+            setattr(self.state, self.part, real)
+            return [self.part]
+
+        return change
 
 
 _ORDER: tuple[type, ...] = (ModuleStep, OptimizerStep, ObjectStep, ValueStep)

@@ -9,8 +9,8 @@ In the order of a load:
    combines them and compares them with the stored one.
 
 Not guaranteed: a file without checksums (torch's format before 1.6) is compared with nothing. With ``verify="during"``
-an error is found after the first change, and raised as `PartialRestoreError`. These functions must be called by every
-rank, and raise the same error on all of them.
+an error is found after the first change, and the load raises a `PartialRestoreError`. These functions must be called by
+every rank, and raise the same error on all of them.
 
 May import `materialize`, `saved` and what all rooms may; ``distributed``.
 """

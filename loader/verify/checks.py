@@ -13,7 +13,7 @@ from typing import Any
 
 from ...distributed.session import Session
 from ..byte_ranges import ByteRange
-from ..errors import after_first_change, fetched_twice
+from ..errors import fetched_twice
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..saved.copies import StorageReads
@@ -30,8 +30,6 @@ class Verification:
     """How this rank's storages are compared with their checksums."""
 
     verify: Verify
-    name: str
-    """What messages call the checkpoint."""
     alone: tuple[StorageRef, ...] = ()
     """Storages that this rank sums whole, by itself."""
     shared: Mapping[StorageId, StorageRef] = field(default_factory=dict)
@@ -66,7 +64,6 @@ def deal_checks(
     name_at: Callable[[str], str],
     *,
     verify: Verify,
-    name: str,
     direct: bool,
 ) -> Verification:
     """Decides what each rank has to sum while it reads, and prepares its reader for that. Every rank must call.
@@ -74,13 +71,12 @@ def deal_checks(
     Args:
         reads: what the restore reads on this rank.
         name_at: gives the name, the same on all ranks, of the file at a local path.
-        name: what messages call the checkpoint.
         direct: whether ranges may be fetched directly, and so arrive in any order.
 
     Raises `CorruptError` on all ranks where files of one name differ between them.
     """
     if verify == "off":
-        return Verification(verify, name)
+        return Verification(verify)
     session = checking.session
     together, alone = split_reads(reads, world_size=session.topology.world_size, direct=direct)
     shared = {(name_at(storage.file), storage.key): storage for storage in together}
@@ -97,7 +93,7 @@ def deal_checks(
     shares = {storage: own.get(storage_id, ()) for storage_id, storage in shared.items()}
     checking.reader.share(shares)
     judge = judges[0] if judges else None
-    return Verification(verify, name, alone, shared, shares, judge, tuple(reads), name_at)
+    return Verification(verify, alone, shared, shares, judge, tuple(reads), name_at)
 
 
 def verify_before(
@@ -128,11 +124,9 @@ def verify_after(
     What differs is fetched once more, where it is from a store; `read_again` then has to read these storages, each
     given with what was wrong, into the same places. So it has to read those of the files in `renewed`, by the names of
     `deal_checks`: all of such a file was fetched again, while it may have been read. Every rank must call. Raises
-    `PartialRestoreError` on all of them where a checksum differs still. Does nothing otherwise.
+    `CorruptError` on all of them where a checksum differs still. Does nothing otherwise.
     """
-    if verification.verify != "during":
-        return
-    with after_first_change(verification.name, ["all parts"]):
+    if verification.verify == "during":
         _settle(verification, checking, read_again, renewed)
 
 

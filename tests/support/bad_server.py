@@ -55,6 +55,8 @@ class Behaviour:
     """Whether headers and query let one in; 403 otherwise."""
     checks_if_match: bool = True
     faults: list[Fault] = field(default_factory=list)
+    fault_of: Callable[[int, int], Fault | None] | None = None
+    """The fault of a GET of bytes ``[start, stop)``, in place of the next of `faults`; it may wait first."""
     headers: dict[str, str] = field(default_factory=dict)
     """Told with every answer, to HEAD too."""
     head_status: int = 200
@@ -138,6 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
             if served is not None and served.faults and asked != "bytes=0-0":
                 fault = served.faults.pop(0)
                 served.etag = fault.new_etag or served.etag
+        if served is not None and served.fault_of is not None and match is not None:
+            fault = served.fault_of(int(match[1]), int(match[2]) + 1) or fault
+            served.etag = fault.new_etag or served.etag
         if served is None:
             return self._head(404, {"Content-Length": "0"})
         if fault.status is not None:

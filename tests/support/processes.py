@@ -200,6 +200,9 @@ def _override(variables: dict[str, str], extra: Mapping[str, str | None]) -> Non
     for name, value in extra.items():
         if value is None:
             variables.pop(name, None)
+        elif name == "PYTHONPATH" and variables.get(name):
+            # What the tests themselves run may be found by it.
+            variables[name] = os.pathsep.join((value, variables[name]))
         else:
             variables[name] = value
 

@@ -18,14 +18,14 @@ from ....distributed.session import Session
 from ...byte_ranges import ByteRange
 from ...cache.memory import available_bytes
 from ...checksums import crc32, crc32_joined
-from ...errors import AccessError, CorruptError, after_first_change, fetched_twice
+from ...errors import AccessError, CorruptError, fetched_twice
 from ...materialize.tensors import TensorReader
 from ...options import Verify
 from ...saved.copies import reads_of
 from ...saved.tensor import StorageId, StorageRef
 from ...stages import Stages
 from ...wire import Json, decode, encode
-from ..base import Plan
+from ..base import NoteChange, Plan
 from .shared_memory import SPARE, SharedMemory
 from .step import EngineStep
 from .weight_regions import (
@@ -53,6 +53,8 @@ class Sharing:
     verify: Verify
     name_of: Callable[[str], str]
     """The name, the same on all ranks, of the file at a local path."""
+    note_change: NoteChange
+    """As in `Work`."""
     from_store: bool = False
     """Whether the files are from a store, so that what is damaged can be fetched again."""
 
@@ -235,12 +237,12 @@ def share_weights(
     node; all ranks call it together. Where the ranks of some node cannot share memory, every rank of the job reads its
     weights itself.
 
-    Regions that came damaged are fetched once more, where they are from a store. Raises `PartialRestoreError` on all
-    ranks where the module's file is damaged still.
+    Regions that came damaged are fetched once more, where they are from a store. Raises `CorruptError` on all ranks
+    where the module's file is damaged still.
     """
     if shared is None:
         return []
-    with after_first_change(sharing.name, ["all parts"]), contextlib.ExitStack() as leaving:
+    with contextlib.ExitStack() as leaving:
         image = _common_image(shared.share, sharing, leaving)
         if image is None:
             _read_apart(shared, sharing, fetch)
@@ -295,8 +297,8 @@ def _read_apart(
     fetch(wanted)
     with sharing.stages.stage("weights"):
         if shared.step is not None:
-            read_apart(shared.step, sharing.reader)
-            shared.step.cast_masters(shared.step.shared)
+            read_apart(shared.step, sharing.reader, sharing.note_change)
+            shared.step.cast_masters(shared.step.shared, sharing.note_change)
 
 
 def _fill(shared: SharedWeights, sharing: Sharing, image: SharedMemory, todo: Collection[StorageId]) -> None:
@@ -356,9 +358,10 @@ def _take(shared: SharedWeights, sharing: Sharing, image: SharedMemory) -> None:
     with sharing.stages.stage("take weights"):
         memory = torch.frombuffer(image.memory, dtype=torch.uint8)
         for name, region in shared.regions.items():
+            sharing.note_change("model")
             take(region, shared.share.regions[name], memory)
         if shared.step is not None:
-            shared.step.cast_masters(shared.step.shared)
+            shared.step.cast_masters(shared.step.shared, sharing.note_change)
 
 
 def _sources(shared: SharedWeights) -> list[str]:

@@ -1,7 +1,8 @@
 """Carries out a plan on a DeepSpeed engine: fills its tensors in place, then sets numbers, counters and schedulers.
 
-`EngineStep.apply` does it in this order; `EngineStep.cast_masters` once more when weights that the node's ranks share
-are there. No collective is used here, and no rank waits for another.
+`EngineStep` does it in this order; `EngineStep.cast_masters` once more when weights that the node's ranks share
+are there. What is made or read beside the engine's tensors comes first: it is no change. No collective is used here,
+and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ...saved.contents import Saved
 from ...saved.copies import Copy
 from ...saved.tensor import SavedTensor
 from ...saved.values import InertObject
-from ..base import NoteChange, Work
+from ..base import Change, NoteChange, Work
 from ..buffers import check_read, values_place
 from ..module import extra_states
 from ..parts import with_empty
@@ -52,7 +53,7 @@ class EngineStep:
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     engine: EnginePart = field(default_factory=EnginePart)
     shared: frozenset[str] = frozenset()
-    """Parameters whose weights this rank's node reads once for all its ranks: `apply` leaves these weights out."""
+    """Parameters whose weights this rank's node reads once for all its ranks: this step leaves these weights out."""
 
     @cached_property
     def copies(self) -> tuple[Copy, ...]:
@@ -84,63 +85,95 @@ class EngineStep:
             found["state/schedulers"] = self.engine.scheduler
         return found
 
-    def apply(self, work: Work) -> list[str]:
-        """Carries it out on this rank; returns what was restored, for the receipt. No rank waits for another.
+    def prepare(self, work: Work) -> Change:
+        """Reads what does not go into the engine's own tensors, and makes the state that its optimizer lacks.
 
-        Raises `MismatchError`, before it changes anything, where a buffer's values do not survive their cast, and
-        `CorruptError` where bytes are missing or do not match their checksum; by then parts may have been changed.
+        No rank waits for another. Raises `MismatchError`, before it changes
+        anything, where a buffer's values do not survive their cast, and `CorruptError` where bytes are missing or do
+        not match their checksum; by then parts may have been changed.
         """
-        self._check_buffers(work)
-        if self.model.restores:
-            work.note_change("model")
-        if self.optimizer.restores:
-            work.note_change("optimizer")
-        _free_gathered(self.live)
-        for index, keys in self.optimizer.made.items():
-            _make_state(self.live, index, keys)
-        work.fill(self.copies, self.memories())
-        self._cast_shares()
-        self.cast_masters(frozenset(self.model.parameters) - self.shared)
-        _set_extra_state(self, work)
-        _set_numbers(self, work)
-        _set_groups(self, work)
-        _relink(self)
-        return [*self._restored(), *_set_engine(self, work)]
+        real = work.real(self.trees)
+        self._check_buffers(real, work.options.file)
+        made = self._made()
+        return lambda: self._change(real, made, work)
 
-    def _check_buffers(self, work: Work) -> None:
+    def _change(
+        self, real: Mapping[str, Any], made: Mapping[tuple[int, str], torch.Tensor], work: Work
+    ) -> list[str]:
+        work.fill(self.copies, self.memories(made), self.changes(made))
+        _free_gathered(self.live)
+        self._hand_over(made, work.note_change)
+        self._cast_shares(work.note_change)
+        self.cast_masters(frozenset(self.model.parameters) - self.shared, work.note_change)
+        _set_extra_state(self, real, work.note_change)
+        _set_numbers(self, real, work.note_change)
+        _set_groups(self, real, work.note_change)
+        _relink(self)
+        return [*self._restored(), *_set_engine(self, real, work.note_change)]
+
+    def _check_buffers(self, real: Mapping[str, Any], file: str) -> None:
         """Compares the buffers that could not be read when the restore was planned."""
         own = {name: buffer for name, (_, buffer) in self.model.unchecked.items()}
-        real = work.real({values_place(name): self.trees[values_place(name)] for name in own})
-        check_read(
-            {name: (real[values_place(name)], buffer) for name, buffer in own.items()}, work.options.file
-        )
+        check_read({name: (real[values_place(name)], buffer) for name, buffer in own.items()}, file)
 
-    def memories(self) -> dict[str, torch.Tensor]:
-        """The engine's tensors that copies go to, by `Memory.key`."""
+    def _made(self) -> dict[tuple[int, str], torch.Tensor]:
+        """The state tensors, by flat and key, that the optimizer would make at its first step; it gets them later."""
+        found = {}
+        for index, keys in self.optimizer.made.items():
+            master = self.live.flats[index].master
+            own = self.live.optimizer.state.get(master, {})
+            for key, dtype in keys.items():
+                if not isinstance(own.get(key), torch.Tensor):
+                    found[index, key] = new_state(master, dtype)
+        return found
+
+    def _hand_over(self, made: Mapping[tuple[int, str], torch.Tensor], note_change: NoteChange) -> None:
+        for (index, key), tensor in made.items():
+            note_change("optimizer")
+            self.live.optimizer.state[self.live.flats[index].master][key] = tensor
+
+    def memories(self, made: Mapping[tuple[int, str], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors that copies go to, by `Memory.key`: the engine's, and those of the optimizer's that are `made`;
+        the optimizer's are left out where that is None."""
         live = self.live
         found = {low.key: low.flat for each in live.low.values() for low in each}
         found.update({f"model/{name}": buffer.detach() for name, buffer in live.buffers.items()})
         for index, flat in enumerate(live.flats):
             found[f"fp32 of flat {index}"] = flat_view(flat.master)
-        for index, key in self.optimizer.filled:
-            own = live.optimizer.state[live.flats[index].master][key]
+        for index, key in self.optimizer.filled if made is not None else ():
+            own = (made or {}).get((index, key))
+            if own is None:
+                own = live.optimizer.state[live.flats[index].master][key]
             found[state_memory_key(index, key)] = flat_view(own)
         return found
 
+    def changes(self, made: Mapping[tuple[int, str], torch.Tensor] | None = None) -> dict[str, str]:
+        """What is changed, in messages, where the memory of a key is filled. That of what is `made` is nobody's yet."""
+        live = self.live
+        found = {low.key: "model" for each in live.low.values() for low in each}
+        found.update({f"model/{name}": "model" for name in live.buffers})
+        found.update({f"fp32 of flat {index}": "fp32 masters" for index in range(len(live.flats))})
+        for index, key in self.optimizer.filled:
+            if (index, key) not in (made or {}):
+                found[state_memory_key(index, key)] = "optimizer"
+        return found
+
     @torch.no_grad()
-    def _cast_shares(self) -> None:
+    def _cast_shares(self, note_change: NoteChange) -> None:
         """Casts the module's shares at stage 3 from this rank's masters."""
         for name, part in self.model.parameters.items():
             for index, slot in part.low_from_master:
+                note_change("model")
                 elements = slice(slot.start, slot.start + slot.run.length)
                 low = next(one for one in self.live.low[name] if one.slot == slot)
                 low.flat[elements].copy_(self.live.flats[index].master.data[elements])
 
     @torch.no_grad()
-    def cast_masters(self, names: frozenset[str]) -> None:
+    def cast_masters(self, names: frozenset[str], note_change: NoteChange) -> None:
         """Casts those masters of `names` that no file holds from the module's weights."""
         for name, part in self.model.parameters.items():
             for index, slot in part.master_from_low if name in names else ():
+                note_change("fp32 masters")
                 master = flat_view(self.live.flats[index].master)
                 for low in self.live.low[name]:
                     if master.dim() != 1 or low.flat.dim() != 1:
@@ -188,23 +221,14 @@ def _free_gathered(live: LiveEngine) -> None:
         optimizer.partition_all_parameters()
 
 
-def _make_state(live: LiveEngine, index: int, keys: Mapping[str, str]) -> None:
-    """Gives the optimizer the state tensors that it would make at its first step."""
-    master = live.flats[index].master
-    state = live.optimizer.state[master]
-    for key, dtype in keys.items():
-        if not isinstance(state.get(key), torch.Tensor):
-            state[key] = new_state(master, dtype)
-
-
-def _set_extra_state(step: EngineStep, work: Work) -> None:
-    paths = {f"state/model/{name}": name for name in step.model.extra_state}
+def _set_extra_state(step: EngineStep, real: Mapping[str, Any], note_change: NoteChange) -> None:
     takers = extra_states(step.live.engine.module)
-    for path, value in work.real({path: step.trees[path] for path in paths}).items():
-        takers[paths[path]].set_extra_state(value)
+    for name in step.model.extra_state:
+        note_change("model")
+        takers[name].set_extra_state(real[f"state/model/{name}"])
 
 
-def _set_numbers(step: EngineStep, work: Work) -> None:
+def _set_numbers(step: EngineStep, real: Mapping[str, Any], note_change: NoteChange) -> None:
     """Sets the optimizer's ``step`` and the like."""
     part, optimizer = step.optimizer, step.live.optimizer
     for index in dict.fromkeys((*part.numbers, *part.ignored_numbers)):
@@ -212,8 +236,8 @@ def _set_numbers(step: EngineStep, work: Work) -> None:
         master = step.live.flats[index].master
         if not numbers and master not in optimizer.state:
             continue
+        note_change("optimizer")
         state = optimizer.state[master]
-        real = work.real({_number_path(index, key): value for key, value in numbers.items()})
         for key in numbers:
             state[key] = _like(real[_number_path(index, key)], state.get(key))
         for key, value in part.ignored_numbers.get(index, {}).items():
@@ -237,12 +261,12 @@ def _zero_like(saved: Any) -> Any:
     return saved and type(saved)(0)
 
 
-def _set_groups(step: EngineStep, work: Work) -> None:
+def _set_groups(step: EngineStep, real: Mapping[str, Any], note_change: NoteChange) -> None:
     """Sets the optimizer's hyperparameters."""
     for index, saved in step.optimizer.groups.items():
         own = step.live.optimizer.param_groups[index]
-        real = work.real({_group_path(index, key): value for key, value in saved.items()})
         for key in saved:
+            note_change("optimizer")
             value = real[_group_path(index, key)]
             if isinstance(own.get(key), torch.Tensor) and isinstance(value, torch.Tensor | int | float):
                 own[key].fill_(float(value))
@@ -251,7 +275,7 @@ def _set_groups(step: EngineStep, work: Work) -> None:
 
 
 def _relink(step: EngineStep) -> None:
-    """Links DeepSpeed's per-parameter views (``safe_get_full_*``) to the state tensors that `_make_state` made."""
+    """Links DeepSpeed's per-parameter views (``safe_get_full_*``) to state tensors that were made here."""
     live, optimizer = step.live, step.live.engine.optimizer
     link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if live.kind in ("zero", "bf16") and link is not None and step.optimizer.made:
@@ -269,26 +293,24 @@ def objects_of(engine: Any) -> dict[str, Any]:
     return {key: owner for key, owner in owners.items() if hasattr(owner, "load_state_dict")}
 
 
-def _set_engine(step: EngineStep, work: Work) -> list[str]:
+def _set_engine(step: EngineStep, real: Mapping[str, Any], note_change: NoteChange) -> list[str]:
     """Sets loss scaler, overflow, clipping, counters and lr scheduler, as DeepSpeed's own ``load_checkpoint`` does.
 
     Returns what was restored, for the receipt.
     """
     engine, part = step.live.engine, step.engine
-    restored = _set_counters(step.live, part.counters, work.note_change)
+    restored = _set_counters(step.live, part.counters, note_change)
     owners = objects_of(engine)
     for key in part.objects:
-        real = work.real({f"state/engine/{key}": step.trees[f"state/engine/{key}"]})
-        work.note_change(key)
+        note_change(key)
         owners[key].load_state_dict(real[f"state/engine/{key}"])
         restored.append(key)
     if part.scheduler is not None:
         scheduler = engine.lr_scheduler
-        work.note_change("lr scheduler")
-        saved = work.real({"state/schedulers": part.scheduler})["state/schedulers"]
-        scheduler.load_state_dict(with_empty(scheduler, saved))
+        note_change("lr scheduler")
+        scheduler.load_state_dict(with_empty(scheduler, real["state/schedulers"]))
         restored.append(f"lr scheduler {type(scheduler).__name__}")
-        if part.rates_from_scheduler and _set_learning_rates(step.live, scheduler):
+        if part.rates_from_scheduler and _set_learning_rates(step.live, scheduler, note_change):
             restored.append("learning rates (from the scheduler: the optimizer's files do not hold them)")
     if "global_steps" in part.counters:
         engine.loaded_checkpoint_dp_world_size = step.saved.data_parallel_size
@@ -299,6 +321,8 @@ def _set_engine(step: EngineStep, work: Work) -> list[str]:
 def _set_counters(live: LiveEngine, saved: Mapping[str, Any], note_change: NoteChange) -> list[str]:
     engine, optimizer = live.engine, live.engine.optimizer
     restored = []
+    if saved:
+        note_change("engine's counters")
     if "loss_scaler" in saved and _set_scaler(optimizer, saved["loss_scaler"]):
         restored.append("loss scaler")
     config = getattr(optimizer, "loss_scale_config", None)
@@ -315,7 +339,6 @@ def _set_counters(live: LiveEngine, saved: Mapping[str, Any], note_change: NoteC
             setattr(optimizer, key, saved[key])
     for key in ("global_steps", "global_samples", "skipped_steps"):
         if key in saved:
-            note_change(key)
             setattr(engine, key, saved[key])
             restored.append(f"{key} {saved[key]}")
     if "global_steps" in saved and "global_samples" not in saved:
@@ -323,7 +346,7 @@ def _set_counters(live: LiveEngine, saved: Mapping[str, Any], note_change: NoteC
     return restored
 
 
-def _set_learning_rates(live: LiveEngine, scheduler: Any) -> bool:
+def _set_learning_rates(live: LiveEngine, scheduler: Any, note_change: NoteChange) -> bool:
     """Sets the groups' learning rates from the restored scheduler; returns whether it did.
 
     The next step would use the initial rate otherwise.
@@ -335,6 +358,7 @@ def _set_learning_rates(live: LiveEngine, scheduler: Any) -> bool:
     groups = live.optimizer.param_groups
     if not isinstance(rates, list) or len(rates) != len(groups):
         return False
+    note_change("optimizer")
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     return True

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ...byte_ranges import ByteRange
 from ...errors import InternalError
 from ...materialize.tensors import TensorReader
+from ...ranges.destinations import FirstWrite
 from ...saved.copies import Copy
 from ...saved.strided import Layout
 from ...saved.tensor import StorageId, StorageRef
+from ..base import NoteChange
 from ..dtensor import dtype_name
 from .live import LiveEngine, flat_view, memory_of
 from .step import EngineStep
@@ -141,6 +144,8 @@ def low_copies(step: EngineStep) -> list[Copy]:
     return [copy for name in sorted(step.shared) for copy in step.model.parameters[name].low]
 
 
-def read_apart(step: EngineStep, reader: TensorReader) -> None:
+def read_apart(step: EngineStep, reader: TensorReader, note_change: NoteChange) -> None:
     """Reads the shared weights of `step` for this rank alone, where its node's ranks cannot share memory."""
-    reader.copy(low_copies(step), step.memories())
+    first = {part: FirstWrite(partial(note_change, part)) for part in ("model", "fp32 masters")}
+    changes = {key: first[part] for key, part in step.changes().items() if part in first}
+    reader.copy(low_copies(step), step.memories(), changes)

@@ -15,7 +15,7 @@ from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.copies import Copy, copies_into
 from rankload.loader.saved.mismatch import Mismatch, fits
 from rankload.loader.saved.tensor import SavedTensor
-from rankload.loader.targets.base import Plan, RestoreOptions, Work, carry_out, join
+from rankload.loader.targets.base import Change, Plan, RestoreOptions, Work, carry_out, join
 from rankload.loader.targets.dtensor import kept_part
 
 
@@ -28,13 +28,16 @@ class Filling:
     trees: Mapping[str, Any] = field(default_factory=dict)
     forgets: str = ""
 
-    def apply(self, work: Work) -> list[str]:
-        work.note_change("tensor")
-        if self.forgets != "copies":
-            work.fill(self.copies, {"x": self.tensor})
+    def prepare(self, work: Work) -> Change:
         if self.forgets != "trees":
             work.real(self.trees)
-        return ["tensor"]
+
+        def change() -> list[str]:
+            if self.forgets != "copies":
+                work.fill(self.copies, {"x": self.tensor}, {"x": "tensor"})
+            return ["tensor"]
+
+        return change
 
 
 def filling(tmp_path: Path, forgets: str = "") -> Filling:
