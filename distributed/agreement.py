@@ -8,7 +8,6 @@ has read them. While a rank waits, it raises an error for a peer that left the c
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,6 +15,7 @@ from typing import TypeVar
 from .errors import PeerError, RankloadError, StalledError, from_record
 from .heartbeat import SILENT_AFTER_S, described
 from .key_value import KeyValue
+from .printable import package_logger
 from .store_thread import AGREED, HEARTBEAT_S, StoreThread, decision_key
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ PATIENCE = 0.1
 LONG_WAIT_S = 10.0
 """A wait of so long is logged, and again each time that it has doubled: as a warning where a rank has not even come."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 class Agreement:

@@ -16,6 +16,8 @@ import json
 import socket
 from typing import Any
 
+from .printable import Lines, printable
+
 
 class RankloadError(Exception):
     """Base of everything that rankload raises on purpose.
@@ -30,17 +32,26 @@ class RankloadError(Exception):
     def __init__(
         self, message: str, *, rank: int | None = None, host: str | None = None, path: str | None = None
     ) -> None:
-        super().__init__(message)
         self.message = message
+        super().__init__(self.message)
         self.rank = rank
         self.host = host
         self.path = path
         self.details: dict[str, Any] = {}
 
+    @property
+    def message(self) -> str:
+        """What went wrong, without the rank that met it; it is made `printable` when it is set."""
+        return self._message
+
+    @message.setter
+    def message(self, text: str) -> None:
+        self._message = printable(text)
+
     def __str__(self) -> str:
         where = [] if self.rank is None else [f"rank {self.rank}"]
         if self.host is not None:
-            where.append(f"host {self.host}")
+            where.append(f"host {printable(self.host)}")
         return f"{self.message} [met by {', '.join(where)}]" if where else self.message
 
     def located(self, rank: int, host: str | None = None) -> RankloadError:
@@ -81,7 +92,7 @@ def from_record(record: str) -> RankloadError:
     """The error that `to_record` wrote, of the same type where this process knows it."""
     fields = json.loads(record)
     kind = _known_types().get(fields["type"], RankloadError)
-    error = kind(fields["message"], rank=fields["rank"], host=fields["host"], path=fields["path"])
+    error = kind(Lines.of(fields["message"]), rank=fields["rank"], host=fields["host"], path=fields["path"])
     error.details.update(fields["details"])
     return error
 

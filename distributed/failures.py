@@ -11,6 +11,7 @@ import time
 from .errors import PeerError, RankloadError
 from .heartbeat import place
 from .liveness import ProcessIdentity
+from .printable import Lines
 from .store_thread import HEARTBEAT_S, StoreLostError, StoreThread
 
 MESSAGE_LIMIT = 1 << 19
@@ -38,7 +39,7 @@ def as_rankload_error(error: BaseException, rank: int, process: ProcessIdentity,
 def bounded(error: RankloadError) -> RankloadError:
     """`error`, its message cut to `MESSAGE_LIMIT`: a store takes no value of any size."""
     if len(error.message) > MESSAGE_LIMIT:
-        error.message = error.message[:MESSAGE_LIMIT] + " ..."
+        error.message = Lines.of(error.message[:MESSAGE_LIMIT] + " ...")
     return error
 
 

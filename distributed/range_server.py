@@ -29,7 +29,6 @@ import contextlib
 import errno
 import hmac
 import json
-import logging
 import os
 import secrets
 import select
@@ -42,6 +41,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .interfaces import network_identity, own_addresses
+from .printable import package_logger
 
 _HELLO = b"rankload-ranges/2\n"
 _NONCE_BYTES = 32
@@ -66,7 +66,7 @@ _ANSWER_S = 2.0
 _NEXT_ADDRESS_S = 0.25
 """After how long without a connection the next address is tried too."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 class UnreachableError(OSError):

@@ -9,7 +9,6 @@ some seconds.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import threading
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, TopologyError, from_record, to_record
 from .liveness import ProcessIdentity, how_ended, this_process
+from .printable import package_logger
 from .siblings import Siblings
 from .topology import Topology
 
@@ -43,7 +43,7 @@ NAMED_AT_MOST = 16
 """Ranks that a message names; the others are counted."""
 T = TypeVar("T")
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 @dataclass(frozen=True)

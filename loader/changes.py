@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..distributed.channel import Channel
+from ..distributed.printable import Lines, printable
 from .errors import CorruptError, PartialRestoreError, RankloadError, TimestampError
 from .plurals import ranks_text
 
@@ -60,13 +61,18 @@ def partial_restore(
         partial = error
         partial.path = error.path or name
     else:
-        message = error.message if isinstance(error, RankloadError) else f"{type(error).__name__}: {error}"
+        message = printable(f"{type(error).__name__}: {error}")
+        if isinstance(error, RankloadError):
+            message = error.message
         earlier = ""
         if isinstance(error, CorruptError):
             earlier = '. LoadOptions(verify="before") finds such damage before the first change'
         partial = PartialRestoreError(
-            f"the restore of {name} failed after it began; changed: {_changes(by_rank, world_size)}. "
-            f"{message.rstrip('.')}. Take the model, optimizer and state as undefined until a load succeeds{earlier}",
+            Lines.of(
+                f"the restore of {printable(name)} failed after it began; changed: "
+                f"{printable(_changes(by_rank, world_size))}. {message.rstrip('.')}. Take the model, optimizer and "
+                f"state as undefined until a load succeeds{earlier}"
+            ),
             path=name,
         )
         partial.details["cause"] = type(error).__name__

@@ -29,13 +29,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ..distributed.channel import Channel
+from ..distributed.printable import warn
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
 from .candidates.found import FoundCheckpoint
@@ -266,7 +266,7 @@ def load(
         if not_read is not None:
             saved = replace(saved, notes=(*saved.notes, not_read))
             if session.topology.rank == 0:
-                warnings.warn(not_read, stacklevel=2)
+                warn(not_read, stacklevel=2)
         saved, ignored = _leave_out(request, saved, stages)
         # The check compares numbers that were ignored too.
         early = replace(saved.whole, rng=saved.rng, extra=_extra(request, saved))
@@ -319,7 +319,7 @@ def load(
             log_receipt(receipt, request.logger)
         except Exception as error:
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
-            warnings.warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
+            warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
         _write_trace(request, receipt)
     step = saved.step_with(checked.extra)
     return LoadResult(rng_states, receipt, checked.extra, step, saved.epoch, saved.batch_size)
@@ -349,7 +349,7 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
-            warnings.warn(unmatched_glob(tree, glob, saved.name), stacklevel=3)
+            warn(unmatched_glob(tree, glob, saved.name), stacklevel=3)
         kept, left_out = saved.with_tree(ignored.tree), request.options.leave_out
         paths = (*saved.paths_of(left_out), *ignored.paths)
         return kept.without(left_out), replace(ignored, paths=tuple(dict.fromkeys(paths)))
@@ -418,9 +418,7 @@ def _check(
             rng, lost = _random_states(saved, ignored, reader, safe_types)
             plan = plan.joined(Plan(not_restored=lost))
             if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
-                warnings.warn(
-                    f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3
-                )
+                warn(f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3)
         extra = materialize(
             _extra(request, saved), reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
         )
@@ -433,9 +431,9 @@ def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
     names = [name for name in model if isinstance(name, str)] if isinstance(model, Mapping) else []
     for key in unused_renames(names, request.options.rename):
         hint = "" if key.endswith(".") else f"; a prefix ends with a dot: {key + '.'!r}"
-        warnings.warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
+        warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
     for sentence in plan.mismatch.advice:
-        warnings.warn(
+        warn(
             f"{saved.name} lacks {counted(len(plan.mismatch.missing), 'name')} of the model, and holds "
             f"{counted(len(plan.mismatch.unexpected), 'unexpected one')}. {sentence}",
             stacklevel=3,
@@ -562,7 +560,7 @@ def _complete_rng(
     if not complete:
         return None, ()
     if derived and session.topology.rank == 0:
-        warnings.warn(
+        warn(
             f"{saved.name} has RNG states of {counted(len(states) - states.count(None), 'rank')}, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
             stacklevel=3,
@@ -649,4 +647,4 @@ def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
     try:
         write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
     except OSError as error:
-        warnings.warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)
+        warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..distributed.printable import warn
 from ..distributed.session import open_session
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import all_parts, check_headers, files_reader
@@ -110,10 +110,10 @@ def _wanted(request: LoadRequest, files: CheckpointFiles) -> dict[Any, Any]:
     whole, name = file_tree(files), files.first.source
     found = ignore(whole, request.ignore_keys)
     for glob in found.unmatched:
-        warnings.warn(unmatched_glob(whole, glob, name), stacklevel=3)
+        warn(unmatched_glob(whole, glob, name), stacklevel=3)
     if files.context.session.topology.rank == 0:
         for note in files.remote.checks.notes:
-            warnings.warn(note, stacklevel=3)
+            warn(note, stacklevel=3)
     require_safe({"": found.tree}, safe_types=request.options.safe_types, file=name)
     return found.tree
 

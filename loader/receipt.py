@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..distributed.printable import Lines, package_logger, printable
 from .fetch.tally import FetchedAgain
 from .plurals import counted
 from .retries import Wait, waited_s
@@ -258,7 +259,7 @@ class Receipt:
             )
             if values
         ]
-        return "\n".join([*self.lines(), *named])
+        return Lines([*self.lines(), *named])
 
 
 def _names(names: list[str]) -> str:
@@ -373,9 +374,9 @@ def log_receipt(receipt: Receipt, logger: Any) -> None:
     A ``logging.Logger`` gets three lines; an object with ``log_metrics(dict)`` or ``log_hyperparameters(dict)``
     gets the figures, and the package's own logger the lines; None means the package's own logger.
     """
-    lines_to = logger if isinstance(logger, logging.Logger) else logging.getLogger("rankload")
+    lines_to = logger if isinstance(logger, logging.Logger) else package_logger()
     for line in receipt.lines():
-        lines_to.info("%s", line)
+        lines_to.info("%s", printable(line))
     if logger is None or isinstance(logger, logging.Logger):
         return
     if callable(getattr(logger, "log_metrics", None)):

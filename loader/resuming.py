@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..distributed.printable import Lines, package_logger, warn
 from ..distributed.session import Session, open_session
 from .cache.folder import default_cache_folder, make_private_folder
 from .candidates.found import FoundCheckpoint
@@ -49,7 +48,7 @@ _SHOWN = 4
 _COUNTED = ("CorruptError", "FormatError", "LayoutError")
 """What a load may end in by the checkpoint's fault."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 def find_checkpoints(
@@ -249,11 +248,11 @@ def _tell(chosen: FoundCheckpoint, found: Sequence[FoundCheckpoint]) -> None:
     """Warns of what was passed over, and of a newer one than what is named by a pointer."""
     for one in found:
         if one.proven is False:
-            warnings.warn(f"passed over {one.shown}: {one.reason}", stacklevel=3)
+            warn(f"passed over {one.shown}: {one.reason}", stacklevel=3)
     newer = [one for one in found if one.proven and _step(one) > _step(chosen)]
     if newer:
         listed = ", ".join(str(one) for one in newer[:_SHOWN])
-        warnings.warn(
+        warn(
             f"{chosen.shown} is restored, which {chosen.pointer or 'was found first'} names; newer, and "
             f"whole too, is {listed}. autoresume(..., newest=True) takes the newest that is proven",
             stacklevel=3,
@@ -267,14 +266,15 @@ def _step(one: FoundCheckpoint) -> int:
 
 def _cold(what: str, passed: Sequence[FoundCheckpoint], *, require: bool, is_first: bool) -> None:
     """Says that the run starts cold, and why. Raises `NotFoundError` in place of that where it must not."""
-    reasons = "".join(f"\n  passed over {one.shown}: {one.reason}" for one in passed)
+    reasons = [f"  passed over {one.shown}: {one.reason}" for one in passed]
     if require:
-        raise NotFoundError(
+        text = (
             f"{what}, and require=True forbids a cold start. Pass the folder in which the run keeps its checkpoints, "
-            f"or leave require out to begin anew{reasons}"
+            "or leave require out to begin anew"
         )
+        raise NotFoundError(Lines([text, *reasons]))
     if is_first:
-        _logger.warning("COLD START: %s; the run begins at step 0%s", what, reasons)
+        _logger.warning("COLD START: %s", Lines([f"{what}; the run begins at step 0", *reasons]))
 
 
 def _worn_out(options: Options, max_attempts: int | None) -> dict[str, str]:
@@ -326,4 +326,4 @@ def _count(options: Options, shown: str, error: RankloadError | None) -> None:
         make_private_folder(os.path.dirname(file))
         replace_small(file, json.dumps(known).encode())
     except (OSError, RankloadError) as failure:
-        warnings.warn(f"{file}: the failed load could not be counted: {failure}", stacklevel=3)
+        warn(f"{file}: the failed load could not be counted: {failure}", stacklevel=3)

@@ -16,7 +16,6 @@ One `Outages` belongs to one call (a load, a save, a search) on one rank; its st
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -24,6 +23,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..distributed.printable import package_logger
 from .errors import RankloadError
 
 DEFAULT_STALL_TIMEOUT_S = 120.0
@@ -42,7 +42,7 @@ PAUSE_STEP_S = 0.05
 QUIET_S = 1.0
 """A silence of so long counts as a wait."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 _CHANCE = random.SystemRandom()
 """Not the global generator: a load leaves the job's random numbers as they are, however often it tries again."""
 

@@ -11,13 +11,13 @@ import base64
 import hashlib
 import json
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from ..distributed.printable import warn
 from .errors import CorruptError, FormatError
 from .plurals import counted
 from .saved.dtypes import ITEMSIZE
@@ -93,7 +93,7 @@ def restore_rng(rng_states: Sequence[RngState] | HasRngStates | None) -> None:
 
     rng_states = _listed(rng_states)
     if rng_states is None:
-        warnings.warn("no RNG states to restore: the generators stay as they are", stacklevel=2)
+        warn("no RNG states to restore: the generators stay as they are", stacklevel=2)
         return
     topology = current_topology()
     if len(rng_states) <= topology.rank:
@@ -123,7 +123,7 @@ def apply_rng(state: Mapping[str, Any]) -> None:
     generator here takes."""
     checked, left = check_state(state)
     if left:
-        warnings.warn(f"not restored: {'; '.join(left)}", stacklevel=3)
+        warn(f"not restored: {'; '.join(left)}", stacklevel=3)
     if "python" in checked:
         random.setstate(checked["python"])
     if "numpy" in checked:
@@ -141,7 +141,7 @@ def _apply_cuda(states: torch.Tensor | list[torch.Tensor]) -> None:
         return
     count = torch.cuda.device_count()
     if len(states) != count:
-        warnings.warn(
+        warn(
             f"the CUDA random states are of {counted(len(states), 'device')}, this process sees {count}: device i "
             "gets the i-th of them",
             stacklevel=4,

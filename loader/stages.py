@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..distributed.channel import Channel
+from ..distributed.printable import package_logger
 from .plurals import counted
 from .workers import check_stopped
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 @dataclass

@@ -7,16 +7,15 @@ control characters, which could change what a terminal shows, are escaped.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ...distributed.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,17 @@ def show(blocks: Sequence[Block]) -> None:
 def plain(block: Block) -> Iterator[str]:
     """The lines of `block` without colours and box drawings."""
     if isinstance(block, Line):
-        yield escaped(block.text)
+        yield printable(block.text)
     elif isinstance(block, Facts):
         pairs = [(name, value) for name, value in block.pairs if value is not None]
         width = max((len(name) for name, _ in pairs), default=0)
         for name, value in pairs:
-            yield f"{name:<{width}}  {escaped(value)}".rstrip()
+            yield f"{name:<{width}}  {printable(value)}".rstrip()
     elif isinstance(block, Table):
-        rows = [[escaped(cell) for cell in row] for row in (block.headings, *block.rows)]
+        rows = [[printable(cell) for cell in row] for row in (block.headings, *block.rows)]
         yield from _aligned(rows, block.right)
     else:
         yield from _aligned([(f"{'  ' * depth}{label}", *columns) for depth, label, columns in _walk(block)])
-
-
-def escaped(text: str) -> str:
-    """`text` with control characters as Python writes them; what is for the eye stays."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def _walk(tree: Branch) -> Iterator[tuple[int, str, tuple[str, ...]]]:
@@ -93,7 +87,7 @@ def _walk(tree: Branch) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     pending = [(0, tree)]
     while pending:
         depth, branch = pending.pop()
-        yield depth, escaped(branch.label), tuple(map(escaped, branch.columns))
+        yield depth, printable(branch.label), tuple(map(printable, branch.columns))
         pending += ((depth + 1, one) for one in reversed(branch.branches))
 
 
@@ -102,7 +96,7 @@ def _with_guides(tree: Branch) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     pending = [("", "", tree)]
     while pending:
         guide, below, branch = pending.pop()
-        yield guide, escaped(branch.label), tuple(map(escaped, branch.columns))
+        yield guide, printable(branch.label), tuple(map(printable, branch.columns))
         last = len(branch.branches) - 1
         pending += reversed(
             [
@@ -147,20 +141,20 @@ def _draw_one(console: Console, block: Block) -> None:
     from rich import box, table, text
 
     if isinstance(block, Line):
-        console.print(text.Text(escaped(block.text), style="bold" if block.strong else ""))
+        console.print(text.Text(printable(block.text), style="bold" if block.strong else ""))
     elif isinstance(block, Facts):
         grid = table.Table.grid(padding=(0, 2))
         grid.add_column(style="cyan")
         for name, value in block.pairs:
             if value is not None:
-                grid.add_row(name, text.Text(escaped(value), overflow="fold"))
+                grid.add_row(name, text.Text(printable(value), overflow="fold"))
         console.print(grid)
     elif isinstance(block, Table):
         drawn = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column, heading in enumerate(block.headings):
             drawn.add_column(heading, justify="right" if column in block.right else "left", overflow="fold")
         for row in block.rows:
-            drawn.add_row(*(text.Text(escaped(cell)) for cell in row))
+            drawn.add_row(*(text.Text(printable(cell)) for cell in row))
         console.print(drawn)
     else:
         rows = list(_with_guides(block))

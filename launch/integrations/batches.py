@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from ..distributed.printable import warn
 
 
 def warn_of_batch(
@@ -19,7 +19,7 @@ def warn_of_batch(
     """
     if saved is None or now is None or saved == now:
         return
-    warnings.warn(
+    warn(
         f"a step was {saved:,} {unit} when the checkpoint was saved, and is {now:,} here: {counted_by} counts in "
         f"steps, so that samples are {'repeated' if now < saved else 'left out'}, and schedules go on at another pace. "
         f"{remedy}",
@@ -37,7 +37,7 @@ def warn_of_unknown_batch(saved: int | None, now: int, *, counted_by: str, remed
     """
     if saved is None or saved == now:
         return
-    warnings.warn(
+    warn(
         f"the checkpoint was saved by {saved:,} ranks, and here are {now:,}; it does not tell how many samples a step "
         f"was: {counted_by} counts in steps, so that with another number samples are repeated or left out, and "
         f"schedules go on at another pace. {remedy}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..distributed.printable import package_logger
 from ..distributed.session import current_topology
 from ..loader import LoadOptions, find_checkpoints
 from ..loader.candidates.names import INSIDE
@@ -15,7 +15,7 @@ from ..loader.stores.names import file_name, folder_of
 
 _TAG = re.compile(r"global_step\d+")
 """How DeepSpeed's folder is named inside of one that Trainer saves."""
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 def newest(

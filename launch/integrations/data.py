@@ -15,11 +15,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from ..distributed.printable import warn
 from ..distributed.session import current_topology, open_session
 from ..loader import OptionError
 from .versions import warn_of_version
@@ -308,7 +308,7 @@ def reshard_loader_state(
 
 def _warn_of_pace(saved: int, now: int) -> None:
     if saved != now:
-        warnings.warn(
+        warn(
             f"a batch of all ranks was {saved:,} samples when the position was saved, and is {now:,} here: no sample "
             "is left out or repeated, but what counts in steps (schedules) goes on at another pace, unless gradient "
             "accumulation makes up for it",

@@ -13,10 +13,10 @@ It is Fabric's own extension point: nothing is replaced. It saves as Fabric does
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..distributed.printable import warn
 from ..loader import LoadOptions, LoadResult, OptionError
 from . import deepspeed
 from .batches import warn_of_batch, warn_of_unknown_batch
@@ -115,7 +115,7 @@ class DeepSpeedStrategy(_strategies.DeepSpeedStrategy):  # type: ignore[misc, na
             warn_of_unknown_batch(result.receipt.saved_world_size, result.receipt.world_size, **words)
         warn_of_inert(client_state, tuple(state))
         if "lr_scheduler" in state:
-            warnings.warn(
+            warn(
                 "state['lr_scheduler'] is not restored, by Fabric neither: DeepSpeed's files have the engine's own "
                 "under that name. Save it under another key",
                 stacklevel=2,

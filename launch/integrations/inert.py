@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..distributed.printable import warn
 from ..loader.saved.values import GlobalName, InertObject
 
 
@@ -13,7 +13,7 @@ def warn_of_inert(client_state: Mapping[str, Any], needed: tuple[str, ...]) -> N
     """Warns of objects under the keys `needed` that stayed descriptions, which their owners cannot restore."""
     found = inert_types([client_state.get(key) for key in needed])
     if found:
-        warnings.warn(
+        warn(
             f"the checkpoint holds objects of types that are not made: {', '.join(found)}. What is restored from them "
             f"(in {', '.join(needed)}) is not as it was. If you trust their constructors, pass "
             f"options=LoadOptions(safe_types={found})",

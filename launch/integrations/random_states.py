@@ -5,10 +5,10 @@ At another number of ranks, some have no file of their own, and would all go on 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..distributed.printable import warn
 from ..distributed.session import open_session
 from ..loader import LoadOptions, read
 from ..loader.rng import apply_rng, check_state, complete_states
@@ -46,7 +46,7 @@ def restore_missing(
     name = told[0][1]
     if name is None:
         if rank == 0:
-            warnings.warn("the checkpoint has no random states: every generator stays as it is", stacklevel=3)
+            warn("the checkpoint has no random states: every generator stays as it is", stacklevel=3)
         return None
     held = read(child_of(folder, name), object_store=object_store, options=options, progress_bar=False)
     if not has_own:

@@ -24,10 +24,10 @@ import importlib
 import os
 import pickle
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..distributed.printable import warn
 from ..distributed.session import open_session
 from ..loader import (
     LayoutError,
@@ -201,16 +201,12 @@ def _restore_counters(owner: Any, result: LoadResult, loader: Any) -> None:
         owner.load_state_dict({key: _like(now[key], numbers[key]) for key in now})
         return
     if result.step is None or "step" not in now:
-        warnings.warn(
-            "the checkpoint does not say at which step it was saved: the job begins at 0", stacklevel=3
-        )
+        warn("the checkpoint does not say at which step it was saved: the job begins at 0", stacklevel=3)
         return
     owner.load_state_dict({**now, "step": _like(now["step"], result.step)})
     others = sorted(now.keys() - {"step"})
     if others:
-        warnings.warn(
-            f"the checkpoint was not saved by torchtitan: {', '.join(others)} begins at 0", stacklevel=3
-        )
+        warn(f"the checkpoint was not saved by torchtitan: {', '.join(others)} begins at 0", stacklevel=3)
 
 
 def _saved_ranks(result: LoadResult) -> int | None:
@@ -275,7 +271,7 @@ def _restore_position(loader: Any, saved: Any, path: str) -> None:
             if before is not None
             else "the checkpoint has none that fits"
         )
-        warnings.warn(f"the position in the data is not restored, and it begins again: {why}", stacklevel=4)
+        warn(f"the position in the data is not restored, and it begins again: {why}", stacklevel=4)
         return
     # torchtitan unpickles what it is handed: so that is made anew from what may be made. Every rank looks at all of
     # them, so that all raise where one would.

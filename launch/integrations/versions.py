@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib import metadata
+
+from ..distributed.printable import warn
 
 
 @cache
@@ -16,7 +17,7 @@ def warn_of_version(distribution: str, tried: tuple[str, ...]) -> None:
     except metadata.PackageNotFoundError:
         return  # not installed under this name: whoever imported it knows
     if not any(found == one or found.startswith(f"{one}.") for one in tried):
-        warnings.warn(
+        warn(
             f"rankload's adapter for {distribution} was tried with {', '.join(tried)}, and {found} is installed: "
             "compare a resumed run with one that went on, before you rely on it",
             stacklevel=3,

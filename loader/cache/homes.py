@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, field
 
+from ...distributed.printable import package_logger
 from ..errors import AccessError
 from .bounds import evictable_bytes
 from .folder import default_cache_folder, free_bytes_of, locked, make_private_folder
 from .memory import available_bytes
 from .records import remove, sweep
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 MEMORY_FOLDER = "/dev/shm"  # noqa: S108 -- what goes there goes into a private folder
 """Linux's file system in memory."""
 SHARE = 2

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import threading
@@ -29,6 +28,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from ...distributed.printable import package_logger
 from ..errors import AccessError
 from ..stores.base import OnBytes
 from ..stores.transfer import bytes_on_disk
@@ -64,7 +64,7 @@ TOUCH_S = 5.0
 GIVE_WAY_S = 30.0
 """How long a load waits for a prefetch to leave an object to it; it fetches that anew then."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 @dataclass(frozen=True, slots=True)

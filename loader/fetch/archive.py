@@ -21,6 +21,8 @@ from ..stores.base import OnBytes
 from .decompress import COMPRESSED, Expanded
 
 MAX_MEMBERS = 200_000
+MAX_DEPTH = 64
+"""Folders that a member may lie in, one in the other: making and removing them takes a call of Python for each."""
 MAX_HEADER = 1 << 20
 """Bytes that one member's headers may take, extended ones included."""
 _COPY = 1 << 20
@@ -190,6 +192,8 @@ def _safe_name(info: tarfile.TarInfo, shown: str) -> str:
         problem = "has a name that is no plain relative path"
     elif any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in parts) or len(name) > 2048:
         problem = "has a name that is too long"
+    elif len(parts) > MAX_DEPTH:
+        problem = f"lies more than {MAX_DEPTH} folders deep"
     if problem is not None:
         raise UnsafeError(f"{shown}: member {name[:200]!r} {problem}; nothing of it was unpacked", path=shown)
     return "/".join(parts)

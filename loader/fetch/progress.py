@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -10,13 +9,15 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
+from ...distributed.printable import package_logger
+
 REFRESH_S = 0.2
 LINE_EVERY_S = 10.0
 
 Counters = Callable[[], Mapping[int, Mapping[str, float]]]
 """Returns each rank's counters, as `Channel.counters` does."""
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 class JobProgress:

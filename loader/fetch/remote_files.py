@@ -8,13 +8,13 @@ one itself, directly. `InParts` is what `begin` found of one object.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ...distributed.printable import package_logger
 from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
@@ -52,7 +52,7 @@ SMALL_ARCHIVE_BYTES = 1 << 20
 OF_ITEMS = ".distcp"
 """Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
 fetch, another file says (`items`)."""
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Suffixes of objects that come whole; for them no range source is opened."""
 

@@ -6,12 +6,12 @@ of the work. `fetch_now` does both, and waits.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...distributed.printable import package_logger
 from ...distributed.range_server import PeerAddress
 from ..byte_ranges import ByteRange, union
 from ..context import LoadContext
@@ -26,7 +26,7 @@ from .remote_files import RemoteFiles
 from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 WantedRanges = dict[str, list[ByteRange]]
 """Ranges of files, by the files' paths on this node."""

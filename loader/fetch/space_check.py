@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...distributed.printable import package_logger
 from ..cache.homes import Room
 from ..errors import AccessError
 from ..wire import Json, decode, encode
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...distributed.channel import Channel
     from ..cache.node import NodeCache
 
-_logger = logging.getLogger("rankload")
+_logger = package_logger()
 
 
 @dataclass(frozen=True, slots=True)

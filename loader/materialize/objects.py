@@ -360,7 +360,8 @@ def _bytes_io(value: InertObject) -> io.BytesIO:
 
 
 def _layout(value: InertObject) -> torch.layout:
-    found = getattr(torch, str(value.args[0]).removeprefix("torch."), None)
+    # Not by getattr, by which torch imports some of its modules.
+    found = vars(torch).get(str(value.args[0]).removeprefix("torch."))
     if not isinstance(found, torch.layout):
         raise FormatError(f"the checkpoint names {value.args[0]!r}, which torch does not know as a layout")
     return found
@@ -407,7 +408,7 @@ def _sparse(layout: str, *parts: Any) -> torch.Tensor:
         return torch.sparse_coo_tensor(
             indices, values, shape, check_invariants=True, is_coalesced=coalesced or None
         )
-    return torch.sparse_compressed_tensor(*parts, layout=getattr(torch, layout), check_invariants=True)
+    return torch.sparse_compressed_tensor(*parts, layout=vars(torch)[layout], check_invariants=True)
 
 
 def _quantized(integers: torch.Tensor, scheme: str, dtype: str, *quantizer: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any
 
+from ...distributed.printable import Lines
 from ..errors import FormatError, OptionError, UnsafeError
 from ..formats.pickle.known import canonical
 from ..saved.tree import is_unknown, join_path, unknown_values, values
@@ -102,7 +103,8 @@ def require_safe(
     others = {name: one for name, one in refused.items() if not one.is_type}
     lines = [*_listed(types, others), *_advice(types, others)]
     error = UnsafeError if types else FormatError
-    raise error(f"{file}: " * bool(file) + "\n".join(lines), path=file or None)
+    lines[0] = f"{file}: " * bool(file) + lines[0]
+    raise error(Lines(lines), path=file or None)
 
 
 def can_be_allowed(name: str) -> bool:

@@ -179,7 +179,7 @@ def read_tensor(
 @functools.cache
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of that name: ``float32`` gives ``torch.float32``. Raises `FormatError` where torch lacks it."""
-    found = getattr(torch, name, None)
+    found = vars(torch).get(name)  # not by getattr, by which torch imports some of its modules
     if not isinstance(found, torch.dtype):
         raise FormatError(
             f"the checkpoint holds {name} tensors, which torch {torch.__version__} does not know"

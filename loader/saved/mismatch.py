@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...distributed.printable import Lines
 from ..errors import MismatchError, MissingFrozenError
 from ..plurals import counted
 from .dtypes import dtype_kind, keeps_values
@@ -89,7 +90,7 @@ class Mismatch:
             lines.append(_OTHER_SIZES)
         if not self.wrong and not self.advice:
             lines.append(self._advice())
-        error = MismatchError("\n".join(lines), path=path)
+        error = MismatchError(Lines(lines), path=path)
         error.details = details
         raise error
 
@@ -102,7 +103,7 @@ def _is_entry(name: str) -> bool:
 def _missing_frozen(path: str, details: Mapping[str, list[str]], *, before: bool) -> MissingFrozenError:
     missing = details["missing"]
     error = MissingFrozenError(
-        "\n".join(
+        Lines(
             [
                 f"{path} has every trained weight of the model and lacks "
                 f"{counted(len(missing), 'frozen parameter')} (requires_grad=False){'; nothing was changed' * before}.",

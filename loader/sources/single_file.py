@@ -8,11 +8,11 @@ dict, and keys that training scripts use (`_ROLE_KEYS`, after PyTorch's tutorial
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...distributed.printable import warn
 from ..errors import CorruptError, FormatError
 from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
@@ -96,7 +96,7 @@ class SingleFile:
                 return Saved(files.name, _KIND, "safetensors", {"model": index.tree}, extra=extra)
             found = parts_for(demand, index.tree, file=file.source)
             if is_one_file_of_zero(index.tree) and not demand.weights_only:
-                warnings.warn(
+                warn(
                     f"{file.source} is one file of a DeepSpeed checkpoint and has the weights alone, in the precision "
                     "that the module had: pass the folder for the fp32 masters and the optimizer's state",
                     stacklevel=2,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
+from ...distributed.printable import warn
 from ..errors import AlgorithmError, FormatError, OptionError
 from ..saved.values import kind_of
 from ..state import AlgorithmPass
@@ -78,7 +78,8 @@ def registered_algorithm(name: str) -> Callable[..., Any] | None:
     if name in _REGISTRY:
         return _REGISTRY[name]
     composer = sys.modules.get("composer.algorithms")
-    found = getattr(composer, name, None) if composer is not None and not name.startswith("_") else None
+    # Not by getattr, which may run the module's own code.
+    found = vars(composer).get(name) if composer is not None and not name.startswith("_") else None
     base = getattr(sys.modules.get("composer.core"), "Algorithm", None)
     if isinstance(found, type) and isinstance(base, type) and issubclass(found, base):
         return found
@@ -142,7 +143,7 @@ def required_algorithms(
             continue
         algorithm = _rebuild(constructor, name, text)
         if algorithm is None:
-            warnings.warn(
+            warn(
                 f"The checkpoint was trained with {text or name}, which is required on load, but it cannot be "
                 "rebuilt from that text: expected the call of a registered constructor with literal arguments. "
                 "Weights of layers that it changes may fail to load. Pass it in State(algorithms=...), or leave "
@@ -150,7 +151,7 @@ def required_algorithms(
                 stacklevel=2,
             )
         elif type(algorithm) in reprs and repr(algorithm) not in reprs[type(algorithm)]:
-            warnings.warn(
+            warn(
                 f"The checkpoint was trained with {text}, required on load, but this job has "
                 f"{', '.join(reprs[type(algorithm)])}; yours is kept. Weights of layers that it changes may "
                 "fail to load",
@@ -213,7 +214,7 @@ def apply_required(
             raise AlgorithmError(
                 f"The checkpoint needs {algorithm!r}, but applying it failed: {error}. {_way_out(ordered)}"
             ) from error
-        warnings.warn(
+        warn(
             f"Added {algorithm!r}, which the checkpoint was trained with and which is required on load. "
             f"{_way_out(ordered)}",
             stacklevel=2,

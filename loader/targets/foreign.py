@@ -8,11 +8,11 @@ saved in pieces, sharded, or not there under every name, are filled from here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...distributed.printable import warn
 from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy
 from ..saved.demand import Demand
@@ -182,7 +182,7 @@ def _evaluable(state: Any, entries: Any, exclude: Collection[str] | None) -> Any
     kept, refused = without_unregistered(entries, getattr(state, "algorithms", None) or ())
     for name in refused:
         if name not in (exclude or ()):
-            warnings.warn(
+            warn(
                 f"The checkpoint was trained with {name}, whose text is not one call of a registered constructor "
                 "with literal arguments; it is not handed on. Weights of layers that it changes may fail to load",
                 stacklevel=2,

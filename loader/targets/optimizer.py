@@ -9,13 +9,13 @@ One file: the plan and its step decide by the same few functions what becomes of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...distributed.printable import warn
 from ..materialize.tensors import torch_dtype
 from ..plurals import counted
 from ..saved.contents import ENGINE, Saved
@@ -440,7 +440,7 @@ def _note_class(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> Non
     if note is not None:
         plan.notes.append(note)
     if plan.notes:
-        warnings.warn(f"{plan.at}: {'; '.join(plan.notes)}", stacklevel=2)
+        warn(f"{plan.at}: {'; '.join(plan.notes)}", stacklevel=2)
 
 
 def _has_positions(groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -9,11 +9,12 @@ optimizer, attributes are read; nothing is changed.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from ...distributed.printable import warn
 
 TELLING = ("betas", "momentum", "alpha", "eps", "rho")
 """Hyperparameters by which kinds of optimizers differ: torch's and DeepSpeed's optimizers name them alike."""
@@ -69,7 +70,7 @@ def warn_of_state(names: Collection[str], own: Collection[str], file: str) -> No
     engine = ""
     if not own and "deepspeed" in sys.modules:
         engine = "; for a DeepSpeed engine load after deepspeed.initialize, with State(model=engine)"
-    warnings.warn(
+    warn(
         f"{file} has optimizer state ({', '.join(map(str, names))}), and {lack}: it is not restored. Pass "
         "State(model, optimizers=...), or leave it out with LoadOptions(leave_out=['optimizer']) or "
         f"load_weights_only=True{engine}",

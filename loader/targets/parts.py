@@ -8,10 +8,10 @@ fail on it after the first change. So `kind_problem` compares before.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...distributed.printable import warn
 from ..saved.contents import Saved
 from ..saved.values import kind_of
 from .base import Plan
@@ -145,7 +145,7 @@ def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool, alone: bool = False
         if not name.startswith("optimizers/")
     ]
     if left and not alone:
-        warnings.warn(
+        warn(
             f"{saved.name} holds {', '.join(f'state/{name}' for name in left)}, for which this job has no "
             "counterpart; it is not restored. Pass the object in State(...), or leave it out with "
             "LoadOptions(leave_out=...) or load_weights_only=True",
@@ -153,7 +153,7 @@ def warn_of_parts(plan: Plan, saved: Saved, *, strict: bool, alone: bool = False
         )
     lacking = [] if strict else _of_parts(plan.mismatch.missing)
     if lacking:
-        warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
+        warn(lacking_parts(saved.name, lacking), stacklevel=2)
 
 
 def lacking_parts(file: str, parts: Iterable[str]) -> str:

@@ -301,6 +301,39 @@ QUANTIZED = (
 )
 
 
+def test_a_shape_that_nothing_can_hold_is_refused_though_it_has_no_elements(tmp_path: Path) -> None:
+    huge = b"\x8a\x08" + (2**61).to_bytes(8, "little")
+    shape, storage = b"K\x00" + huge + huge + b"\x87", {"0": b""}
+    plain = shared_tensor("FloatStorage", shape, b"K\x01K\x01K\x01\x87", 0)
+    empty = shared_tensor("FloatStorage", b"K\x00\x85", b"K\x01\x85", 0)
+    none = shared_tensor("LongStorage", b"K\x03K\x00\x86", b"K\x00K\x01\x86", 0)
+    array = (
+        b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01"
+        + shape
+        + b"cnumpy\ndtype\n" + text("f4") + b"\x89\x88\x87R(K\x03" + text("<") + b"NNN"
+        + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89C\x00tb"
+    )  # fmt: skip
+    for name, data in (
+        ("plain", b"\x80\x02" + plain + b"."),
+        ("sparse", sparse(none, empty, shape)),
+        ("array", b"\x80\x03" + array + b"."),
+    ):
+        with pytest.raises(CorruptError, match="which nothing can hold"):
+            pytest.fail(f"{name}: {read_whole(zip_with(data, tmp_path / 'f.pt', storages=storage))}")
+
+
+@pytest.mark.parametrize("layout", ["torch._inductor", "_dynamo", "torch.onnx", "torch.no_such_layout"])
+def test_what_a_file_names_as_a_layout_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)  # by which torch imports some modules
+    data = b"\x80\x02ctorch.serialization\n_get_layout\n" + text(layout) + b"\x85R."
+    with pytest.raises(FormatError, match="does not know as a layout"):
+        read_whole(zip_with(data, tmp_path / "f.pt"))
+    assert asked == []
+
+
 def test_sparse_tensors_that_lie(tmp_path: Path) -> None:
     storage = {"0": struct.pack("<2q", 0, 5)}
     good = zip_with(sparse(INDICES, VALUES, b"K\x06\x85"), tmp_path / "g.pt", storages=storage)

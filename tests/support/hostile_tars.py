@@ -60,6 +60,7 @@ HOSTILE = {
     "sparse of no version": [
         entry("s", b"x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "99999999999"})
     ],
+    "deep": [entry("d/" * 1000 + "x", b"x")],
     "sparse": [entry("s", b"", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "s"})],
 }
 

@@ -114,6 +114,8 @@ def _set(
         data = data.encode("latin1")
     if not isinstance(data, (bytes, bytearray)):
         raise CorruptError("a NumPy array whose data are no bytes")
+    if math.prod(filter(None, shape)) * max(1, _itemsize(text)) >= 1 << 63:  # NumPy counts so, zeros or not
+        raise CorruptError(f"a NumPy array of dtype {text} and shape {shape}, which nothing can hold")
     expected = math.prod(shape) * _itemsize(text)
     if len(data) != expected:
         raise CorruptError(

@@ -40,6 +40,7 @@ _REBUILD_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 _COMPRESSED = ("sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 _MOST_ATTRIBUTES = 1000
 _LARGEST = 1 << 62
+"""More elements than memory can hold. A shape with a 0 counts without it: torch steps through it all the same."""
 
 
 def _tensor(
@@ -122,7 +123,7 @@ def _sparse(budget: Budget, layout: Any, data: Any) -> PickledInertTensor:
     members, shape = data[:tensors], _integers(budget, data[tensors], "shape")
     if not all(_is_plain(member) for member in members):
         return PickledInertTensor.unmade(f"{_sparse_kind(name)} of parts that are no plain tensors")
-    if math.prod(shape) > _LARGEST:
+    if math.prod(filter(None, shape)) > _LARGEST:
         raise CorruptError(f"a tensor of shape {shape}, which nothing can hold")
     budget.charge_rebuilt(sum(member.nbytes for member in members))
     values = members[-1]
@@ -315,8 +316,8 @@ def lay_out(
                 f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
                 f"{storage.key!r}, which has {storage.nbytes:,}"
             )
-        if math.prod(sizes) > _LARGEST:
-            raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
+    if math.prod(filter(None, sizes)) > _LARGEST:
+        raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
     return PickledTensor(storage, dtype, sizes, steps, start, requires_grad=_requires(dtype, requires_grad))
 
 

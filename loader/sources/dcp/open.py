@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ....distributed.printable import warn
 from ...errors import CorruptError, FormatError
 from ...formats.dcp_metadata import Item, Metadata, read_metadata
 from ...formats.torch_file import FileIndex
@@ -121,7 +121,7 @@ def _notes(files: Files, folder: _Folder, held: Mapping[str, NodeFile]) -> tuple
         "later save into the same folder may have ended too early, so that the files are of two saves. Compare with a "
         "manifest of checksums, or take another checkpoint"
     )
-    warnings.warn(f"{files.name}: {note}", stacklevel=3)
+    warn(f"{files.name}: {note}", stacklevel=3)
     return (note,)
 
 

@@ -6,6 +6,7 @@ it is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,10 @@ def a_tensor(value: Any, place: Field) -> SavedTensor:
 
 
 def a_shape(value: Any, place: Field) -> tuple[int, ...]:
-    return tuple(a_count(size, place) for size in a_sequence(value, place))
+    shape = tuple(a_count(size, place) for size in a_sequence(value, place))
+    if math.prod(filter(None, shape)) >= 1 << 62:
+        raise place.wrong("a shape that memory can hold", shape)
+    return shape
 
 
 def enum_value(value: Any, place: Field) -> int:

@@ -8,11 +8,11 @@ parameters.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from typing import Any
 
+from ....distributed.printable import warn
 from ...errors import CorruptError, LayoutError
 from ...saved.contents import ENGINE, Saved
 from ...saved.demand import Demand, ParameterDemand
@@ -115,10 +115,10 @@ class EngineTarget:
                 lacking, not_restored = _without_counterpart(live, saved, options.leave_out)
                 mismatch.missing += lacking
                 if lacking and not options.strict:
-                    warnings.warn(lacking_parts(saved.name, lacking), stacklevel=2)
+                    warn(lacking_parts(saved.name, lacking), stacklevel=2)
             not_restored += self._optimizers_left(saved, named, optimizer)
             for note in notes:
-                warnings.warn(f"{saved.name}: {note}", stacklevel=2)
+                warn(f"{saved.name}: {note}", stacklevel=2)
             if not by_deepspeed:
                 notes += (
                     "it has no engine's counters, such as global_steps: this engine's stay as they are",
@@ -159,7 +159,7 @@ class EngineTarget:
         left = [name for name in kept if name not in taken]
         if planned.mismatch.missing and planned.refused:
             if not self._options.strict:
-                warnings.warn(f"{saved.name}: {planned.mismatch.missing[0]}", stacklevel=2)
+                warn(f"{saved.name}: {planned.mismatch.missing[0]}", stacklevel=2)
         else:
             own = () if self._live.optimizer is None else engine_classes(self._engine)[:1]
             warn_of_state([name for name in left if kept[name]], own, saved.name)
@@ -249,7 +249,7 @@ def _without_counterpart(
         if theirs == _DYNAMIC and "loss_scaler" in kept:
             found.append("loss_scaler")
     if found:
-        warnings.warn(
+        warn(
             f"{saved.name} holds {', '.join(f'state/{ENGINE}/{key}' for key in found)}, for which this engine has no "
             "counterpart; it is not restored",
             stacklevel=2,
