@@ -8,6 +8,7 @@ has read them. While a rank waits, it raises an error for a peer that left the c
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -8,6 +8,7 @@ optimizer, attributes are read; nothing is changed.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from ...distributed.printable import warn
+from ..saved.tensor import SavedTensor
+from ..saved.values import kind_of
 
 TELLING = ("betas", "momentum", "alpha", "eps", "rho")
 """Hyperparameters by which kinds of optimizers differ: torch's and DeepSpeed's optimizers name them alike."""
@@ -152,6 +155,59 @@ def taken(own: Mapping[str, Any], saved: Mapping[str, Any], hyperparameters: str
         for key, value in saved.items()
         if key not in ("params", "param_names") and not (key in CLASS_OWN and key in own)
     }
+
+
+def value_problems(own: Mapping[str, Any], gets: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on the hyperparameters that this job's group `own` would get and could not step with: of another type
+    than its own, or not finite. What it has none of is not judged, but for ``initial_lr``, which schedulers add.
+
+    The values of `gets` are saved or real ones; of a saved tensor, only its size is known.
+    """
+    for key, value in gets.items():
+        mine = own.get("lr") if key == "initial_lr" else own.get(key)
+        judged = mine is not None and key not in (STEP, "params", "param_names")
+        problem = _value_problem(mine, value) if judged else None
+        if problem is not None:
+            yield (
+                f'{key}: expected {problem}, got {_shown(value)}. LoadOptions(hyperparameters="job") keeps this job\'s '
+                "hyperparameters"
+            )
+
+
+def _value_problem(mine: Any, value: Any) -> str | None:
+    """What was expected in place of `value`, where this job has `mine`; None where it can be."""
+    if isinstance(mine, bool):
+        return None if value is None or (isinstance(value, int) and value in (0, 1)) else "true or false"
+    if _is_number(mine):
+        return _number_problem(value, finite=math.isfinite(mine))
+    if isinstance(mine, list | tuple) and all(map(_is_number, mine)):
+        if not isinstance(value, list | tuple) or len(value) != len(mine):
+            return f"{len(mine)} numbers"
+        pairs = zip(mine, value, strict=True)
+        problems = (_number_problem(one, finite=math.isfinite(each)) for each, one in pairs)
+        return next((f"{len(mine)} numbers, each {found}" for found in problems if found is not None), None)
+    if isinstance(mine, str) and not isinstance(value, str):
+        return "a text"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def _number_problem(value: Any, *, finite: bool) -> str | None:
+    if isinstance(value, SavedTensor | torch.Tensor):
+        if (value.numel if isinstance(value, SavedTensor) else value.numel()) != 1:
+            return "a number"
+        return None if isinstance(value, SavedTensor) else _number_problem(value.item(), finite=finite)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "a number"
+    return None if math.isfinite(value) or not finite else "a finite number"
+
+
+def _shown(value: Any) -> str:
+    plain = isinstance(value, bool | int | float | str | list | tuple | torch.Tensor | None)
+    return repr(value)[:100] if plain else f"a {kind_of(value)}"
 
 
 def uneven_groups(

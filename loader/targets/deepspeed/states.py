@@ -23,7 +23,15 @@ from ...saved.partitions import Slot
 from ...saved.regions import Run
 from ...saved.tensor import SavedTensor, same_shape
 from ..dtensor import kept_part
-from ..optimizer_kinds import class_note, kind_problem, lacking_state, merged_groups, taken, uneven_groups
+from ..optimizer_kinds import (
+    class_note,
+    kind_problem,
+    lacking_state,
+    merged_groups,
+    taken,
+    uneven_groups,
+    value_problems,
+)
 from ..parts import missing_part
 from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
 from .plan import ModelPart
@@ -302,6 +310,8 @@ def _plan_groups(
         gets.append({} if source is None else taken(own, groups.kept.get(source, {}), hyperparameters))
     if hyperparameters is None:
         mismatch.wrong += [f"{at}: {problem}" for problem in uneven_groups(own_groups, group_from, gets)]
+    for index, values in enumerate(gets):
+        mismatch.wrong += [f"{at}/{index}/{one}" for one in value_problems(own_groups[index], values)]
     return {index: values for index, values in enumerate(gets) if values}
 
 

@@ -18,11 +18,13 @@ from ...materialize.tensors import torch_dtype
 from ...plurals import counted
 from ...saved.contents import Saved
 from ...saved.copies import Copy
+from ...saved.mismatch import Mismatch
 from ...saved.tensor import SavedTensor
 from ...saved.values import InertObject
 from ..base import Change, NoteChange, Work
 from ..buffers import check_read, values_place
 from ..module import extra_states
+from ..optimizer_kinds import value_problems
 from ..parts import with_empty
 from .live import LiveEngine, flat_view
 from .plan import ModelPart
@@ -94,6 +96,7 @@ class EngineStep:
         """
         real = work.real(self.trees)
         self._check_buffers(real, work.options.file)
+        self._check_groups(real, work.options.file)
         made = self._made()
         return lambda: self._change(real, made, work)
 
@@ -115,6 +118,17 @@ class EngineStep:
         """Compares the buffers that could not be read when the restore was planned."""
         own = {name: buffer for name, (_, buffer) in self.model.unchecked.items()}
         check_read({name: (real[values_place(name)], buffer) for name, buffer in own.items()}, file)
+
+    def _check_groups(self, real: Mapping[str, Any], file: str) -> None:
+        """Compares hyperparameters that are saved as tensors with the groups' own."""
+        wrong = [
+            f"optimizer/param_groups/{index}/{one}"
+            for index, group in self.optimizer.groups.items()
+            for one in value_problems(
+                self.live.optimizer.param_groups[index], {key: real[_group_path(index, key)] for key in group}
+            )
+        ]
+        Mismatch(wrong=wrong).raise_if_any(file, strict=False, before=False)
 
     def _made(self) -> dict[tuple[int, str], torch.Tensor]:
         """The state tensors, by flat and key, that the optimizer would make at its first step; it gets them later."""

@@ -253,3 +253,60 @@ def test_parameters_that_are_not_the_models(tmp_path: Path, names: str) -> None:
     for one, other in ((loss, target_loss), (model, target)):
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
             assert torch.equal(optimizer.state[mine]["exp_avg"], own.state[theirs]["exp_avg"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("betas", ("a", "b"), "expected 2 numbers, each a number, got ('a', 'b')"),
+        ("betas", (0.9,), "expected 2 numbers, got (0.9,)"),
+        ("betas", (0.9, float("inf")), "expected 2 numbers, each a finite number, got (0.9, inf)"),
+        ("betas", None, "expected 2 numbers, got None"),
+        ("lr", float("nan"), "expected a finite number, got nan"),
+        ("lr", "1e-3", "expected a number, got '1e-3'"),
+        ("lr", True, "expected a number, got True"),
+        ("lr", torch.tensor(float("inf")), "expected a finite number, got tensor(inf)"),
+        ("lr", torch.ones(2), "expected a number, got a tensor"),
+        ("initial_lr", float("nan"), "expected a finite number, got nan"),
+        ("amsgrad", "no", "expected true or false, got 'no'"),
+        ("weight_decay", None, "expected a number, got None"),
+    ],
+)
+def test_hyperparameters_that_no_step_can_be_made_with_are_refused_by_name(
+    tmp_path: Path, form: str, key: str, value: Any, expected: str
+) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    step(model, optimizer)
+    optimizer.param_groups[0][key] = value
+    path = written(tmp_path, form, model, optimizer)
+    other = net(1)
+    own = torch.optim.Adam(other.parameters(), lr=0.25)
+    before = weights(other)
+    with pytest.raises(MismatchError) as told:
+        load(path, State(other, own), progress_bar=False)
+    assert f"optimizers/Adam/param_groups/0/{key}: {expected}" in str(told.value)
+    assert torch.equal(weights(other), before)
+    assert (own.param_groups[0]["lr"], len(own.state)) == (0.25, 0)
+    load(path, State(other, own), progress_bar=False, options={"hyperparameters": "job"})
+    assert (own.param_groups[0]["lr"], len(own.state)) == (0.25, 4)
+
+
+def test_a_number_may_be_of_another_type_or_as_infinite_as_the_jobs_own(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1)
+    step(model, optimizer)
+    for key, value in {
+        "lr": torch.tensor(1.0),
+        "amsgrad": 0,
+        "foreach": True,
+        "most": float("inf"),
+        "mine": float("nan"),
+    }.items():
+        optimizer.param_groups[0][key] = value
+    path = written(tmp_path, "hand-written", model, optimizer)
+    own = torch.optim.Adam(net(1).parameters(), lr=0.5)
+    own.param_groups[0]["most"] = float("inf")
+    restored(path, None, own)
+    assert float(own.param_groups[0]["lr"]) == 1
