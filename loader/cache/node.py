@@ -2,7 +2,8 @@
 
     <home>/.lock                     held for moments, for decisions
     <home>/<entry>/about             the checkpoint it is part of, whether it stays or is awaited; touched by each use
-    <home>/<entry>/users/*           the processes that use the entry; touched while they live
+    <home>/<entry>/users/*           the processes that use the entry: those that fetch it for a node, and those that
+                                     read it there; touched while they live
     <home>/<entry>/<slot>/claim      the process that makes the slot's product, and its ``work-*`` folder
     <home>/<entry>/<slot>/done       the product is whole; the sizes of its files
     <home>/<entry>/<slot>/<product>  a file, or a folder of files
@@ -23,7 +24,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,7 @@ from ..stores.base import OnBytes
 from ..stores.transfer import bytes_on_disk
 from ..workers import POLL_S
 from .bounds import bound, make_room
-from .folder import locked, make_all_private, remove_if_empty
+from .folder import folder_of, locked, make_all_private, remove_if_empty
 from .homes import CacheHome, Room, homes_for
 from .records import (
     PARTS,
@@ -45,9 +46,9 @@ from .records import (
     begin_use,
     claim,
     claimed_for,
-    end_use,
-    in_use,
     is_used_for,
+    join_use,
+    leave_use,
     product_name,
     put_in_place,
     remove,
@@ -106,6 +107,8 @@ class NodeCache:
         """Differs between any two loads."""
         self._group = self._checkpoint = ""
         self._entries: dict[str, CacheEntry] = {}
+        self._joined: dict[str, list[tuple[str, str]]] = {}
+        """By home: entries that another process of this load made, each with this process's record there."""
         self._used = False
         self._lock = threading.Lock()
         self._touched: set[str] = set()
@@ -120,11 +123,15 @@ class NodeCache:
     ) -> None:
         for entry in list(self._entries.values()):
             entry.close()
+        joined = list(self._joined)
+        for folder in joined:
+            self._leave(folder)
         self._ended.set()
         if self._heartbeat is not None:
             self._heartbeat.join()
-        for home in self._homes:
-            if not home.ready:
+        others = [folder for folder in joined if folder not in [home.folder for home in self._homes]]
+        for home in [*self._homes, *(CacheHome(folder, given=True) for folder in others)]:
+            if not home.ready and home.folder not in joined:
                 continue
             if self._used and self._group and self.purpose == "load":
                 with locked(home.folder) as now:
@@ -178,6 +185,40 @@ class NodeCache:
                 self._entries[name] = CacheEntry(self, home.folder, name, use)
                 self._used = True
             return self._entries[name]
+
+    def join(self, paths: Iterable[str]) -> None:
+        """Becomes a user of the entries that `paths` lie in, until this context ends.
+
+        For a process that reads what another one of this load has fetched: the entries stay then, however that one
+        ends. Entries that are gone, and paths that lie in none, are passed over.
+        """
+        wanted: dict[str, set[str]] = {}
+        known = {entry for joined in self._joined.values() for entry, _ in joined}
+        known |= {entry.folder for entry in list(self._entries.values())}
+        for path in paths:
+            folder = folder_of(path)
+            if folder is not None:
+                name = os.path.relpath(path, folder).split(os.sep)[0]
+                wanted.setdefault(folder, set()).add(os.path.join(folder, name))
+        for folder, entries in wanted.items():
+            if entries <= known:
+                continue
+            with locked(folder):
+                for entry in sorted(entries - known):
+                    user = os.path.join(entry, "users", uuid.uuid4().hex)
+                    if join_use(entry, user, self.purpose):
+                        self._joined.setdefault(folder, []).append((entry, user))
+                        self.touch(user)
+
+    def _leave(self, folder: str) -> None:
+        """Ends the uses that `join` began in the home `folder`; the last user of an entry removes it."""
+        joined = self._joined.pop(folder)
+        for _, user in joined:
+            self.untouch(user)
+        with locked(folder) as now:
+            gone = [leave_use(entry, user, now) for entry, user in joined]
+        for path in filter(None, gone):
+            remove(path)
 
     def free_bytes(self, path: str = "") -> int:
         """How many bytes this user has left in the home that `path` lies in, or in `folder`."""
@@ -299,9 +340,7 @@ class CacheEntry:
         self._cache.untouch(self._user)
         self._cache.forget(self)
         with locked(self.home) as now:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._user)
-            gone = None if in_use(self.folder, now) else end_use(self.folder)
+            gone = leave_use(self.folder, self._user, now)
         if gone is not None:
             remove(gone)
 

@@ -74,6 +74,24 @@ def begin_use(entry: str, user: str, use: About, purpose: Purpose, now: float) -
     _write_about(entry, replace(use, stays=use.stays or before.stays, awaited=awaited))
 
 
+def join_use(entry: str, user: str, purpose: Purpose) -> bool:
+    """Registers this process as one more user of `entry`, whose first user said what becomes of it; False where it is
+    gone, or is no entry."""
+    if not (os.path.isdir(os.path.dirname(user)) and os.path.isfile(os.path.join(entry, _ABOUT))):
+        return False
+    write_json(user, {**this_process().as_dict(), _PURPOSE: purpose})
+    return True
+
+
+def leave_use(entry: str, user: str, now: float) -> str | None:
+    """Ends the use that `user` records; the path to `remove` where that was the last one, and the entry is to go."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(user)
+    if in_use(entry, now) or not os.path.isdir(entry):
+        return None
+    return end_use(entry)
+
+
 def about(entry: str) -> About:
     """What the ``about`` file of `entry` says; nothing where there is none."""
     record = read_json(os.path.join(entry, _ABOUT))

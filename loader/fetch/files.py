@@ -128,7 +128,10 @@ def fetch_files(
         if remote is not None and file.whole is not None:
             remote.known.note_whole(file.path, file.source, file.whole)
     mine = [need.name for need in table.own]
-    return Fetched({name: everything[name] for name in mine if name in everything})
+    own = {name: everything[name] for name in mine if name in everything}
+    # A leader that ends, of this node or of another one with the same folder, must not take them from this rank.
+    context.cache.join(file.path for file in own.values() if file.kind == "archive" or not store.is_local)
+    return Fetched(own)
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None], watch: FetchWatch) -> None:

@@ -126,6 +126,52 @@ def test_links_files_and_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         NodeCache(str(tmp_path / "real")).entry("x", 1)
 
 
+def joins(folder: str, path: str, joined: object, leave: object) -> None:
+    with NodeCache(folder) as cache:
+        cache.join([path, path])
+        joined.set()  # type: ignore[attr-defined]
+        assert leave.wait(20)  # type: ignore[attr-defined]
+        assert Path(path).read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_who_reads_what_another_fetched_is_its_user(tmp_path: Path, dies: bool) -> None:
+    """Two nodes' leaders with one folder, and a follower of the first, which reads on when both have ended."""
+    folder = str(tmp_path / "c")
+    joined, leave = FORK.Event(), FORK.Event()
+    with NodeCache(folder) as theirs:
+        with NodeCache(folder) as cache:
+            path = cache.entry("x", 1).fill("object", "x", writes(b"whole"), nothing).path
+            theirs.entry("x", 1)
+            follower = FORK.Process(target=joins, args=(folder, path, joined, leave))
+            follower.start()
+            assert joined.wait(10)
+        assert os.path.exists(path)
+        if dies:
+            os.kill(follower.pid or 0, signal.SIGKILL)
+            follower.join(10)
+    assert os.path.exists(path) != dies
+    if not dies:
+        leave.set()
+    follower.join(20)
+    assert follower.exitcode == (-signal.SIGKILL if dies else 0)
+    assert os.listdir(folder) == []
+
+
+def test_what_is_gone_or_no_entry_is_not_joined(tmp_path: Path) -> None:
+    folder, other = tmp_path / "c", tmp_path / "other"
+    (other / "mine").mkdir(parents=True)
+    (other / ".lock").touch()
+    (other / "mine" / "x").write_bytes(b"mine")
+    with NodeCache(str(folder)) as cache:
+        path = cache.entry("x", 1).fill("object", "x", writes(b"whole"), nothing).path
+        with NodeCache(str(folder)) as two:
+            two.join([path.replace("/x-", "/y-"), str(other / "mine" / "x"), str(tmp_path / "nowhere")])
+            two.join([path])
+    assert os.listdir(folder) == []
+    assert sorted(path.name for path in other.rglob("*")) == [".lock", "mine", "x"]
+
+
 def slow_user(folder: str, log: str, started: object) -> None:
     def produce(path: str) -> None:
         with open(log, "a") as file:
