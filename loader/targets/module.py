@@ -38,26 +38,23 @@ from ..saved.strided import Layout
 from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.values import InertTensor, kind_of
 from ..state import unwrap
-from ..torch_modes import callers_device
 from .base import Change, Plan, RestoreOptions, Work
 from .buffers import check_read, check_saved, values_place
 from .dtensor import (
     TORCH_OWN,
     dtype_name,
-    give_shards_memory,
     has_dtensors,
     is_dtensor,
     kept_part,
     local_part,
-    memory_device,
     shape_of,
     show_shards,
 )
 from .made_tensors import layout_problem, set_whole
+from .meta_memory import MetaMemory
 
 __all__ = [
     "NOT_INITIALISED",
-    "MetaMemory",
     "ModulePlan",
     "ModuleStep",
     "dtype_name",
@@ -501,43 +498,6 @@ def has_own_loader(part: nn.Module) -> bool:
 def _plain(hook: Any) -> Any:
     """The function that torch wrapped to register it."""
     return getattr(hook, "hook", hook)
-
-
-class MetaMemory:
-    """Memory for every meta parameter and buffer of a module, on the caller's default device (shards: on their mesh's).
-
-    It is the module's once `give` is called. The tensors stay the same objects, so that an optimizer made before keeps
-    its parameters.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        device = callers_device()
-        self._tensors = {
-            id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_meta
-        }
-        self._made = {
-            key: torch.empty_like(tensor, device=memory_device(tensor, device))
-            for key, tensor in self._tensors.items()
-        }
-
-    def __bool__(self) -> bool:
-        return bool(self._made)
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The memory of `tensor`: that which it will get, where it has none."""
-        return self._made.get(id(tensor), tensor)
-
-    def give(self) -> None:
-        """Gives each tensor its memory. Raises as `give_shards_memory`."""
-        give_shards_memory(self._module, self._made)
-        for key, tensor in self._tensors.items():
-            if is_dtensor(tensor):
-                continue
-            real = self._made[key]
-            if isinstance(tensor, nn.Parameter):
-                real = nn.Parameter(real, requires_grad=tensor.requires_grad)
-            torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
 
 
 def load_through_hooks(

@@ -223,7 +223,7 @@ class OptimizerStep:
                     memories[place] = local_part(tensor, place)[1]
         work.fill(self.copies, memories)
         groups = [{**group, "params": _Params(group["params"])} for group in real[_groups_place(plan)]]
-        problems = [one for index, group in enumerate(groups) for one in _group_problems(plan, index, group)]
+        problems = [*value_problems(f"{plan.at}/param_groups", plan.own_groups, groups)]
         Mismatch(wrong=problems).raise_if_any(work.options.file, strict=False, before=False)
         return {"state": {**kept, **fresh}, "param_groups": groups}
 
@@ -520,15 +520,10 @@ def _filled_groups(plan: OptimizerPlan, saved: SavedState) -> list[dict[str, Any
     if plan.hyperparameters is None:
         for problem in uneven_groups(plan.own_groups, plan.group_from, gets):
             plan.mismatch.wrong.append(f"{plan.at}/param_groups: {problem}")
-    for index, (group, values) in enumerate(zip(filled, gets, strict=True)):
-        plan.mismatch.wrong += _group_problems(plan, index, values)
+    plan.mismatch.wrong += value_problems(f"{plan.at}/param_groups", plan.own_groups, gets)
+    for group, values in zip(filled, gets, strict=True):
         group.update(values)
     return filled
-
-
-def _group_problems(plan: OptimizerPlan, index: int, values: Mapping[str, Any]) -> list[str]:
-    own = plan.own_groups[index]
-    return [f"{plan.at}/param_groups/{index}/{one}" for one in value_problems(own, values)]
 
 
 def _entries(

@@ -157,21 +157,25 @@ def taken(own: Mapping[str, Any], saved: Mapping[str, Any], hyperparameters: str
     }
 
 
-def value_problems(own: Mapping[str, Any], gets: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on the hyperparameters that this job's group `own` would get and could not step with: of another type
-    than its own, or not finite. What it has none of is not judged, but for ``initial_lr``, which schedulers add.
+def value_problems(
+    at: str, own: Sequence[Mapping[str, Any]], gets: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Sentences on the hyperparameters that this job's groups `own` would get and could not step with: of another type
+    than their own, or not finite. What a group has none of is not judged, but for ``initial_lr``, which schedulers add.
 
-    The values of `gets` are saved or real ones; of a saved tensor, only its size is known.
+    `at` is the groups' place, for messages. The values of `gets` are saved or real ones; of a saved tensor, only its
+    size is known.
     """
-    for key, value in gets.items():
-        mine = own.get("lr") if key == "initial_lr" else own.get(key)
-        judged = mine is not None and key not in (STEP, "params", "param_names")
-        problem = _value_problem(mine, value) if judged else None
-        if problem is not None:
-            yield (
-                f'{key}: expected {problem}, got {_shown(value)}. LoadOptions(hyperparameters="job") keeps this job\'s '
-                "hyperparameters"
-            )
+    for index, (group, values) in enumerate(zip(own, gets, strict=True)):
+        for key, value in values.items():
+            mine = group.get("lr" if key == "initial_lr" else key)
+            judged = mine is not None and key not in (STEP, "params", "param_names")
+            problem = _value_problem(mine, value) if judged else None
+            if problem is not None:
+                yield (
+                    f"{at}/{index}/{key}: expected {problem}, got {_shown(value)}. "
+                    "LoadOptions(hyperparameters='job') keeps this job's hyperparameters"
+                )
 
 
 def _value_problem(mine: Any, value: Any) -> str | None:

@@ -310,8 +310,7 @@ def _plan_groups(
         gets.append({} if source is None else taken(own, groups.kept.get(source, {}), hyperparameters))
     if hyperparameters is None:
         mismatch.wrong += [f"{at}: {problem}" for problem in uneven_groups(own_groups, group_from, gets)]
-    for index, values in enumerate(gets):
-        mismatch.wrong += [f"{at}/{index}/{one}" for one in value_problems(own_groups[index], values)]
+    mismatch.wrong += value_problems(at, own_groups, gets)
     return {index: values for index, values in enumerate(gets) if values}
 
 

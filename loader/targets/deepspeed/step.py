@@ -121,13 +121,10 @@ class EngineStep:
 
     def _check_groups(self, real: Mapping[str, Any], file: str) -> None:
         """Compares hyperparameters that are saved as tensors with the groups' own."""
-        wrong = [
-            f"optimizer/param_groups/{index}/{one}"
-            for index, group in self.optimizer.groups.items()
-            for one in value_problems(
-                self.live.optimizer.param_groups[index], {key: real[_group_path(index, key)] for key in group}
-            )
-        ]
+        groups = self.optimizer.groups
+        own = [self.live.optimizer.param_groups[index] for index in groups]
+        gets = [{key: real[_group_path(index, key)] for key in group} for index, group in groups.items()]
+        wrong = [*value_problems("optimizer/param_groups", own, gets)]
         Mismatch(wrong=wrong).raise_if_any(file, strict=False, before=False)
 
     def _made(self) -> dict[tuple[int, str], torch.Tensor]:
