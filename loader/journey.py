@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from .errors import TimestampError
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import (
     SMALL_STORAGE_BYTES,
+    Coming,
     fetch_storages,
     fetching,
     files_reader,
@@ -299,7 +300,7 @@ def load(
         verify_before(checks, checking, unplanned)
         with fetching(files, reader, parts, "fetch parts") as coming:
             restoring.begins(session.channel, files.name)
-            restored, work = _restore(plan, reader, restore, stages, coming.before_change)
+            restored, work = _restore(plan, reader, restore, stages, coming)
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
             coming.settle()
             verify_after(
@@ -486,9 +487,9 @@ def _restore(
     reader: TensorReader,
     options: RestoreOptions,
     stages: Stages,
-    before_change: Callable[[], None],
+    coming: Coming,
 ) -> tuple[list[str], Work]:
-    """Carries out `plan`; the first change is here, after `before_change`.
+    """Carries out `plan`, which reads what is `coming`; the first change is here.
 
     Returns what was restored, as the receipt names it, and what it was done with, which knows all that was planned:
     algorithms bring more.
@@ -502,9 +503,12 @@ def _restore(
             anywhere=False,
         ),
     ):
-        before_change()
+        coming.before_change()
         work = Work(reader, options, stages.channel.changes.note)
-        return carry_out(plan, work), work
+        restored = carry_out(plan, work)
+        # Others of this node may still read: where this rank fetches for them, its failure must not wait for them.
+        coming.fetched()
+        return restored, work
 
 
 def _finish(plan: Plan, name: str, stages: Stages) -> None:

@@ -28,6 +28,7 @@ from .wanted import SMALL_STORAGE_BYTES, add_storage, all_parts, parts_of_restor
 
 __all__ = [
     "SMALL_STORAGE_BYTES",
+    "Coming",
     "all_parts",
     "check_headers",
     "fetch_storages",
@@ -140,6 +141,14 @@ class Coming:
                 for start, stop in subtract([wanted], direct.of(path, *wanted)):
                     self._reader.wait_for(path, start, stop)
 
+    def fetched(self) -> None:
+        """Returns once all has landed that this rank fetches for its node; raises what fetching raised."""
+        if self._round is None:
+            return
+        while not self._ended.wait(0.05):
+            self._wait()
+        self._wait()
+
     def settle(self) -> None:
         """Returns once all has landed on all nodes, and the headers of the storages were checked. Every rank must call.
 
@@ -149,9 +158,7 @@ class Coming:
         if self._round is None or self._settled:
             return
         with self._files.context.stages.stage(f"{self._stage}: end"):
-            while not self._ended.wait(0.05):
-                self._wait()
-            self._wait()
+            self.fetched()
             for index in self._files.indexes:
                 self._check_headers(index, self._round.direct)
         self._settled = True

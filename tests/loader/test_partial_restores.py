@@ -20,7 +20,7 @@ LARGE = 150_000
 before the restore, and are answered rightly."""
 ENDS = 300_000
 SOME = 100_000
-GATE_S = 1.5
+GATE_S = 30.0
 
 FaultOf = Callable[[int, int], Fault | None]
 
@@ -102,7 +102,13 @@ def outcomes(
                     served[f"/{name}/{path}"] = Behaviour(body, fault_of=fault_of)
                 first = next(iter(files[kind])) if len(files[kind]) == 1 else "tag"
                 weights_only = fault == "late" and not kind.startswith("zero")
-                cases[name] = (kind, f"/{name}/{first}", {"mode": mode}, weights_only, fault != "late")
+                cases[name] = (
+                    kind,
+                    f"/{name}/{first}",
+                    {"mode": mode, "stall_timeout_s": 2 if fault == "stalled" else 60},
+                    weights_only,
+                    fault != "late",
+                )
     with bad_server(served) as server:
         listed = {name: (kind, server.url(path), *rest) for name, (kind, path, *rest) in cases.items()}
         (tmp_path / "cases.json").write_text(json.dumps(listed))

@@ -21,7 +21,6 @@ from rankload.loader.targets.deepspeed.live import live_engine
 from wide_model import a_module
 
 RANK = int(os.environ["RANK"])
-STALL_TIMEOUT_S = 2.0
 
 
 def job_of(kind: str, seed: int) -> State:
@@ -127,8 +126,7 @@ def fail(cases: str, gates: str) -> None:
         before, random = tensors_of(jobs[kind]), torch.get_rng_state()
         one: dict[str, Any] = {"error": None}
         try:
-            load(url, jobs[kind], load_weights_only=weights_only,
-                 options={"stall_timeout_s": STALL_TIMEOUT_S, **options})  # fmt: skip
+            load(url, jobs[kind], load_weights_only=weights_only, options=options)
         except RankloadError as error:
             one = {"error": type(error).__name__, "message": str(error), "cause": error.details.get("cause")}
             if isinstance(error, PartialRestoreError):
