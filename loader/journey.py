@@ -299,6 +299,7 @@ def load(
             fetch_now(files.context, files.remote, parts.wanted, "fetch parts")
         verify_before(checks, checking, unplanned)
         with fetching(files, reader, parts, "fetch parts") as coming:
+            coming.before_change()
             restoring.begins(session.channel, files.name)
             restored, work = _restore(plan, reader, restore, stages, coming)
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
@@ -503,7 +504,6 @@ def _restore(
             anywhere=False,
         ),
     ):
-        coming.before_change()
         work = Work(reader, options, stages.channel.changes.note)
         restored = carry_out(plan, work)
         # Others of this node may still read: where this rank fetches for them, its failure must not wait for them.

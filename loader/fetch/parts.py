@@ -125,7 +125,7 @@ class Coming:
             self._ended.set()
 
     def before_change(self) -> None:
-        """To be called in a stage before the first change: what fails in it is no partial restore.
+        """To be called before the first change: what fails on any rank in it is no partial restore. Every rank must.
 
         Opens what this rank reads directly and, where this rank reads no more than `READY_BYTES`, waits until all of
         it has landed.
@@ -133,13 +133,14 @@ class Coming:
         if self._round is None:
             return
         direct = self._round.direct
-        direct.open_all()
-        if sum(total_bytes(union(ranges)) for ranges in self._wanted.values()) > READY_BYTES:
-            return
-        for path, ranges in self._wanted.items():
-            for wanted in ranges:
-                for start, stop in subtract([wanted], direct.of(path, *wanted)):
-                    self._reader.wait_for(path, start, stop)
+        with self._files.context.stages.stage(f"{self._stage}: ready"):
+            direct.open_all()
+            if sum(total_bytes(union(ranges)) for ranges in self._wanted.values()) > READY_BYTES:
+                return
+            for path, ranges in self._wanted.items():
+                for wanted in ranges:
+                    for start, stop in subtract([wanted], direct.of(path, *wanted)):
+                        self._reader.wait_for(path, start, stop)
 
     def fetched(self) -> None:
         """Returns once all has landed that this rank fetches for its node; raises what fetching raised."""

@@ -16,8 +16,10 @@ survive its cast. `optimizer_kinds` says which saved state and hyperparameters a
 `optimizer_names` what its parameters are called. `parts` tells which schedulers, scalers and callbacks have a
 counterpart of their kind.
 
-Guaranteed: what is read is what the plan's copies said beforehand. Not guaranteed: a rollback. From the first call of
-``note_change`` on, a failure leaves the target partly restored, and the caller raises `PartialRestoreError`. Planning
+Guaranteed: what is read is what the plan's copies said beforehand; all steps read what goes to new memory before the
+first one changes anything (`Step.prepare`), and ``note_change`` is called before each part is first changed. Not
+guaranteed: a rollback. From the first such call on, a failure leaves the target partly restored, and the load raises a
+`PartialRestoreError`. Planning
 reads no tensor but an optimizer's numbers, and buffers that are cast to another kind of dtype, where their file is
 whole on the node; no function here waits for another rank, but `Plan.finish`, a foreign state's own loading and
 `deepspeed.shared_weights`.
