@@ -18,8 +18,8 @@ other way: `writing` puts a file or a folder into its place once it is whole.
 All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
 
 Not guaranteed: a rollback. Before the first change of any rank a failure changes nothing; after it, it is a
-`PartialRestoreError` on all ranks, and the state is undefined until a load succeeds. A load writes nothing to a store. CRC-32 finds
-damage, not forgery. Modules other than the names below may change.
+`PartialRestoreError` on all ranks, and the state is undefined until a load succeeds. A load writes nothing to a store.
+CRC-32 finds damage, not forgery. Modules other than the names below may change.
 
 May import ``distributed``; which room imports which is in ``docs/map.md``. Importing this package imports neither torch
 nor deepspeed nor any store's client: each name below brings in what it needs when it is first used.

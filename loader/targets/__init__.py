@@ -13,16 +13,15 @@
 `module` and `optimizer` plan and fill torch's own objects, `dtensor` finds the shard of each that this rank keeps.
 `made_tensors` fills those that are made as a whole, such as sparse ones; `buffers` tells whether the values of a buffer
 survive its cast. `optimizer_kinds` says which saved state and hyperparameters an optimizer takes, an engine's too,
-`optimizer_names` what its parameters are called. `parts` tells which schedulers, scalers and callbacks have a
+`optimizer_names` what its parameters are called, `optimizer_entries` what an entry is. `parts` tells which schedulers, scalers and callbacks have a
 counterpart of their kind.
 
 Guaranteed: what is read is what the plan's copies said beforehand; all steps read what goes to new memory before the
 first one changes anything (`Step.prepare`), and ``note_change`` is called before each part is first changed. Not
 guaranteed: a rollback. From the first such call on, a failure leaves the target partly restored, and the load raises a
-`PartialRestoreError`. Planning
-reads no tensor but an optimizer's numbers, and buffers that are cast to another kind of dtype, where their file is
-whole on the node; no function here waits for another rank, but `Plan.finish`, a foreign state's own loading and
-`deepspeed.shared_weights`.
+`PartialRestoreError`. Planning reads no tensor but an optimizer's numbers, and buffers that are cast to another kind of
+dtype, where their file is whole on the node; no function here waits for another rank, but `Plan.finish`, a foreign
+state's own loading and `deepspeed.shared_weights`.
 
 May import torch, and the rooms of a later line in ``docs/map.md``.
 """

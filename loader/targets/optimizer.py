@@ -16,20 +16,29 @@ from typing import Any
 import torch
 
 from ...distributed.printable import warn
-from ..materialize.tensors import torch_dtype
 from ..plurals import counted
 from ..saved.contents import ENGINE, Saved
 from ..saved.copies import Copy, Memory, copies_into
 from ..saved.mismatch import Mismatch
 from ..saved.names import match_names
 from ..saved.regions import row_major_stride
-from ..saved.tensor import SavedTensor, StorageRef, of_one_element
+from ..saved.tensor import SavedTensor, of_one_element
 from ..saved.tree import join_path
 from ..saved.values import InertTensor, kind_of
 from ..state import as_list, by_class_name
 from .base import Change, Plan, RestoreOptions, Work
-from .dtensor import dtype_name, is_dtensor, kept_part, local_part, shape_of
-from .module import NOT_INITIALISED, parameter_names
+from .dtensor import is_dtensor, kept_part, local_part, shape_of
+from .module import parameter_names
+from .optimizer_entries import (
+    Own,
+    Zeros,
+    cast_of,
+    dtype_along,
+    lies_along,
+    new_tensor,
+    shape_problem,
+    standing_alone,
+)
 from .optimizer_kinds import (
     STEP,
     class_note,
@@ -43,40 +52,6 @@ from .optimizer_kinds import (
     warn_of_state,
 )
 from .optimizer_names import matched_by_place, names_of_own, names_of_saved, unplaced
-
-ELEMENTWISE = frozenset(
-    {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-        "sum",
-        "prev",
-        "step_size",
-        "mu_product_buffer",
-        "ax",
-    }
-)
-"""Keys of state tensors of torch's optimizers (``torch/optim``) that have an element for each of the parameter's."""
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Zeros in place of a saved tensor that was ignored, where the optimizer needs the entry with the others."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Own:
-    """This optimizer's own value in place of one that was ignored."""
-
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -218,7 +193,7 @@ class OptimizerStep:
                     # When it is carried out again, the tensor that it had filled is the optimizer's by now.
                     tensor = current.get(position, {}).get(key) if work.again else None
                     if tensor is None or not work.has_filled(place, _local(tensor, place)):
-                        tensor = _new_tensor(value, key, parameter)
+                        tensor = new_tensor(value, key, parameter)
                     fresh[position][key] = tensor
                     memories[place] = local_part(tensor, place)[1]
         work.fill(self.copies, memories)
@@ -395,12 +370,12 @@ def _step(plan: OptimizerPlan, ahead: bool) -> OptimizerStep:
     for position, parameter in enumerate(plan.parameters):
         as_saved: dict[str, Any] = {}
         entries = plan.state.get(position, {})
-        alone = _standing_alone(entries)
+        alone = standing_alone(entries)
         for key, value in entries.items():
             if lies_along(value, key, parameter):
                 if isinstance(value, SavedTensor):
                     name = _key(plan, position, key)
-                    region, memory = kept_part(parameter, name, new=_dtype_along(value, parameter))
+                    region, memory = kept_part(parameter, name, new=dtype_along(value, parameter))
                     copies.extend(copies_into(value, region, memory, name=name))
             elif key in alone:
                 name = _key(plan, position, key)
@@ -560,41 +535,14 @@ def _entries(
         elif isinstance(value, int | float):
             entries[name] = type(value)(0)
             plan.reset.append(f"{at}/{name}")
-        problem = _shape_problem(value, name, parameter)
+        problem = shape_problem(value, name, parameter)
         if problem:
             plan.mismatch.wrong.append(f"{at}/{name}: {problem}")
             continue
-        cast = _cast_of(entries.get(name), name, parameter)
+        cast = cast_of(entries.get(name), name, parameter)
         if cast is not None:
             plan.cast[f"{at}/{name}"] = cast
     return entries
-
-
-def _shape_problem(value: Any, key: str, parameter: torch.Tensor) -> str | None:
-    """Why a saved `value`, which should have the shape of `parameter`, cannot be its entry `key`; else None."""
-    if not isinstance(value, SavedTensor):
-        return None
-    in_pieces, shape = value.whole is None, shape_of(parameter)
-    if shape is None:
-        return NOT_INITIALISED if in_pieces else None
-    if value.shape == shape:
-        return None
-    if not in_pieces and is_dtensor(parameter) and key != STEP and value.numel != 1:
-        return (
-            f"has shape {value.shape} for a parameter of shape {shape} that is sharded; only state that lies element "
-            "by element along the parameters can be spread over the ranks"
-        )
-    if in_pieces or (key in ELEMENTWISE and not parameter.is_meta):
-        return f"expected shape {shape}, got {value.shape}"
-    return None
-
-
-def _cast_of(value: Any, key: str, parameter: torch.Tensor) -> str | None:
-    """``source -> target`` where the entry will have another dtype than saved; else None."""
-    if not isinstance(value, SavedTensor) or not lies_along(value, key, parameter):
-        return None
-    target = dtype_name(_dtype_along(value, parameter))
-    return None if target == value.dtype else f"{value.dtype} -> {target}"
 
 
 def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: Any) -> None:
@@ -603,52 +551,3 @@ def _take_step(entries: dict[str, Any], groups: Sequence[Mapping[str, Any]], key
         for group in groups:
             if STEP in group and key in group["params"]:
                 entries[STEP] = group[STEP]
-
-
-def lies_along(value: Any, key: str, parameter: torch.Tensor) -> bool:
-    """Whether the entry is read into memory like the parameter's, rather than made as it was saved.
-
-    So are tensors saved in pieces, and what has the shape of a DTensor parameter. A tensor that is saved whole and goes
-    to an ordinary parameter is made as it was saved.
-    """
-    if isinstance(value, SavedTensor):
-        if value.whole is None:
-            return True
-        if not is_dtensor(parameter):
-            return False
-    return key != STEP and isinstance(value, SavedTensor | Zeros) and value.shape == shape_of(parameter)
-
-
-def _standing_alone(entries: Mapping[str, Any]) -> set[str]:
-    """The keys of tensors that were saved as a tensor of their shape with memory of its own would be: contiguous, and
-    in a storage that none of the other entries shares."""
-    users: dict[StorageRef, list[str]] = {}
-    for key, value in entries.items():
-        if isinstance(value, SavedTensor):
-            for storage in value.storages:
-                users.setdefault(storage, []).append(key)
-    shared = {key for keys in users.values() if len(keys) > 1 for key in keys}
-    return {
-        key
-        for key, value in entries.items()
-        if isinstance(value, SavedTensor)
-        and value.is_contiguous
-        and not value.requires_grad
-        and key not in shared
-    }
-
-
-def _new_tensor(value: SavedTensor | Zeros, key: str, parameter: torch.Tensor) -> torch.Tensor:
-    """The tensor that the entry is read into, or that is its zeros."""
-    if lies_along(value, key, parameter):
-        make_like = torch.zeros_like if isinstance(value, Zeros) else torch.empty_like
-        return make_like(parameter.detach(), dtype=_dtype_along(value, parameter))
-    make = torch.zeros if isinstance(value, Zeros) else torch.empty
-    return make(value.shape, dtype=torch_dtype(value.dtype))
-
-
-def _dtype_along(value: SavedTensor | Zeros, parameter: torch.Tensor) -> torch.dtype:
-    """The dtype of state along `parameter`: torch's optimizers cast floating-point state to the parameter's dtype."""
-    saved = torch_dtype(value.dtype)
-    floats = saved.is_floating_point and parameter.is_floating_point()
-    return parameter.dtype if floats else saved
