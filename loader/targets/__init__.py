@@ -13,8 +13,8 @@
 `module` and `optimizer` plan and fill torch's own objects, `dtensor` finds the shard of each that this rank keeps.
 `made_tensors` fills those that are made as a whole, such as sparse ones; `buffers` tells whether the values of a buffer
 survive its cast. `optimizer_kinds` says which saved state and hyperparameters an optimizer takes, an engine's too,
-`optimizer_names` what its parameters are called, `optimizer_entries` what an entry is. `parts` tells which schedulers, scalers and callbacks have a
-counterpart of their kind.
+`optimizer_names` what its parameters are called, `optimizer_entries` what an entry is. `parts` tells which schedulers,
+scalers and callbacks have a counterpart of their kind.
 
 Guaranteed: what is read is what the plan's copies said beforehand; all steps read what goes to new memory before the
 first one changes anything (`Step.prepare`), and ``note_change`` is called before each part is first changed. Not
