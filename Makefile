@@ -122,6 +122,7 @@ fuzz: $(FUZZER)
 faults: $(STAMP)
 	$(RUN) TEST_FAULTS=1 $(BIN)/python tests/faults/matrix.py \
 		$(if $(ONLY),--only '$(ONLY)',--write docs/reliability.md)
+	$(if $(ONLY),,$(RUN) TEST_FAULTS=1 $(BIN)/python -m pytest -q tests/faults/test_outages.py)
 
 # Saves that are killed at 50 points each, and what autoresume makes of what is left: a table in docs/resuming.md. Half
 # an hour on 2 cores.
