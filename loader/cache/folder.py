@@ -135,17 +135,16 @@ def _check_private(path: str) -> str | None:
     found = os.lstat(path)
     mode = stat.S_IMODE(found.st_mode)
     problem = None
-    remedy = (
-        f"set cache_dir to a folder of your own, such as {os.path.join(path, f'rankload-{os.geteuid()}')}"
-    )
+    remedy = "set cache_dir to a folder of your own"
+    if mode & stat.S_ISVTX:
+        # There, nobody else can put another folder in its place.
+        remedy += f", such as {os.path.join(path, f'rankload-{os.geteuid()}')}"
     if stat.S_ISLNK(found.st_mode):
         problem, remedy = "is a symbolic link", f"set cache_dir to what it leads to, {os.path.realpath(path)}"
     elif not stat.S_ISDIR(found.st_mode):
         problem, remedy = "is not a folder", "set cache_dir to a folder"
     elif found.st_uid != os.geteuid():
         problem = f"belongs to user {found.st_uid}, expected user {os.geteuid()}"
-        if not os.access(path, os.W_OK):
-            remedy = "set cache_dir to a folder of your own"
     elif mode & 0o022:
         problem = f"can be written by others (mode {mode:04o}, expected 0700)"
         remedy = f"run chmod 700 {shlex.quote(path)}, or {remedy}"

@@ -71,7 +71,7 @@ def test_entries_are_private_whatever_the_umask(umask: int, tmp_path: Path) -> N
 def test_the_advice_for_a_folder_that_others_can_write_works(tmp_path: Path) -> None:
     folder = tmp_path / "it's shared"
     folder.mkdir()
-    folder.chmod(0o777)
+    folder.chmod(0o1777)
     with pytest.raises(AccessError, match="written by others") as raised, NodeCache(str(folder)) as cache:
         cache.entry("x", 1)
     other = re.search(r"such as (.*)$", raised.value.message)
