@@ -352,6 +352,7 @@ def disguised(canary: Path) -> dict[str, bytes]:
         "as a tensor subclass": in_a_dict(
             b"ctorch._tensor\n_rebuild_from_type_v2\n(" + system + b"csubprocess\nPopen\n" + args + b"}tR"
         ),
+        "as a layout": in_a_dict(b"ctorch.serialization\n_get_layout\n" + push(("torch._inductor",)) + b"R"),
         "as an array of objects": in_a_dict(
             b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tC\x01btR(K\x01(K\x01tcnumpy\ndtype\n(X\x02\0\0\0O8\x89\x88tR(K\x03X\x01\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb\x89]"
             + run
