@@ -23,6 +23,7 @@ from .errors import PeerError, RankloadError, StalledError, TopologyError, from_
 from .liveness import ProcessIdentity, how_ended, this_process
 from .printable import package_logger
 from .siblings import Siblings
+from .sockets import listens
 from .topology import Topology
 
 FIRST_PORT, PORTS = 20000, 12000
@@ -33,6 +34,7 @@ MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "MPIRUN_ID
 POLL_S = 0.02
 GRACE_S = 5.0
 """Added to the wait for torch's own time-out, which says more."""
+LISTEN_POLL_S = 0.1
 LOOK_S = 1.0
 """Seconds between two looks at who is missing."""
 _FAILED_S = 0.2
@@ -124,6 +126,9 @@ def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float
         # slow.
         timeout = timedelta(seconds=max(timeout_s, 1.0))
         try:
+            if not hosts:
+                # Its own retries last longer than it is told, and nothing ends them.
+                _await_listener((point.host, point.port), timeout_s)
             made.append(TCPStore(point.host, point.port, None, hosts, timeout, wait_for_workers=False))
         except Exception as error:
             made.append(error)
@@ -148,6 +153,15 @@ def open_meeting_store(point: MeetingPoint, topology: Topology, timeout_s: float
         ) from made[0]
     what = f"rank 0 to listen at {where} (MASTER_ADDR, MASTER_PORT)"
     raise _stalled(topology, begin, timeout_s, f"{what}{_same_calls(call)}: {made[0]}") from made[0]
+
+
+def _await_listener(address: tuple[str, int], timeout_s: float) -> None:
+    """Returns once a server listens there. Raises TimeoutError after `timeout_s`."""
+    until = time.monotonic() + timeout_s
+    while not listens(address):
+        if time.monotonic() > until:
+            raise TimeoutError(f"nobody listened there for {timeout_s:g} s")
+        time.sleep(LISTEN_POLL_S)
 
 
 def await_all(store: Any, topology: Topology, number: int, timeout_s: float, call: int = 1) -> RollCall:
