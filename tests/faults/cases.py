@@ -599,7 +599,7 @@ def network_cases() -> Iterator[Case]:
 
 # --- torchrun's agents ---------------------------------------------------------------------------------------------
 
-AGAIN = Promise("the agents start all ranks again, and these restore", within_s=60.0)
+AGAIN = Promise("the agents start all ranks again, and these restore", within_s=120.0)
 
 
 def restart_cases() -> Iterator[Case]:

@@ -585,6 +585,7 @@ class Place:
         gone = [name for name, value in self._before.items() if after.get(name) != value]
         if (
             case.fault == "SIGSTOP"
+            and (self._folder / "big.pt.sha256").exists()
             and after.get("big.pt", "no") in (self._folder / "big.pt.sha256").read_text()
         ):
             gone = []  # Once it woke, it has put the new one there, which is whole.
@@ -616,11 +617,13 @@ class Place:
 
     def _sums(self, case: Case) -> dict[str, str]:
         root = self._small() if case.source == "small file" else self._folder
-        return {
-            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in root.rglob("*")
-            if path.is_file() and path.name != FILLER and path.name != "latest"
-        }
+        found = {}
+        for path in root.rglob("*"):
+            if path.is_file() and path.name not in (FILLER, "latest"):
+                # A rank that was woken may still tidy up.
+                with contextlib.suppress(FileNotFoundError):
+                    found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
 
 
 def make_checkpoints(folder: Path) -> None:

@@ -140,7 +140,9 @@ def table(rows: Mapping[str, Row]) -> list[str]:
 def seen_of(row: Row) -> str:
     if row.as_promised:
         return row.seen
-    return f"**not as promised**: {row.seen}: {row.problems[0][:160]}".replace("|", "\\|").replace("\n", " ")
+    # Without the folder of the run, which is another one each time.
+    problem = re.sub(r"/\S*/faults-\w+/", "", row.problems[0])[:160]
+    return f"**not as promised**: {row.seen}: {problem}".replace("|", "\\|").replace("\n", " ")
 
 
 def named(roles: Sequence[str]) -> str:

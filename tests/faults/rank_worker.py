@@ -154,6 +154,8 @@ class Job:
         if self._engine is None:
             self._engine = make_engine(3, seed=3)
             train(self._engine, 1, RANK)
+        for tensor in engine_tensors(self._engine):
+            tensor.add_(1)  # other than an earlier load may have left it
         return State(self._engine)
 
 

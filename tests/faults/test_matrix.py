@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import ALL, CORE, EVERY_ROLE, OF_LOADS, Case
+from cases import ALL, CORE, EVERY_ROLE, IMPOSSIBLE, OF_LOADS, Case
 from injector import ACTIONS, LEAVING, VARIABLE, InjectedError, Injection, from_environment
 from lane import Ending, Row, faulty_rank, unlike
 from matrix import BEGIN, END, run_cases, write_page
+from places import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
+PAGE = REPOSITORY / "docs" / "reliability.md"
 whole = pytest.mark.skipif(not os.environ.get("TEST_FAULTS"), reason="takes half an hour: make faults")
 
 
@@ -60,6 +62,14 @@ def test_every_stage_of_a_load_has_every_death_in_every_role() -> None:
         for fault in ("raises", "SIGKILL", "SIGSTOP"):
             for role in EVERY_ROLE:
                 assert (stage, role.name, fault) in seen
+
+
+def test_the_page_tells_each_case_or_why_it_cannot_happen() -> None:
+    made = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    for case in ALL:
+        assert f"| {case.title} | {case.stage.name} | {case.fault} |" in made, case.name
+    for one in IMPOSSIBLE:
+        assert f"| {one.what} | {one.why} |" in made
 
 
 def test_a_page_keeps_what_stands_around_the_table(tmp_path: Path) -> None:
