@@ -102,7 +102,8 @@ class Case:
 
     @property
     def stall_timeout_s(self) -> float:
-        stalls = self.fault == "SIGSTOP" or self.store is not None or self.stage.pattern == JOINING
+        joins = self.stage.pattern == JOINING and not self.restarted
+        stalls = self.fault == "SIGSTOP" or self.store is not None or joins
         return STALL_TIMEOUT_S if stalls else LONG_STALL_TIMEOUT_S
 
     @property
