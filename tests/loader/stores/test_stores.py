@@ -320,6 +320,21 @@ def test_memory_uri(tmp_path: Path) -> None:
         store.download("/bucket/none", str(tmp_path / "y"), nothing)
 
 
+def test_what_fsspec_keeps_does_not_grow(tmp_path: Path) -> None:
+    """Its one thread, and the connections of its file systems, which it keeps for the next one who asks."""
+    with counting_server({f"/{n}.bin": Served(bytes(100)) for n in range(6)}) as server:
+        threads = {thread.ident for thread in threading.enumerate()}
+        found = []
+        for n in range(6):
+            store, name = open_store(f"simplecache::{server.url(f'/{n}.bin')}")
+            store.download(name, str(tmp_path / str(n)), lambda _: None)
+            store.close()
+            ours = {thread.name for thread in threading.enumerate() if thread.ident not in threads}
+            assert {name for name in ours if "process_request" not in name} <= {"fsspecIO"}
+            found.append(len(os.listdir("/proc/self/fd")))
+    assert max(found[2:]) <= found[1] + 2  # the server's end of a connection is this process's too
+
+
 def test_chained_uri_and_given_file_system(tmp_path: Path) -> None:
     import zipfile
 
