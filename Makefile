@@ -14,7 +14,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export clean
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -93,6 +93,9 @@ bench-checksums: $(SERVERS)
 
 bench-dcp: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.dcp --write docs/benchmarks.md
+
+bench-tensors: $(STAMP)
+	$(RUN) $(BIN)/python -m benchmarks.many_tensors --write docs/benchmarks.md
 
 # The second takes 20 GB on the disk of TMPDIR for a while.
 bench-export: $(STAMP)
