@@ -221,7 +221,14 @@ def _guided(atheris: Any, mutate: Any, seeds: list[bytes], seed: int, execute: A
 
     arguments = [sys.argv[0], str(corpus), f"-seed={seed or 1}", f"-max_len={512 << 10}"]
     # Time and memory are watched by the guard.
-    arguments += ["-timeout=86400", "-rss_limit_mb=0", "-len_control=0", "-detect_leaks=0", "-verbosity=0"]
+    arguments += [
+        f"-artifact_prefix={corpus}/",
+        "-timeout=86400",
+        "-rss_limit_mb=0",
+        "-len_control=0",
+        "-detect_leaks=0",
+        "-verbosity=0",
+    ]
     atheris.Setup(arguments, execute, custom_mutator=changed, internal_libfuzzer=True)
     atheris.Fuzz()
 
