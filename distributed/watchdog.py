@@ -53,8 +53,8 @@ def watched_collectives(channel: Channel, what: str, *, anywhere: bool = True) -
     """A block that runs collectives; it belongs into a stage of `channel`, and may agree over it.
 
     Where another rank dies, fails or stands still, the block ends: by the error of the collective, if that notices,
-    else with the process. What the collective raises comes after the cause has had the time to arrive, so that the
-    channel raises that one.
+    else with the process. Where the collective notices, the cause is waited for, and raised in place of what the
+    collective says.
 
     Args:
         channel: an open one, of all ranks that run the collectives.
@@ -73,13 +73,20 @@ def watched_collectives(channel: Channel, what: str, *, anywhere: bool = True) -
         raise
     except Exception as error:
         watch.stop()
-        if _is_broken(error):
-            until = time.monotonic() + _CAUSE_S
-            while channel.failure() is None and time.monotonic() < until:
-                time.sleep(_POLL_S)
+        cause = _awaited_cause(channel) if _is_broken(error) else None
+        if cause is not None:
+            # Not left to the channel alone: where rank 0 has taken the store along, it cannot ask what came first.
+            raise cause from error
         raise
     finally:
         watch.stop()
+
+
+def _awaited_cause(channel: Channel) -> RankloadError | None:
+    until = time.monotonic() + _CAUSE_S
+    while (cause := channel.failure()) is None and time.monotonic() < until:
+        time.sleep(_POLL_S)
+    return cause
 
 
 class _Watch:
