@@ -79,7 +79,7 @@ def sent(kind: Any, value: Any) -> Any:
             ),
         ),
         (Located, st.builds(Located, texts, texts, texts, st.none() | texts, st.booleans())),
-        (PeerAddress, st.builds(PeerAddress, texts, st.lists(texts).map(tuple), numbers, texts)),
+        (PeerAddress, st.builds(PeerAddress, texts, texts, st.lists(texts).map(tuple), numbers, texts)),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

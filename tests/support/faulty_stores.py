@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from rankload.loader.errors import AccessError, NotFoundError
-from rankload.loader.stores.base import Entry, ObjectInfo, OnBytes, Store
+from rankload.loader.retries import Outages
+from rankload.loader.stores.base import Entry, Heard, ObjectInfo, OnBytes, Store
 from rankload.loader.stores.sums import StoredSum
 from rankload.loader.stores.transfer import check_size, receive
 
@@ -38,6 +40,17 @@ class Faulty:
     @property
     def identity(self) -> str:
         return self.inner.identity
+
+    @property
+    def outages(self) -> Outages:
+        return self.inner.outages
+
+    @property
+    def heard(self) -> Heard:
+        return self.inner.heard
+
+    def origin(self, name: str) -> Hashable:
+        return self.inner.origin(name)
 
     def spoils(self, name: str) -> bool:
         """Whether this transfer is one of those that go wrong; counts it."""

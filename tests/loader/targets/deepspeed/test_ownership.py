@@ -51,8 +51,10 @@ class Wrapper(torch.optim.Optimizer):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.engine"):
+    for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.engine", "deepspeed.comm.comm"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    # As deepspeed.initialize leaves it.
+    monkeypatch.setattr(sys.modules["deepspeed.comm.comm"], "cdb", object(), raising=False)
     monkeypatch.setattr(sys.modules["deepspeed.runtime.engine"], "DeepSpeedEngine", Engine, raising=False)
     yield
     gc.collect()
@@ -80,6 +82,18 @@ def test_which_optimizers_are_the_engines() -> None:
         assert is_part_of(engine, own)
     assert not is_part_of(engine, torch.optim.SGD(engine.module.parameters()))
     assert not is_part_of(engine, Wrapper(zero_engine().optimizer))
+
+
+def test_objects_are_looked_through_only_where_deepspeed_may_have_made_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = zero_engine()
+    looks: list[None] = []
+    monkeypatch.setattr(gc, "get_objects", lambda: looks.append(None) or [engine])
+    assert engine_behind(engine.module, []) is engine
+    monkeypatch.setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)
+    assert engine_behind(nn.Linear(2, 2), []) is None
+    assert len(looks) == 1
 
 
 def test_what_is_not_certain_is_refused() -> None:
