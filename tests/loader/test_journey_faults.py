@@ -134,7 +134,7 @@ def test_faults_of_a_single_file(plain: Path, tmp_path: Path) -> None:
             "hostile": (hostile, None),
             "flipped, before": (flipped, {"verify": "before"}),
             "flipped, during": (flipped, None),
-            "short download": (server.url("/short.pt"), None),
+            "short download": (server.url("/short.pt"), {"stall_timeout_s": 2}),
             "forbidden": (server.url("/forbidden.pt") + secret, None),
             "absent": (server.url("/absent.pt") + secret, None),
             "stalled": (server.url("/stalled.pt"), {"stall_timeout_s": 2}),

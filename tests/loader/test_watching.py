@@ -34,7 +34,7 @@ LONG_WAIT = "this rank has waited for others for 10 s, 20 s, 40 s ..."
 RECEIPT = "everything is restored (rank 0)"
 MESSAGES = {
     STAGE: r"stage \w+: \d+\.\d{3} s, [\d,]+ bytes?$",
-    RETRY: r"attempt 1 of \d failed, the next one in \d\.\d s: http://.*503",
+    RETRY: r"attempt 1 failed, the next one in \d\.\d s: http://.*503",
     CACHED: "in the cache already: /",
     PASSED_OVER: "passed over: /",
     ROOM: r"fetch [a-z ]+: node 0 \(.+\) is to fetch [\d,]+ bytes into /.*, where [\d,]+ are free$",

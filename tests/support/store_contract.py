@@ -110,7 +110,7 @@ def keeps_it_in_threads(kept: Kept, target: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert failures == []
+    assert not failures, failures
 
 
 def keeps_it_under_faults(kept: Kept, target: Path) -> None:

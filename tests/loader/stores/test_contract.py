@@ -120,7 +120,9 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", CONTRACT)
-def test_it_keeps_the_contract(kept: Kept, target: Path, part: str) -> None:
+def test_it_keeps_the_contract(kept: Kept, target: Path, part: str, request: pytest.FixtureRequest) -> None:
+    if part == "in threads" and "fsspec memory" in request.node.callspec.id:
+        pytest.skip("fsspec's memory has one cursor for an object, which all threads move")
     CONTRACT[part](kept, target)
 
 

@@ -12,7 +12,7 @@ from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.saved.copies import Copy, Memory
 from rankload.loader.saved.strided import Layout
 from rankload.loader.saved.tensor import StorageRef
-from rankload.loader.targets.base import Plan, RestoreOptions, Work, carry_out, carry_out_again
+from rankload.loader.targets.base import Change, Plan, RestoreOptions, Work, carry_out, carry_out_again
 
 FIRST, SECOND, THIRD = (StorageRef("f", f"data/{number}", 64 * number, 8, 0) for number in range(3))
 
@@ -29,7 +29,7 @@ class Reader:
     def __init__(self) -> None:
         self.read: list[str] = []
 
-    def copy(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor]) -> None:
+    def copy(self, copies: Sequence[Copy], memories: Mapping[str, torch.Tensor], noted: Any) -> None:
         self.read += [copy.storage.key for copy in copies]
 
 
@@ -43,11 +43,14 @@ class Filling:
     memories: dict[str, torch.Tensor] = field(default_factory=dict)
     applied: int = 0
 
-    def apply(self, work: Work) -> list[str]:
-        self.applied += 1
+    def prepare(self, work: Work) -> Change:
         made = {copy.memory.key: torch.zeros(4)[1:3] for copy in self.copies}
         self.memories = self.memories if self.stays and self.memories else made
         work.fill(self.copies, self.memories)
+        return self.change
+
+    def change(self) -> list[str]:
+        self.applied += 1
         return []
 
 
