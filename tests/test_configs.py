@@ -110,6 +110,7 @@ def check(said: str, whole: dict[int, str]) -> None:
     assert "restored " in said  # the receipt
 
 
+@whole_jobs
 @needs_deepspeed
 def test_torchrun(trained, tmp_path):
     saved, whole = trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
@@ -16,6 +17,8 @@ from rankload.loader import OptionError
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 WORKERS = (0, 2)
+SIZES = [(2, 1), (2, 3), (1, 4), *([(3, 2), (4, 4)] if os.environ.get("TEST_ALL") else [])]
+"""Before and after."""
 
 
 class Ranks:
@@ -101,7 +104,7 @@ def test_an_epoch_has_each_sample_once_however_often_the_ranks_change(samples, s
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (3, 2), (1, 4), (4, 4)])
+@pytest.mark.parametrize(("before", "after"), SIZES)
 def test_the_batches_are_those_of_a_run_that_was_not_stopped(workers, before, after):
     whole = list(Ranks(60, 1, 12).steps())
     for stopped_after in (0, 1, 3, 5):

@@ -95,7 +95,7 @@ def test_sigkill_at_every_point_leaves_the_old_or_the_new_file(tmp_path: Path):
     save(path, 1, counted)
     assert counted.passed > 30
     old, without_manifest, points = 1.0, 0, 0
-    every = 1 if os.environ.get("TEST_ALL") else 4
+    every = 1 if os.environ.get("TEST_ALL") else 8
     for point in range(1, counted.passed + 1 + every, every):
         if not killed_at(path, point + 1, point):
             break

@@ -127,7 +127,7 @@ def test_over_http_each_node_fetches_what_its_ranks_need_once(saved: Path, tmp_p
         assert shares[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] == (2 if rank < 2 else 1), shares
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=ALL), 3])
 def test_composers_archives_at_another_world_size(world_size: int) -> None:
     (told,) = run(world_size, "composer", DATA)
     assert told["saved"] == [2, 2]
