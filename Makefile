@@ -20,12 +20,12 @@ demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
 
 test: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -q -n 4 --dist loadfile tests
+	$(RUN) $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder tests
 
 # The long tests too, every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md), and every other source into
 # every target (docs/formats.md): more than an hour on 2 cores.
 test-all: $(STAMP)
-	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile tests
+	$(RUN) TEST_ALL=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 	$(RUN) $(BIN)/python -m benchmarks.reshard_matrix
 	$(RUN) $(BIN)/python -m benchmarks.sources_matrix
 

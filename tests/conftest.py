@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
 import signal
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,6 +39,18 @@ settings.load_profile("rankload")
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files first whose tests run ranks: they take longest, and begun last they would leave workers idle."""
+    items.sort(key=lambda item: not (isinstance(item, pytest.Function) and _runs_ranks(item.module)))
+
+
+@functools.cache
+def _runs_ranks(module: ModuleType) -> bool:
+    """Whether it starts ranks by itself, or by what it has from tests/support."""
+    homes = {getattr(value, "__module__", None) for value in vars(module).values()}
+    return any(hasattr(one, "run_ranks") for one in (module, *map(sys.modules.get, filter(None, homes))))
 
 
 @pytest.fixture(scope="session")

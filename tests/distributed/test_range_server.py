@@ -205,10 +205,12 @@ def test_another_server_at_the_address_is_not_taken(
                         connection.sendall(nonce + nonce)
                         seen.append(connection.recv(1 << 16))
 
-        threading.Thread(target=reflect, daemon=True).start()
+        reflecting = threading.Thread(target=reflect, daemon=True)
+        reflecting.start()
         with pytest.raises(UnreachableError, match="another server answers there"):
             PeerConnection(replace(server.address, port=listener.getsockname()[1], addresses=()))
         listener.shutdown(socket.SHUT_RDWR)
+        reflecting.join(10)
     assert set(seen) == {b""}, "it was asked, or given a proof"
 
 

@@ -176,7 +176,10 @@ def check(name: str, folder: Path) -> None:
 
 
 def fuzz_here(name: str, seconds: float, seed: int, findings: Path, told: Path, atheris: Any) -> None:
-    """Fuzzes `name` for so long in this process, which it ends; writes what it has done to `told` again and again."""
+    """Fuzzes `name` in this process, which it ends once a processor has worked on it for so long.
+
+    It writes what it has done to `told` again and again.
+    """
     with open(told.with_suffix(".log"), "wb") as log:
         os.dup2(log.fileno(), 2)
     with opened(name, findings) as (runner, seeds), open(told.with_suffix(".input"), "w+b") as file:
@@ -195,10 +198,10 @@ def fuzz_here(name: str, seconds: float, seed: int, findings: Path, told: Path, 
                 runner.execute(data)
                 now = time.monotonic()
                 runner.told.seconds, runner.told.worked_s = now - begun, time.process_time() - worked
-                if now - written > 1 or now - begun >= seconds:
+                if now - written > 1 or runner.told.worked_s >= seconds:
                     written = now
                     told.write_text(json.dumps(asdict(runner.report())))
-                if now - begun >= seconds:
+                if runner.told.worked_s >= seconds:
                     os._exit(0)  # libFuzzer would not end otherwise
 
             if atheris is not None:
@@ -237,10 +240,10 @@ def _guided(atheris: Any, mutate: Any, seeds: list[bytes], seed: int, execute: A
 
 
 def fuzz(name: str, seconds: float, seed: int, findings: Path, folder: Path, atheris: Any) -> Told:
-    """Fuzzes `name` for so long, in a process that is begun again where an input ends it."""
+    """Fuzzes `name` for so long of a processor, in a process that is begun again where an input ends it."""
     whole = Told()
     for start in range(RESTARTS):
-        left = seconds - whole.seconds
+        left = seconds - whole.worked_s
         if left <= 0:
             break
         told = folder / f"{name}-{start}.json"
@@ -257,8 +260,8 @@ def fuzz(name: str, seconds: float, seed: int, findings: Path, folder: Path, ath
         part = Told(**json.loads(told.read_text()))
         whole.guided = part.guided
         whole.executions += part.executions
-        whole.seconds += max(part.seconds, 1.0)
-        whole.worked_s += part.worked_s
+        whole.seconds += part.seconds
+        whole.worked_s += max(part.worked_s, 1.0)
         for mine, new in ((whole.outcomes, part.outcomes), (whole.findings, part.findings)):
             for key, count in new.items():
                 mine[key] = mine.get(key, 0) + count
@@ -362,7 +365,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("targets", nargs="*")
-    parser.add_argument("--seconds", type=float, default=600.0, help="for each target")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of a processor, for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at once")
     parser.add_argument("--findings", type=Path, default=Path(FINDINGS))
@@ -377,7 +380,7 @@ def main() -> None:
     from fuzz_targets import TARGETS
 
     print(
-        f"seed {options.seed}, {options.seconds:g} s for each target, findings in {options.findings}",
+        f"seed {options.seed}, {options.seconds:g} s of a processor for each target, findings in {options.findings}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="rankload-fuzzing-") as made:
