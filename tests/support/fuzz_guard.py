@@ -76,8 +76,9 @@ for _name in (
     "utf-32-be",
     "idna",
     "punycode",
+    "unicode_escape",
 ):
-    codecs.lookup(_name)  # what zipfile, json and the like import on first use
+    codecs.lookup(_name)  # what zipfile, json, our messages and the like import on first use
 _IMPORTS = dis.opmap["IMPORT_NAME"]
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _FROZEN = "<frozen "
