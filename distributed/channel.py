@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -133,6 +133,15 @@ class Channel:
         with self._announcing(name):
             yield
             self._agreement.reach(f"stage '{name}'", b"", None)
+
+    def announced(self, name: str) -> AbstractContextManager[None]:
+        """A block whose failure is every rank's, without a wait for the others at its end.
+
+        What it raises on one rank is raised on all, as in `stage`: on the others by their next agreement. So a block
+        needs no more where nothing of another rank is needed, and nothing that the user owns is changed, before that
+        agreement. Every rank must enter.
+        """
+        return self._announcing(name)
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank, on every rank. Values are what JSON can hold. Every rank must call."""
@@ -407,14 +416,15 @@ class Channel:
         key_value.count("left", 1)
 
     def _linger(self, longest_s: float) -> None:
-        until = time.monotonic() + longest_s
+        until, pause_s = time.monotonic() + longest_s, 0.001
         while (
             left := self._store_thread.call(lambda key_value: key_value.count("left", 0))
         ) < self.world_size:
             alive = [watch for watch in self._store_thread.watches.values() if watch.may_still_leave]
             if time.monotonic() > until or not alive:
                 break
-            time.sleep(0.01)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
         self.absent = self.world_size - left
         if left == self.world_size:
             ranks = range(self.world_size)

@@ -14,13 +14,15 @@
     checksums      verify.checks           what was summed is compared (with ``verify="before"``: before the restore);
                                            what came damaged is fetched, and restored, once more
     finish         Plan.finish             what DeepSpeed does on all ranks at the end
-    timestamp      _agree_on_timestamp     all ranks restored the same batch count
     rng            _complete_rng           one random state for each rank; returned, not applied
-    receipt        _report, join_reports   every rank's report is joined to one `Receipt`
+    receipt        _report, join_reports   every rank's report is joined to one `Receipt`; all ranks restored the same
+                                           batch count
 
-Every stage ends in one agreement: all ranks go on, or all ranks raise the same error. Nothing that the user owns is
-changed before ``restore``, and a failure before any rank's first change is an ordinary error (`changes`). What a stage
-hands on is a value that can be printed; what the stages work with is in `context.LoadContext`.
+What fails on one rank is raised on all: at once where a stage ends in an agreement, else by the next one, since a stage
+that needs no word of other ranks waits for none. ``agree`` is such an agreement, after all checks and before the first
+change. Nothing that the user owns is changed before ``restore``, and a failure before any rank's first change is an
+ordinary error (`changes`). What a stage hands on is a value that can be printed; what the stages work with is in
+`context.LoadContext`.
 
 One file: the stages are read in their order, each as a short function.
 """
@@ -34,7 +36,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..distributed.channel import Channel
 from ..distributed.printable import warn
 from ..distributed.session import Session, open_session
 from ..distributed.watchdog import watched_collectives
@@ -259,7 +260,7 @@ def load(
         agree_on_arguments(request, problem, session, stages)
         files = open_files(request, session, stages, leaving)
         restore = _restore_options(request, files)
-        with stages.stage("target"):
+        with stages.announced("target"):
             target = target_of(request.state, restore)
             demand = target.demand(session.topology.rank, session.topology.world_size)
         saved = open_saved(files, demand)
@@ -301,7 +302,7 @@ def load(
         with fetching(files, reader, parts, "fetch parts") as coming:
             coming.before_change()
             restoring.begins(session.channel, files.name)
-            restored, work = _restore(plan, reader, restore, stages, coming)
+            restored, work = _restore(plan, reader, restore, stages, coming, summed=verify == "during")
             notes = share_weights(weights, sharing, lambda wanted: fetch_storages(files, wanted))
             coming.settle()
             verify_after(
@@ -309,13 +310,13 @@ def load(
             )
         done = work.carried_out
         _finish(plan, files.name, stages)
-        _agree_on_timestamp(request.state, session.channel)
         rng_states, derived = _complete_rng(request, saved, checked.rng, session, stages)
         report = _report(files, done, ignored, restored, derived, notes)
         # Before the ranks part: the last one that uses a cache folder removes it.
         about = _about(request, files, saved, done)
-        everybody = session.channel.gather("receipt", encode(report))
-        receipt = join_reports([decode(RankReport, one) for one in everybody], about)
+        everybody = session.channel.gather("receipt", [encode(report), _batch_of(request.state)])
+        _compare_timestamps([batch for _, batch in everybody])
+        receipt = join_reports([decode(RankReport, one) for one, _ in everybody], about)
     if session.topology.rank == 0:
         try:
             log_receipt(receipt, request.logger)
@@ -347,7 +348,7 @@ def _restore_options(request: LoadRequest, files: CheckpointFiles) -> RestoreOpt
 
 def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Saved, Ignored]:
     """The checkpoint without what ``leave_out`` and ``ignore_keys`` name; warns of globs that match nothing."""
-    with stages.stage("ignore"):
+    with stages.announced("ignore"):
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
@@ -405,7 +406,7 @@ def _check(
     that no generator takes, and `LayoutError`, `CorruptError` or `OptionError` where planning or reading raises them.
     """
     safe_types = request.options.safe_types
-    with files.context.stages.stage("check"):
+    with files.context.stages.announced("check"):
         plan = target.plan(saved)
         _refuse_unknown(plan, saved, request, files)
         plan.mismatch.raise_if_any(
@@ -489,14 +490,17 @@ def _restore(
     options: RestoreOptions,
     stages: Stages,
     coming: Coming,
+    *,
+    summed: bool,
 ) -> tuple[list[str], Work]:
-    """Carries out `plan`, which reads what is `coming`; the first change is here.
+    """Carries out `plan`, which reads what is `coming`; the first change is here. `summed`: by ``verify="during"``.
 
     Returns what was restored, as the receipt names it, and what it was done with, which knows all that was planned:
     algorithms bring more.
     """
     with (
-        stages.stage("restore"),
+        # What was summed is compared by all ranks together, next.
+        stages.announced("restore") if summed else stages.stage("restore"),
         # What the user's objects do in their own load_state_dict is not known here: they may wait for other ranks.
         watched_collectives(
             stages.channel,
@@ -522,19 +526,15 @@ def _finish(plan: Plan, name: str, stages: Stages) -> None:
         plan.finish()
 
 
-def _agree_on_timestamp(state: Any, channel: Channel) -> None:
-    """Raises `TimestampError` on every rank unless all have the same batch count, or none. Every rank must call."""
-
-    def compare(batches: list[Any]) -> None:
-        known = [batch for batch in batches if batch is not None]
-        if known and (min(known) != max(known) or len(known) != len(batches)):
-            listed = ", ".join(f"rank {rank}: {batch}" for rank, batch in list(enumerate(batches))[:16])
-            raise TimestampError(
-                f"timestamp.batch differs between ranks after the restore ({listed}): they did not load the same "
-                "checkpoint"
-            )
-
-    channel.decide("timestamp", _batch_of(state), compare)
+def _compare_timestamps(batches: Sequence[int | None]) -> None:
+    """Raises `TimestampError` unless all ranks have the same batch count, or none: `batches`, the same on all ranks."""
+    known = [batch for batch in batches if batch is not None]
+    if known and (min(known) != max(known) or len(known) != len(batches)):
+        listed = ", ".join(f"rank {rank}: {batch}" for rank, batch in list(enumerate(batches))[:16])
+        raise TimestampError(
+            f"timestamp.batch differs between ranks after the restore ({listed}): they did not load the same "
+            "checkpoint"
+        )
 
 
 def _batch_of(state: Any) -> int | None:

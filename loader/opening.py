@@ -59,7 +59,7 @@ def open_own_file(
         located = decode(Located, found)
     if not _differs_by_rank(request):
         return _files(request, context, path, located, leaving)
-    with stages.stage("names"):
+    with stages.announced("names"):
         ranks = session.topology
         name = path.name_of(
             expand_path(
@@ -111,7 +111,7 @@ def _open(
 ) -> tuple[LoadContext, NamedPath, str]:
     """What the call works with, its path, and the name of the object that the path means for rank 0."""
     options = request.options
-    with stages.stage("open"):
+    with stages.announced("open"):
         opening = (request.object_store, options.storage_options)
         first_path = expand_for_rank_zero(request.path, run_name=request.run_name)
         outages = outages_of(session, options.stall_timeout_s)
@@ -200,7 +200,7 @@ def _whole_checks(context: LoadContext, located: Located, own: Located | None) -
         found = channel.decide("manifest", None, lambda _: find_manifests(context.store, located))
     known, notes = known_sums(found), list(found["notes"])
     if own is not None:
-        with context.stages.stage("manifests"):
+        with context.stages.announced("manifests"):
             beside = find_manifests(context.store, own, only_beside=True)
         for each in channel.gather("manifests", beside):
             known.update(known_sums(each))

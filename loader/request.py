@@ -96,7 +96,7 @@ def agree_on_arguments(
 
     `problem` is what this rank found before it entered the session. Every rank must call.
     """
-    with stages.stage("arguments"):
+    with stages.announced("arguments"):
         if problem is not None:
             raise problem
         lacking = what_tensors_lack()

@@ -1,4 +1,8 @@
-"""Times the stages of one load: each is an agreement of all ranks, and a line in the receipt."""
+"""Times the stages of one load, each a line in the receipt: what fails in one on any rank fails on all.
+
+A stage ends in an agreement of all ranks where others need what it did; elsewhere its failure is only announced, and
+ends all ranks at the next agreement.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,13 @@ class Stages:
         Every rank must enter. The wait for the others at its end is not counted: the seconds show who was slow.
         """
         with self.channel.stage(name), self.timed(name) as timing:
+            yield timing
+
+    @contextmanager
+    def announced(self, name: str) -> Iterator[Timing]:
+        """A timed block that all ranks enter and leave each by itself; a failure in it is all ranks', by the next
+        agreement (see `Channel.announced`)."""
+        with self.channel.announced(name), self.timed(name) as timing:
             yield timing
 
     @contextmanager

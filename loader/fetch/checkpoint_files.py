@@ -25,6 +25,7 @@ from ..template import expand_path, template_variables
 from .again import SecondFetch
 from .files import FetchedFile, FileNeed, fetch_files
 from .items import read_items
+from .needs import NeedTable
 from .remote_files import RemoteFiles
 
 T = TypeVar("T")
@@ -57,6 +58,8 @@ class CheckpointFiles:
         self._fetched: dict[str, FetchedFile] = {}
         self._names: dict[str, str] = {}
         """Names of files, the same on all ranks, by local path."""
+        self._places: NeedTable | None = None
+        """Which rank is where, once all have asked each other."""
         first = self._fetch([located.first], "fetch first")[located.first]
         # Of a folder, relative to it, as all its files are named; and without the query of a URL.
         relative = located.first_inside or file_name(first.name)
@@ -125,15 +128,21 @@ class CheckpointFiles:
             there = self.context.session.channel.decide(
                 f"{stage}: find", None, lambda _: all_there(store, list(objects.values()))
             )
-        fetched = self._fetch(there, stage)
+        # Rank 0 has told all of them.
+        fetched = self._fetch(there, stage, same=True) if there else {}
         self._fetched.update(fetched)
         return {name: replace(fetched[path], name=name) for name, path in objects.items() if path in fetched}
 
-    def _fetch(self, needs: Sequence[str | FileNeed], stage: str) -> dict[str, FetchedFile]:
-        """Every rank must call, whatever it names. The stage's bytes are counted on the node's first rank."""
+    def _fetch(
+        self, needs: Sequence[str | FileNeed], stage: str, *, same: bool = False
+    ) -> dict[str, FetchedFile]:
+        """Every rank must call, whatever it names, unless all name the `same`. The stage's bytes are counted on the
+        node's first rank."""
         session = self.context.session
         with self.context.stages.timed(stage) as timing:
-            fetched = fetch_files(self.context, needs, self.remote, stage=stage)
+            same_as = self._places if same else None
+            fetched = fetch_files(self.context, needs, self.remote, stage=stage, same_as=same_as)
+            self._places = fetched.table
             if session.topology.local_rank == 0:
                 timing.bytes += fetched.fetched_bytes
         return dict(fetched.files)
@@ -208,7 +217,7 @@ class CheckpointFiles:
         return found
 
     def stage(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        return self.context.stages.stage(name)
+        return self.context.stages.announced(name)
 
     def any(self, what: str, flag: bool) -> bool:
         return bool(self.context.session.channel.decide(what, flag, any))

@@ -21,7 +21,7 @@ from ..stores.probes import AT_ONCE
 from ..stores.symlinks import resolve
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
-from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking
+from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, same_needs
 from .object_cache import ObjectCache
 from .remote_files import ObjectPart
 from .space_check import agree_on_room
@@ -29,6 +29,7 @@ from .tally import FetchWatch, Tally
 from .whole import obtain, whole_bytes
 
 if TYPE_CHECKING:
+    from ...distributed.channel import Channel
     from .remote_files import RemoteFiles
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
@@ -57,8 +58,10 @@ class FetchedFile(NodeFile):
 class Fetched:
     """The files that one rank asked for, on its node."""
 
-    files: Mapping[str, FetchedFile] = field(default_factory=dict)
+    files: Mapping[str, FetchedFile]
     """By the name asked for; an optional file that does not exist is absent."""
+    table: NeedTable
+    """What all ranks asked for."""
 
     @property
     def paths(self) -> dict[str, str]:
@@ -77,8 +80,11 @@ def fetch_files(
     remote: RemoteFiles | None = None,
     *,
     stage: str = "fetch",
+    same_as: NeedTable | None = None,
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
+
+    With `same_as`, the table of an earlier call, all ranks need the same files, and do not ask each other.
 
     With `remote`, only the index is fetched of torch files and safetensors files in stores that do ranges, and of large
     torch files in tars there; `remote` knows them afterwards. Without it they come whole. Files in the node's cache
@@ -91,34 +97,34 @@ def fetch_files(
     for the channel's ``stall_timeout_s``.
     """
     topology, channel = context.session.topology, context.session.channel
-    table = gather_needs(channel, topology, needs, context.cache.load_id, stage)
+    if same_as is None:
+        table = gather_needs(channel, topology, needs, context.cache.load_id, stage)
+    else:
+        table = same_needs(same_as, needs)
     if remote is not None:
         remote.known.load_id = table.load_id
     objects = ObjectCache(context.store, context.cache, table.load_id)
     store = objects.store
     tally = Tally(channel.counters().get(channel.rank, {}))
     found: dict[str, ObjectInfo | None] = {}
-    if table.leads:
-        _find(store, table.node_needs, found, FetchWatch(channel, tally))
-    report = {name: info is not None for name, info in found.items()}
-    lacking = channel.decide(f"{stage}: find", report, lambda reports: find_lacking(table, reports))
-    if lacking:
-        held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
-        channel.decide(
-            f"{stage}: missing", held, lambda reports: raise_lacking(store, table, lacking, reports)
-        )
-
-    if not store.is_local:
-        needed: dict[str, int] = {}
+    with channel.announced(f"{stage}: find"):
         if table.leads:
-            needed = whole_bytes(objects, found.values(), remote)
+            _find(store, table.node_needs, found, FetchWatch(channel, tally))
+    report = {name: info is not None for name, info in found.items()}
+    if not store.is_local:
+        # Nothing is fetched unless all of it is there, and has room.
+        lacking = channel.decide(f"{stage}: find", report, lambda reports: find_lacking(table, reports))
+        _refuse(lacking, store, table, channel, stage)
+        needed = whole_bytes(objects, found.values(), remote) if table.leads else {}
         agree_on_room(channel, topology.node_rank, context.cache, needed, stage)
     done: dict[str, FetchedFile] = {}
-    with channel.stage(stage):
+    with channel.announced(stage):
         if table.leads:
             done = _fetch(objects, found, remote, table, FetchWatch(channel, tally))
-    by_rank = channel.gather(f"{stage}: paths", encode(done if table.leads else None))
-    everything = decode(dict[str, FetchedFile], by_rank[table.leader])
+    told = channel.gather(f"{stage}: paths", [report, encode(done) if table.leads else None])
+    if store.is_local:
+        _refuse(find_lacking(table, [reported for reported, _ in told]), store, table, channel, stage)
+    everything = decode(dict[str, FetchedFile], told[table.leader][1])
     for file in everything.values():
         # Also files that this rank did not ask for: the leader fetches parts of all the files of its node.
         for member, part in file.parts.items():
@@ -131,7 +137,18 @@ def fetch_files(
     own = {name: everything[name] for name in mine if name in everything}
     # A leader that ends, of this node or of another one with the same folder, must not take them from this rank.
     context.cache.join(file.path for file in own.values() if file.kind == "archive" or not store.is_local)
-    return Fetched(own)
+    return Fetched(own, table)
+
+
+def _refuse(
+    lacking: Mapping[str, Sequence[int]], store: Store, table: NeedTable, channel: Channel, stage: str
+) -> None:
+    """Raises as `raise_lacking`, on all ranks, where there is something `lacking`, the same on all. All must call."""
+    if lacking:
+        held = {name: store.stat(name) is not None for name in lacking} if table.leads else {}
+        channel.decide(
+            f"{stage}: missing", held, lambda reports: raise_lacking(store, table, lacking, reports)
+        )
 
 
 def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None], watch: FetchWatch) -> None:

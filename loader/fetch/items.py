@@ -48,16 +48,16 @@ def read_items(
     most = SMALL_ITEM_BYTES if context.options.mode == "direct" else WHOLE_ITEM_BYTES
     ends = {item: _ends(item, most) for item in wanted if item.file.path in remote.known}
     found: dict[FileItem, FileIndex] = {}
-    with context.stages.stage(f"{stage}: sizes"):
+    with context.stages.announced(f"{stage}: sizes"):
         _check_sizes(wanted)
     fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
-    with context.stages.stage(stage), _OpenFiles() as opened:
+    with context.stages.announced(stage), _OpenFiles() as opened:
         late = _read([item for item in wanted if not item.zstd], ends, again, opened, found)
         found |= {item: _expanded(context, again, item) for item in wanted if item.zstd}
     if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
         whole = {item: [ByteRange(item.start, item.stop)] for item in late}
         fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
-        with context.stages.stage(f"{stage} again"), _OpenFiles() as opened:
+        with context.stages.announced(f"{stage} again"), _OpenFiles() as opened:
             _read(late, whole, again, opened, found)
     return [found[item] for item in wanted], list(_by_file(wanted, found))
 

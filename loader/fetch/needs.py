@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError
@@ -72,17 +72,33 @@ def gather_needs(
     channel: Channel, topology: Topology, needs: Sequence[str | FileNeed], load_id: str, stage: str
 ) -> NeedTable:
     """The table of all ranks' needs. Every rank must call."""
-    own = tuple(FileNeed(need) if isinstance(need, str) else need for need in needs)
+    own = _as_needs(needs)
     row = {
         "node": topology.node_rank,
         "host": channel.host,
-        "required": [need.name for need in own if not need.optional],
-        "optional": [need.name for need in own if need.optional],
+        **_names(own),
         "load": load_id,
     }
     rows = tuple(channel.gather(f"{stage}: needs", row))
     leader = min(rank for rank, each in enumerate(rows) if each["node"] == topology.node_rank)
     return NeedTable(own, channel.rank, topology.node_rank, leader, rows[0]["load"], rows)
+
+
+def same_needs(table: NeedTable, needs: Sequence[str | FileNeed]) -> NeedTable:
+    """The table where all ranks, of which `table` tells the places, need the same files `needs`."""
+    own = _as_needs(needs)
+    return replace(table, own=own, rows=tuple({**row, **_names(own)} for row in table.rows))
+
+
+def _as_needs(needs: Sequence[str | FileNeed]) -> tuple[FileNeed, ...]:
+    return tuple(FileNeed(need) if isinstance(need, str) else need for need in needs)
+
+
+def _names(needs: Sequence[FileNeed]) -> dict[str, list[str]]:
+    return {
+        "required": [need.name for need in needs if not need.optional],
+        "optional": [need.name for need in needs if need.optional],
+    }
 
 
 def find_lacking(table: NeedTable, reports: Sequence[Mapping[str, bool]]) -> dict[str, list[int]]:

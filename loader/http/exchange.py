@@ -346,6 +346,9 @@ def _receiver(answer: Answer, arrived: Arrived) -> _Receive:
 
     def receive_of_chunk(view: memoryview) -> int:
         data = response.read1(min(len(view), _CHUNK_BYTES))
+        if (response.chunk_left or 0) < 0:
+            # Of a chunk of negative size http.client reads whatever comes next, and more than was asked for.
+            raise http.client.IncompleteRead(b"")
         view[: len(data)] = data
         return len(data)
 

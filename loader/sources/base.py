@@ -84,7 +84,8 @@ class Files(Protocol):
         """
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
-        """A timed block that all ranks leave together, or all with the same error. Every rank must enter."""
+        """A timed block, whose failure on one rank is all ranks', by the next thing that they do together. Every rank
+        must enter."""
 
     def any(self, what: str, flag: bool) -> bool:
         """Whether `flag` is true on any rank. Every rank must call; `what` names the question."""

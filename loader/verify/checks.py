@@ -174,7 +174,7 @@ def _judge(
 ) -> _Judged:
     """Compares what the ranks have summed. Raises the first error where it is the `last` time; `again`: whether this
     rank has fetched what was damaged once more."""
-    with checking.stages.stage("checksums"):
+    with checking.stages.announced("checksums"):
         sums = checking.reader.finish_shares()
     own = {name: tuple(sums[storage]) for name, storage in verification.shared.items() if storage in sums}
 

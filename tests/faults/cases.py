@@ -202,7 +202,6 @@ LOAD = (
     Stage("fetching parts", "fetch parts: room"),
     Stage("restore", "restore", moved=True, changed=True),
     Stage("checksums", "checksums agree", changed=True),
-    Stage("timestamp", "timestamp", changed=True),
     Stage("receipt", "receipt", changed=True),
 )
 TWO_ROLES = ("sys.exit(0)", "os._exit(0)", "clock")
@@ -564,7 +563,7 @@ CUT_OFF = Promise(
 
 def network_cases() -> Iterator[Case]:
     for stage in LOAD:
-        if stage.name in ("arguments", "opening", "timestamp"):
+        if stage.name in ("arguments", "opening"):
             continue
         promise = CUT_OFF
         if stage.pattern == JOINING:

@@ -200,7 +200,7 @@ def plan_weights(plan: Plan, sharing: Sharing) -> tuple[Plan, SharedWeights | No
     """
     session = sharing.session
     step = next((one for one in plan.steps if isinstance(one, EngineStep)), None)
-    with sharing.stages.stage("plan weights"):
+    with sharing.stages.announced("plan weights"):
         found: dict[StorageId, Region] = {}
         offers: dict[StorageId, RegionOffer] = {}
         if step is not None and sharing.verify != "before":
@@ -270,7 +270,7 @@ def _common_image(share: NodeShare, sharing: Sharing, leaving: contextlib.ExitSt
     rank, channel = sharing.session.topology.rank, sharing.session.channel
     nbytes = max(1, share.image_bytes)
     image: SharedMemory | None = None
-    with sharing.stages.stage("share memory"), contextlib.suppress(AccessError):
+    with sharing.stages.announced("share memory"), contextlib.suppress(AccessError):
         if share.maker == rank:
             image = leaving.enter_context(SharedMemory.make(nbytes))
     handles = channel.gather("shared memory", image.handle if image is not None else None)
@@ -328,7 +328,7 @@ def _compare(
     """Sums this rank's part of the regions `todo` in the image; what all ranks' sums show."""
     verify = sharing.verify != "off"
     sums: dict[StorageId, _Sums] = {}
-    with sharing.stages.stage("sum weights"):
+    with sharing.stages.announced("sum weights"):
         memory = memoryview(image.memory)
         for name in todo:
             share = shared.share.regions[name]

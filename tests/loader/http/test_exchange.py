@@ -13,6 +13,9 @@ import pytest
 from rankload.loader import retries
 from rankload.loader.errors import AccessError, CorruptError, RankloadError
 from rankload.loader.http import connections, exchange
+from rankload.loader.ranges.open import open_range_source
+from rankload.loader.retries import TryAgainError
+from rankload.loader.stores.base import ObjectInfo
 from rankload.loader.stores.http import HttpStore
 
 
@@ -195,6 +198,18 @@ def test_chunks_that_cannot_be_are_no_body(chunk: bytes, tmp_path: Path) -> None
     with scripted(*[answer] * 3) as (script, store), pytest.raises((CorruptError, AccessError)):
         fetched(store, script.url, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chunk_of_negative_size_is_no_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "BACKOFF_S", 0.001)
+    head = 'HTTP/1.1 206 Partial Content\r\nETag: "a"\r\n'
+    probe = f"{head}Content-Range: bytes 0-0/100\r\nContent-Length: 1\r\n\r\nx".encode()
+    begin = f"{head}Content-Range: bytes 0-9/100\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with scripted([probe], *[[begin, b"-5\r\n" + b"x" * 5000, None]] * 3) as (script, store):
+        source = open_range_source(store, ObjectInfo(script.url, 100))
+        assert source is not None
+        with contextlib.closing(source), pytest.raises((TryAgainError, OSError)):
+            source.read_into(0, 10, [memoryview(bytearray(10))], lambda _: None)
 
 
 def test_a_url_that_is_none_says_so() -> None:
