@@ -14,12 +14,12 @@ from typing import Any
 
 from .channel import LINGER_AFTER_FAILURE_S, LINGER_S
 from .errors import PeerError
-from .rendezvous import MeetingPoint, RollCall, await_all, meeting_point, open_meeting_store
+from .rendezvous import MeetingPoint, RollCall, await_all, meeting_point, open_meeting_store, own_keys
 from .sockets import connected_since, open_sockets, shut_down
 from .topology import Topology, group_topology
 
 _groups = itertools.count()
-"""Numbers the groups made by this process: their keys in a store that outlives them stay apart."""
+"""Numbers the groups made by this process."""
 
 
 @contextmanager
@@ -57,22 +57,21 @@ def process_group(
 @contextmanager
 def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) -> Iterator[None]:
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
 
     point = meeting_point(topology)
-    # An agent's server outlives the group, and has the keys of earlier ones.
     call = next(_groups) + 1
-    number = call - 1 if point.hosted else 0
     before = open_sockets()
     server = open_meeting_store(point, topology, timeout_s, call)
     connection = connected_since(before, point.port)
     farewell: socket.socket | None = None
     failed = True
+    store: Any = None
     try:
-        store: Any = PrefixStore(f"{point.prefix}/group/{number}", server)
+        keys = own_keys(server, point, topology, timeout_s, call)
+        store = keys.store
         if topology.rank == 0:
             farewell = _open_farewell(store, topology, point)
-        roll_call = await_all(store, topology, number, timeout_s, call)
+        roll_call = await_all(keys, topology, timeout_s, call)
         if topology.rank != 0:
             farewell = _open_farewell(store, topology, point)
         _make_group(store, topology, timeout_s, roll_call)
@@ -86,7 +85,7 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
         # find the server of this one. So rank 0 closes it when all have left, and the others wait until it has.
         # A thread asks the server, because one whose process is stopped never answers.
         leaving: Any = threading.Thread(
-            target=_leave, args=(server, topology, number, longest_s, absent()), daemon=True
+            target=_leave, args=(store, topology, longest_s, absent()), daemon=True
         )
         leaving.start()
         leaving.join(longest_s + 0.5)
@@ -94,7 +93,7 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
         if not answers:
             shut_down(connection)
             leaving.join(LINGER_AFTER_FAILURE_S)
-        store = server = leaving = None  # The last references: the server ends here.
+        keys = store = server = leaving = None  # The last references: the server ends here.
         if farewell is not None:
             with farewell:
                 if topology.rank != 0 and answers:
@@ -134,9 +133,11 @@ def _make_group(store: Any, topology: Topology, timeout_s: float, roll_call: Rol
         raise outcome[0]
 
 
-def _leave(store: Any, topology: Topology, number: int, longest_s: float, absent: int) -> None:
-    """Counts this rank as left; on rank 0 waits until all are that come."""
-    key = f"left/{number}"
+def _leave(store: Any, topology: Topology, longest_s: float, absent: int) -> None:
+    """Counts this rank as left; on rank 0 waits until all are that come. Without a store it has never come."""
+    if store is None:
+        return
+    key = "left"
     until = time.monotonic() + longest_s
     # Where the store is lost, no rank can wait for this one there.
     with suppress(RuntimeError):

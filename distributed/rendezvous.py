@@ -1,6 +1,6 @@
 """Brings the ranks together where there is no process group yet: an address for all, a store there, and all joined.
 
-`meeting_point`, `open_meeting_store`, `await_all`, in this order. Joining waits in short steps of its own: torch's way
+`meeting_point`, `open_meeting_store`, `own_keys`, `await_all`, in this order. Joining waits in short steps of its own: torch's way
 blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing. Here the end of a
 rank is noticed by its process, where that is on this machine (`RollCall`); else those that are missing are named after
 some seconds.
@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ GRACE_S = 5.0
 LISTEN_POLL_S = 0.1
 LOOK_S = 1.0
 """Seconds between two looks at who is missing."""
+_NAMELESS = "none"
+_NAME_POLL_S = 0.005
 _FAILED_S = 0.2
 """Seconds between two questions whether another rank has failed: rank 0 may host the store, and ends soon then."""
 WARN_AFTER_S = 10.0
@@ -50,13 +53,12 @@ _logger = package_logger()
 
 @dataclass(frozen=True)
 class MeetingPoint:
-    """Address of the store. ``hosted``: torchrun's agent runs its server, so no rank does; the keys of this attempt
-    then stand under ``prefix``."""
+    """Address of the store. ``hosted``: torchrun's agent runs its server, so no rank does; it then has the keys of
+    ranks that the agents have started before, too."""
 
     host: str
     port: int
     hosted: bool = False
-    prefix: str = ""
 
 
 def meeting_point(topology: Topology, environ: Mapping[str, str] | None = None) -> MeetingPoint:
@@ -90,8 +92,7 @@ def meeting_point(topology: Topology, environ: Mapping[str, str] | None = None) 
         raise TopologyError(f"MASTER_PORT={port!r} is no port (1 to 65535)")
     number = int(port) if port is not None else FIRST_PORT + zlib.crc32(str(job).encode()) % PORTS
     if given.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and port is not None:
-        attempt = given.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return MeetingPoint(host, number, hosted=True, prefix=f"rankload/attempt_{attempt}")
+        return MeetingPoint(host, number, hosted=True)
     return MeetingPoint(host, number)
 
 
@@ -164,8 +165,54 @@ def _await_listener(address: tuple[str, int], timeout_s: float) -> None:
         time.sleep(LISTEN_POLL_S)
 
 
-def await_all(store: Any, topology: Topology, number: int, timeout_s: float, call: int = 1) -> RollCall:
-    """Returns when every rank has joined group `number`. Every rank must call.
+@dataclass(frozen=True)
+class OwnKeys:
+    """The keys of one group, in a ``store`` that may have those of others. ``keep`` is to be called often until all
+    ranks have joined."""
+
+    store: Any
+    keep: Callable[[], None] = lambda: None
+
+
+def own_keys(
+    server: Any, point: MeetingPoint, topology: Topology, timeout_s: float, call: int = 1
+) -> OwnKeys:
+    """The keys that the ranks of this group alone use at the meeting point. Every rank must call.
+
+    The store of an agent outlives the ranks, and has the keys of those that the agents have started before. Nothing
+    that a rank is told by its agent is the same on all nodes in one attempt and another in the next: an agent counts
+    only those restarts that a failure of its own ranks has caused. So rank 0 draws a name for the keys and leaves it
+    at a known one. What stands there may be of an earlier rank 0; so each other rank first empties that key, which
+    rank 0 fills again (`OwnKeys.keep`): agents start ranks only once those before have ended, so whoever fills it then
+    is the rank 0 of this attempt.
+
+    Raises as `await_all` does, where rank 0 does not come.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+
+    if not point.hosted:
+        return OwnKeys(PrefixStore("rankload/group", server))
+    key = f"rankload/name/{call}"
+    if topology.rank == 0:
+        name = uuid.uuid4().hex
+        _reaching(lambda: server.set(key, name))
+        return OwnKeys(
+            PrefixStore(f"rankload/{name}", server),
+            lambda: _reaching(lambda: server.compare_set(key, _NAMELESS, name)),
+        )
+    _reaching(lambda: server.set(key, _NAMELESS))
+    what = f"to join{_same_calls(call)}"
+    roll_call, begin = RollCall(topology, what), time.monotonic()
+    while (name := _reaching(lambda: server.get(key)).decode()) == _NAMELESS:
+        if time.monotonic() - begin > timeout_s:
+            raise _stalled(topology, begin, timeout_s, f"rank 0 {what}")
+        roll_call.look([0], tells=topology.local_rank == 0)
+        time.sleep(_NAME_POLL_S)
+    return OwnKeys(PrefixStore(f"rankload/{name}", server))
+
+
+def await_all(keys_of: OwnKeys, topology: Topology, timeout_s: float, call: int = 1) -> RollCall:
+    """Returns when every rank has joined the group of these keys. Every rank must call.
 
     `call` is as `open_meeting_store` takes it. Returns the `RollCall` that knows the ranks' processes by then.
 
@@ -173,14 +220,16 @@ def await_all(store: Any, topology: Topology, number: int, timeout_s: float, cal
         StalledError: for `timeout_s` no further rank joined; names those that are missing.
         PeerError: the store was lost meanwhile, or the process of a rank has ended.
     """
-    keys = [f"joined/{number}/{rank}" for rank in range(topology.world_size)]
-    failed = f"failed/{number}"
+    store = keys_of.store
+    keys = [f"joined/{rank}" for rank in range(topology.world_size)]
+    failed = "failed"
     _reaching(lambda: store.set(keys[topology.rank], json.dumps(this_process().as_dict())))
     roll_call = RollCall(topology, f"to join{_same_calls(call)}")
     begin = since = time.monotonic()
     missing = [rank for rank in range(topology.world_size) if rank != topology.rank]
     looked = asked = begin
     while not _reaching(lambda: store.check(keys)):
+        keys_of.keep()
         now = time.monotonic()
         if now - looked >= LOOK_S or now - since > timeout_s:
             looked, before = now, missing

@@ -176,7 +176,49 @@ def test_torchrun_agents_store_is_used() -> None:
     assert not meeting_point(discover_topology(environ, []), environ).hosted
     point = meeting_point(discover_topology({**environ, **agent}, []), {**environ, **agent})
     assert point.hosted
-    assert point.prefix.endswith("attempt_3")
+
+
+def loads_at_an_agents_store(failing: str) -> None:
+    """Two loads; in an attempt that is `failing` rank 1 is killed before it joins the second."""
+    from rankload.distributed import group
+
+    calls, joins = [], group.open_meeting_store
+
+    def join(*args: Any) -> Any:
+        calls.append(args)
+        if failing == "yes" and os.environ["RANK"] == "1" and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return joins(*args)
+
+    group.open_meeting_store = join
+    for _ in range(2):
+        with open_session(stall_timeout_s=3 if failing == "yes" else 20) as session:
+            print(session.channel.gather("pid", os.getpid()))
+
+
+def test_ranks_that_agents_start_again_meet_whatever_each_agent_counts() -> None:
+    """An agent counts the failures of its own ranks alone, and its store keeps the keys of all attempts."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for failing, counts in (("yes", (0, 0)), ("no", (0, 1)), ("no", (1, 1)), ("no", (1, 2))):
+
+        def env(rank: int, counts: tuple[int, int] = counts) -> dict[str, str]:
+            return {
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": str(counts[rank]),
+                "MASTER_PORT": str(store.port),
+            }
+
+        finished = run_ranks(
+            f"{THIS}:loads_at_an_agents_store", 2, args=(failing,), deadline_s=60, env=env, nodes=(1, 1)
+        )
+        if failing == "yes":
+            assert finished[1].returncode == -signal.SIGKILL, finished
+            continue
+        assert [one.returncode for one in finished] == [0, 0], finished
+        assert finished[0].stdout == finished[1].stdout
+        assert max(one.seconds for one in finished) < 20
 
 
 # --- before all have joined ----------------------------------------------------------------------------------------
