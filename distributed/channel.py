@@ -27,7 +27,15 @@ from .failures import as_rankload_error, bounded, store_lost
 from .heartbeat import described, place
 from .key_value import KeyValue, key_value_opener
 from .liveness import ProcessIdentity, is_watchable, this_process
-from .store_thread import AGREED, HEARTBEAT_S, StoreLostError, StoreThread, decision_key, heartbeat_key
+from .store_thread import (
+    AGREED,
+    HEARTBEAT_S,
+    StoreLostError,
+    StoreThread,
+    decision_key,
+    heartbeat_key,
+    witness_key,
+)
 
 LINGER_S = 10.0
 """How long rank 0 waits at the end for the others to leave: it may host the store."""
@@ -433,6 +441,7 @@ class Channel:
             for last in (index, index - 1):
                 spent += self._agreement.spent_keys(last)
             spent += self.changes.spent_keys()
+            spent += [witness_key(rank) for rank in sorted({0, *self._store_thread.suspects})]
             self._store_thread.call(lambda key_value: key_value.forget([*spent, "left"]))
 
     def _raise_if_over(self) -> None:

@@ -65,6 +65,7 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
     connection = connected_since(before, point.port)
     farewell: socket.socket | None = None
     failed = True
+    keys: Any = None
     store: Any = None
     try:
         keys = own_keys(server, point, topology, timeout_s, call)

@@ -1,9 +1,9 @@
 """Brings the ranks together where there is no process group yet: an address for all, a store there, and all joined.
 
-`meeting_point`, `open_meeting_store`, `own_keys`, `await_all`, in this order. Joining waits in short steps of its own: torch's way
-blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing. Here the end of a
-rank is noticed by its process, where that is on this machine (`RollCall`); else those that are missing are named after
-some seconds.
+`meeting_point`, `open_meeting_store`, `own_keys`, `await_all`, in this order. Joining waits in short steps of its own:
+torch's way blocks in native code until the time-out, deaf to Ctrl-C, and does not say which ranks are missing. Here the
+end of a rank is noticed by its process, where that is on this machine (`RollCall`); else those that are missing are
+named after some seconds.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ death in one of five ways:
     the store is lost                its host died with it: calls break or get no answer (`StoreLostError`, of which
                                      `failures.store_lost` makes the PeerError)
 
+A rank on another machine that sends no heartbeat is not dead because of that: rank 0 asks the ranks of its machine, and
+these say whether its process lives, and whether it is stopped (`heartbeat.Witness`). Of rank 0 they say so by
+themselves.
+
 The first four leave the error in `StoreThread.announced`, for the main thread to raise in its next agreement,
 `Channel.progress` or `Channel.check`; the last is raised where the main thread calls or checks.
 
@@ -30,7 +34,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from .errors import PeerError, RankloadError, StalledError, from_record, to_record
-from .heartbeat import HEARD, SILENT_AFTER_S, Enrolled, Heartbeat, PeerWatch, decode_enrolled, place
+from .heartbeat import (
+    ASKED_AT_MOST,
+    HEARD,
+    SILENT_AFTER_S,
+    SUSPECT_AFTER_S,
+    Enrolled,
+    Heartbeat,
+    PeerWatch,
+    Witness,
+    decode_enrolled,
+    place,
+)
 from .key_value import KeyValue
 from .liveness import ProcessIdentity, how_ended, is_stopped, is_watchable
 from .siblings import Siblings
@@ -74,7 +89,9 @@ class StoreThread:
 
     Attributes:
         watches: what this rank knows of each peer that it watches.
-        neighbours: processes of this machine that this rank watches without their heartbeats; set by the main thread.
+        neighbours: processes of this machine that this rank watches without their heartbeats; set by the main thread,
+            and added to for those that rank 0 has asked for.
+        suspects: ranks that others were asked for, or that this one was.
         index: number of the current agreement; set by the main thread.
         stage: name of the stage that this rank is in; set by the main thread.
         counters: the latest of `Channel.progress`; set by the main thread.
@@ -100,6 +117,8 @@ class StoreThread:
         watched = range(world_size) if rank == 0 else range(1)
         self.watches = {peer: PeerWatch(peer) for peer in watched if peer != rank}
         self.neighbours: dict[int, ProcessIdentity] = {}
+        self.suspects: set[int] = set()
+        self._witnessed = 0
         self._siblings: Siblings | None = Siblings() if world_size > 1 else None
         self._looks = 0
         self._trusts_roster = False
@@ -307,6 +326,7 @@ class StoreThread:
             self._closed,
             self.waiting_for,
             [rank for rank, process in list(self.neighbours.items()) if is_stopped(process)],
+            self._asked_for(),
         )
         key_value.put(heartbeat_key(self._rank), heartbeat.encode())
 
@@ -326,11 +346,16 @@ class StoreThread:
         moved = [
             self.watches[peer].observe(raw, looked_for) for peer, raw in zip(peers, heartbeats, strict=True)
         ]
-        stopped = {
-            peer for watch in self.watches.values() if watch.heartbeat for peer in watch.heartbeat.stopped
-        }
+        heard = [
+            watch.heartbeat
+            for watch in self.watches.values()
+            if watch.heartbeat is not None and not watch.is_silent_for(SILENT_AFTER_S)
+        ]
+        stopped = {peer for heartbeat in heard for peer in heartbeat.stopped}
         for peer, watch in self.watches.items():
             watch.stopped = peer in stopped
+        self._bear_witness(key_value)
+        self._hear_witnesses(key_value, looked_for)
         if self._rank == 0:
             # Rank 0 alone passes on what it saw: two ranks that did would see each other move for ever.
             self._moved += sum(moved)
@@ -344,6 +369,38 @@ class StoreThread:
             if death is not None and self.announced is None and not self._closed:
                 error = peer_error(watch, death, self.stage)
                 self._notice(key_value.settle(decision_key(index), to_record(error)))
+
+    def _asked_for(self) -> dict[int, ProcessIdentity]:
+        """On rank 0: silent ranks, whose processes others may see."""
+        if self._rank != 0:
+            return {}
+        suspects = [watch for watch in self.watches.values() if watch.is_suspect][:ASKED_AT_MOST]
+        return {watch.rank: watch.heartbeat.process for watch in suspects if watch.heartbeat is not None}
+
+    def _bear_witness(self, key_value: KeyValue) -> None:
+        """Says of silent ranks, whose processes this rank sees, that they live: those that rank 0 asks for, and 0."""
+        leader = self.watches.get(0)
+        if leader is None or leader.heartbeat is None or leader.closed:
+            return
+        # A rank 0 that is silent itself asks for nobody any more.
+        silent = leader.is_silent_for(SUSPECT_AFTER_S)
+        asked = {0: leader.heartbeat.process} if silent else leader.heartbeat.silent
+        for rank, process in asked.items():
+            if rank == self._rank or not is_watchable(process):
+                continue
+            self.suspects.add(rank)
+            if rank != 0:
+                self.neighbours[rank] = process
+            if how_ended(process) is None:
+                self._witnessed += 1
+                told = Witness(self._rank, self._witnessed, is_stopped(process))
+                key_value.put(witness_key(rank), told.encode())
+
+    def _hear_witnesses(self, key_value: KeyValue, looked_for: float) -> None:
+        for peer, watch in self.watches.items():
+            if watch.is_suspect:
+                self.suspects.add(peer)
+                watch.hear(key_value.peek(witness_key(peer)), looked_for)
 
     def _dead_neighbours(self, key_value: KeyValue) -> Iterator[tuple[PeerWatch, str]]:
         """The neighbours whose processes have ended, unless they had left in good order, each with how it ended."""
@@ -394,6 +451,11 @@ def decision_key(index: int) -> str:
 def heartbeat_key(rank: int) -> str:
     """The key of the latest heartbeat of ``rank``."""
     return f"heartbeat/{rank}"
+
+
+def witness_key(rank: int) -> str:
+    """The key of what was last seen of the process of ``rank``, while that is silent."""
+    return f"witness/{rank}"
 
 
 def peer_error(watch: PeerWatch, death: str, stage: str) -> PeerError:

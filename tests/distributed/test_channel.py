@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 from processes import Finished, run_ranks
+from rankload.distributed import liveness
 from rankload.distributed.channel import Channel, open_channel
 from rankload.distributed.errors import PeerError, RankloadError, StalledError, TopologyError
-from rankload.distributed.heartbeat import SILENT_AFTER_S, Heartbeat, PeerWatch
+from rankload.distributed.heartbeat import SILENT_AFTER_S, SUSPECT_AFTER_S, Heartbeat, PeerWatch, Witness
 from rankload.distributed.key_value import VALUE_BYTES, KeyValue
-from rankload.distributed.liveness import how_ended, this_process
+from rankload.distributed.liveness import ProcessIdentity, how_ended, this_process
 from rankload.distributed.store_thread import SLEPT_S, StoreThread
 
 THIS = __file__
@@ -372,6 +373,73 @@ def test_a_death_is_known_on_all_machines_soon() -> None:
         assert seconds < SILENT_AFTER_S
 
 
+def a_stop_on_another_machine(victim: str, stall_timeout_s: str) -> None:
+    """Ranks 0 and 1 see no process of ranks 2 and 3, nor these of them: two machines, and a store that outlives all.
+
+    The victim stops before anybody knows where the others are.
+    """
+    from rankload.distributed import channel as channels
+    from rankload.distributed import heartbeat, store_thread
+    from torch.distributed import TCPStore
+
+    rank = int(os.environ["RANK"])
+    mine = f"machine {rank // 2}"
+    machine, watchable = liveness.machine_identity(), liveness.is_watchable
+
+    def is_watchable(process: ProcessIdentity) -> bool:
+        return process.machine == mine and watchable(replace(process, machine=machine))
+
+    def seen(look: Callable[[ProcessIdentity], Any]) -> Callable[[ProcessIdentity], Any]:
+        return lambda process: look(replace(process, machine=machine)) if is_watchable(process) else None
+
+    for module in (heartbeat, store_thread):
+        module.is_watchable = is_watchable
+        module.how_ended = seen(liveness.how_ended)
+        module.is_stopped = seen(liveness.is_stopped)
+    channels.this_process = lambda: replace(this_process(), machine=mine)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    begin = time.monotonic()
+    try:
+        with (
+            open_channel(
+                SimpleNamespace(rank=rank, world_size=4), stall_timeout_s=float(stall_timeout_s), store=store
+            ) as channel,
+            channel.stage("places"),
+        ):
+            if rank == int(victim):
+                time.sleep(1.5)  # its heartbeat has told of it by then
+                os.kill(os.getpid(), signal.SIGSTOP)
+    except RankloadError as error:
+        print(type(error).__name__, f"{time.monotonic() - begin:.2f}", error, flush=True)
+        sys.exit(7)
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_is_stopped_on_another_machine_is_not_dead(victim: int) -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stall_timeout_s = SILENT_AFTER_S + 2
+    finished = run_ranks(
+        f"{THIS}:a_stop_on_another_machine",
+        4,
+        args=(victim, stall_timeout_s),
+        deadline_s=60,
+        env={"MASTER_PORT": str(store.port)},
+        kill_once_others_end=[victim],
+    )
+    others = [one for one in finished if one.rank != victim]
+    assert [one.returncode for one in others] == [7] * 3, finished
+    for one in others:
+        error, seconds, message = outcome(one)
+        assert error == "StalledError", finished
+        assert f"rank {victim} (host" in message
+        assert seconds < 1.5 + stall_timeout_s + 5
+    told = outcome(others[0])[2]
+    assert "the process is stopped" in told, told
+
+
 def test_a_rank_that_was_stopped_hears_of_all_before_it_settles_anything() -> None:
     store_thread = StoreThread(lambda: KeyValue(hash_store()), this_process(), 0, 3, 5.0)
     waiting, left = store_thread.watches.values()
@@ -406,6 +474,35 @@ def test_a_process_that_its_neighbour_sees_stopped_is_silent_and_not_dead() -> N
     assert watch.death() is None
     assert not watch.may_still_leave
     assert "the process is stopped" in watch.describe()
+
+
+def test_a_silent_process_that_a_witness_sees_is_not_dead() -> None:
+    watch = PeerWatch(1)
+    elsewhere = replace(this_process(), machine="another")
+    watch.observe(Heartbeat(1, elsewhere).encode(), 1.0)
+    assert not watch.is_suspect
+    watch.observe(None, SUSPECT_AFTER_S + 0.1)
+    assert watch.is_suspect
+    watch.hear(None, 1.0)
+    watch.hear(Witness(2, 1, stopped=True).encode(), 1.0)
+    watch.observe(None, SILENT_AFTER_S)
+    assert watch.death() is None
+    assert "the process is stopped" in watch.describe()
+    assert not watch.may_still_leave
+    # Starved, and going on: it is waited for.
+    watch.hear(Witness(2, 2, stopped=False).encode(), 1.0)
+    assert watch.death() is None
+    assert "stopped" not in watch.describe()
+    assert watch.may_still_leave
+    # A witness that says nothing more is no witness, nor is one of an earlier silence.
+    watch.hear(Witness(2, 2, stopped=False).encode(), SILENT_AFTER_S)
+    assert "no other rank sees its process" in str(watch.death())
+    watch.hear(Witness(2, 3, stopped=False).encode(), 1.0)
+    assert watch.death() is None
+    watch.observe(Heartbeat(2, elsewhere).encode(), 1.0)
+    watch.observe(None, SILENT_AFTER_S)
+    watch.hear(Witness(2, 3, stopped=False).encode(), 1.0)
+    assert "no other rank sees its process" in str(watch.death())
 
 
 def outcome(finished: Finished) -> tuple[str, float, str]:
