@@ -196,12 +196,15 @@ def _whole_checks(context: LoadContext, located: Located, own: Located | None) -
     verify, channel = context.options.verify, context.session.channel
     if verify == "off":
         return WholeChecks(verify)
+    required = context.options.asks_for_checksums
     with context.stages.timed("manifest"):
-        found = channel.decide("manifest", None, lambda _: find_manifests(context.store, located))
+        found = channel.decide(
+            "manifest", None, lambda _: find_manifests(context.store, located, required=required)
+        )
     known, notes = known_sums(found), list(found["notes"])
     if own is not None:
         with context.stages.announced("manifests"):
-            beside = find_manifests(context.store, own, only_beside=True)
+            beside = find_manifests(context.store, own, only_beside=True, required=required)
         for each in channel.gather("manifests", beside):
             known.update(known_sums(each))
             notes.extend(each["notes"])

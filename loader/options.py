@@ -91,7 +91,8 @@ class LoadOptions:
             is its state and hyperparameters, ``scheduler`` its lr scheduler, ``scaler`` its loss scaler. Its fp32
             masters are weights, and are restored with the model, which cannot be left out of an engine.
         verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
-            then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all.
+            then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all. Where it
+            is given, a file of checksums that may be there and cannot be read is an error, and else a note.
         mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
             need once, into its cache. ``direct``: bytes that only one rank of its node needs go from the store into
             that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
@@ -180,6 +181,8 @@ class Options:
     leave_out: tuple[str, ...]
     """Of `PARTS`, in their order."""
     verify: Verify
+    asks_for_checksums: bool
+    """Whether ``verify`` was given, and is not "off": then no checksum is passed over that may be there."""
     mode: Mode
     interface: str | None
     """None: whatever reaches the others."""
@@ -210,6 +213,7 @@ def resolve_options(
         hyperparameters=given.hyperparameters,
         leave_out=_parts(given.leave_out),
         verify=given.verify or "during",
+        asks_for_checksums=given.verify in ("during", "before"),
         mode=given.mode or "node",
         interface=given.interface,
         trace=given.trace,

@@ -9,6 +9,8 @@
    that goes on without (with no manifest, say), the next failure is not waited for again until something succeeds.
 4. Until then there is a random pause before each attempt ("full jitter": between 0 and a bound that doubles), plus what
    the server's ``Retry-After`` asked for. Meanwhile the caller tells the other ranks that this one lives.
+   Answers that keep ending at the same byte are given up after `SAME_END` of them: no further one would go on.
+   What a call can do without is waited for no longer than `waiting_at_most` says.
 5. `Outages` keeps how long the call waited, for its receipt, and logs a wait from `TOLD_AFTER_S` on.
 
 One `Outages` belongs to one call (a load, a save, a search) on one rank; its stores and range sources share it.
@@ -19,7 +21,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,12 +45,33 @@ PAUSE_STEP_S = 0.05
 """How often a pause is interrupted, to see whether the work is given up."""
 QUIET_S = 1.0
 """A silence of so long counts as a wait."""
+LEAST_SILENCE_S = 2.0
+SAME_END = 6
+"""So many answers in a row that end at the same byte show that the object is cut short, and is no outage: about four
+seconds, with the pauses between them."""
 
 _logger = package_logger()
 _CHANCE = random.SystemRandom()
 """Not the global generator: a load leaves the job's random numbers as they are, however often it tries again."""
 
 T = TypeVar("T")
+_until: ContextVar[float | None] = ContextVar("rankload_waiting_until", default=None)
+"""When the block of `waiting_at_most` that this thread is in has waited for as long as it may."""
+
+
+@contextmanager
+def waiting_at_most(seconds: float) -> Iterator[None]:
+    """A block in which this thread waits for failures and silences no longer than `seconds`, all of them together."""
+    entered = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(entered)
+
+
+def _may_wait_s() -> float:
+    until = _until.get()
+    return float("inf") if until is None else max(0.0, until - time.monotonic())
 
 
 class TryAgainError(Exception):
@@ -61,6 +86,7 @@ class TryAgainError(Exception):
         lasting: bool = False,
         after_s: float | None = None,
         throttled: bool = False,
+        ends_at: int | None = None,
     ) -> None:
         super().__init__(str(error))
         self.error = error
@@ -74,6 +100,8 @@ class TryAgainError(Exception):
         """How long the server asks to be left alone."""
         self.throttled = throttled
         """Whether the server has too much to do: fewer connections may help."""
+        self.ends_at = ends_at
+        """At which byte of the object an answer ended that should have gone on."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,8 @@ class Outages:
 
         A moment after the call has stalled: then the stall is what is raised, where somebody watches for it.
         """
-        return min(usual_s, self.stall_timeout_s + 3.0)
+        # A request needs some time, however little is left.
+        return min(usual_s, self.stall_timeout_s + 3.0, max(_may_wait_s(), LEAST_SILENCE_S))
 
     def waits(self) -> tuple[Wait, ...]:
         """The waits so far, in the order in which they ended; those of several threads may overlap."""
@@ -206,6 +235,8 @@ class Attempts:
         self._progress = progress or Progress()
         self._moved_at = time.monotonic()
         self._in_row = 0
+        self._same_end = 0
+        self._ended_at: int | None = None
         self._waits = False
 
     def __enter__(self) -> Attempts:
@@ -217,7 +248,7 @@ class Attempts:
     def moved(self) -> None:
         """Says that something new has come: patience and pauses begin anew."""
         self._moved_at = self._progress.at = time.monotonic()
-        self._in_row = 0
+        self._in_row = self._same_end = 0
         self._outages._succeeded()
         if self._waits:
             self.close()
@@ -237,8 +268,9 @@ class Attempts:
         outages, self._in_row = self._outages, self._in_row + 1
         self.patience_s = outages.patience_s(error)
         self._wait(error.error.message)
+        self._judge_end(error)
         still_s = max(time.monotonic() - self._progress.at, outages._still_s(self._moved_at))
-        left_s = self.patience_s - still_s
+        left_s = min(self.patience_s - still_s, _may_wait_s())
         # So that an attempt that takes long is the last one, and not the pause before it.
         margin_s = min(LAST_ATTEMPT_S, 0.1 * self.patience_s)
         if left_s <= margin_s:
@@ -257,6 +289,18 @@ class Attempts:
 
         pause(pause_s, step)
         outages.retries += 1
+
+    def _judge_end(self, error: TryAgainError) -> None:
+        """Raises the failure's own error where the answers keep ending at one byte."""
+        ended_at = error.ends_at
+        self._same_end = self._same_end + 1 if ended_at is not None and ended_at == self._ended_at else 1
+        self._ended_at = ended_at
+        if ended_at is not None and self._same_end >= SAME_END:
+            error.error.message += (
+                f" ({self._same_end} answers in a row ended there: the object is cut short where it lies, or by what "
+                "is between; put it there again, or load another one)"
+            )
+            raise error.error from error.error.__cause__
 
     def close(self) -> None:
         """Ends the wait, if there is one: what was waited for has come, or is given up."""

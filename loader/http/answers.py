@@ -165,7 +165,9 @@ def cut_short(described: str, start: int, expected: int | None, got: int) -> Try
         CorruptError(
             f"{described}: the body ended early: expected {wanted}{place}, got {counted(got, 'byte')}",
             path=described,
-        )
+        ),
+        # One that ends before its first byte may be an outage.
+        ends_at=start + got or None,
     )
 
 

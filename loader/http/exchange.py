@@ -132,7 +132,7 @@ class Answer:
         """Fills `view`, then `targets`, with `n_bytes` of the body; returns what is left of the last one.
 
         `start` is where the body begins in the object, for messages. Raises `TryAgainError` where it ends early, the
-        connection's own errors where nothing came at all, and whatever `arrived` raises.
+        connection's own errors where it broke before anything came, and whatever `arrived` raises.
         """
         receive = _receiver(self, arrived)
         got = 0
@@ -143,8 +143,8 @@ class Answer:
                 n_new = receive(view[: n_bytes - got])
             except TimeoutError:
                 raise
-            except (OSError, http.client.HTTPException):
-                if got:
+            except (OSError, http.client.HTTPException) as error:
+                if got or isinstance(error, http.client.IncompleteRead):
                     raise cut_short(described, start, n_bytes, got) from None
                 raise
             if not n_new:

@@ -14,17 +14,20 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError, StalledError
+from ..retries import waiting_at_most
 from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
 from .locate import Located
 from .names import child_of, file_name, folder_of, has_query, is_url, path_of
 from .probes import ask_each, is_page
 
+T = TypeVar("T")
 NAMES = ("MANIFEST", "MANIFEST.sha256", "SHA256SUMS", "sha256sum.txt", "checksums.sha256")
 """What is looked for in a checkpoint's folder, in this order; and ``NAME.sha256`` next to a single file ``NAME``."""
 SIDE = ".sha256"
@@ -34,6 +37,10 @@ FOLDER_SUMS = "SHA256SUMS"
 _ANY_KIND = "MANIFEST"
 """A name that files of other kinds have too: one that is no manifest is left out, and noted in the receipt."""
 LIMIT_BYTES = 4 << 20
+OPTIONAL_S = 10.0
+"""For how long, all together, a store that fails is asked for manifests: a load can go on without them."""
+ONCE_MORE_S = 2.0
+"""The same once more, after the store has answered for the checkpoint itself."""
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
 _TAGGED = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)
 _ALONE = re.compile(rb"[0-9a-fA-F]{64}")
@@ -59,27 +66,98 @@ class KnownSum:
     """The manifest's own name, without its folder."""
 
 
-def find_manifests(store: Store, located: Located, *, only_beside: bool = False) -> dict[str, Any]:
+def find_manifests(
+    store: Store, located: Located, *, only_beside: bool = False, required: bool = False
+) -> dict[str, Any]:
     """Reads the manifests next to the checkpoint; one rank calls it, for all.
 
     With `only_beside`, only the one of a single file ``NAME``, which is ``NAME.sha256``.
 
+    A store that fails is asked for `OPTIONAL_S`. Then the checkpoint itself is asked for, and waited for as anything
+    is: an outage of the store is waited out so. What still fails when that has answered is left out, and noted. With
+    `required`, each manifest is waited for as anything is, and what fails then is raised.
+
     Returns JSON for `known_sums`: ``sums`` by `key_of`, and ``notes`` for the receipt. Looks in the folder of the
     checkpoint's first file, and where ``latest`` named that, in the one above. Raises `FormatError` as
-    `parse_manifest` does, and what the store raises where a manifest is there and cannot be read.
+    `parse_manifest` does, and what the store raises where a manifest is there and it refuses to give it.
     """
     sums: dict[str, tuple[str, str]] = {}
     notes: list[str] = []
     candidates = _candidates(store, located, () if only_beside else NAMES)
-    for info in ask_each(store, lambda name: _stat(store, name, notes), candidates):
-        if info is None:
-            continue
-        manifest = _read(store, info, notes)
-        if manifest is not None:
-            label = file_name(info.name)
-            for name, value in manifest.sums.items():
-                sums.setdefault(key_of(store, _in_folder(store, info.name, name)), (value.hex(), label))
+    found = _look(store, candidates, None if required else OPTIONAL_S, notes)
+    failed = [name for name, one in found.items() if isinstance(one, _Failed)]
+    if failed:
+        _await_answer(store, located.first)
+        found |= _look(store, failed, ONCE_MORE_S, notes)
+    for name, one in found.items():
+        if isinstance(one, _Failed):
+            notes.append(
+                f"{store.describe(name)} could not be read, so nothing was compared with it: {one.error.message}"
+            )
+        elif one is not None:
+            for inside, value in one.sums.items():
+                key = key_of(store, _in_folder(store, name, inside))
+                sums.setdefault(key, (value.hex(), file_name(name)))
     return {"sums": sums, "notes": notes}
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A manifest that may be there, and could not be read."""
+
+    error: RankloadError
+
+
+def _look(
+    store: Store, names: Sequence[str], within_s: float | None, notes: list[str]
+) -> dict[str, Manifest | _Failed | None]:
+    """The manifests `names`, as far as they are there. Without `within_s`, what fails is raised."""
+    until = None if within_s is None else time.monotonic() + within_s
+
+    def patient(ask: Callable[[], T], is_passed_over: Callable[[RankloadError], bool]) -> T | _Failed:
+        try:
+            if until is None:
+                return ask()
+            with waiting_at_most(until - time.monotonic()):
+                return ask()
+        except StalledError:
+            raise  # It has been waited for as long as anything is.
+        except RankloadError as error:
+            if not is_passed_over(error):
+                raise
+            if until is None:
+                error.message += (
+                    ". It may hold checksums, which were asked for: without verify, a load goes on without them after "
+                    f"{OPTIONAL_S:.0f} s, and its receipt says so"
+                )
+                raise
+            return _Failed(error)
+
+    def stat(name: str) -> ObjectInfo | _Failed | None:
+        return patient(lambda: _stat(store, name), lambda _: True)
+
+    def read(info: ObjectInfo) -> Manifest | _Failed | None:
+        return patient(
+            lambda: _read(store, info, notes),
+            lambda error: (
+                is_url(info.name) and isinstance(error, AccessError | CorruptError) and not refusals_in(error)
+            ),
+        )
+
+    told = ask_each(store, stat, names)
+    return {
+        name: read(info) if isinstance(info, ObjectInfo) else info
+        for name, info in zip(names, told, strict=True)
+    }
+
+
+def _await_answer(store: Store, name: str) -> None:
+    """Waits until the store says anything about `name`, as long as it is waited for."""
+    try:
+        store.stat(name)
+    except AccessError as error:
+        if not refusals_in(error):
+            raise
 
 
 def known_sums(found: Mapping[str, Any]) -> dict[str, KnownSum]:
@@ -159,15 +237,13 @@ def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[st
     return [*inside, *(_in_folder(store, below, name) for name in names)]
 
 
-def _stat(store: Store, name: str, notes: list[str]) -> ObjectInfo | None:
+def _stat(store: Store, name: str) -> ObjectInfo | None:
     try:
         info = store.stat(name)
-    except StalledError:
-        raise  # It has been waited for as long as anything is.
     except RankloadError as error:
         # Some stores refuse access to what is not there, to users who may not list.
         if not refusals_in(error):
-            notes.append(f"{store.describe(name)} could not be asked for, and was not used: {error.message}")
+            raise
         return None
     return info if info is not None and info.certain and not info.is_folder else None
 

@@ -25,6 +25,7 @@ def test_argument_comes_before_environment_before_default() -> None:
         hyperparameters=None,
         leave_out=(),
         verify="during",
+        asks_for_checksums=False,
         mode="node",
         interface=None,
         trace=None,
@@ -53,7 +54,15 @@ def test_every_option_that_is_given_is_taken() -> None:
         "trace": "trace.json",
     }
     assert set(given) == {one.name for one in fields(LoadOptions)}
-    assert resolve_options(given, {}) == resolve_options(LoadOptions(**given), {}) == Options(**given)
+    expected = Options(**given, asks_for_checksums=True)
+    assert resolve_options(given, {}) == resolve_options(LoadOptions(**given), {}) == expected
+
+
+def test_who_names_a_way_to_verify_asks_for_checksums() -> None:
+    assert not resolve_options(None, {}).asks_for_checksums
+    assert not resolve_options({"verify": "off"}, {}).asks_for_checksums
+    assert resolve_options({"verify": "during"}, {}).asks_for_checksums
+    assert resolve_options(None, {"RANKLOAD_VERIFY": "before"}).asks_for_checksums
 
 
 def test_parts_are_left_out_by_role_or_by_name_in_one_order() -> None:

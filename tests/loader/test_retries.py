@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import retries
 from rankload.loader.errors import AccessError, NotFoundError, RankloadError
-from rankload.loader.retries import Attempts, Outages, Progress, TryAgainError, Wait, until_done, waited_s
+from rankload.loader.retries import (
+    Attempts,
+    Outages,
+    Progress,
+    TryAgainError,
+    Wait,
+    until_done,
+    waited_s,
+    waiting_at_most,
+)
 from rankload.loader.store_errors import is_expired, outage_in, store_error
 
 
@@ -148,6 +157,47 @@ def test_what_went_on_without_an_answer_does_not_wait_for_the_next_one(clock: Cl
     clock.sleep(500)
     begin = clock.now
     assert ask(outages, Server(clock, 15)) == "answer"
+
+
+def test_what_a_call_can_do_without_is_not_waited_for_for_long(clock: Clock) -> None:
+    outages, begin = Outages(120.0), clock.now
+    with waiting_at_most(10):
+        with pytest.raises(AccessError):
+            ask(outages, Server(clock, 1e9))
+        assert 8 < clock.now - begin < 11
+        # All of it together, and each is asked for once at least.
+        late = Server(clock, 1e9)
+        with pytest.raises(AccessError):
+            ask(outages, late)
+        assert len(late.asked) == 1
+        assert clock.now - begin < 11
+        assert outages.silence_s(60) == retries.LEAST_SILENCE_S
+    assert outages.silence_s(60) == 60
+    ask(outages, Server(clock, 0))
+    begin = clock.now
+    assert ask(outages, Server(clock, 100)) == "answer"
+
+
+def test_answers_that_end_at_one_byte_are_given_up_soon(clock: Clock) -> None:
+    outages, begin = Outages(120.0), clock.now
+    ends = iter([7, 7, None, *[7] * 20])
+    asked: list[int | None] = []
+
+    def work() -> None:
+        asked.append(next(ends))
+        raise down(ends_at=asked[-1])
+
+    with pytest.raises(AccessError, match="6 answers in a row ended there"):
+        until_done(outages, "a", work, lambda: None)
+    assert len(asked) == 3 + retries.SAME_END
+    assert clock.now - begin < 30
+    # One that comes further each time, or ends elsewhere, is none of them.
+    with Attempts(outages, "b") as attempts:
+        for number in range(50):
+            attempts.failed(down(ends_at=number), lambda: None)
+            attempts.moved()
+        for number in range(2, 12):
+            attempts.failed(down(ends_at=number % 2 + 1), lambda: None)
 
 
 def test_an_answer_of_any_kind_ends_it(clock: Clock) -> None:

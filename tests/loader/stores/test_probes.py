@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from http_server import CountingServer, Served, counting_server
 from rankload.loader import retries
 from rankload.loader.errors import AccessError, CorruptError, FormatError, NotFoundError, StalledError
+from rankload.loader.stores import manifest
 from rankload.loader.stores.local import LocalStore
 from rankload.loader.stores.locate import MODEL_STATES, Located, locate
 from rankload.loader.stores.manifest import LIMIT_BYTES, NAMES, find_manifests
@@ -242,17 +245,66 @@ def test_what_answers_to_a_manifests_name_is_left_out_and_noted(answer: Served) 
     assert all("was not used" in note for note in found["notes"])
 
 
-def test_a_manifest_that_could_not_be_asked_for_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 1.0)
-    with counting_server({}) as server:
-        server.missing = Served(status=500)
+    monkeypatch.setattr(retries, "MAX_BACKOFF_S", 0.1)
+    monkeypatch.setattr(manifest, "OPTIONAL_S", 1.0)
+    monkeypatch.setattr(manifest, "ONCE_MORE_S", 0.2)
+
+
+@pytest.mark.usefixtures("short_waits")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_manifest_that_cannot_be_read_does_not_hold_up_a_load(there: bool) -> None:
+    """The store is waited for as long as `stall_timeout_s` allows, which is two minutes here."""
+    with counting_server({"/d/a.pt": Served(b"x")}) as server:
+        if there:
+            server.served["/d/a.pt.sha256"] = Served(b"x", status=500, head_status=200)
+        else:
+            server.missing = Served(status=500)
+        begin = time.monotonic()
         found = manifests(server)
+        assert time.monotonic() - begin < 10
         assert found["sums"] == {}
-        assert len(found["notes"]) == 1 + len(NAMES)
-        assert all("could not be asked for, and was not used" in note for note in found["notes"])
+        assert len(found["notes"]) == (1 if there else 1 + len(NAMES))
+        assert all("could not be read, so nothing was compared with it" in note for note in found["notes"])
+        assert "HTTP 500" in found["notes"][0]
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_refusal_to_tell_of_a_manifest_is_no_failure() -> None:
+    with counting_server({"/d/a.pt": Served(b"x")}) as server:
         server.missing = Served(status=403)  # so some stores answer for what is not there
         assert manifests(server)["notes"] == []
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_an_outage_of_the_store_is_waited_out_for_manifests_too() -> None:
+    listed = Served(b"0" * 64 + b"  a.pt\n", status=503)
+    with counting_server({"/d/a.pt": Served(b"x", status=503), "/d/a.pt.sha256": listed}) as server:
+
+        def recovers() -> None:
+            time.sleep(2.0)
+            server.served |= {"/d/a.pt": Served(b"x"), "/d/a.pt.sha256": Served(listed.body)}
+
+        waiting = threading.Thread(target=recovers)
+        waiting.start()
+        found = manifests(server)
+        waiting.join()
+        assert list(found["sums"].values()) == [("0" * 64, "a.pt.sha256")]
+        assert found["notes"] == []
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_manifest_is_not_passed_over_where_checksums_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "DEFAULT_STALL_TIMEOUT_S", 2.0)
+    with counting_server({"/d/a.pt": Served(b"x")}) as server:
+        server.missing = Served(status=500)
+        store, name = open_store(server.url("/d/a.pt"))
+        with pytest.raises(AccessError, match=r"HTTP 500.*It may hold checksums, which were asked for"):
+            find_manifests(store, Located("file", name, name), required=True)
 
 
 def test_a_store_that_is_deaf_to_a_manifests_name_is_not_waited_for_again(
@@ -282,11 +334,6 @@ def test_a_damaged_manifest_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         counting_server({"/d/SHA256SUMS": Served(b"no checksums")}) as server,
         pytest.raises(FormatError, match="as sha256sum writes them"),
-    ):
-        manifests(server)
-    with (
-        counting_server({"/d/a.pt.sha256": Served(status=500, head_status=200)}) as server,
-        pytest.raises(AccessError, match="500"),
     ):
         manifests(server)
 
