@@ -5,6 +5,7 @@ Pure. Arguments may be in any order and overlap; ranges are returned in order, w
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,8 +14,12 @@ CHUNK_BYTES = 8 << 20
 """Chunks begin and end at multiples of this, or where their range does."""
 MAX_GAP_BYTES = 256 << 10
 """`coalesce` reads no longer gap: one more request costs about as much as so many bytes on a fast link."""
-MAX_WASTE = 1 / 256
+MAX_WASTE = 1 / 20
 """How many bytes `coalesce` may add for the sake of fewer requests, as a share of the wanted bytes."""
+FREE_GAP_BYTES = 512
+"""`coalesce` reads any gap up to this: the headers of one more request and of its answer have as many bytes."""
+RECORD_GAP_BYTES = 64
+"""A gap up to this belongs to the record before it: torch ends each record of a zip with 16 or 24 bytes of sizes."""
 
 
 class ByteRange(NamedTuple):
@@ -94,11 +99,16 @@ def total_bytes(ranges: Iterable[ByteRange]) -> int:
 
 
 def coalesce(
-    ranges: Iterable[ByteRange], *, max_gap: int = MAX_GAP_BYTES, max_waste: float = MAX_WASTE
+    ranges: Iterable[ByteRange],
+    *,
+    max_gap: int = MAX_GAP_BYTES,
+    max_waste: float = MAX_WASTE,
+    free_gap: int = FREE_GAP_BYTES,
 ) -> tuple[ByteRange, ...]:
     """`ranges` merged over small gaps, the smallest first, so that fewer requests read them.
 
-    No gap of more than `max_gap` bytes is included, and all that are have at most `max_waste` of the wanted bytes.
+    No gap of more than `max_gap` bytes is included, and all that are have at most `max_waste` of the wanted bytes. Gaps
+    up to `free_gap` are included however many there are, and count.
     """
     merged = union(ranges)
     left = int(sum(one.length for one in merged) * max_waste)
@@ -109,11 +119,32 @@ def coalesce(
     )
     closed = []
     for gap, index in gaps:
-        if gap > left:
+        if gap > free_gap and gap > left:
             break
         left -= gap
         closed.append(ByteRange(merged[index].stop, merged[index + 1].start))
     return union(merged, closed)
+
+
+def with_gaps(ranges: Iterable[tuple[int, int]], max_gap: int) -> tuple[ByteRange, ...]:
+    """`ranges` and all gaps between them of at most `max_gap` bytes."""
+    merged = union(ranges)
+    small = ((one.stop, after.start) for one, after in pairwise(merged) if after.start - one.stop <= max_gap)
+    return union(merged, small)
+
+
+def include(held: list[ByteRange], start: int, stop: int) -> None:
+    """Adds ``[start, stop)`` to `held`, whose ranges are in order, neither overlap nor touch, and do not afterwards.
+
+    For lists of many ranges, to which few are added at a time.
+    """
+    if start >= stop:
+        return
+    first = bisect_left(held, start, key=lambda one: one.stop)
+    last = bisect_right(held, stop, key=lambda one: one.start)
+    if first < last:
+        start, stop = min(start, held[first].start), max(stop, held[last - 1].stop)
+    held[first:last] = [ByteRange(start, stop)]
 
 
 def split(ranges: Iterable[ByteRange], *, chunk_bytes: int = CHUNK_BYTES) -> tuple[ByteRange, ...]:

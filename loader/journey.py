@@ -45,13 +45,12 @@ from .collector import without_collector
 from .errors import TimestampError
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import (
-    SMALL_STORAGE_BYTES,
     Coming,
+    early_parts,
     fetch_storages,
     fetching,
     files_reader,
     restore_parts,
-    small_parts,
 )
 from .fetch.rounds import fetch_now
 from .fetch.whole_checks import NOTHING
@@ -87,6 +86,9 @@ from .targets.deepspeed.shared_weights import Sharing, plan_weights, share_weigh
 from .torch_modes import default_modes
 from .verify.checks import Checking, deal_checks, verify_after, verify_before
 from .wire import decode, encode
+
+_SMALL_EXTRA_BYTES = 64 << 10
+"""How many bytes of tensors an entry of `LoadResult.extra` has at most, where the caller wants the weights alone."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +272,9 @@ def load(
             if session.topology.rank == 0:
                 warn(not_read, stacklevel=2)
         saved, ignored = _leave_out(request, saved, stages)
-        # The check compares numbers that were ignored too.
-        early = replace(saved.whole, rng=saved.rng, extra=_extra(request, saved))
-        fetch_now(files.context, files.remote, small_parts(early), "fetch small parts")
+        rng = None if request.weights_only else saved.rng
+        early = early_parts(replace(saved, rng=rng, extra=_extra(request, saved)))
+        fetch_now(files.context, files.remote, early, "fetch early parts")
         reader = files_reader(files, verify)
         checked = _check(request, files, target, saved, ignored, reader)
         from_store = not files.context.store.is_local
@@ -371,7 +373,7 @@ def _extra(request: LoadRequest, saved: Saved) -> dict[str, Any]:
     return {
         key: value
         for key, value in saved.extra.items()
-        if sum(storage.nbytes for storage in storages(value)) <= SMALL_STORAGE_BYTES
+        if sum(storage.nbytes for storage in storages(value)) <= _SMALL_EXTRA_BYTES
         and all(isinstance(one.storage, StorageRef) for _, tensor in tensors(value) for one in tensor.pieces)
         and all(name in allowed for _, name in find_unknown(value))
     }

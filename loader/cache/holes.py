@@ -21,7 +21,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
+from ..byte_ranges import ByteRange, include, overlap, subtract, total_bytes, union
 from ..checksums import crc32
 from .folder import open_private
 
@@ -57,7 +57,7 @@ class PartialFile:
             os.ftruncate(self._file, size_bytes)
             wrong: list[ByteRange] = []
             right = list(self._still_right(wrong))
-            self._landed = union(one for one, _ in right)
+            self._landed = list(union(one for one, _ in right))
             self.damaged_bytes = total_bytes(subtract(wrong, self._landed))
             """How many bytes that earlier processes had landed were found to be wrong, and are missing now."""
             # Other processes rely on the record, so what was found to be wrong is taken out.
@@ -96,7 +96,7 @@ class PartialFile:
         """Records that the bytes ``[start, stop)``, whose CRC-32 is `crc`, are in place."""
         with self._lock:
             self._note(start, stop, crc)
-            self._landed = union(self._landed, [ByteRange(start, stop)])
+            include(self._landed, start, stop)
             self.landed_bytes += stop - start
 
     def adopt(self, start: int, data: bytes) -> None:
@@ -104,7 +104,7 @@ class PartialFile:
         self.write(start, memoryview(data))
         with self._lock:
             self._note(start, start + len(data), crc32(data))
-            self._landed = union(self._landed, [ByteRange(start, start + len(data))])
+            include(self._landed, start, start + len(data))
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Up to `nbytes` from `start` on, as they are on the disk, landed or not."""
@@ -113,7 +113,7 @@ class PartialFile:
     def forget(self, ranges: Iterable[ByteRange]) -> None:
         """From now on, the bytes of `ranges` have not landed. For before other processes know of the file."""
         with self._lock:
-            self._landed = subtract(self._landed, ranges)
+            self._landed = list(subtract(self._landed, ranges))
             os.ftruncate(self._records, 0)
             for start, stop in self._landed:
                 self._note(start, stop, _crc_of(self._file, start, stop, self._on_compared))
@@ -144,13 +144,14 @@ class Landed:
     def __init__(self, path: str) -> None:
         self._record = landed_record(path)
         self._read_to = 0
-        self._ranges: tuple[ByteRange, ...] = ()
+        self._ranges: list[ByteRange] = []
 
     def has(self, start: int, stop: int) -> bool:
         """Whether all bytes ``[start, stop)`` are there by now."""
-        if subtract([ByteRange(start, stop)], self._ranges):
-            self._update()
-        return not subtract([ByteRange(start, stop)], self._ranges)
+        if start >= stop or self.reach(start, stop) == stop:
+            return True
+        self._update()
+        return self.reach(start, stop) == stop
 
     def reach(self, start: int, stop: int) -> int:
         """The position up to which all bytes from `start` on are there by now; `stop` at most."""
@@ -178,7 +179,9 @@ class Landed:
             data = file.read()
         whole = len(data) - len(data) % _RECORD_BYTES
         found = [_unpack(data[at : at + _RECORD_BYTES]) for at in range(0, whole, _RECORD_BYTES)]
-        self._ranges = union(self._ranges, (ByteRange(one[0], one[1]) for one in found if one is not None))
+        for one in found:
+            if one is not None:
+                include(self._ranges, one[0], one[1])
         self._read_to += whole
 
 

@@ -7,7 +7,7 @@
 2. A torch file or safetensors file in a store that does ranges "comes in parts" (`remote_files`): at first only its
    index is fetched, into a file with holes (`remote_file`). Large torch files inside a tar come so, too (`tars`).
    Of a file that is torch files end to end, `items` fetches the indexes that a source asks for.
-3. Once the index is read, `parts.small_parts` and `parts.restore_parts` collect the ranges that this rank will read.
+3. Once the index is read, `parts.early_parts` and `parts.restore_parts` collect the ranges that this rank will read.
 4. `rounds.plan_round` sends them to rank 0, where `plan.plan_fetch` decides which rank fetches which bytes: from the
    store or from another node, into the node's file or directly into its own memory.
 5. `FetchRound.run` fetches them in a thread, while the restore reads what has landed (`parts.fetching`).

@@ -1,6 +1,6 @@
 """Collects the parts of remote files that this rank will read, and has them fetched: before or while it restores.
 
-First come the `small_parts`, which are read before anything is checked. Then the `restore_parts`: what the restore
+First come the `early_parts`, which are read before anything is checked. Then the `restore_parts`: what the restore
 reads, and what this rank has to sum. `fetching` runs the restore while those are fetched; a rank reads a range as soon
 as it has landed (`materialize.storages`). `rounds` plans and runs each fetch.
 """
@@ -24,18 +24,17 @@ from ..saved.copies import StorageReads
 from ..saved.tensor import StorageRef
 from .checkpoint_files import CheckpointFiles
 from .rounds import FetchRound, Parts, WantedRanges, fetch_now, plan_round
-from .wanted import SMALL_STORAGE_BYTES, add_storage, all_parts, parts_of_restore, small_parts
+from .wanted import add_storage, all_parts, early_parts, parts_of_restore
 
 __all__ = [
-    "SMALL_STORAGE_BYTES",
     "Coming",
     "all_parts",
     "check_headers",
+    "early_parts",
     "fetch_storages",
     "fetching",
     "files_reader",
     "restore_parts",
-    "small_parts",
 ]
 
 

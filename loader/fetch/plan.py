@@ -5,7 +5,7 @@
 node     the leader of each node, its lowest rank, fetches what any of its ranks wants, once, into the node's file
 direct   what one rank of a node alone wants, and can take unchanged, is fetched by that rank into its own memory; all
          else as ``node``
-auto     as ``direct``, but only ranges of at least `AUTO_FROM_BYTES`
+auto     as ``direct``, but only where at least `AUTO_FROM_BYTES` lie together
 job      as ``node``, but what several nodes want leaves the store once: one of their leaders fetches it, and the other
          leaders take it from that one
 """
@@ -17,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ..byte_ranges import ByteRange, subtract, union
+from ..byte_ranges import (
+    MAX_GAP_BYTES,
+    RECORD_GAP_BYTES,
+    ByteRange,
+    coalesce,
+    overlap,
+    subtract,
+    union,
+    with_gaps,
+)
 from ..options import Mode
 
 AUTO_FROM_BYTES = 1 << 20
@@ -69,7 +78,7 @@ def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
         for file in dict.fromkeys(name for rank in ranks for name in requests[rank].wanted):
             wanted = union(*(requests[rank].wanted.get(file, ()) for rank in ranks))
             taken_direct = union(*(plans[rank].direct.get(file, ()) for rank in ranks))
-            left = subtract(wanted, taken_direct)
+            left = with_gaps(subtract(wanted, taken_direct), RECORD_GAP_BYTES)
             if left:
                 bring[file] = list(left)
     if mode == "job" and len(leaders) > 1:
@@ -80,13 +89,18 @@ def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
 def _plan_direct(
     requests: Sequence[FetchRequest], ranks: Sequence[int], plans: Sequence[FetchPlan], least: int
 ) -> None:
-    """Sets the `direct` of a node's `ranks`: ranges of at least `least` bytes that no other of them wants."""
+    """Sets the `direct` of a node's `ranks`: what no other of them wants, where at least `least` bytes are together.
+
+    Together are ranges that one request reads (`coalesce`).
+    """
     for rank in ranks:
         for file, direct in requests[rank].direct.items():
             others = [requests[other].wanted.get(file, ()) for other in ranks if other != rank]
-            private = [one for one in subtract(direct, union(*others)) if one.length >= least]
-            if private:
-                plans[rank].direct[file] = private
+            private = subtract(direct, union(*others))
+            together = [one for one in coalesce(private) if one.length >= least]
+            chosen = overlap(private, together)
+            if chosen:
+                plans[rank].direct[file] = list(chosen)
 
 
 def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
@@ -98,6 +112,7 @@ def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
         cuts = {edge for ranges in by_rank.values() for one in ranges for edge in one}
         low, high = min(cuts), max(cuts)
         cuts.update(range(low - low % TURN_BYTES + TURN_BYTES, high, TURN_BYTES))
+        turns: dict[tuple[int, ...], tuple[int, int, int]] = {}
         for start, stop in pairwise(sorted(cuts)):
             wanting = []
             for rank, ranges in by_rank.items():
@@ -106,7 +121,11 @@ def _share_out(plans: Sequence[FetchPlan], leaders: Sequence[int]) -> None:
                     wanting.append(rank)
             if not wanting:
                 continue
-            bringer = min(wanting, key=lambda rank: load[rank])
+            # What the same nodes want close by is brought by the same one, so that it is one request.
+            turn, ended, bringer = turns.get(tuple(wanting), (-1, 0, 0))
+            if turn != start // TURN_BYTES or start - ended > MAX_GAP_BYTES:
+                bringer = min(wanting, key=lambda rank: load[rank])
+            turns[tuple(wanting)] = (start // TURN_BYTES, stop, bringer)
             load[bringer] += stop - start
             for rank in wanting:
                 plan = plans[rank]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...distributed.printable import package_logger
 from ...distributed.range_server import PeerAddress
-from ..byte_ranges import ByteRange, union
+from ..byte_ranges import RECORD_GAP_BYTES, ByteRange, with_gaps
 from ..context import LoadContext
 from ..plurals import counted
 from ..ranges.base import RangeSource
@@ -155,8 +155,10 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
     """
     session, mode = context.session, context.options.mode
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
+    # What is fetched directly goes into memory that has no place for what lies between two records.
+    gap = 0 if context.direct else RECORD_GAP_BYTES
     request = FetchRequest(
-        session.topology.node_rank, _by_name(remote, parts.wanted), _by_name(remote, parts.direct)
+        session.topology.node_rank, _by_name(remote, parts.wanted, gap), _by_name(remote, parts.direct)
     )
     address = remote.serve(session.channel.host, context.options.interface).as_record() if serves else None
 
@@ -209,10 +211,13 @@ def fetch_now(
             timing.bytes += fetch_round.run()
 
 
-def _by_name(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
-    """The ranges of files that come in parts, each byte once, by names that are the same on all ranks."""
+def _by_name(remote: RemoteFiles, wanted: WantedRanges, max_gap: int = 0) -> WantedRanges:
+    """The ranges of files that come in parts, each byte once, by names that are the same on all ranks.
+
+    Gaps of up to `max_gap` bytes are among them.
+    """
     return {
-        remote.known.name_of(path): list(union(ranges))
+        remote.known.name_of(path): list(with_gaps(ranges, max_gap))
         for path, ranges in wanted.items()
         if path in remote.known
     }

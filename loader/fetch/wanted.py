@@ -1,6 +1,6 @@
 """Works out the ranges of remote files that one rank reads: before its restore, and for it. Pure.
 
-`small_parts` are those that are read before anything is checked, `parts_of_restore` what the restore reads and what
+`early_parts` are those that are read before anything is checked, `parts_of_restore` what the restore reads and what
 this rank sums.
 """
 
@@ -16,17 +16,13 @@ from ..saved.tensor import StorageRef
 from ..saved.tree import storages
 from .rounds import Parts, WantedRanges
 
-SMALL_STORAGE_BYTES = 64 << 10
-"""Storages up to this size are fetched right after the index: counters, random states, biases."""
 
+def early_parts(saved: Saved) -> WantedRanges:
+    """The ranges that are read before anything is checked: random states, and `Saved.extra`.
 
-def small_parts(saved: Saved) -> WantedRanges:
-    """The ranges that are read before anything is checked: small storages, random states, and `Saved.extra`."""
-    wanted: WantedRanges = {}
-    held = storages([saved.state, saved.masters, saved.unnamed_masters])
-    _add_whole(wanted, (storage for storage in held if storage.nbytes <= SMALL_STORAGE_BYTES))
-    _add_whole(wanted, storages([saved.rng, saved.extra]))
-    return wanted
+    All else comes with the ranges around it, however small it is.
+    """
+    return all_parts([saved.rng, saved.extra])
 
 
 def all_parts(tree: Any) -> WantedRanges:
@@ -69,8 +65,6 @@ def _add_direct(
 ) -> None:
     """Adds the ranges that can be fetched directly into this rank's tensors."""
     for storage, one in reads.items():
-        if storage.nbytes <= SMALL_STORAGE_BYTES:
-            continue
         # Bytes that are only summed have no memory to be fetched into.
         spans = subtract(one.direct, subtract(summed.get(storage, ()), one.ranges))
         if spans:

@@ -21,7 +21,7 @@ from ..fetch.files import FetchedFile
 from ..fetch.plan import FetchPlan
 from ..fetch.remote_files import OF_ITEMS
 from ..fetch.rounds import WantedRanges
-from ..fetch.wanted import small_parts
+from ..fetch.wanted import early_parts
 from ..materialize.storages import STAGING_BYTES
 from ..options import LoadOptions, Options, resolve_options
 from ..ranges.concurrency import MOST
@@ -222,7 +222,7 @@ def _of_rank(
     restore = restore_of(job, rank, saved)
     early = seen.index_ranges(recorder)
     if not files.context.store.is_local:
-        _add(early, small_parts(saved))
+        _add(early, early_parts(saved))
     model = saved.state.get("model")
     held = model if isinstance(model, Mapping) else {}
     reads = rank_reads(restore, early, held, saved.name, files.name_at)

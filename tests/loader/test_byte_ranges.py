@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader import checksums
-from rankload.loader.byte_ranges import ByteRange, coalesce, overlap, split, subtract, total_bytes, union
+from rankload.loader.byte_ranges import (
+    ByteRange,
+    coalesce,
+    include,
+    overlap,
+    split,
+    subtract,
+    total_bytes,
+    union,
+    with_gaps,
+)
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 200), st.integers(0, 40)).map(lambda one: ByteRange(one[0], one[0] + one[1])),
@@ -38,21 +48,43 @@ def test_sets_of_bytes(one: list[ByteRange], other: list[ByteRange]) -> None:
         assert total_bytes(ranges) == len(expected)
 
 
-@given(RANGES, st.integers(0, 30), st.floats(0, 1))
+@given(RANGES, st.integers(0, 30), st.floats(0, 1), st.integers(0, 3))
 def test_coalesce_reads_what_is_wanted_and_little_else(
-    ranges: list[ByteRange], max_gap: int, max_waste: float
+    ranges: list[ByteRange], max_gap: int, max_waste: float, free_gap: int
 ) -> None:
-    joined = coalesce(ranges, max_gap=max_gap, max_waste=max_waste)
+    joined = coalesce(ranges, max_gap=max_gap, max_waste=max_waste, free_gap=free_gap)
     wanted = as_set(ranges)
     extra = as_set(joined) - wanted
     assert wanted <= as_set(joined)
     assert is_tidy(joined)
-    assert len(extra) <= max_waste * len(wanted)
     gaps = subtract(joined, ranges)
+    free = sum(gap.length for gap in gaps if gap.length <= free_gap)
+    assert len(extra) <= max(max_waste * len(wanted), free)
     assert all(gap.length <= max_gap for gap in gaps)
     # Those left open are over a bound themselves.
     open_gaps = [b.start - a.stop for a, b in pairwise(joined)]
-    assert all(gap > max_gap or len(extra) + gap > int(max_waste * len(wanted)) for gap in open_gaps)
+    assert all(
+        gap > max_gap or (gap > free_gap and len(extra) + gap > int(max_waste * len(wanted)))
+        for gap in open_gaps
+    )
+
+
+@given(RANGES, st.integers(0, 30))
+def test_gaps_of_a_size_are_added(ranges: list[ByteRange], max_gap: int) -> None:
+    joined = with_gaps(ranges, max_gap)
+    assert as_set(ranges) <= as_set(joined)
+    assert is_tidy(joined)
+    assert all(gap.length <= max_gap for gap in subtract(joined, ranges))
+    assert all(b.start - a.stop > max_gap for a, b in pairwise(joined))
+
+
+@given(RANGES)
+def test_ranges_included_one_by_one_are_their_union(ranges: list[ByteRange]) -> None:
+    held: list[ByteRange] = []
+    for start, stop in ranges:
+        include(held, start, stop)
+        assert is_tidy(held)
+    assert tuple(held) == union(ranges)
 
 
 @given(RANGES, st.integers(2, 24))

@@ -144,11 +144,11 @@ class EngineTarget:
             return saved, OptimizerPart(refused=True)
         name = engine_classes(self._engine)[0]
         if by_deepspeed:
-            return saved, plan_states(live, saved, model, name, options.hyperparameters)
+            return saved, plan_states(live, saved, model, name, options.hyperparameters, options.readable)
         named, unnamed = name_optimizer(live, saved, model, name, options.rename)
         if unnamed.missing or unnamed.wrong:
             return named, OptimizerPart(refused=True, mismatch=unnamed)
-        part = plan_states(live, named, model, name, options.hyperparameters)
+        part = plan_states(live, named, model, name, options.hyperparameters, options.readable)
         part.mismatch.extend(unnamed)
         return named, part
 

@@ -2,12 +2,13 @@
 
 The optimizer keeps state for each tensor that it updates (a "flat"), a checkpoint for each parameter. So a flat's state
 tensors are filled slot by slot, and its numbers are those of its parameters, which must agree. Nothing is changed here;
-numbers that are saved as tensors are read, to compare them.
+numbers that are saved as tensors are read, to compare them, or where they are not here yet, put off
+(`OptimizerPart.unchecked`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from ...saved.demand import Shape
 from ...saved.mismatch import Mismatch
 from ...saved.partitions import Slot
 from ...saved.regions import Run
-from ...saved.tensor import SavedTensor, same_shape
+from ...saved.tensor import SavedTensor, StorageRef, same_shape
 from ..dtensor import kept_part
 from ..optimizer_kinds import (
     class_note,
@@ -50,6 +51,8 @@ class OptimizerPart:
     """Flat to ``step`` and the like, as saved."""
     ignored_numbers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """Those of the same flats that are not restored: a new state needs all of its keys."""
+    unchecked: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """By a place for messages, two numbers that must agree, and could not be read when the restore was planned."""
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """This job's parameter group to the hyperparameters that it gets, as saved."""
     refused: bool = False
@@ -80,12 +83,17 @@ def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:
 
 
 def plan_states(
-    live: LiveEngine, saved: Saved, model: ModelPart, optimizer_class: str, hyperparameters: str | None = None
+    live: LiveEngine,
+    saved: Saved,
+    model: ModelPart,
+    optimizer_class: str,
+    hyperparameters: str | None = None,
+    readable: Callable[[SavedTensor], bool] = lambda tensor: True,
 ) -> OptimizerPart:
     """Plans state, numbers and hyperparameters of the parameters that `model` found in `saved`, for its one optimizer.
 
-    `optimizer_class` is for messages, `hyperparameters` as in `RestoreOptions`. Raises `LayoutError` for state that is
-    neither a number nor lies element by element along its parameter, or lies in files that were not read.
+    `optimizer_class` is for messages, `hyperparameters` and `readable` as in `RestoreOptions`. Raises `LayoutError` for
+    state that is neither a number nor lies element by element along its parameter, or lies in files that were not read.
     """
     whole = _first(saved.whole.state.get("optimizers"))
     at = f"optimizers/{optimizer_class}"
@@ -109,7 +117,7 @@ def plan_states(
     groups = _Groups(saved, whole, kept)
     note = class_note(live.optimizer.param_groups, groups.whole) if live.optimizer is not None else None
     states = _match(live, saved, model, f"{at}/state", mismatch)
-    planned = _Planned(live, f"{at}/state", mismatch)
+    planned = _Planned(live, f"{at}/state", mismatch, readable)
     for index, flat in enumerate(live.flats):
         for name, slot in flat.slots or _padding(live, index, states):
             if name in states:
@@ -120,6 +128,7 @@ def plan_states(
         planned.made,
         planned.numbers,
         planned.ignored_numbers,
+        planned.unchecked,
         _plan_groups(live, groups, states, f"{at}/param_groups", hyperparameters, mismatch),
         notes=() if note is None else (note,),
         mismatch=mismatch,
@@ -195,10 +204,14 @@ def _padding(live: LiveEngine, index: int, states: Mapping[str, _State]) -> Iter
 class _Planned:
     """Collects what the flats get, slot by slot."""
 
-    def __init__(self, live: LiveEngine, at: str, mismatch: Mismatch) -> None:
+    def __init__(
+        self, live: LiveEngine, at: str, mismatch: Mismatch, readable: Callable[[SavedTensor], bool]
+    ) -> None:
         self._live = live
         self._at = at
         self._mismatch = mismatch
+        self._readable = readable
+        self.unchecked: dict[str, tuple[Any, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
         """Flat to all of its numbers, ignored ones too."""
         self.copies: list[Copy] = []
@@ -226,11 +239,12 @@ class _Planned:
         for key, value in state.numbers.items():
             known = self._known.setdefault(index, {})
             before = known.get(key, value)
-            if before is not value and _number(before) != _number(value):
-                self._mismatch.wrong.append(
-                    f"{self._at}/{name}/{key}: the engine updates it together with parameters for which the "
-                    f"checkpoint has {_number(before)}, but here it has {_number(value)}"
-                )
+            place = f"{self._at}/{name}/{key}"
+            if before is not value and not _surely_same(before, value):
+                if all(self._readable(one) for one in (before, value) if isinstance(one, SavedTensor)):
+                    self._mismatch.wrong += number_problem(place, _number(before), _number(value))
+                else:
+                    self.unchecked[place] = before, value
             known[key] = value
             if key in state.kept:
                 self.numbers.setdefault(index, {})[key] = value
@@ -253,6 +267,31 @@ class _Planned:
                 )
             self.filled[index, key] = memory
         return self.filled[index, key]
+
+
+def number_problem(place: str, before: Any, value: Any) -> list[str]:
+    """What is wrong where two numbers that must agree do not: the one at `place`, and one `before` it."""
+    if before == value:
+        return []
+    return [
+        f"{place}: the engine updates it together with parameters for which the checkpoint has {before}, but here it "
+        f"has {value}"
+    ]
+
+
+def _surely_same(one: Any, other: Any) -> bool:
+    """Whether two numbers are the same by what their file says of them, without being read.
+
+    No two contents of up to 4 bytes have the same CRC-32.
+    """
+    if not isinstance(one, SavedTensor) or not isinstance(other, SavedTensor) or one.dtype != other.dtype:
+        return False
+    pieces = [*one.pieces, *other.pieces]
+    stored = [piece.storage for piece in pieces if isinstance(piece.storage, StorageRef)]
+    if len(one.pieces) != 1 or len(pieces) != 2 or len(stored) != 2:
+        return False
+    first, second = stored
+    return first.nbytes == second.nbytes == one.nbytes <= 4 and first.crc32 == second.crc32 is not None
 
 
 def _number(value: Any) -> Any:

@@ -28,7 +28,7 @@ from ..optimizer_kinds import value_problems
 from ..parts import with_empty
 from .live import LiveEngine, flat_view
 from .plan import ModelPart
-from .states import OptimizerPart, new_state, state_memory_key
+from .states import OptimizerPart, new_state, number_problem, state_memory_key
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class EngineStep:
             found[f"state/model/{name}"] = value
         for name, (value, _) in self.model.unchecked.items():
             found[values_place(name)] = value
+        for place, compared in self.optimizer.unchecked.items():
+            found[_compared_path(place)] = compared
         for index, numbers in self.optimizer.numbers.items():
             found.update({_number_path(index, key): value for key, value in numbers.items()})
         for index, group in self.optimizer.groups.items():
@@ -90,13 +92,14 @@ class EngineStep:
     def prepare(self, work: Work) -> Change:
         """Reads what does not go into the engine's own tensors, and makes the state that its optimizer lacks.
 
-        No rank waits for another. Raises `MismatchError`, before it changes
-        anything, where a buffer's values do not survive their cast, and `CorruptError` where bytes are missing or do
-        not match their checksum; by then parts may have been changed.
+        No rank waits for another. Raises `MismatchError`, before it changes anything, where a buffer's values do not
+        survive their cast or numbers differ that must agree, and `CorruptError` where bytes are missing or do not match
+        their checksum; by then parts may have been changed.
         """
         real = work.real(self.trees)
         self._check_buffers(real, work.options.file)
         self._check_groups(real, work.options.file)
+        self._check_numbers(real, work.options.file)
         made = self._made()
         return lambda: self._change(real, made, work)
 
@@ -126,6 +129,16 @@ class EngineStep:
         gets = [{key: real[_group_path(index, key)] for key in group} for index, group in groups.items()]
         wrong = [*value_problems("optimizer/param_groups", own, gets)]
         Mismatch(wrong=wrong).raise_if_any(file, strict=False, before=False)
+
+    def _check_numbers(self, real: Mapping[str, Any], file: str) -> None:
+        """Compares the optimizer's numbers that could not be read when the restore was planned."""
+        mismatch = Mismatch()
+        for place in self.optimizer.unchecked:
+            before, value = (
+                one.item() if isinstance(one, torch.Tensor) else one for one in real[_compared_path(place)]
+            )
+            mismatch.wrong += number_problem(place, before, value)
+        mismatch.raise_if_any(file, strict=False, before=False)
 
     def _made(self) -> dict[tuple[int, str], torch.Tensor]:
         """The state tensors, by flat and key, that the optimizer would make at its first step; it gets them later."""
@@ -213,6 +226,10 @@ class EngineStep:
         if self.optimizer.groups:
             restored.append("hyperparameters")
         return restored
+
+
+def _compared_path(place: str) -> str:
+    return f"numbers that {place} must agree with"
 
 
 def _number_path(index: int, key: str) -> str:

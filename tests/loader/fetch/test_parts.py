@@ -282,7 +282,8 @@ def test_what_keeps_bytes_from_coming_ends_the_load_everywhere(
     saved: bytes, tmp_path: Path, fault: Fault, victim: str, kind: str, cause: str
 ) -> None:
     """Both ranks read while the first one fetches: a server that falls silent or loses the file, a rank that dies."""
-    behaviour = Behaviour(saved, faults=[Fault()] * 3 + [fault] * 200)
+    # The index comes; then all answers go wrong.
+    behaviour = Behaviour(saved, fault_of=lambda start, stop: fault if stop - start > 1 << 20 else None)
     with bad_server({"/model.pt": behaviour}) as server:
         finished = run_ranks(
             f"{__file__}:fail", 2, args=(server.url("/model.pt"), victim), deadline_s=90,
@@ -309,10 +310,11 @@ def test_a_killed_load_goes_on_where_it_was(
     if home == "memory":
         monkeypatch.delenv("RANKLOAD_CACHE_DIR")
         monkeypatch.setenv("RANKLOAD_CACHE_HOME", "auto")
-    # The first answers come; one of them stalls, and the process is killed then.
-    ok = Fault()
-    faults = [ok] * 6 + [Fault(send_only=1 << 20, ending="stall")] * 40
-    behaviour = Behaviour(saved, faults=faults)
+    # The first bytes come; the answers for later ones stall, and the process is killed then.
+    stalls = Fault(send_only=1 << 20, ending="stall")
+    behaviour = Behaviour(
+        saved, fault_of=lambda start, stop: stalls if start >= 8 << 20 and stop - start > 1 << 20 else None
+    )
     with bad_server({"/model.pt": behaviour}) as server:
         command = [sys.executable, "-c", code, server.url("/model.pt")]
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -327,7 +329,7 @@ def test_a_killed_load_goes_on_where_it_was(
         first.send_signal(signal.SIGKILL)
         first.communicate()
         before = server.sent_bytes
-        behaviour.faults.clear()
+        behaviour.fault_of = None
         second = subprocess.run(command, capture_output=True, timeout=120, check=False, text=True)
         assert second.returncode == 0, second.stderr
         again = server.sent_bytes - before

@@ -240,8 +240,8 @@ def test_a_killed_load_of_an_archive_goes_on_where_it_was(archive: bytes) -> Non
     code = (
         f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import wide_model; wide_model.alone(sys.argv[1])"
     )
-    faults = [Fault()] * 9 + [Fault(send_only=1 << 20, ending="stall")] * 40
-    behaviour = Behaviour(archive, faults=faults)
+    silent = Fault(send_only=1 << 20, ending="stall")
+    behaviour = Behaviour(archive, fault_of=lambda start, stop: silent if start >= 8 << 20 else None)
     with bad_server({"/model.tar": behaviour}) as server:
         command = [sys.executable, "-c", code, server.url("/model.tar")]
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -254,7 +254,7 @@ def test_a_killed_load_of_an_archive_goes_on_where_it_was(archive: bytes) -> Non
         first.send_signal(signal.SIGKILL)
         first.communicate()
         before = server.sent_bytes
-        behaviour.faults.clear()
+        behaviour.fault_of = None
         second = subprocess.run(command, capture_output=True, timeout=120, check=False, text=True)
         assert second.returncode == 0, second.stderr
         again = server.sent_bytes - before

@@ -23,7 +23,7 @@ from rankload.loader.targets.deepspeed.engine import EngineTarget
 from rankload.loader.targets.deepspeed.flats import MasterFlat
 from rankload.loader.targets.deepspeed.live import LiveEngine, LowSlot
 from rankload.loader.targets.deepspeed.plan import ModelPart, plan_model
-from rankload.loader.targets.deepspeed.states import OptimizerPart, plan_states
+from rankload.loader.targets.deepspeed.states import OptimizerPart, number_problem, plan_states
 from zero_trees import tensor
 
 
@@ -211,6 +211,46 @@ def test_parameters_that_one_job_alone_trained() -> None:
     found = planned(frozen, saved_with({"w": weights}, states, masters={"w": weights}))
     assert found.mismatch.unexpected == ["optimizers/AdamW/state/w"]
     assert found.copies == ()
+
+
+def test_numbers_that_must_agree_are_compared_once_they_are_here() -> None:
+    """Those of which the file's own checksums say that they are equal need not be read for it."""
+    live = stage_3()
+    slot = live.flats[0].slots[0][1]
+    live = replace(
+        live,
+        shapes={"w": (5,), "v": (5,)},
+        dtypes={"w": "float32", "v": "float32"},
+        flats=(replace(live.flats[0], slots=(("w", slot), ("v", slot))),),
+        groups=(("w", "v"),),
+        low={**live.low, "v": live.low["w"]},
+        slots_of={"w": ((0, slot),), "v": ((0, slot),)},
+    )
+
+    def step(key: str, crc: int | None) -> SavedTensor:
+        return SavedTensor.in_storage(StorageRef("elsewhere", key, 0, 4, crc), "float32", (), ())
+
+    def part_with(other: object, crc: int | None = 7) -> OptimizerPart:
+        weights = {name: sharded(5, 3) for name in ("w", "v")}
+        state = {
+            "w": {"exp_avg": sharded(5, 3), "step": step("1", crc)},
+            "v": {"exp_avg": sharded(5, 3), "step": other},
+        }
+        saved = saved_with(
+            weights, {"state": state, "param_groups": [{"params": ["w", "v"]}]}, masters=weights
+        )
+        model = plan_model(live, saved, {})
+        return plan_states(live, saved, model, "AdamW", readable=lambda tensor: False)
+
+    assert part_with(step("2", 7)).unchecked == {}
+    differs, unsummed = step("2", 8), step("2", None)
+    (compared,) = part_with(differs).unchecked.values()
+    assert compared[1] is differs
+    assert list(part_with(unsummed, None).unchecked) == ["optimizers/AdamW/state/v/step"]
+    assert len(part_with(3).unchecked) == 1
+    assert part_with(differs).mismatch.wrong == []
+    assert number_problem("here", 3, 3) == []
+    assert "has 3, but here it has 4" in number_problem("here", 3, 4)[0]
 
 
 # --- an engine of stage 0 in fp32: torch's own optimizer ----------------------------------------------------------
