@@ -420,6 +420,19 @@ def test_nothing_is_run_or_unpickled_and_nothing_asserted(package, path):
             assert not names & {"load", "loads", "Unpickler"}, f"{where} imports {names} from {node.module}"
 
 
+def test_nobody_is_told_to_fetch_again():
+    """A load does that by itself; what it then says is that the stored file is damaged."""
+    advice = re.compile(r"\b(fetch|download)( or \w+)? (it|them|the [a-z ]+) again", re.IGNORECASE)
+    told = [
+        f"{label(path)}:{node.lineno}: {node.value}"
+        for _, path in modules()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
+        if advice.search(node.value)
+    ]
+    assert told == []
+
+
 def test_modules_have_docstrings():
     assert not [label(path) for _, path in modules() if not ast.get_docstring(tree(path))]
 

@@ -4,7 +4,7 @@ A local file is read where it lies. Of a file that comes in parts, the ends of t
 items in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one
 range. Items up to `WHOLE_ITEM_BYTES` of which a rank reads all are fetched whole in that round, so that many of them
 are one request. Items whose index is longer are fetched whole in a second round, and compressed ones in the first:
-those are expanded into the node's cache, a file for each.
+those are expanded into the node's cache, a file for each, and compared with the checksums that they hold.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, BinaryIO, cast
 
 from ..byte_ranges import ByteRange, subtract
+from ..checksums import crc32
 from ..context import LoadContext
 from ..errors import CorruptError
 from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
@@ -72,7 +73,7 @@ def _check_sizes(wanted: Sequence[FileItem]) -> None:
         if item.stop > size:
             raise CorruptError(
                 f"{item.file.source} has {size:,} bytes, but {item.key} is to end at byte {item.stop:,}: the file was "
-                "cut short when it was saved or copied, or is of another save; copy it again, or take another one",
+                "cut short when it was saved or copied, or is of another save; take another copy of the whole folder",
                 path=item.file.source,
             )
 
@@ -154,12 +155,34 @@ def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileI
             while data := expanded.read(_COPY_BYTES):
                 made.write(data)
         os.unlink(raw)
+        # zstd notices nothing in what it could not compress, and the item is in the cache's file alone from here on.
+        index = read_index(target, name=name)
+        if context.options.verify != "off":
+            _check_storages(target, index, name)
 
     known = os.stat(path)
     identity = (path, known.st_size, known.st_mtime_ns, item.start, item.stop)
     entry = context.cache.entry(item.file.source, *map(str, identity), lasting=False)
     filled = entry.fill("item", item.file.source, on_disk(produce), lambda _: context.stages.count(0))
     return read_index(filled.path, name=name)
+
+
+def _check_storages(path: str, index: FileIndex, name: str) -> None:
+    """Raises `CorruptError` where a storage of the item at `path` differs from its checksum."""
+    with open(path, "rb") as file:
+        for storage in index.storages:
+            file.seek(storage.offset)
+            parts = (
+                file.read(min(_COPY_BYTES, storage.nbytes - start))
+                for start in range(0, storage.nbytes, _COPY_BYTES)
+            )
+            found = reduce(lambda value, data: crc32(data, value), parts, 0)
+            if storage.crc32 is not None and found != storage.crc32:
+                raise CorruptError(
+                    f"{name}: storage {storage.key} has CRC-32 {found:08x}; the item's directory says "
+                    f"{storage.crc32:08x}. The file is damaged; take another copy of it.",
+                    path=name,
+                )
 
 
 def _by_file(wanted: Sequence[FileItem], found: Mapping[FileItem, FileIndex]) -> Iterator[FileIndex]:

@@ -55,8 +55,8 @@ def _joined(
         for name, value in state_dict_of(one).items():
             if name in model:
                 raise CorruptError(
-                    f"{shown}: {file_of[name]} and {file} both have {name!r}: they were not saved together. Fetch or "
-                    "save the model again.",
+                    f"{shown}: {file_of[name]} and {file} both have {name!r}: they were not saved together. Put all "
+                    "files of one save there, and no others.",
                     path=shown,
                 )
             model[name], file_of[name] = value, file
@@ -68,7 +68,7 @@ def _joined(
     if lacking:
         raise CorruptError(
             f"{shown} says where weights are that are not there: {_listed(lacking)}. The files are not those that it "
-            "was written for; copy the model again, all of it, or save it again.",
+            "was written for: put all files of one save there, with the index of that save.",
             path=shown,
         )
     unnamed = [name for name in model if name not in index.files]

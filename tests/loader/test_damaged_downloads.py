@@ -21,6 +21,8 @@ from dcp_folders import module_of, save
 from rankload.loader import CorruptError, LoadResult, PartialRestoreError, State, load, read
 from rankload.loader.exporting.export import export_checkpoint
 from rankload.loader.wholeness.check import check_whole
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint._extension import ZStandard
 
 WIDE = 768
 """2.25 MiB of fp32 a weight: fetched directly where the mode lets it."""
@@ -353,6 +355,33 @@ def test_the_files_of_a_dcp_folder_are_fetched_again(tmp_path: Path) -> None:
             assert not any(flip for one in served.values() for flip in one.flips.values()), name
         assert all(torch.equal(value, model[key]) for key, value in state.model.state_dict().items()), name
         assert [one.name.rpartition("/")[2] for one in receipt.fetched_again] == list(flips), name
+
+
+@pytest.mark.skipif(not ZStandard.is_available(), reason="zstandard is not installed")
+def test_compressed_items_of_a_dcp_folder_are_fetched_again(tmp_path: Path) -> None:
+    """zstd notices no flip in what it could not compress; the checksums of what it holds do."""
+    torch.manual_seed(3)
+    model = {
+        "big": torch.rand(300, 300).view(torch.int32).bitwise_xor_(torch.randint(1 << 30, (300, 300)).int())
+    }
+    writer = FileSystemWriter(tmp_path / "saved", _extensions=[ZStandard()])
+    folder = save(tmp_path / "saved", {"model": model}, storage_writer=writer)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    data = files["__0_0.distcp"]
+    at = data.index(model["big"].numpy().tobytes()[4096:4160])
+    for place in (at, 2):
+        served = {f"/{file}": Behaviour(body) for file, body in files.items()}
+        served["/__0_0.distcp"].flips = {place: 1}
+        with bad_server(served) as server:
+            state = State(module_of(model))
+            receipt = load(
+                server.url(""), state, options={"cache_dir": str(tmp_path / str(place))}, progress_bar=False
+            ).receipt
+        assert torch.equal(state.model.state_dict()["big"], model["big"])
+        assert [one.name.rpartition("/")[2] for one in receipt.fetched_again] == ["__0_0.distcp"]
+    served["/__0_0.distcp"].flips = {at: 9}
+    with bad_server(served) as server, pytest.raises(CorruptError, match="It was fetched twice"):
+        load(server.url(""), State(module_of(model)), options={"cache_dir": str(tmp_path / "twice")})
 
 
 @pytest.mark.parametrize("to", ["safetensors", "dcp"])
