@@ -14,11 +14,13 @@ from typing import Any
 from ..byte_ranges import ByteRange, once, overlap, union
 from ..errors import LayoutError
 from .dtypes import ITEMSIZE
-from .regions import CoverageError, Laid, row_major_stride, whole_box
+from .regions import CoverageError, Laid, Run, as_run, row_major_stride, whole_box
+from .shares import Shares
 from .strided import Layout
 from .tensor import SavedTensor, StorageRef, Unread, fill
 from .tree import tensors
 
+_NAMES_SHOWN = 3
 _ALIGNMENT = 16
 """What is read of a storage for a tree begins at a multiple of this, so that a tensor of any dtype begins at a whole
 element."""
@@ -103,11 +105,22 @@ def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -
     """
     piece = tensor.whole
     if piece is not None and isinstance(piece.storage, StorageRef) and into.region == piece.region:
-        in_order = row_major_stride(tensor.shape)
-        if piece.stride == into.stride == in_order and (n := tensor.numel):
+        row_major = row_major_stride(tensor.shape)
+        if piece.stride == into.stride == row_major and (n := tensor.numel):
             # What `fill` finds, for the tensors that a checkpoint has most of.
             source, target = Layout((n,), (1,), piece.offset), Layout((n,), (1,), into.offset)
             yield Copy(name, piece.storage, tensor.dtype, source, memory, target)
+            return
+    if isinstance(tensor.pieces, Shares):
+        in_order = as_run(tensor.shape, into)
+        found = (
+            tensor.pieces.fill(in_order.region, in_order.offset)
+            if isinstance(in_order.region, Run) and in_order.stride == (1,)
+            else None
+        )
+        if found is not None:
+            for storage, source, target in found:
+                yield Copy(name, storage, tensor.dtype, source, memory, target)
             return
     try:
         for piece, source, target in fill(tensor, into):
@@ -174,17 +187,47 @@ def reads_of(copies: Iterable[Copy]) -> dict[StorageRef, StorageReads]:
 
     Bytes that two copies read are not `StorageReads.direct`: they would have to be fetched twice.
     """
-    found: dict[StorageRef, StorageReads] = {}
+    found: dict[StorageRef, _Reads] = {}
+    # Most copies have the same few objects for storages, which need not be compared then.
+    known: dict[int, tuple[StorageRef, _Reads]] = {}
     for copy in copies:
-        reads = found.setdefault(copy.storage, StorageReads())
-        span = copy.span
-        reads.ranges.append(span)
-        if copy.as_it_is:
-            reads.direct.append(span)
-        if len(reads.names) < 3 and copy.name and copy.name not in reads.names:
-            reads.names = (*reads.names, copy.name)
-    for reads in found.values():
-        if len(reads.ranges) > 1:
-            reads.direct = list(overlap(once(reads.ranges), union(reads.direct)))
-            reads.ranges = list(union(reads.ranges))
-    return {one: found[one] for one in sorted(found, key=lambda storage: (storage.file, storage.offset))}
+        at = known.get(id(copy.storage))
+        if at is None:
+            at = known[id(copy.storage)] = copy.storage, found.setdefault(copy.storage, _Reads())
+        at[1].add(copy)
+    in_order = sorted(found, key=lambda storage: (storage.file, storage.offset))
+    return {storage: found[storage].finished() for storage in in_order}
+
+
+class _Reads:
+    """What the copies so far read of one storage. Those that follow each other, as most do, are one range at once."""
+
+    __slots__ = ("_direct", "_names", "_ranges")
+
+    def __init__(self) -> None:
+        # Each as the edges of ranges: start, stop, start, stop ...
+        self._ranges: list[int] = []
+        self._direct: list[int] = []
+        self._names: tuple[str, ...] = ()
+
+    def add(self, copy: Copy) -> None:
+        source = copy.source
+        size = ITEMSIZE[copy.dtype]
+        start, stop = source.offset * size, (source.offset + source.span) * size
+        for edges in (self._ranges, self._direct) if copy.as_it_is else (self._ranges,):
+            if edges and edges[-1] == start:
+                edges[-1] = stop
+            else:
+                edges += (start, stop)
+        if len(self._names) < _NAMES_SHOWN and copy.name and copy.name not in self._names:
+            self._names = (*self._names, copy.name)
+
+    def finished(self) -> StorageReads:
+        ranges, direct = (
+            [ByteRange(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+            for edges in (self._ranges, self._direct)
+        )
+        if len(ranges) > 1:
+            direct = list(overlap(once(ranges), union(direct)))
+            ranges = list(union(ranges))
+        return StorageReads(ranges, self._names, direct)

@@ -33,6 +33,8 @@ class Layout:
     @property
     def span(self) -> int:
         """How many elements of the storage lie from the tensor's first to its last one, both included."""
+        if self.stride == (1,):
+            return self.shape[0]
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -44,6 +46,8 @@ class Layout:
     @property
     def is_contiguous(self) -> bool:
         """Whether it is row-major without gaps; dimensions of size 1 may have any step."""
+        if self.stride == (1,):
+            return True  # as nearly all are
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:

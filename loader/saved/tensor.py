@@ -42,8 +42,9 @@ class StorageRef:
     """Where the header of its record starts in a zip, in bytes; the storage follows it. -1 in other files."""
 
     def __hash__(self) -> int:
-        # There are as many as tensors, and each is looked up often.
-        return hash((self.offset, self.key))
+        # There are as many as tensors, and each is looked up often. The ranks' files have theirs at the same
+        # offsets, under the same keys.
+        return hash((self.file, self.offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class SavedTensor:
     dtype: str
     """The name that follows ``torch.``."""
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Piece]
+    """A tuple, or `shares.Shares`, which makes them as they are asked for."""
     requires_grad: bool = False
 
     def __repr__(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import CorruptError, LayoutError
 from ...saved.partitions import padded_share
+from ...saved.shares import FlatShares
 from ...saved.tensor import SavedTensor
-from .layout import SavedParameter, ZeroCheckpoint, zero_checkpoint
+from .layout import SavedParameter, ZeroCheckpoint, check_shares, zero_checkpoint
 from .model_states import ModelStates
 from .optim_states import OptimStates, read_whole_optimizer
 
@@ -23,6 +24,10 @@ class ZeroContents:
     """Below stage 3 only entry 0."""
     optims: Mapping[int, OptimStates]
     """Empty where weights only are wanted below stage 3. At stage 0 entry 0, which comes from the model file."""
+    flat_shares: dict[tuple[str, int], tuple[FlatShares | None, str]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Stage 3: kept by `partitioned` for all parameters of a kind and subgroup."""
 
     def model_of(self, rank: int) -> ModelStates:
         """The model file from which `rank` restores counters, buffers and client_state: its own, else rank 0's."""
@@ -64,7 +69,11 @@ def zero_contents(
         if checkpoint.partitioned:
             _check_fragments(model, rank, checkpoint.world_size)
     for optim in optims.values():
-        if checkpoint.stage:
+        if checkpoint.partitioned:
+            # Where the parameters lie does not depend on it.
+            check_shares(first, optim, checkpoint.partition_numel)
+            _same(first, optim, tuple(optim.tensors) == checkpoint.kinds, "optimizer state")
+        elif checkpoint.stage:
             other = zero_checkpoint(first, optim)
             _same(first, optim, other.kinds == checkpoint.kinds, "optimizer state")
             _same(first, optim, other.parameters == checkpoint.parameters, "places of parameters")

@@ -187,6 +187,13 @@ def zero_checkpoint(model: ModelStates, optim: OptimStates | None) -> ZeroCheckp
     )
 
 
+def check_shares(model: ModelStates, optim: OptimStates, numels: Sequence[int]) -> None:
+    """Raises, as `zero_checkpoint`, where an optimizer file of stage 3 does not fit `model`, whose flat tensors have
+    `numels` elements each."""
+    _check_agreement(model, optim)
+    _check_tensors(optim, numels)
+
+
 def _check_agreement(model: ModelStates, optim: OptimStates | None) -> None:
     """Raises where the two files are not of the same stage, groups or number of ranks."""
     if optim is None:

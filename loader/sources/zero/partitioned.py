@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ...errors import CorruptError
-from ...saved.partitions import Slot
+from ...saved.partitions import Slot, padded_share
 from ...saved.regions import CoverageError, Run
-from ...saved.tensor import Piece, SavedTensor, Unread
+from ...saved.shares import FlatShares, Shares
+from ...saved.tensor import Piece, SavedTensor, StorageRef, Unread
 from .contents import ZeroContents
 from .layout import SavedParameter
 
@@ -35,6 +36,9 @@ def partitioned(
     if zero.checkpoint.stage == 0:
         found = {kind: zero.flat(parameter, kind, 0) for kind in kinds}
         return {kind: tensor for kind, tensor in found.items() if tensor is not None}
+    in_shares = {kind: _in_shares(zero, parameter, kind) for kind in kinds}
+    if kinds and all(in_shares.values()):
+        return {kind: tensor for kind, tensor in in_shares.items() if tensor is not None}
     try:
         parts = list(_parts(zero, parameter))
     except CoverageError as error:
@@ -55,6 +59,60 @@ def partitioned(
         ]
         tensors[kind] = SavedTensor(dtype, parameter.shape, tuple(pieces))
     return tensors
+
+
+def _in_shares(zero: ZeroContents, parameter: SavedParameter, kind: str) -> SavedTensor | None:
+    """The tensor of a parameter of stage 3, whose pieces are made as they are asked for.
+
+    None where the saved ranks that were read do not follow each other, or their tensors are not all alike: then each
+    piece is looked at by itself.
+    """
+    checkpoint = zero.checkpoint
+    if not checkpoint.partitioned or parameter.frozen or not parameter.numel:
+        return None
+    flats, dtype = _flat_shares(zero, kind, parameter.group)
+    share = padded_share(parameter.numel, checkpoint.world_size)
+    if flats is None or parameter.offset + share > flats.numel:
+        return None
+    first = min(flats.first * share, parameter.numel)
+    stop = min((flats.first + len(flats.storages)) * share, parameter.numel)
+    before, after = Run(0, first), Run(stop, parameter.numel - stop)
+    pieces = Shares(
+        flats,
+        numel=parameter.numel,
+        share=share,
+        start=parameter.offset,
+        before=[_unread(zero, parameter, before)] if before.length else (),
+        after=[_unread(zero, parameter, after)] if after.length else (),
+    )
+    return SavedTensor(dtype, parameter.shape, pieces)
+
+
+def _flat_shares(zero: ZeroContents, kind: str, group: int) -> tuple[FlatShares | None, str]:
+    """The flat tensors of the saved ranks that were read, and their dtype; None where they are not all alike."""
+    if (kind, group) not in zero.flat_shares:
+        zero.flat_shares[kind, group] = _all_alike(
+            min(zero.optims, default=0),
+            [zero.optims[rank].tensors.get(kind, {}).get(group) for rank in sorted(zero.optims)],
+            consecutive=len(zero.optims) == max(zero.optims, default=0) - min(zero.optims, default=0) + 1,
+        )
+    return zero.flat_shares[kind, group]
+
+
+def _all_alike(
+    first: int, tensors: Sequence[SavedTensor | None], *, consecutive: bool
+) -> tuple[FlatShares | None, str]:
+    wholes = [tensor.whole for tensor in tensors if tensor is not None and len(tensor.shape) == 1]
+    storages = [one.storage for one in wholes if one is not None and isinstance(one.storage, StorageRef)]
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    places = {(one.offset, one.stride) for one in wholes if one is not None}
+    if not consecutive or len(storages) < len(tensors) or len(dtypes) != 1 or len(places) != 1:
+        return None, ""
+    ((offset, stride),) = places
+    if stride != (1,):
+        return None, ""
+    shortest = min(tensor.numel for tensor in tensors if tensor is not None)
+    return FlatShares(first, tuple(storages), offset, shortest), dtypes.pop()
 
 
 def _parts(zero: ZeroContents, parameter: SavedParameter) -> Iterator[Slot | Piece]:
