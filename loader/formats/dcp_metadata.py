@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptError, FormatError, UnsafeError
+from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..saved.strided import Box
 from ..saved.values import GlobalName, InertObject, kind_of
+from .dcp_pickle import STORAGE_DATA, Entry, read_usual
 from .pickle.known import DTYPES
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
@@ -101,6 +102,13 @@ def read_metadata(path: str, *, name: str) -> Metadata:
     if len(data) > _LARGEST_FILE:
         raise FormatError(f"{name}: has more than {_LARGEST_FILE:,} bytes, which is not supported", path=name)
     limit = _SPARE_MEMORY + _MEMORY_PER_BYTE * len(data)
+    with _without_collector():
+        usual = read_usual(data, memory_limit=limit)
+        if usual is not None:
+            # What is wrong with it, the other way tells.
+            with contextlib.suppress(RankloadError, RecursionError):
+                return metadata_of(*usual)
+    del usual
     scan = scan_pickle(data, name=name, memory_limit=limit, inert=True)
     with _without_collector():
         tree = read_pickle(data, scan, name=name, memory_limit=limit, inert=True)
@@ -122,13 +130,13 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def metadata_of(tree: Any) -> Metadata:
-    """What the unpickled `tree` says. Raises as `read_metadata`."""
+def metadata_of(tree: Any, more: Sequence[Entry] = ()) -> Metadata:
+    """What the unpickled `tree` says, with `more` entries of its ``storage_data``. Raises as `read_metadata`."""
     if not isinstance(tree, InertObject):
         raise FormatError(f"holds a {kind_of(tree)}, expected the Metadata of torch.distributed.checkpoint")
     fields = _fields(tree)
     entries = _mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
-    items = _items(_mapping(fields.get("storage_data"), "storage_data"))
+    items = _items(_mapping(fields.get(STORAGE_DATA), STORAGE_DATA), more)
     tensors: dict[str, ChunkedTensor] = {}
     objects: dict[str, Item] = {}
     for key, entry in entries.items():
@@ -151,7 +159,7 @@ def metadata_of(tree: Any) -> Metadata:
 def _tensor(
     key: str, fields: Mapping[str, Any], items: Mapping[tuple[str, tuple[int, ...] | None], Item]
 ) -> ChunkedTensor:
-    shape = _shape(fields.get("size"), f"the size of {_short(key)}")
+    shape = _shape(fields.get("size"), "the size of", key)
     if math.prod(filter(None, shape)) > _LARGEST:  # torch counts the steps of a shape with a 0, too
         raise CorruptError(f"{_short(key)} has shape {shape}, which nothing can hold")
     listed = fields.get("chunks")
@@ -159,18 +167,29 @@ def _tensor(
         raise CorruptError(f"the chunks of {_short(key)} are a {kind_of(listed)}, expected a list")
     chunks = []
     for one in listed:
-        chunk = _fields(one)
-        starts = _shape(chunk.get("offsets"), f"the offsets of a chunk of {_short(key)}")
-        sizes = _shape(chunk.get("sizes"), f"the sizes of a chunk of {_short(key)}")
-        inside = len(starts) == len(sizes) == len(shape) and all(
-            start + size <= whole for start, size, whole in zip(starts, sizes, shape, strict=True)
-        )
-        if not inside:
+        box = one if type(one) is Box else _box(_fields(one), key)
+        if not _is_inside(box.starts, box.sizes, shape):
             raise CorruptError(
-                f"a chunk of {_short(key)} at {starts} of sizes {sizes} is not inside its shape {shape}"
+                f"a chunk of {_short(key)} at {box.starts} of sizes {box.sizes} is not inside its shape {shape}"
             )
-        chunks.append(Chunk(Box(starts, sizes), _item_of(items, key, starts)))
+        chunks.append(Chunk(box, _item_of(items, key, box.starts)))
     return ChunkedTensor(_dtype(key, fields.get("properties")), shape, tuple(chunks))
+
+
+def _box(chunk: Mapping[str, Any], key: str) -> Box:
+    return Box(
+        _shape(chunk.get("offsets"), "the offsets of a chunk of", key),
+        _shape(chunk.get("sizes"), "the sizes of a chunk of", key),
+    )
+
+
+def _is_inside(starts: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if not len(starts) == len(sizes) == len(shape):
+        return False
+    for start, size, whole in zip(starts, sizes, shape, strict=True):
+        if start < 0 or size < 0 or start + size > whole:
+            return False
+    return True
 
 
 def _dtype(key: str, properties: Any) -> str:
@@ -186,7 +205,9 @@ def _dtype(key: str, properties: Any) -> str:
     return DTYPES[found.name]
 
 
-def _items(storage_data: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Item]:
+def _items(
+    storage_data: Mapping[Any, Any], entries: Sequence[Entry]
+) -> dict[tuple[str, tuple[int, ...] | None], Item]:
     """The items by key and, of a tensor's chunk, its offsets."""
     found: dict[tuple[str, tuple[int, ...] | None], Item] = {}
     strings: dict[str, str] = {}
@@ -195,10 +216,19 @@ def _items(storage_data: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] |
         key, offset = fields.get("fqn"), fields.get("offset")
         if not isinstance(key, str):
             raise CorruptError("storage_data has an entry without a key")
-        place = (key, None if offset is None else _shape(offset, f"the offset of an item of {_short(key)}"))
+        place = (key, None if offset is None else _shape(offset, "the offset of an item of", key))
         if place in found:
             raise CorruptError(f"storage_data has two entries for {_short(key)} at {place[1]}")
         found[place] = _item(key, _fields(info), strings)
+    for key, starts, file, first, length in entries:
+        place = (key, starts)  # whose numbers those of a chunk must be
+        if place in found:
+            raise CorruptError(f"storage_data has two entries for {_short(key)} at {place[1]}")
+        if file not in strings:
+            strings[file] = _inside(file)
+        if not (0 <= first <= _LARGEST and 0 <= length <= _LARGEST):
+            raise CorruptError(f"the item of {_short(key)} has offset {first} and length {length}")
+        found[place] = Item(strings[file], first, length)
     return found
 
 
@@ -271,11 +301,11 @@ def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
     return value
 
 
-def _shape(value: Any, what: str) -> tuple[int, ...]:
+def _shape(value: Any, what: str, key: str) -> tuple[int, ...]:
     if isinstance(value, InertObject) and value.global_name == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
     if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS or not all(map(_is_count, value)):
-        raise CorruptError(f"{what} is no tuple of at most {MAX_DIMENSIONS} sizes")
+        raise CorruptError(f"{what} {_short(key)} is no tuple of at most {MAX_DIMENSIONS} sizes")
     return tuple(value)
 
 

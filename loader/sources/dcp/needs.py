@@ -102,12 +102,18 @@ def _met(metadata: Metadata, key: str, kept: Sequence[Region] | None) -> Iterato
 
 def _common(tensor: ChunkedTensor, box: Box, region: Region) -> int:
     """How many elements the two have in common."""
+    if isinstance(region, Box):
+        common = 1
+        for start, size, other, other_size in zip(
+            box.starts, box.sizes, region.starts, region.sizes, strict=True
+        ):
+            common *= max(0, min(start + size, other + other_size) - max(start, other))
+        return common
     if not box.numel or not region.numel:
         return 0
     first, stop = extent(tensor.shape, box)
     other_first, other_stop = extent(tensor.shape, region)
     if stop <= other_first or other_stop <= first:
         return 0
-    stride = row_major_stride(tensor.shape) if isinstance(region, Box) else (1,)
-    here, there = Laid(box, 0, row_major_stride(box.sizes)), Laid(region, 0, stride)
+    here, there = Laid(box, 0, row_major_stride(box.sizes)), Laid(region, 0, (1,))
     return sum(math.prod(layout.shape) for layout, _ in intersect(tensor.shape, here, there))
