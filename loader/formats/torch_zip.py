@@ -162,7 +162,7 @@ def read_zip(
         if n_entries is not None and n_entries != len(entries):
             raise CorruptError(
                 f"{name}: its zip directory has {counted(len(entries), 'record')}, and says that it has "
-                f"{n_entries:,}. The file is damaged; fetch it again.",
+                f"{n_entries:,}. The file is damaged; take another copy of it.",
                 path=name,
             )
         top = _top_folder([entry.filename for entry in entries], name)
@@ -247,7 +247,7 @@ def _directory_size(file: BinaryIO, size: int, name: str) -> tuple[int, int | No
             if any(one not in (other, most) for one, other, most in zip(short, long, largest, strict=True)):
                 raise CorruptError(
                     f"{name}: the two records at the end of its zip directory contradict each other. The file is "
-                    "damaged; fetch it again.",
+                    "damaged; take another copy of it.",
                     path=name,
                 )
             directory, entries = long[4], long[3]
@@ -296,7 +296,7 @@ def _checked_records(
     if ordered and ordered[0].header_offset > 0:
         raise CorruptError(
             f"{name}: {counted(ordered[0].header_offset, 'byte')} before its first record belong to none. Something "
-            "was put before the file; fetch it again.",
+            "was put before the file; take another copy of it.",
             path=name,
         )
     for entry, following in zip(ordered, [*ordered[1:], None], strict=True):

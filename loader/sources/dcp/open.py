@@ -56,7 +56,7 @@ class Dcp:
         more: list[str] = []
         if not demand.weights_only:
             there = files.existing(_names_beside(files.first.name))
-            fetched = files.fetch(there, "fetch beside")
+            fetched = files.fetch(there, "fetch beside") if there else {}
             metadata += [fetched[name] for name in there if name != _META]
             if _META in fetched:
                 more.append(_META)
@@ -112,9 +112,10 @@ def _notes(files: Files, folder: _Folder, held: Mapping[str, NodeFile]) -> tuple
         for name, file in held.items()
         if name.startswith(folder.prefix) and file.modified_s is not None
     ]
-    later = files.any("files that are later", any(time > finished + _LATER_S for time in times))
-    earlier = files.any("files that are earlier", any(time <= finished for time in times))
-    if not (later and earlier):
+    later = any(time > finished + _LATER_S for time in times)
+    if not files.any("files that are later", later):
+        return ()
+    if not files.any("files that are earlier", any(time <= finished for time in times)):
         return ()
     note = (
         f"some of its files were written {_LATER_S} seconds or more after {folder.file.name}, and others before it: a "
