@@ -11,8 +11,8 @@
 5. `saved.tree.check_tree` refuses a tree that contains itself, or is too large to walk.
 
 `plain_pickle` reads what ``pickle.dump`` wrote, whose pickle is its whole index. `dcp_metadata` reads the ``.metadata``
-of a DCP folder, by `dcp_pickle` where it is as torch writes it. `model_index` reads the index of a model in several files; `strict_json` parses JSON for it and for
-`safetensors`.
+of a DCP folder, by `dcp_pickle` where it is as torch writes it. `model_index` reads the index of a model in several
+files; `strict_json` parses JSON for it and for `safetensors`.
 
 Not guaranteed: storages are neither read nor compared with their checksums (`materialize.storages` does so when it
 copies them), and what the keys of a tree mean is not known here (`sources`). Classes and functions off the
