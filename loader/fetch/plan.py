@@ -79,6 +79,8 @@ def plan_fetch(requests: Sequence[FetchRequest], mode: Mode) -> list[FetchPlan]:
             wanted = union(*(requests[rank].wanted.get(file, ()) for rank in ranks))
             taken_direct = union(*(plans[rank].direct.get(file, ()) for rank in ranks))
             left = with_gaps(subtract(wanted, taken_direct), RECORD_GAP_BYTES)
+            if taken_direct:
+                left = subtract(left, taken_direct)
             if left:
                 bring[file] = list(left)
     if mode == "job" and len(leaders) > 1:
