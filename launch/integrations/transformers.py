@@ -26,6 +26,7 @@ from ..loader.formats.torch_file import read_index
 from . import deepspeed
 from .batches import warn_of_batch
 from .choosing import newest
+from .native import native_load
 from .random_states import restore_missing
 from .side_folders import count_numbered, is_elsewhere, origin_of
 from .side_folders import side_folder as _side_folder
@@ -109,10 +110,34 @@ def _resuming(trainer: Any, checkpoint: Any, given: Mapping[str, Any]) -> Iterat
                 )
             engine = bool(trainer.is_deepspeed_enabled)
             folder = leaving.enter_context(side_folder(path, with_model=not engine, **given))
+        if not trainer.is_deepspeed_enabled:
+            leaving.enter_context(_own_load_watched(trainer, given["options"]))
         callback = random_states_callback(folder, **given)
         trainer.add_callback(callback)
         leaving.callback(trainer.remove_callback, callback)
         yield folder
+
+
+@contextlib.contextmanager
+def _own_load_watched(trainer: Any, options: Any) -> Iterator[None]:
+    """A block in which Trainer's own loads end on all ranks, where one fails in them (`native.native_load`)."""
+    names = ("_load_from_checkpoint", "_load_optimizer_and_scheduler")
+
+    def watched(own: Any) -> Any:
+        @functools.wraps(own)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            with native_load("Trainer", options):
+                return own(*args, **kwargs)
+
+        return load
+
+    for name in names:
+        setattr(trainer, name, watched(getattr(trainer, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(trainer, name)
 
 
 def side_folder(

@@ -128,5 +128,13 @@ def test_another_batch_is_warned_of(frameworks: str, saved: Saved, tmp_path: Pat
     assert "a step was 6 samples when the checkpoint was saved, and is 3 here" in warning
 
 
+def test_a_rank_that_fails_in_trainers_own_load_ends_all(
+    frameworks: str, saved: Saved, tmp_path: Path
+) -> None:
+    folder = saved("ddp")
+    told = run(frameworks, f"{JOB}.py:fails_on_one_rank", 2, folder, "ddp")
+    assert told is None
+
+
 def test_nothing_to_resume_from_and_an_error_in_the_block(frameworks: str, tmp_path: Path) -> None:
     run(frameworks, f"{JOB}.py:mistakes", 1, tmp_path / "run")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 import warnings
 from typing import Any
 
@@ -140,6 +141,35 @@ def resume(folder: str, kind: str, checkpoint: str, batch: str, out: str) -> Non
         callbacks=[type(one).__name__ for one in trainer.callback_handler.callbacks],
         warnings=[str(one.message) for one in told if "a step was" in str(one.message)],
     )
+
+
+def fails_on_one_rank(folder: str, kind: str) -> None:
+    """Trainer's own load fails on rank 1 alone; prints what each rank raises, and after how long."""
+    from rankload.integrations.transformers import replaced
+
+    from rankload import RankloadError
+
+    own = Trainer._load_optimizer_and_scheduler
+
+    def load(self: Any, checkpoint: Any) -> Any:
+        if rank() == 1:
+            raise OSError("the disk of rank 1")
+        return own(self, checkpoint)
+
+    Trainer._load_optimizer_and_scheduler = load
+    trainer, _ = trainer_of(f"{folder}/out", kind, SHARED_BATCH, resumes=True)
+    begin = time.monotonic()
+    try:
+        with replaced(options={"stall_timeout_s": 60}):
+            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    except (OSError, RankloadError) as error:
+        assert "the disk of rank 1" in str(error), error
+        assert isinstance(error, RankloadError) == (rank() == 0), error
+        assert time.monotonic() - begin < 30
+        assert "_load_optimizer_and_scheduler" not in vars(trainer)
+        print("ended", flush=True)
+        os._exit(0)  # the job's own group waits for nobody
+    raise AssertionError("it went on")
 
 
 def mistakes(folder: str) -> None:
