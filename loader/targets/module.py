@@ -13,6 +13,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class ModulePlan:
     """Buffers whose values must survive a cast, and could not be read yet: compared before the first change."""
     metadata: Any = None
     """Versions of the saved submodules (``state_dict()._metadata``), which a submodule's own loading may read."""
+
+    @cached_property
+    def targets(self) -> dict[str, torch.Tensor | None]:
+        """The module's tensors while it is planned; algorithms may have changed the module by the time it is filled."""
+        return module_tensors(self.module)
 
     @property
     def spread(self) -> bool:
@@ -236,7 +242,7 @@ def plan_module(model: Any, saved: Saved, options: RestoreOptions) -> ModulePlan
         show_shards(module)
         # By value, not by name: ``ignore_keys`` may have given a name the weights of another.
         masters = {id(whole[name]): master for name, master in saved.masters.items() if name in whole}
-        match = match_names(whole, module_tensors(module), options.rename)
+        match = match_names(whole, plan.targets, options.rename)
         plan.metadata = _as_named_here(getattr(whole, "_metadata", None), match)
         _match(plan, left, match, masters, options)
         _explain(plan, whole, match, options)
@@ -253,7 +259,7 @@ def _as_named_here(metadata: Any, match: NameMatch) -> Any:
 
 def _explain(plan: ModulePlan, whole: Mapping[str, Any], match: NameMatch, options: RestoreOptions) -> None:
     """Notes which missing names are frozen parameters, and the ``rename`` that makes names match, if there is one."""
-    targets = module_tensors(plan.module)
+    targets = plan.targets
     frozen = [
         name
         for name in match.missing
@@ -296,7 +302,7 @@ def _match(
 ) -> None:
     """Fills `plan` with what of `saved` goes where, by `match`; `masters` are by ``id`` of the weights in `saved`."""
     module = plan.module
-    targets = module_tensors(module)
+    targets = plan.targets
     takers = extra_states(module)
     hooks = tuple(loading_overrides(module))
     plan.through_hooks = bool(hooks)
@@ -339,7 +345,7 @@ def _match(
 
 
 def _step(plan: ModulePlan) -> ModuleStep:
-    targets = module_tensors(plan.module)
+    targets = plan.targets
     trees = {
         _place(name): value
         for name, value in plan.sources.items()
