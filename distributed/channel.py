@@ -229,6 +229,11 @@ class Channel:
             self._within.moved()
 
     @property
+    def store_is_lost(self) -> bool:
+        """Whether the store has stopped answering this rank."""
+        return self._store_thread.lost is not None
+
+    @property
     def waiting_for(self) -> str:
         """What this rank waits for, as `heard` was told last; "" if it came."""
         return self._store_thread.waiting_for

@@ -24,7 +24,10 @@ _groups = itertools.count()
 
 @contextmanager
 def process_group(
-    topology: Topology, timeout_s: float = 120.0, absent: Callable[[], int] = lambda: 0
+    topology: Topology,
+    timeout_s: float = 120.0,
+    absent: Callable[[], int] = lambda: 0,
+    store_lost: Callable[[], bool] = lambda: False,
 ) -> Iterator[Topology]:
     """A default process group for the block, and the topology that fits it.
 
@@ -37,6 +40,7 @@ def process_group(
         timeout_s: seconds for which a rank that has not joined is waited for, and the time-out of a group made
             here.
         absent: how many ranks are known, at the end of the block, not to come there: rank 0 does not wait for them.
+        store_lost: whether it is known, at the end of the block, that the store answers no more: nobody is asked then.
 
     Raises:
         TopologyError: the group and the environment contradict each other, or no meeting point is known.
@@ -50,12 +54,14 @@ def process_group(
     elif topology.world_size == 1:
         yield topology
     else:
-        with _own_group(topology, timeout_s, absent):
+        with _own_group(topology, timeout_s, absent, store_lost):
             yield topology
 
 
 @contextmanager
-def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) -> Iterator[None]:
+def _own_group(
+    topology: Topology, timeout_s: float, absent: Callable[[], int], store_lost: Callable[[], bool]
+) -> Iterator[None]:
     import torch.distributed as dist
 
     point = meeting_point(topology)
@@ -88,12 +94,15 @@ def _own_group(topology: Topology, timeout_s: float, absent: Callable[[], int]) 
         leaving: Any = threading.Thread(
             target=_leave, args=(store, topology, longest_s, absent()), daemon=True
         )
-        leaving.start()
-        leaving.join(longest_s + 0.5)
-        answers = not leaving.is_alive()
+        answers = not store_lost()
+        if answers:
+            leaving.start()
+            leaving.join(longest_s + 0.5)
+            answers = not leaving.is_alive()
         if not answers:
             shut_down(connection)
-            leaving.join(LINGER_AFTER_FAILURE_S)
+            if leaving.ident is not None:
+                leaving.join(LINGER_AFTER_FAILURE_S)
         keys = store = server = leaving = None  # The last references: the server ends here.
         if farewell is not None:
             with farewell:

@@ -44,7 +44,10 @@ def open_session(*, stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S) -> Iterato
         opened: list[Channel] = []
         with (
             process_group(
-                found, timeout_s=stall_timeout_s, absent=lambda: sum(one.absent for one in opened)
+                found,
+                timeout_s=stall_timeout_s,
+                absent=lambda: sum(one.absent for one in opened),
+                store_lost=lambda: any(one.store_is_lost for one in opened),
             ) as topology,
             open_channel(topology, stall_timeout_s=stall_timeout_s) as channel,
         ):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from processes import free_port, run_ranks
-from rankload.distributed import rendezvous, siblings
+from rankload.distributed import group, rendezvous, siblings
 from rankload.distributed.errors import PeerError, RankloadError, StalledError, TopologyError
 from rankload.distributed.group import process_group
 from rankload.distributed.liveness import identity_of, this_process
@@ -219,6 +219,22 @@ def test_ranks_that_agents_start_again_meet_whatever_each_agent_counts() -> None
         assert [one.returncode for one in finished] == [0, 0], finished
         assert finished[0].stdout == finished[1].stdout
         assert max(one.seconds for one in finished) < 20
+
+
+def test_a_store_that_is_lost_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is silent: a network that was cut. The others' error should not come later for that."""
+    asked: list[float] = []
+    monkeypatch.setattr(group, "_leave", lambda *_: asked.append(time.monotonic()))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    alone = Topology(0, 0, 1, 1, 0, 1, "environment", socket.gethostname())
+    for lost in (True, False):
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        with (
+            pytest.raises(PeerError, match="rank 0 is gone"),
+            group._own_group(alone, 20.0, lambda: 0, lambda lost=lost: lost),  # type: ignore[misc]
+        ):
+            raise PeerError("rank 0 is gone")
+        assert len(asked) == (0 if lost else 1)
 
 
 # --- before all have joined ----------------------------------------------------------------------------------------
