@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=4096)
     parser.add_argument("--parameters", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunks", type=int, nargs="*", default=[64, 256], help="of each tensor in DCP")
+    parser.add_argument("--chunks", type=int, nargs="*", default=[64], help="of each tensor in DCP")
     parser.add_argument("--write", metavar="PAGE", help="replaces the page's table of them")
     arguments = parser.parse_args()
     rows = []
