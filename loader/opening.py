@@ -7,11 +7,15 @@ each rank may have another.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from ..distributed.session import Session
 from .cache.node import NodeCache
 from .context import LoadContext
 from .errors import FormatError, NotFoundError, RankloadError
+from .fetch.ahead import ask_all_ahead
 from .fetch.checkpoint_files import CheckpointFiles, NamedPath
 from .fetch.progress import JobProgress
 from .fetch.remote_files import RemoteFiles
@@ -21,11 +25,11 @@ from .retries import Outages
 from .saved.contents import Saved
 from .stages import Stages
 from .stores.base import Store
-from .stores.locate import RANK_FILE, Located, locate
-from .stores.manifest import find_manifests, known_sums
-from .stores.names import file_name
+from .stores.locate import RANK_FILE, AskAhead, Located, locate, looks_like_file
+from .stores.manifest import NAMES, Looked, find_manifests, known_sums, look_for_manifests
+from .stores.names import file_name, folder_of, without_slash
 from .stores.open import open_store
-from .stores.probes import Probes
+from .stores.probes import AT_ONCE, Probes, ask_each
 from .template import expand_for_rank_zero, expand_for_second_rank, expand_path, template_variables
 from .wire import decode, encode
 
@@ -41,8 +45,8 @@ def open_files(
     """
     context, path, first_name = _open(request, session, stages, leaving)
     with stages.timed("locate"):
-        found = session.channel.decide("locate", None, lambda _: encode(locate(context.store, first_name)))
-    return _files(request, context, path, decode(Located, found), leaving)
+        found = session.channel.decide("locate", None, lambda _: encode(_search(context, first_name, locate)))
+    return _files(request, context, path, decode(_Found, found), leaving)
 
 
 def open_own_file(
@@ -55,10 +59,12 @@ def open_own_file(
     """
     context, path, first_name = _open(request, session, stages, leaving)
     with stages.timed("locate"):
-        found = session.channel.decide("locate", None, lambda _: encode(_one_file(context.store, first_name)))
-        located = decode(Located, found)
+        told = session.channel.decide(
+            "locate", None, lambda _: encode(_search(context, first_name, _one_file))
+        )
+        found = decode(_Found, told)
     if not _differs_by_rank(request):
-        return _files(request, context, path, located, leaving)
+        return _files(request, context, path, found, leaving)
     with stages.announced("names"):
         ranks = session.topology
         name = path.name_of(
@@ -71,7 +77,7 @@ def open_own_file(
             )
         )
     try:
-        return _files(request, context, path, located, leaving, own=Located("file", name, name))
+        return _files(request, context, path, found, leaving, own=Located("file", name, name))
     except NotFoundError as error:
         # All ranks have agreed on this very error, so that another one in its place would not be raised.
         error.message += (
@@ -87,9 +93,62 @@ def outages_of(session: Session, stall_timeout_s: float) -> Outages:
     return Outages(stall_timeout_s, who=f"rank {ranks.rank}" if ranks.world_size > 1 else "this process")
 
 
-def _one_file(store: Store, name: str) -> Located:
+@dataclass(frozen=True)
+class _Found:
+    """What rank 0 found, for all ranks."""
+
+    located: Located
+    sums: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Those that `find_manifests` found next to it; none where nothing is compared."""
+    notes: tuple[str, ...] = ()
+    """Its notes."""
+
+
+def _search(context: LoadContext, name: str, find: Callable[[Store, str, AskAhead], Located]) -> _Found:
+    """What `find` finds, such as `locate`, and the manifests next to it, which are looked for at the same time.
+
+    One rank calls it, for all. Raises as `find`, and as `find_manifests`.
+    """
+    store = context.store
+    required = context.options.asks_for_checksums
+    looked: list[Looked] = []
+    located: list[Located] = []
+
+    compares = context.options.verify != "off"
+
+    def ahead(names: Sequence[str]) -> None:
+        """With what lies in a tag's folder, its manifests are looked for."""
+        folder = folder_of(names[0])
+        works: list[Callable[[], None]] = [partial(ask_all_ahead, context, names)]
+        if compares and not store.is_local and folder not in (without_slash(name), folder_of(name)):
+            # By now there are connections, so that all of them can be looked for at once.
+            works.append(partial(look, folder, is_file=False, at_once=len(NAMES)))
+        _at_once(store, works)
+
+    def find_it() -> None:
+        located.append(find(store, name, ahead))
+
+    def look(name: str, *, is_file: bool, at_once: int = AT_ONCE) -> None:
+        looked.append(look_for_manifests(store, name, is_file=is_file, required=required, at_once=at_once))
+
+    if not compares:
+        find_it()
+        return _Found(located[0])
+    if store.is_local:
+        find_it()
+    else:
+        _at_once(store, [find_it, partial(look, name, is_file=looks_like_file(name))])
+    manifests = find_manifests(store, located[0], required=required, looked=looked)
+    return _Found(located[0], manifests["sums"], tuple(manifests["notes"]))
+
+
+def _at_once(store: Store, works: Sequence[Callable[[], None]]) -> None:
+    ask_each(store, lambda work: work(), works)
+
+
+def _one_file(store: Store, name: str, ahead: AskAhead) -> Located:
     """The file that `name` names. Raises as `locate`, and `FormatError` where it names a checkpoint's folder."""
-    located = locate(store, name)
+    located = locate(store, name, ahead)
     if RANK_FILE.fullmatch(file_name(name)) and located.first == name:
         return Located("file", name, name)
     if located.form != "file":
@@ -133,13 +192,13 @@ def _files(
     request: LoadRequest,
     context: LoadContext,
     path: NamedPath,
-    located: Located,
+    found: _Found,
     leaving: contextlib.ExitStack,
     *,
     own: Located | None = None,
 ) -> CheckpointFiles:
-    """Fetches the first file, which is `located` for all ranks, or for each its `own`. Every rank must call."""
-    session, store = context.session, context.store
+    """Fetches the first file, which was `found` for all ranks, or for each its `own`. Every rank must call."""
+    session, store, located = context.session, context.store, found.located
     # Rank 0 found it there: to no rank is its server one that never answered.
     store.outages.answered(store.origin(located.first))
     context.cache.of_checkpoint(store.identity, store.describe(located.name))
@@ -150,7 +209,7 @@ def _files(
             enabled=request.progress_bar and not store.is_local,
         )
     )
-    remote = leaving.enter_context(RemoteFiles(_whole_checks(context, located, own)))
+    remote = leaving.enter_context(RemoteFiles(_whole_checks(context, found, own)))
     return CheckpointFiles(context, remote, own or located, path)
 
 
@@ -188,21 +247,17 @@ def _is_there(store: Store, name: str) -> bool:
     return info is not None and info.certain and not info.is_folder
 
 
-def _whole_checks(context: LoadContext, located: Located, own: Located | None) -> WholeChecks:
-    """The checksums that objects fetched whole are compared with; manifests next to the checkpoint are read for them.
+def _whole_checks(context: LoadContext, found: _Found, own: Located | None) -> WholeChecks:
+    """The checksums that objects fetched whole are compared with: those of the manifests that were `found`.
 
     Where each rank has a file of its `own`, each looks for that file's manifest too. Every rank must call.
     """
     verify, channel = context.options.verify, context.session.channel
     if verify == "off":
         return WholeChecks(verify)
-    required = context.options.asks_for_checksums
-    with context.stages.timed("manifest"):
-        found = channel.decide(
-            "manifest", None, lambda _: find_manifests(context.store, located, required=required)
-        )
-    known, notes = known_sums(found), list(found["notes"])
+    known, notes = known_sums({"sums": found.sums}), list(found.notes)
     if own is not None:
+        required = context.options.asks_for_checksums
         with context.stages.announced("manifests"):
             beside = find_manifests(context.store, own, only_beside=True, required=required)
         for each in channel.gather("manifests", beside):

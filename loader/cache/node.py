@@ -172,10 +172,7 @@ class NodeCache:
         It is not `lasting` where no other load could ask for it. Raises `AccessError` where the cache folder is not
         private to this user.
         """
-        stem = (
-            re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(label.rstrip("/")))[:60].lstrip(".") or "object"
-        )
-        name = f"{stem}-{_digest(identity)}"
+        name = f"{_stem(label)}-{_digest(identity)}"
         with self._lock:
             if name not in self._entries:
                 home = self._home(name, nbytes)
@@ -185,6 +182,14 @@ class NodeCache:
                 self._entries[name] = CacheEntry(self, home.folder, name, use)
                 self._used = True
             return self._entries[name]
+
+    def may_hold(self, label: str) -> bool:
+        """Whether there is an entry of some object, at some version, that `label` names as in `entry`."""
+        for home in self._homes:
+            with contextlib.suppress(OSError):
+                if any(name.startswith(f"{_stem(label)}-") for name in os.listdir(home.folder)):
+                    return True
+        return False
 
     def join(self, paths: Iterable[str]) -> None:
         """Becomes a user of the entries that `paths` lie in, until this context ends.
@@ -474,6 +479,11 @@ def _wait(folder: str, seen: int, on_bytes: OnBytes) -> int:
             break
         time.sleep(POLL_S)
     return seen
+
+
+def _stem(label: str) -> str:
+    """What the folder's name of an entry begins with."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(label.rstrip("/")))[:60].lstrip(".") or "object"
 
 
 def _digest(identity: object) -> str:

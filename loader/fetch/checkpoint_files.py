@@ -23,6 +23,7 @@ from ..stores.names import file_name
 from ..stores.probes import Probes, all_there
 from ..template import expand_path, template_variables
 from .again import SecondFetch
+from .ahead import ask_all_ahead
 from .files import FetchedFile, FileNeed, fetch_files
 from .items import read_items
 from .needs import NeedTable
@@ -152,8 +153,13 @@ class CheckpointFiles:
 
         def probe(_: Any) -> str:
             probes = Probes(store)
-            for name in names:
-                found = probes.look(store.join(self._located.name, name) if self.in_folder else name)
+            objects = {
+                name: store.join(self._located.name, name) if self.in_folder else name for name in names
+            }
+            # There are connections by now, so that all can be asked for at once.
+            ask_all_ahead(self.context, list(objects.values()), beginning_only=True, at_once=len(objects))
+            for name, one in objects.items():
+                found = probes.look(one)
                 if found is not None and not found.is_folder:
                     return name
             raise probes.nothing(f"{self.name} has no {what}; looked for {', '.join(names)}", self.name)

@@ -8,8 +8,9 @@ into the node's cache, once.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..context import LoadContext
@@ -17,10 +18,10 @@ from ..errors import FormatError, NotFoundError
 from ..plurals import ranks_text
 from ..saved.node_file import NodeFile
 from ..stores.base import ObjectInfo, Store
-from ..stores.probes import AT_ONCE
 from ..stores.symlinks import resolve
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
+from .ahead import ask_ahead
 from .needs import FileNeed, NeedTable, find_lacking, gather_needs, raise_lacking, same_needs
 from .object_cache import ObjectCache
 from .remote_files import ObjectPart
@@ -31,6 +32,9 @@ from .whole import obtain, whole_bytes
 if TYPE_CHECKING:
     from ...distributed.channel import Channel
     from .remote_files import RemoteFiles
+
+_FIND_AT_ONCE = 16
+"""How many files are asked for at once, all of which should be there."""
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
 
@@ -109,7 +113,8 @@ def fetch_files(
     found: dict[str, ObjectInfo | None] = {}
     with channel.announced(f"{stage}: find"):
         if table.leads:
-            _find(store, table.node_needs, found, FetchWatch(channel, tally))
+            ahead = partial(ask_ahead, context) if remote is not None else None
+            _find(store, table.node_needs, found, FetchWatch(channel, tally), ahead)
     report = {name: info is not None for name, info in found.items()}
     if not store.is_local:
         # Nothing is fetched unless all of it is there, and has room.
@@ -151,8 +156,16 @@ def _refuse(
         )
 
 
-def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None], watch: FetchWatch) -> None:
+def _find(
+    store: Store,
+    names: Sequence[str],
+    found: dict[str, ObjectInfo | None],
+    watch: FetchWatch,
+    ahead: Callable[[str], None] | None,
+) -> None:
     def job(name: str) -> None:
+        if ahead is not None:
+            ahead(name)
         resolved = resolve(store, name)
         if resolved is not None and resolved.info.is_folder:
             raise FormatError(
@@ -162,7 +175,7 @@ def _find(store: Store, names: Sequence[str], found: dict[str, ObjectInfo | None
         found[name] = None if resolved is None else resolved.info
         watch.tally.moved += 1
 
-    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=AT_ONCE)
+    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=_FIND_AT_ONCE)
 
 
 def _job(work: Any, name: str) -> Any:

@@ -73,6 +73,16 @@ class RemoteFile:
             return ObjectRead(peer, missing, self._target, self._taken, reads_along=False)
         return ObjectRead(self.source, missing, self._target, self._landed)
 
+    def put(self, start: int, data: bytes) -> int:
+        """Lands bytes that have come from the store by another way, where they had not; returns how many those are."""
+        n_bytes = 0
+        for here in self._partial.missing([ByteRange(start, start + len(data))]):
+            part = memoryview(data)[here.start - start : here.stop - start]
+            self._partial.write(here.start, part)
+            self._partial.land(here.start, here.stop, crc32(part))
+            n_bytes += here.length
+        return n_bytes
+
     def adopt(self, other: RemoteFile, base: int) -> None:
         """Copies what has landed of `other`, in which this object begins at byte `base`."""
         for start, stop in self._partial.missing([ByteRange(0, self.source.size_bytes)]):

@@ -34,14 +34,14 @@ from ..retries import until_done
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.names import path_of
 from ..workers import Stop
+from . import ahead
+from .ahead import COMPRESSED_NAMES, HEAD_AND_TAIL_BYTES, OF_ITEMS
 from .object_cache import ObjectCache
 from .remote_file import RemoteFile, open_remote_file
 from .tally import FetchedAgain
 from .tars import RemoteArchive, open_archive
 from .whole_checks import Compared, WholeChecks
 
-HEAD_AND_TAIL_BYTES = 256 << 10
-"""The first request for a file, from each end: mostly enough for its pickle and its directory."""
 PARALLEL_FROM_BYTES = 32 << 20
 """From this size on, a whole object is fetched over several connections."""
 GAPS_BYTES = 64 << 10
@@ -49,12 +49,7 @@ GAPS_BYTES = 64 << 10
 own checksum can be compared: a full restore leaves only the gaps between the records."""
 SMALL_ARCHIVE_BYTES = 1 << 20
 """Archives up to this size come whole."""
-OF_ITEMS = ".distcp"
-"""Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
-fetch, another file says (`items`)."""
 _logger = package_logger()
-_COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
-"""Suffixes of objects that come whole; for them no range source is opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +99,8 @@ class RemoteFiles:
         self._indexes: dict[str, FileIndex] = {}
         self._index_spans: dict[str, ByteRange] = {}
         """Where the index lies that no checksum of its own proves, by path."""
+        self._by_records: set[str] = set()
+        """Paths of files all of whose storages have checksums of their own."""
         self.renewed: set[str] = set()
         """Paths of files all of which was fetched again, while ranks may have read of it."""
         self._server: RangeServer | None = None
@@ -143,7 +140,7 @@ class RemoteFiles:
     def may_come_in_parts(self, info: ObjectInfo) -> bool:
         """False where the object's name or size shows that it comes whole."""
         return not (
-            path_of(info.name).endswith(_COMPRESSED) or 0 <= (info.size_bytes or -1) <= _smallest(info)
+            path_of(info.name).endswith(COMPRESSED_NAMES) or 0 <= (info.size_bytes or -1) <= _smallest(info)
         )
 
     def begin(self, objects: ObjectCache, info: ObjectInfo, on_bytes: OnBytes) -> InParts | None:
@@ -180,6 +177,8 @@ class RemoteFiles:
             file = open_remote_file(objects, info, source, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
+            for start, data in ahead.taken(objects.store, info.name):
+                on_bytes(file.put(start, data))
             if file.damaged_bytes:
                 self.note_again(described, file.damaged_bytes, "what the cache held was damaged")
             try:
@@ -222,6 +221,8 @@ class RemoteFiles:
             index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
             with self._lock:
                 self._files[file.path], self._indexes[file.path] = file, index
+                if index.verifiable:
+                    self._by_records.add(file.path)
                 if kind == "safetensors":
                     self._index_spans[file.path] = at_start
             return InParts(file.path, "file", size, file.fetched_bytes, (), {"": _part_of(info, source)})
@@ -313,6 +314,9 @@ class RemoteFiles:
         file = self._files[path]
         if path not in self._objects:
             # An archive's member: checksums are known of whole objects only.
+            return
+        if self.checks.verify != "before" and path in self._by_records:
+            # What is read of it is compared anyway, as it is read: a second pass would only cost time.
             return
         if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
             file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)

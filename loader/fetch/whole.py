@@ -22,10 +22,11 @@ from ..store_errors import disk_full, is_disk_full, refusals_in
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.names import path_of
 from ..stores.symlinks import resolve_link
+from .ahead import OF_ITEMS
 from .archive import is_tar, unpack
 from .decompress import COMPRESSED, Expanded
 from .object_cache import ObjectCache
-from .remote_files import OF_ITEMS, ObjectPart
+from .remote_files import ObjectPart
 from .tally import OnProgress
 from .whole_checks import NOTHING, Compared, WholeChecks, from_details
 

@@ -16,10 +16,10 @@ from ..byte_ranges import ByteRange, overlap, subtract, total_bytes, union
 from ..cache.folder import make_private_folder
 from ..cache.holes import Landed
 from ..errors import OptionError
+from ..fetch.ahead import OF_ITEMS
 from ..fetch.checkpoint_files import CheckpointFiles
 from ..fetch.files import FetchedFile
 from ..fetch.plan import FetchPlan
-from ..fetch.remote_files import OF_ITEMS
 from ..fetch.rounds import WantedRanges
 from ..fetch.wanted import early_parts
 from ..materialize.storages import STAGING_BYTES

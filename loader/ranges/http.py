@@ -32,6 +32,7 @@ from ..http.redirects import follow
 from ..redaction import redact_path
 from ..retries import Outages
 from ..stores.base import Heard, ObjectInfo, unheard
+from ..stores.http import FirstBytes
 from ..stores.sums import StoredSum, in_headers
 from .base import pieces
 
@@ -57,7 +58,8 @@ class NoSizeError(AccessError):
 class HttpSource:
     """The object at the address that `make_address` returns: always the same one, or a newly signed URL each time.
 
-    The constructor asks the server for the first byte, which fixes the version; it raises `NotFoundError`,
+    The constructor asks the server for the first byte, which fixes the version, unless the answers in `first` have
+    fixed it; it raises `NotFoundError`,
     `NoSizeError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `expected`,
     whose version must be an ETag or a Last-Modified. `signed_for_s` is for how many seconds an address is signed, where
     it is. `heard` is called while the constructor waits; `outages` are those of the call that reads it.
@@ -76,6 +78,7 @@ class HttpSource:
         described: str | None = None,
         heard: Heard = unheard,
         outages: Outages | None = None,
+        first: FirstBytes | None = None,
     ) -> None:
         self.outages = outages or Outages()
         self._make_address = make_address
@@ -91,7 +94,12 @@ class HttpSource:
         self.stored_sums: tuple[StoredSum, ...] = ()
         """Checksums of the whole object in the first answer."""
         self.has_ranges = True
-        self._open(expected, heard)
+        if first is None:
+            self._open(heard)
+        else:
+            self._open_with(first)
+        if expected is not None:
+            check_expected(self._pin, expected.size_bytes, expected.version, self._described)
 
     @property
     def size_bytes(self) -> int:
@@ -128,7 +136,14 @@ class HttpSource:
                 left = answer.receive(position, n_bytes, left, targets, arrived, self._described)
                 position += n_bytes
 
-    def _open(self, expected: ObjectInfo | None, heard: Heard) -> None:
+    def _open_with(self, first: FirstBytes) -> None:
+        if first.pin.size_bytes is None:
+            raise NoSizeError(f"{self._described}: the server does not tell its size", path=self._described)
+        self._pin, self.has_ranges, self.stored_sums = first.pin, first.has_ranges, first.sums
+        if first.url != self._place.url:
+            self._place = replace(self._place, url=first.url, is_redirected=True)
+
+    def _open(self, heard: Heard) -> None:
         answer = self._ask(
             {"Range": "bytes=0-0"},
             lambda n_bytes: heard(n_bytes, self._described),
@@ -156,9 +171,6 @@ class HttpSource:
             raise NoSizeError(f"{self._described}: the server does not tell its size", path=self._described)
         self._pin = pin_of(headers, total)
         self.stored_sums = in_headers(headers, whole=status == 200)
-        if expected is None:
-            return
-        check_expected(self._pin, expected.size_bytes, expected.version, self._described)
 
     def _check(self, response: http.client.HTTPResponse, start: int, stop: int) -> int:
         """How many bytes from `start` on the body holds."""

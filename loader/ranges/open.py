@@ -27,8 +27,9 @@ def open_range_source(
     """The source of the object that `info` (from ``store.stat``) describes; None where only whole objects can be had.
 
     Sends an http(s) server one request, for the version and whether it does ranges (`RangeSource.has_ranges`); none
-    where it is known to send one stream of unknown length. Sources may share `connections`, which they do not close.
-    Raises `NotFoundError`, `AccessError`, `TryAgainError`, or `CorruptError` where the object is not the one in `info`.
+    where `HttpStore.ask_ahead` has asked for both, or it is known to send one stream of unknown length. Sources may
+    share `connections`, which they do not close. Raises `NotFoundError`, `AccessError`, `TryAgainError`, or
+    `CorruptError` where the object is not the one in `info`.
     """
     if isinstance(store, HttpStore):
         return _open_http(store, info, connections)
@@ -98,8 +99,10 @@ def _open_http(store: HttpStore, info: ObjectInfo, connections: Connections | No
             expected=info,
             heard=store.heard,
             outages=store.outages,
+            first=store.first_bytes(info.name),
         )
     except NoSizeError:
         return None
-    store.add_sums(info.name, source.stored_sums)
+    if source.stored_sums:
+        store.add_sums(info.name, source.stored_sums)
     return source

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
@@ -113,7 +115,15 @@ class Located:
     """Name of `first` relative to the folder, where it lies in a folder inside it."""
 
 
-def locate(store: Store, name: str) -> Located:
+AskAhead = Callable[[Sequence[str]], None]
+"""Called with names that will be asked for next, so that a store may ask for all of them at once."""
+
+
+def one_by_one(names: Sequence[str]) -> None:
+    """The `AskAhead` of a store that is asked for each name in its turn."""
+
+
+def locate(store: Store, name: str, ask_ahead: AskAhead = one_by_one) -> Located:
     """The checkpoint that `name` (expanded for rank 0) names in `store`. One rank calls it, for all.
 
     Raises `NotFoundError` where it names nothing, `AccessError` where nothing was found and the store refused to speak
@@ -123,7 +133,12 @@ def locate(store: Store, name: str) -> Located:
     A URL with a query is asked for as it is, before any other name: it may be signed for this object alone.
     """
     probes = Probes(store)
-    finders = (_as_file, _as_folder) if _looks_like_file(name) else (_as_folder, _as_file)
+    as_folder = partial(_as_folder, ask_ahead=ask_ahead)
+    if looks_like_file(name):
+        finders: tuple[Callable[[Probes, str], Located | None], ...] = (_as_file, as_folder)
+        ask_ahead([name])
+    else:
+        finders = (as_folder, _as_file)
     for finder in (*finders, _as_model):
         found = finder(probes, name)
         if found is not None:
@@ -146,7 +161,7 @@ def _as_file(probes: Probes, name: str) -> Located | None:
     found = search(probes, name)
     if found is None or found.info.is_folder:
         return None
-    if not found.info.certain and not _looks_like_file(name):
+    if not found.info.certain and not looks_like_file(name):
         # The store cannot say that there is such a file: one inside of it shows that there is none.
         model = _as_model(probes, name)
         if model is not None:
@@ -155,7 +170,8 @@ def _as_file(probes: Probes, name: str) -> Located | None:
     return _model(probes.store, found.info.name)
 
 
-def _looks_like_file(name: str) -> bool:
+def looks_like_file(name: str) -> bool:
+    """Whether `name` is asked for as a file before it is taken for a folder's."""
     return has_query(name) or file_name(name).endswith(FILE_SUFFIXES)
 
 
@@ -209,13 +225,15 @@ def _model(store: Store, name: str) -> Located:
     return Located("folder", folder_of(name) or ("." if store.is_local else ""), name)
 
 
-def _as_folder(probes: Probes, name: str) -> Located | None:
+def _as_folder(probes: Probes, name: str, ask_ahead: AskAhead) -> Located | None:
     store = probes.store
     latest = store.join(name, LATEST)
+    ask_ahead([latest, *(store.join(name, one) for one in MODEL_STATES)])
     if probes.exists(latest):
         tag = read_tag(store, latest)
         folder = store.join(name, tag)
         in_folder = Probes(store)
+        ask_ahead([store.join(folder, one) for one in (*MODEL_STATES, *UNIVERSAL_MARKERS)])
         found = _model_file(in_folder, folder)
         if found is None:
             _refuse_other_kinds(store, folder)
@@ -228,14 +246,15 @@ def _as_folder(probes: Probes, name: str) -> Located | None:
     found = _model_file(probes, name)
     if found is not None:
         return Located("folder", without_slash(name), found, file_name(name))
-    return _as_dcp(probes, name)
+    return _as_dcp(probes, name, ask_ahead)
 
 
-def _as_dcp(probes: Probes, name: str) -> Located | None:
+def _as_dcp(probes: Probes, name: str, ask_ahead: AskAhead) -> Located | None:
     """A DCP folder, by itself or by its ``.metadata``, or the folder in which Accelerate put one."""
     store = probes.store
     if file_name(name) == DCP_METADATA:
         name = folder_of(name)
+    ask_ahead([probes.store.join(name, DCP_METADATA)])
     for inside in (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}"):
         first = store.join(name, inside)
         if probes.exists(first):

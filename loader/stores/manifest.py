@@ -16,16 +16,17 @@ import posixpath
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError, RankloadError, StalledError
 from ..retries import waiting_at_most
 from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
+from .http import HttpStore
 from .locate import Located
 from .names import child_of, file_name, folder_of, has_query, is_url, path_of
-from .probes import ask_each, is_page
+from .probes import AT_ONCE, ask_each, is_page
 
 T = TypeVar("T")
 NAMES = ("MANIFEST", "MANIFEST.sha256", "SHA256SUMS", "sha256sum.txt", "checksums.sha256")
@@ -66,12 +67,50 @@ class KnownSum:
     """The manifest's own name, without its folder."""
 
 
+@dataclass(frozen=True)
+class _Failed:
+    """A manifest that may be there, and could not be read."""
+
+    error: RankloadError
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a store had of manifests by names that they may have."""
+
+    found: Mapping[str, Manifest | _Failed | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def look_for_manifests(
+    store: Store, name: str, *, is_file: bool, required: bool = False, at_once: int = AT_ONCE
+) -> Looked:
+    """Reads the manifests next to what `name` probably is, a file or a folder, for `find_manifests`.
+
+    For a caller who finds out at the same time what it is. What fails is left to `find_manifests`.
+    """
+    notes: list[str] = []
+    likely = Located("file" if is_file else "folder", name, name)
+    try:
+        names = _candidates(store, likely, NAMES)
+        found = _look(store, names, None if required else OPTIONAL_S, notes, at_once)
+    except RankloadError:
+        return Looked()
+    return Looked(found, tuple(notes))
+
+
 def find_manifests(
-    store: Store, located: Located, *, only_beside: bool = False, required: bool = False
+    store: Store,
+    located: Located,
+    *,
+    only_beside: bool = False,
+    required: bool = False,
+    looked: Sequence[Looked] = (),
 ) -> dict[str, Any]:
     """Reads the manifests next to the checkpoint; one rank calls it, for all.
 
-    With `only_beside`, only the one of a single file ``NAME``, which is ``NAME.sha256``.
+    With `only_beside`, only the one of a single file ``NAME``, which is ``NAME.sha256``. Those that were `looked` for
+    before are not asked for again.
 
     A store that fails is asked for `OPTIONAL_S`. Then the checkpoint itself is asked for, and waited for as anything
     is: an outage of the store is waited out so. What still fails when that has answered is left out, and noted. With
@@ -82,9 +121,17 @@ def find_manifests(
     `parse_manifest` does, and what the store raises where a manifest is there and it refuses to give it.
     """
     sums: dict[str, tuple[str, str]] = {}
-    notes: list[str] = []
     candidates = _candidates(store, located, () if only_beside else NAMES)
-    found = _look(store, candidates, None if required else OPTIONAL_S, notes)
+    told: dict[str, Manifest | _Failed | None] = {}
+    notes: list[str] = []
+    for each in looked:
+        if each.found.keys() <= set(candidates):
+            told.update(each.found)
+            notes += each.notes
+    told |= _look(
+        store, [name for name in candidates if name not in told], None if required else OPTIONAL_S, notes
+    )
+    found = {name: told[name] for name in candidates}
     failed = [name for name, one in found.items() if isinstance(one, _Failed)]
     if failed:
         _await_answer(store, located.first)
@@ -101,15 +148,12 @@ def find_manifests(
     return {"sums": sums, "notes": notes}
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """A manifest that may be there, and could not be read."""
-
-    error: RankloadError
-
-
 def _look(
-    store: Store, names: Sequence[str], within_s: float | None, notes: list[str]
+    store: Store,
+    names: Sequence[str],
+    within_s: float | None,
+    notes: list[str],
+    at_once: int = AT_ONCE,
 ) -> dict[str, Manifest | _Failed | None]:
     """The manifests `names`, as far as they are there. Without `within_s`, what fails is raised."""
     until = None if within_s is None else time.monotonic() + within_s
@@ -144,7 +188,7 @@ def _look(
             ),
         )
 
-    told = ask_each(store, stat, names)
+    told = ask_each(store, stat, names, at_once=at_once)
     return {
         name: read(info) if isinstance(info, ObjectInfo) else info
         for name, info in zip(names, told, strict=True)
@@ -153,6 +197,8 @@ def _look(
 
 def _await_answer(store: Store, name: str) -> None:
     """Waits until the store says anything about `name`, as long as it is waited for."""
+    if isinstance(store, HttpStore):
+        store.forget(name)  # what it answered before says nothing of now
     try:
         store.stat(name)
     except AccessError as error:

@@ -195,7 +195,6 @@ LOAD = (
     Stage("arguments", "same arguments"),
     Stage("opening", "open"),
     Stage("locating", "locate"),
-    Stage("listing", "manifest"),
     Stage("fetching indexes", "fetch first"),
     Stage("reading", "read"),
     Stage("check", "check"),
@@ -372,7 +371,6 @@ OF_EXPORTS = (
 FROM_THE_START = Stage("locating", "")
 STORE_STAGES = (
     FROM_THE_START,
-    Stage("listing", "manifest"),
     # Bytes are wrong from there on: those of the parts too, which are read while others are restored.
     Stage("fetching indexes", "fetch first", changed=True),
     Stage("fetching parts", "fetch parts: room", changed=True),
@@ -454,11 +452,9 @@ def store_cases() -> Iterator[Case]:
     )  # fmt: skip
     for stage in STORE_STAGES:
         start = stage is FROM_THE_START
-        objects = frozenset({"/big.pt"}) if stage.name != "listing" else frozenset()
+        objects = frozenset({"/big.pt"})
         for kind, promised in OF_STORES.items():
             if start and kind in ("changes", "flips", "cuts"):
-                continue
-            if stage.name == "listing" and kind in ("shrinks", "changes", "flips", "overstates", "cuts"):
                 continue
             promise = promised
             if start and kind in ("refuses", "resets"):
@@ -658,15 +654,16 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
         "a faulty store for a follower, by itself", "the first rank of a node fetches what its node needs"
     ),
     Impossible(
-        "a faulty store for one node while locating or listing",
+        "a faulty store for one node while locating",
         "rank 0 alone locates, and looks for manifests",
     ),
     Impossible(
         "wrong bytes, another object or half a body while locating",
-        "nothing but the object's size and tag is read there; from the start on, another object is just the object",
+        "the index that comes there is read, and fetched again, in the stages after it; from the start on, another "
+        "object is just the object",
     ),
     Impossible(
-        "half an object, another one or wrong bytes while listing",
+        "half a manifest, another one or wrong bytes of it while locating",
         "a manifest that is damaged proves nothing, or that the checkpoint is damaged: the case of flipped bits",
     ),
     Impossible(

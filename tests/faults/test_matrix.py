@@ -57,7 +57,7 @@ def test_every_stage_of_a_load_has_every_death_in_every_role() -> None:
     stages = {
         case.stage.name for case in OF_LOADS if case.stage.pattern != LEAVING and case.journey == "load"
     }
-    assert len(stages) == 14
+    assert len(stages) == 12
     for stage in stages:
         for fault in ("raises", "SIGKILL", "SIGSTOP"):
             for role in EVERY_ROLE:
