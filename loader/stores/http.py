@@ -32,7 +32,7 @@ from ..http.exchange import Answer, Method, Request
 from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
-from ..retries import Outages, until_done
+from ..retries import Outages, TryAgainError, until_done
 from .base import Entry, Heard, ObjectInfo, OnBytes, unheard
 from .local import within_limit
 from .names import child_of, url_link_targets
@@ -226,6 +226,9 @@ class HttpStore:
                 self._ahead[name] = None
                 return
             if status not in _WHOLE and total is None:
+                error = status_error(status, headers, answer.error_body(), described, "")
+                if isinstance(error, TryAgainError):
+                    raise error
                 return  # Other requests may say more.
             size = total if status not in _WHOLE else content_length(headers)
             pin, is_part = pin_of(headers, size), status == 206 and size != 0

@@ -374,7 +374,8 @@ def test_a_server_without_ranges_is_asked_once(
     with bad_server({f"/{name}": Behaviour(body, has_ranges=False)}) as server:
         module = a_module(seed=1)
         result = load(f"{server.url('/' + name)}?key=secret", State(module), load_weights_only=True)
-        assert asked(server, f"/{name}") == 2
+        # An archive is asked for its first byte before it is streamed.
+        assert asked(server, f"/{name}") == (2 if name.endswith(".tar") else 1)
     assert same(module, load_local(saved, tmp_path))
     assert result.receipt.notes == (
         f"server without ranges: {server.url('/' + name)} was read as one stream",
