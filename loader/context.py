@@ -26,8 +26,8 @@ class LoadContext:
     @property
     def direct(self) -> bool:
         """Whether bytes may be fetched from the store directly into a rank's tensors, past the node's cache."""
-        return (
-            not self.store.is_local
-            and self.options.mode in ("direct", "auto")
-            and self.options.verify != "before"
-        )
+        options = self.options
+        if self.store.is_local or options.verify == "before":
+            return False
+        # What is to stay in the cache has to pass through it.
+        return options.mode == "direct" or (options.mode == "auto" and not options.cache_size)

@@ -96,8 +96,8 @@ class LoadOptions:
         mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
             need once, into its cache. ``direct``: bytes that only one rank of its node needs go from the store into
             that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
-            ``direct``, for long ranges, where it can be done. ``job``: bytes that several nodes need leave the store
-            once, and one node sends them to the others.
+            ``direct``, for long ranges, where it can be done and no `cache_size` asks for them. ``job``: bytes that
+            several nodes need leave the store once, and one node sends them to the others.
         interface: by which of its network interfaces a node sends bytes to others (``mode="job"``): a name (``eth1``),
             an address, or a network (``10.1.0.0/16``), several of them with commas. Default: others try the address
             from which the node reaches MASTER_ADDR, then those of its other interfaces.

@@ -5,7 +5,8 @@
 node     the leader of each node, its lowest rank, fetches what any of its ranks wants, once, into the node's file
 direct   what one rank of a node alone wants, and can take unchanged, is fetched by that rank into its own memory; all
          else as ``node``
-auto     as ``direct``, but only where at least `AUTO_FROM_BYTES` lie together
+auto     as ``direct``, but only where at least `AUTO_FROM_BYTES` lie together; a rank that is to fill its node's cache
+         wants none
 job      as ``node``, but what several nodes want leaves the store once: one of their leaders fetches it, and the other
          leaders take it from that one
 """

@@ -14,6 +14,7 @@ from typing import Any
 from ...distributed.printable import package_logger
 from ...distributed.range_server import PeerAddress
 from ..byte_ranges import RECORD_GAP_BYTES, ByteRange, with_gaps
+from ..cache.holes import Landed
 from ..context import LoadContext
 from ..plurals import counted
 from ..ranges.base import RangeSource
@@ -157,8 +158,12 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
     # What is fetched directly goes into memory that has no place for what lies between two records.
     gap = 0 if context.direct else RECORD_GAP_BYTES
+    # What is on the node already, from a prefetch or an earlier load, is not fetched past it.
+    direct = {
+        path: Landed(path).missing(ranges) for path, ranges in parts.direct.items() if path in remote.known
+    }
     request = FetchRequest(
-        session.topology.node_rank, _by_name(remote, parts.wanted, gap), _by_name(remote, parts.direct)
+        session.topology.node_rank, _by_name(remote, parts.wanted, gap), _by_name(remote, direct)
     )
     address = remote.serve(session.channel.host, context.options.interface).as_record() if serves else None
 

@@ -77,6 +77,26 @@ def test_the_first_load_finds_all_of_it_and_leaves_nothing(saved: bytes, cache: 
         assert anew > ALL_BYTES / 4
 
 
+@pytest.mark.parametrize("mode", ["direct", "auto"])
+def test_nothing_of_it_is_fetched_past_it(saved: bytes, cache: Path, mode: str) -> None:
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        prefetch(server.url("/model.pt"))
+        options = {"mode": mode}
+        assert (
+            spent(server, lambda: load(server.url("/model.pt"), State(a_module()), options=options)) < SPOKEN
+        )
+
+
+def test_with_a_bound_auto_fills_the_cache(saved: bytes, cache: Path) -> None:
+    options = {"mode": "auto", "cache_size": "1GB"}
+    with bad_server({"/model.pt": Behaviour(saved)}) as server:
+        url = server.url("/model.pt")
+        first = spent(server, lambda: load(url, State(a_module()), load_weights_only=True, options=options))
+        assert first > ALL_BYTES / 4
+        again = spent(server, lambda: load(url, State(a_module()), load_weights_only=True, options=options))
+        assert again < SPOKEN
+
+
 def test_what_a_load_leaves_of_it_goes_too(cache: Path) -> None:
     files = served_folder(DATA / "dcp-fsdp2-w2/ckpt", "/ckpt")
     with bad_server(files) as server:
