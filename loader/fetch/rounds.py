@@ -160,7 +160,9 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
     gap = 0 if context.direct else RECORD_GAP_BYTES
     # What is on the node already, from a prefetch or an earlier load, is not fetched past it.
     direct = {
-        path: Landed(path).missing(ranges) for path, ranges in parts.direct.items() if path in remote.known
+        path: list(Landed(path).missing(ranges))
+        for path, ranges in parts.direct.items()
+        if path in remote.known
     }
     request = FetchRequest(
         session.topology.node_rank, _by_name(remote, parts.wanted, gap), _by_name(remote, direct)

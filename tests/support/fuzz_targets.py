@@ -379,7 +379,18 @@ def _dcp_folder(folder: Path) -> Iterator[Parse]:
         finally:
             shutil.copy(real / name, folder / name)
 
-    yield parse
+    with _cache_in(folder):
+        yield parse
+
+
+@contextlib.contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    """What is unpacked or fetched goes into `folder` meanwhile, where a target may write."""
+    os.environ["RANKLOAD_CACHE_DIR"] = str(folder / "cache")
+    try:
+        yield
+    finally:
+        os.environ.pop("RANKLOAD_CACHE_DIR", None)
 
 
 def _dcp_items(folder: Path) -> list[bytes]:
@@ -753,8 +764,7 @@ def _http(folder: Path) -> Iterator[Parse]:
     expected = torch.load(io.BytesIO(objects["/a"]))["state"]["model"]
     was = retries.BACKOFF_S
     retries.BACKOFF_S = 0.001
-    os.environ["RANKLOAD_CACHE_DIR"] = str(folder / "cache")
-    with scripted(objects) as server:
+    with _cache_in(folder), scripted(objects) as server:
 
         def parse(data: bytes) -> object:
             path, mode = _LOADS[(data[0] if data else 0) % len(_LOADS)]
@@ -765,7 +775,6 @@ def _http(folder: Path) -> Iterator[Parse]:
             yield parse
         finally:
             retries.BACKOFF_S = was
-            os.environ.pop("RANKLOAD_CACHE_DIR", None)
 
 
 def _load_and_compare(
