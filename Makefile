@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
 
 test: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -q -n 6 --dist loadfile --no-loadscope-reorder tests
+	$(RUN) $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder tests
 
 # The long tests too, every pair of ZeRO settings at 1 to 8 ranks (docs/benchmarks.md), and every other source into
 # every target (docs/formats.md): more than an hour on 2 cores.

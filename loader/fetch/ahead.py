@@ -35,8 +35,8 @@ def ask_ahead(context: LoadContext, name: str, *, beginning_only: bool = False) 
     store = context.store
     if not isinstance(store, HttpStore) or path_of(name).endswith(_OTHERS):
         return
-    if context.options.cache_dir is not None and context.session.topology.node_rank > 0:
-        # Nodes may share the folder that was given, and node 0 put the file there meanwhile.
+    if context.options.cache_dir is not None and context.session.topology.n_nodes > 1:
+        # Nodes may share the folder that was given, so that another one may put the file there meanwhile.
         return
     # What the node's cache may have already is not asked for: one byte tells its version.
     is_small = path_of(name).endswith(OF_ITEMS) or context.cache.may_hold(store.describe(name))

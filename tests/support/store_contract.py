@@ -100,8 +100,9 @@ def keeps_it_in_threads(kept: Kept, target: Path) -> None:
     def work(number: int) -> None:
         try:
             own = target.with_name(f"{number}")
-            assert downloaded(kept.store, kept.name, own) == len(BODY)
-            assert own.read_bytes() == BODY
+            told = downloaded(kept.store, kept.name, own)
+            assert own.read_bytes() == BODY, "other bytes"
+            assert told == len(BODY), f"{told} bytes were told, of {len(BODY)}"
         except BaseException as error:
             failures.append(error)
 

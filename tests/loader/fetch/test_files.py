@@ -233,12 +233,12 @@ def test_truncated(tmp_path: Path) -> None:
 def test_slow_is_not_dead_and_stalled_is(tmp_path: Path) -> None:
     with counting_server({"/a": Served(b"x" * 20_000, chunk=1000, pause_s=0.1)}) as server:
         url = server.url("/a")
-        outcomes = Job([0, 0], stall_timeout_s=0.8).run(lambda rank: fetch(rank, url, [url], tmp_path / "c"))
+        outcomes = Job([0, 0], stall_timeout_s=1.5).run(lambda rank: fetch(rank, url, [url], tmp_path / "c"))
         assert outcomes[1].files[url].size_bytes == 20_000
         server.served["/a"] = Served(b"x" * 20_000, chunk=1000, stall_after=5000)
         started = time.monotonic()
         error = only_error(
-            Job([0, 0], stall_timeout_s=0.8).run(lambda rank: fetch(rank, url, [url], tmp_path / "c")),
+            Job([0, 0], stall_timeout_s=1.5).run(lambda rank: fetch(rank, url, [url], tmp_path / "c")),
             StalledError,
         )
         assert time.monotonic() - started < 5
