@@ -15,7 +15,7 @@
 `reading.read` goes the same way for one file, which becomes a dict and is restored into nothing. `saving` goes the
 other way: `writing` puts a file or a folder into its place once it is whole.
 
-All ranks agree after each stage (`stages`, `rankload.distributed`): a failure of one is raised on all.
+A failure of one rank in any stage is raised on all, where they agree next (`stages`, `rankload.distributed`).
 
 Not guaranteed: a rollback. Before the first change of any rank a failure changes nothing; after it, it is a
 `PartialRestoreError` on all ranks, and the state is undefined until a load succeeds. A load writes nothing to a store.

@@ -7,7 +7,8 @@
     fetch        fetch.parts              of a remote file that comes in parts, the bytes of what is left
     values       materialize              tensors, arrays and objects are made, and compared with their checksums
 
-As in a load, every stage ends in one agreement. Nothing that the user owns is changed, so there is no partial outcome.
+As in a load, what fails on one rank is raised on all, where they agree next. Nothing that the user owns is changed, so
+there is no partial outcome.
 """
 
 from __future__ import annotations

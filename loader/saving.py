@@ -13,7 +13,7 @@ A DeepSpeed engine writes its files itself, each rank its own (`_save_engine`):
     manifest        stores.manifest        rank 0 writes ``SHA256SUMS``
     names, latest   writing.engine         the tag gets its name; ``latest`` comes last
 
-As in a load, every stage ends in one agreement: all ranks go on, or all raise the same error. While collectives run, a
+Every stage ends in one agreement: all ranks go on, or all raise the same error. While collectives run, a
 watchdog looks for a rank that died (`distributed.watchdog`).
 """
 

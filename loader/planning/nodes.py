@@ -25,7 +25,7 @@ class RankReads:
     """What one rank wants of files, by their paths."""
 
     early: WantedRanges
-    """Before anything is restored: of files that come in parts, indexes and small parts."""
+    """Before anything is restored: of files that come in parts, indexes and early parts."""
     reads: dict[StorageRef, StorageReads]
     """For its restore, but for the weights that its node may share."""
     shareable: Mapping[str, Sequence[Copy]] = field(default_factory=dict)

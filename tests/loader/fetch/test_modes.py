@@ -167,7 +167,7 @@ def dies(url: str) -> None:
 
 
 def test_a_node_that_dies_while_others_take_from_it_ends_the_load(saved: bytes, tmp_path: Path) -> None:
-    # Indexes and small parts come; then the server falls silent, until the rank is gone.
+    # Indexes and early parts come; then the server falls silent, until the rank is gone.
     silent = Fault(send_only=1 << 20, ending="stall")
     behaviour = Behaviour(saved, fault_of=lambda start, stop: silent if stop - start > 1 << 20 else None)
     with bad_server({"/model.pt": behaviour}) as server:

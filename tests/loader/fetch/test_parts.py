@@ -187,7 +187,7 @@ def test_the_whole_jobs_bytes_are_known_before_parts_move(
             plans.append((done, counters["bytes_planned"]))
         done = counters.get("bytes_done", done)
         totals.append(counters.get("bytes_total", 0))
-    # Index and small parts first, then one plan, which what came exceeds by the gaps that were read along.
+    # Index and early parts first, then one plan, which what came exceeds by the gaps that were read along.
     assert plans[-1][0] < 2 << 20
     assert MODEL_BYTES <= plans[-1][1] <= done < plans[-1][1] + (64 << 10)
     counted = [total for total in totals if total]
