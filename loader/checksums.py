@@ -6,6 +6,7 @@ several times as fast as zlib.
 
 from __future__ import annotations
 
+import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,12 @@ from functools import lru_cache
 
 from .byte_ranges import ByteRange
 
-__all__ = ["CELL_BYTES", "RangeSums", "crc32", "crc32_combine", "crc32_joined"]
+__all__ = ["CELL_BYTES", "RangeSums", "crc32", "crc32_combine", "crc32_in_file", "crc32_joined"]
 
 CELL_BYTES = 8 << 20
 """Storages are cut at multiples of this, so that ranks that read the same bytes share the summing."""
 
+_READ_BYTES = 1 << 20
 _POLYNOMIAL = 0xEDB88320
 """CRC-32's generator polynomial (IEEE 802.3), lowest bit first, as zip archives use it."""
 
@@ -26,6 +28,23 @@ _POLYNOMIAL = 0xEDB88320
 def crc32(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     """The CRC-32 of `data`, continued from `value`, the CRC-32 of what came before."""
     return _crc32(data, value)
+
+
+def crc32_in_file(file: int, start: int, stop: int, on_summed: Callable[[int], None] | None = None) -> int:
+    """The CRC-32 of the bytes ``[start, stop)`` of the open `file`, a descriptor; -1 where it ends before.
+
+    `on_summed` is called with how many bytes were just summed.
+    """
+    value = 0
+    while start < stop:
+        data = os.pread(file, min(_READ_BYTES, stop - start), start)
+        if not data:
+            return -1
+        value = crc32(data, value)
+        start += len(data)
+        if on_summed is not None:
+            on_summed(len(data))
+    return value
 
 
 def crc32_combine(first: int, second: int, second_length: int) -> int:

@@ -22,13 +22,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..byte_ranges import ByteRange, include, overlap, subtract, total_bytes, union
-from ..checksums import crc32
+from ..checksums import crc32, crc32_in_file
 from .folder import open_private
 
 _RECORD = struct.Struct("<QQI")
 _CHECK = struct.Struct("<I")
 _RECORD_BYTES = _RECORD.size + _CHECK.size
-_READ_BYTES = 1 << 20
 _POLL_S = 0.05
 """How often a process that waits for another one's lock looks."""
 
@@ -116,7 +115,7 @@ class PartialFile:
             self._landed = list(subtract(self._landed, ranges))
             os.ftruncate(self._records, 0)
             for start, stop in self._landed:
-                self._note(start, stop, _crc_of(self._file, start, stop, self._on_compared))
+                self._note(start, stop, crc32_in_file(self._file, start, stop, self._on_compared))
 
     def _note(self, start: int, stop: int, crc: int) -> None:
         os.write(self._records, _packed(start, stop, crc))
@@ -131,7 +130,7 @@ class PartialFile:
                 break
             start, stop, crc = found
             if stop <= self.size_bytes:
-                if _crc_of(self._file, start, stop, self._on_compared) == crc:
+                if crc32_in_file(self._file, start, stop, self._on_compared) == crc:
                     yield ByteRange(start, stop), crc
                 else:
                     wrong.append(ByteRange(start, stop))
@@ -245,14 +244,14 @@ def replace_bytes(path: str, ranges: Iterable[ByteRange]) -> Iterator[None]:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         beside = [
-            (*left, _crc_of(file, *left))
+            (*left, crc32_in_file(file, *left))
             for start, stop, crc in _records_of(path)
             if subtract([(start, stop)], spans) != (ByteRange(start, stop),)
-            and _crc_of(file, start, stop) == crc
+            and crc32_in_file(file, start, stop) == crc
             for left in subtract([(start, stop)], spans)
         ]
         yield
-        put = [(*span, _crc_of(file, *span)) for span in spans]
+        put = [(*span, crc32_in_file(file, *span)) for span in spans]
         with open(landed_record(path), "ab", buffering=0) as records:
             for start, stop, crc in (*beside, *put):
                 records.write(_packed(start, stop, crc))
@@ -267,20 +266,6 @@ def _records_of(path: str) -> Iterator[tuple[int, int, int]]:
         found = _unpack(data[at : at + _RECORD_BYTES])
         if found is not None:
             yield found
-
-
-def _crc_of(file: int, start: int, stop: int, on_compared: Callable[[int], None] | None = None) -> int:
-    """The CRC-32 of a file's bytes; -1 where it ends before."""
-    value = 0
-    while start < stop:
-        data = os.pread(file, min(_READ_BYTES, stop - start), start)
-        if not data:
-            return -1
-        value = crc32(data, value)
-        start += len(data)
-        if on_compared is not None:
-            on_compared(len(data))
-    return value
 
 
 def _packed(start: int, stop: int, crc: int) -> bytes:

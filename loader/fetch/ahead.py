@@ -55,8 +55,7 @@ def ask_all_ahead(
 
 def taken(store: Store, name: str) -> Sequence[tuple[int, bytes]]:
     """The bytes that have come so, from a position on, once."""
-    first = store.first_bytes(name) if isinstance(store, HttpStore) else None
-    if first is None or not isinstance(store, HttpStore):
+    if not isinstance(store, HttpStore) or (first := store.first_bytes(name)) is None:
         return ()
     store.forget(name)
     return first.parts

@@ -13,11 +13,11 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from ..byte_ranges import ByteRange, subtract
-from ..checksums import crc32
+from ..checksums import crc32_in_file
 from ..context import LoadContext
 from ..errors import CorruptError
 from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
@@ -171,13 +171,10 @@ def _check_storages(path: str, index: FileIndex, name: str) -> None:
     """Raises `CorruptError` where a storage of the item at `path` differs from its checksum."""
     with open(path, "rb") as file:
         for storage in index.storages:
-            file.seek(storage.offset)
-            parts = (
-                file.read(min(_COPY_BYTES, storage.nbytes - start))
-                for start in range(0, storage.nbytes, _COPY_BYTES)
-            )
-            found = reduce(lambda value, data: crc32(data, value), parts, 0)
-            if storage.crc32 is not None and found != storage.crc32:
+            if storage.crc32 is None:
+                continue
+            found = crc32_in_file(file.fileno(), storage.offset, storage.offset + storage.nbytes)
+            if found != storage.crc32:
                 raise CorruptError(
                     f"{name}: storage {storage.key} has CRC-32 {found:08x}; the item's directory says "
                     f"{storage.crc32:08x}. The file is damaged; take another copy of it.",

@@ -18,7 +18,7 @@ from ..byte_ranges import ByteRange, total_bytes
 from ..cache.folder import make_private
 from ..cache.holes import PartialFile, replace_bytes
 from ..cache.records import PARTS, product_name
-from ..checksums import crc32
+from ..checksums import crc32, crc32_in_file
 from ..errors import RankloadError
 from ..ranges.base import RangeSource
 from ..ranges.destinations import FileDestination
@@ -206,12 +206,8 @@ class _SummedTarget(FileDestination):
 
     def _read_again(self, start: int, stop: int) -> int:
         """The same, of bytes that were not written consecutively: a stream that began anew."""
-        value = 0
         with open(self.path, "rb") as file:
-            for position in range(start, stop, BLOCK_BYTES):
-                file.seek(position)
-                value = crc32(file.read(min(BLOCK_BYTES, stop - position)), value)
-        return value
+            return crc32_in_file(file.fileno(), start, stop)
 
 
 class _FetchingFile(SeekableFile):

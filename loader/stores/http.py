@@ -266,19 +266,11 @@ class HttpStore:
 
     def _part(self, name: str, start: int, stop: int, pin: Pin) -> bytes:
         """The bytes ``[start, stop)`` of the object at the version of `pin`."""
-        followed = self._ask("GET", name, self.address(name), self._waits(name), f"{start}-{stop - 1}")
-        with _ended(followed.answer):
-            response = followed.answer.response
-            if response.status != 206:
-                raise status_error(
-                    response.status,
-                    response.headers,
-                    b"",
-                    self.describe(name),
-                    self.address(name).credentials,
-                )
-            if check_partial_answer(response.headers, start, stop, pin, self.describe(name)) < stop - start:
-                raise cut_short(self.describe(name), start, stop - start, followed.answer.n_bytes or 0)
+        described = self.describe(name)
+        with self._got(name, self._waits(name), f"{start}-{stop - 1}", frozenset({206})) as followed:
+            headers = followed.answer.response.headers
+            if check_partial_answer(headers, start, stop, pin, described) < stop - start:
+                raise cut_short(described, start, stop - start, followed.answer.n_bytes or 0)
             return self._received(followed, name)
 
     def _received(self, followed: Followed, name: str) -> bytes:
@@ -348,7 +340,7 @@ class HttpStore:
     def _first(self, name: str, n_bytes: int) -> bytes:
         """The first bytes, by one GET for a range, which a server may answer with the whole object."""
         data, arrived = bytearray(), self._waits(name)
-        with self._got(name, arrived, n_bytes) as followed:
+        with self._got(name, arrived, f"0-{n_bytes - 1}", _WHOLE | {206, 416}) as followed:
             # 416: it has no byte.
             if followed.answer.response.status != 416:
                 for piece in followed.answer.pieces(arrived, self.describe(name)):
@@ -359,24 +351,22 @@ class HttpStore:
         return bytes(data[:n_bytes])
 
     @contextlib.contextmanager
-    def _got(self, name: str, arrived: Arrived, n_first: int | None = None) -> Iterator[Followed]:
-        """The answer to one GET, for the whole or for the first bytes; the block reads it."""
+    def _got(
+        self, name: str, arrived: Arrived, span: str | None = None, statuses: frozenset[int] = _WHOLE
+    ) -> Iterator[Followed]:
+        """The answer to one GET, for the whole or for `span`, which must have one of `statuses`; the block reads it."""
         address = self.address(name)
-        followed = self._ask("GET", name, address, arrived, None if n_first is None else f"0-{n_first - 1}")
-        answer = followed.answer
-        try:
-            status = answer.response.status
-            if status not in (_WHOLE if n_first is None else _WHOLE | {206, 416}):
+        with _reading(self._ask("GET", name, address, arrived, span)) as followed:
+            response = followed.answer.response
+            if response.status not in statuses:
                 raise status_error(
-                    status,
-                    answer.response.headers,
-                    answer.error_body(),
+                    response.status,
+                    response.headers,
+                    followed.answer.error_body(),
                     self.describe(name),
                     address.credentials,
                 )
             yield followed
-        finally:
-            _end(answer)
 
     def _ask(
         self, method: Method, name: str, address: Address, arrived: Arrived, span: str | None = None
@@ -407,19 +397,12 @@ def _end(answer: Answer) -> None:
 
 
 @contextlib.contextmanager
-def _ended(answer: Answer) -> Iterator[None]:
-    """A block that reads `answer`, as far as it does."""
-    try:
-        yield
-    finally:
-        _end(answer)
-
-
-@contextlib.contextmanager
 def _reading(followed: Followed) -> Iterator[Followed]:
-    """As `_ended`."""
-    with _ended(followed.answer):
+    """A block that reads the answer, as far as it does."""
+    try:
         yield followed
+    finally:
+        _end(followed.answer)
 
 
 def _sums(followed: Followed) -> tuple[StoredSum, ...]:

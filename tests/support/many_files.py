@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from zero_trees import model_states
 
 
 def names_of(count: int) -> list[str]:
@@ -34,23 +35,8 @@ def write_zero(folder: Path, *, ranks: int, parameters: int, share: int = 1) -> 
     folder.mkdir(parents=True)
     names = names_of(parameters)
     shapes = OrderedDict((name, torch.Size([ranks * share])) for name in names)
-    model = {
-        "module": OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in names),
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": [shapes],
-        "frozen_param_shapes": None,
-        "shared_params": {},
-        "frozen_param_fragments": None,
-        "lr_scheduler": {"last_batch_iteration": 2},
-        "skipped_steps": 0,
-        "global_steps": 3,
-        "global_samples": 24,
-        "dp_world_size": ranks,
-        "mp_world_size": 1,
-        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
-        "ds_version": "0.19.8",
-    }
+    module = OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in names)
+    model = model_states(module, [shapes], ranks, stage=3)
     flat = [torch.zeros(parameters * share) for _ in range(3)]
     optimizer = {
         "optimizer_state_dict": {

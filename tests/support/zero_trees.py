@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankload.loader.saved.regions import row_major_stride
@@ -23,9 +24,17 @@ def model_tree(
         for group in shapes
         for name, shape in group.items()
     }
+    found = model_states({**module, "seen": tensor(5)}, shapes, ranks, stage=3 if stage3 else 1)
+    return {**found, "buffer_names": ["seen"], "epoch": 3}
+
+
+def model_states(
+    module: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], ranks: int, *, stage: int
+) -> dict[str, Any]:
+    """What DeepSpeed saves in a model file, without buffers: `module`, and the `shapes` of each parameter group."""
     return {
-        "module": {**module, "seen": tensor(5)},
-        "buffer_names": ["seen"],
+        "module": module,
+        "buffer_names": [],
         "optimizer": None,
         "param_shapes": shapes,
         "frozen_param_shapes": None,
@@ -37,9 +46,8 @@ def model_tree(
         "global_samples": 24,
         "dp_world_size": ranks,
         "mp_world_size": 1,
-        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3 if stage3 else 1}},
+        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
         "ds_version": "0.19.8",
-        "epoch": 3,
     }
 
 
