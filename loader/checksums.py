@@ -7,6 +7,7 @@ several times as fast as zlib.
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,7 @@ def crc32_joined(parts: Iterable[tuple[int, int]]) -> int:
 class RangeSums:
     """Sums disjoint ranges of one storage, each to its CRC-32, from bytes that arrive in any order.
 
-    A byte that arrives again is not summed again, nor compared with the first.
+    A byte that arrives again is not summed again, nor compared with the first. Several threads may use it.
     """
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -76,8 +77,9 @@ class RangeSums:
         index = max(bisect_right(self._starts, start) - 1, 0)
         while index < len(self._cells) and self._cells[index].start < stop:
             cell = self._cells[index]
-            for begin, end in cell.missing(start, stop):
-                cell.add(begin, end, data[begin - start : end - start])
+            with cell.lock:
+                for begin, end in cell.missing(start, stop):
+                    cell.add(begin, end, data[begin - start : end - start])
             index += 1
 
     def missing(self) -> Iterator[ByteRange]:
@@ -101,6 +103,8 @@ class _Cell:
 
     start: int
     stop: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while bytes of it are summed, which several threads may want to."""
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     """What was summed of it: start, stop and CRC-32 of runs that neither overlap nor touch, in order."""
 

@@ -16,7 +16,7 @@ from ..byte_ranges import ByteRange, subtract, total_bytes, union
 from ..cache.holes import Landed
 from ..errors import CorruptError, fetched_twice
 from ..formats.torch_file import FileIndex
-from ..materialize.storages import READY_BYTES
+from ..materialize.storages import READY_BYTES, reading_threads
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..ranges.direct import DirectReads
@@ -80,6 +80,7 @@ def files_reader(files: CheckpointFiles, verify: Verify) -> TensorReader:
         on_bytes=files.context.stages.count,
         comes_in_parts=files.remote.known.__contains__,
         fetch_again=files.again.storage,
+        n_threads=reading_threads(files.context.session.topology.local_world_size),
     )
 
 

@@ -2,8 +2,12 @@
 
 `StorageReader.place` comes first: it reads all slices that come directly from the store, over all storages at once
 (`_divide` finds them). `StorageReader.read_all` then makes one `_Pass` over each storage, from its first slice to its
-last; over all of it, where it is summed whole. Small storages beside each other are read together (`_neighbours`). A
-file that comes in parts may still be growing: a pass waits for its bytes.
+last; over all of it, where it is summed whole. Small storages beside each other are read together. A file that comes in
+parts may still be growing: a pass waits for its bytes.
+
+With several threads, the large storages of whole files come before that: they are cut into segments, each a pass of its
+own, and the CRCs of a storage's segments are joined (`slices` says how). What does not go well there, because a file
+ends early or a checksum differs, is left to the pass over the whole storage, which tells what is wrong.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 from ..byte_ranges import ByteRange, subtract
 from ..cache.holes import Landed
@@ -24,40 +30,28 @@ from ..ranges.destinations import FirstWrite
 from ..ranges.direct import DirectReads, Placement
 from ..ranges.engine import OnLanded
 from ..saved.tensor import StorageRef
+from ..workers import Stop, run_jobs
+from .slices import SMALL_BYTES, CutStorage, Planned, Segment, StorageSlice, neighbours
+from .staging import SCRATCH_BYTES, HostStaging, Room, Staging
 
-STAGING_BYTES = 8 << 20
-"""The size of the buffer for bytes that cannot be read into their destination itself."""
+MOST_THREADS = 8
+"""How many threads of a rank read at most."""
+_PARALLEL_BYTES = 16 << 20
+"""The least that several threads are started for."""
 READY_BYTES = 64 << 20
 """A rank that reads no more than this from a remote store has all of it before it changes anything: the time that takes
 is not worth a partial restore."""
 WAIT_S = 0.01
 """The time between two looks at whether bytes have landed."""
-SMALL_BYTES = 64 << 10
-"""The largest storage that is read together with its neighbours, and the largest gap between two that is read too."""
-_TOGETHER_BYTES = 1 << 20
-"""How many bytes are read together at most: they must fit the processor's cache."""
 _READ_BYTES = 8 << 20
-_SUMMED_BYTES = 1 << 20
+_SUMMED_BYTES = SCRATCH_BYTES
 """How many bytes are read at a time, and how many where they are summed: those must fit the processor's cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class StorageSlice:
-    """``nbytes`` bytes of a storage from byte ``start`` on, and where they go.
+def reading_threads(n_ranks: int) -> int:
+    """How many threads a rank reads with, where `n_ranks` share this machine's processors."""
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // n_ranks))
 
-    They are read into ``view``; where that is None into the staging buffer (at most ``STAGING_BYTES`` of them), and
-    ``use`` is called to take them from there. ``first_write`` is noted before, where they go to memory that the caller
-    of a load owns.
-    """
-
-    start: int
-    nbytes: int
-    view: memoryview | None = None
-    use: Callable[[], None] | None = None
-    first_write: FirstWrite | None = None
-
-
-_Planned = list[tuple[StorageRef, list[StorageSlice]]]
 
 FetchAgain = Callable[[StorageRef, str, Callable[[], bool] | None], bool]
 """Called with a storage that does not match its checksum, what is wrong, and a function that tells whether its bytes
@@ -77,6 +71,9 @@ class StorageReader:
 
     A storage that several ranks sum together (`share`) is not compared here: this rank's ranges of it are summed as
     they are read, and `finish` returns their CRC-32s.
+
+    With ``n_threads`` above 1, that many threads read large storages of whole files. ``on_bytes`` and ``fetch_again``
+    are called in the calling thread alone; slices' ``use`` and ``first_write`` are called in those threads too.
     """
 
     def __init__(
@@ -85,13 +82,16 @@ class StorageReader:
         on_bytes: Callable[[int], None] | None,
         comes_in_parts: Callable[[str], bool] = lambda path: False,
         fetch_again: FetchAgain = no_store,
+        n_threads: int = 1,
     ) -> None:
+        self.n_threads = n_threads
         self.verify = verify
         self.fetch_again = fetch_again
         self.comes_in_parts = comes_in_parts
         """Whether the file at a path comes in parts, so that a record says what has landed of it."""
         self.on_bytes = on_bytes
-        self.staging: bytearray | memoryview = bytearray(STAGING_BYTES)
+        self._rooms: list[Room] = []
+        self._new_staging: Callable[[], Staging] = HostStaging
         self._checked: set[StorageRef] = set()
         self._shares: dict[StorageRef, RangeSums] = {}
         self._landed: dict[str, Landed | None] = {}
@@ -101,6 +101,23 @@ class StorageReader:
         """The ranges, by path, that are being fetched meanwhile."""
         self.direct: DirectReads | None = None
         """Ranges that are never in the node's files, and are read from the store."""
+
+    def stage_in(self, new_staging: Callable[[], Staging]) -> None:
+        """From now on, bytes are staged in memory that `new_staging` makes, once for each thread that needs some."""
+        self._new_staging = new_staging
+        self._rooms.clear()
+
+    @contextmanager
+    def room(self) -> Iterator[Room]:
+        """What one thread reads with, for the length of the block."""
+        try:
+            room = self._rooms.pop()
+        except IndexError:
+            room = Room(self._new_staging())
+        try:
+            yield room
+        finally:
+            self._rooms.append(room)
 
     def wait_for(self, path: str, start: int, stop: int) -> None:
         """Returns once bytes ``[start, stop)`` of the file at `path` have landed; at once for files that are whole.
@@ -140,7 +157,8 @@ class StorageReader:
         for storage, sums in self._shares.items():
             missing = list(sums.missing())
             if missing:
-                _Pass(self, storage, (), summed=False).sum(missing)
+                with self.room() as room:
+                    _Pass(self, storage, (), room, summed=False).sum(missing)
             found[storage] = sums.sums()
             self._checked.add(storage)
         self._shares = {}
@@ -150,28 +168,86 @@ class StorageReader:
         """This rank's sums of a storage that several ranks sum together; None for any other."""
         return self._shares.get(storage)
 
-    def check(self, storage: StorageRef) -> None:
-        """Reads all of `storage` and raises `CorruptError` where it does not match its checksum."""
-        if storage.crc32 is not None and storage not in self._checked:
-            _Pass(self, storage, (), summed=True).run(())
+    def check(self, storages: Iterable[StorageRef]) -> None:
+        """Reads all of each of `storages`, and raises `CorruptError` for the first that does not match its checksum."""
+        left: Planned = [(one, []) for one in storages if one.crc32 is not None and one not in self._checked]
+        for storage, _ in self._read_in_threads(left, summed=lambda _: True):
+            with self.room() as room:
+                _Pass(self, storage, (), room, summed=True).run(())
 
-    def read_all(self, planned: _Planned, names_of: Callable[[StorageRef], Sequence[str]]) -> None:
+    def read_all(self, planned: Planned, names_of: Callable[[StorageRef], Sequence[str]]) -> None:
         """Reads the slices of storages that are in the order of their files, each into its place.
 
         `names_of` a storage are those of the tensors that it is for, for messages. Raises `CorruptError` where a file
         ends early or a checksum differs; slices may have been written by then.
         """
-        for group in _neighbours(planned):
-            left = group if len(group) == 1 else self._read_together(group, names_of)
+        planned = self._read_in_threads(planned, summed=self._is_summed)
+        for group in neighbours(planned):
+            left = group if len(group) == 1 else self._read_together(group)
             for storage, slices in left:
-                one = _Pass(self, storage, names_of(storage), summed=self._is_summed(storage))
-                one.run(sorted(slices, key=lambda one: one.start))
+                with self.room() as room:
+                    one = _Pass(self, storage, names_of(storage), room, summed=self._is_summed(storage))
+                    one.run(sorted(slices, key=lambda one: one.start))
+
+    def _read_in_threads(self, planned: Planned, *, summed: Callable[[StorageRef], bool]) -> Planned:
+        """Reads large storages of whole files by several threads; returns what is left: all others, and those that did
+        not go well. Raises what ``use`` or ``first_write`` of a slice, or `on_bytes`, raised."""
+        if self.n_threads < 2 or self.direct:
+            return planned
+        cut = [
+            CutStorage(storage, slices, summed=summed(storage))
+            for storage, slices in planned
+            if storage.nbytes > SMALL_BYTES and self._records_of(storage.file) is None
+        ]
+        segments = [segment for one in cut for segment in one.segments]
+        if len(segments) < 2 or sum(one.nbytes for one in segments) < _PARALLEL_BYTES:
+            return planned
+        counted = _Counted()
+
+        def tick() -> None:
+            n_bytes = counted.taken()
+            if self.on_bytes is not None:
+                self.on_bytes(n_bytes)
+
+        run_jobs(
+            [partial(self._read_segment, segment, counted) for segment in segments],
+            tick,
+            n_threads=self.n_threads,
+        )
+        n_bytes = counted.taken()
+        if n_bytes and self.on_bytes is not None:
+            self.on_bytes(n_bytes)
+        done = set()
+        for one in cut:
+            if one.is_right:
+                done.add(one.storage)
+                if one.summed:
+                    self.passed(one.storage)
+        return [(storage, slices) for storage, slices in planned if storage not in done]
+
+    def _read_segment(self, segment: Segment, counted: _Counted, stop: Stop) -> None:
+        """Reads a segment in a thread of its own, and sums it where its storage is `summed` whole."""
+
+        def on_bytes(n_bytes: int) -> None:
+            stop.check()
+            counted.add(n_bytes)
+
+        with self.room() as room:
+            one = _Pass(
+                self, segment.storage, (), room, summed=segment.summed, span=segment.span, on_bytes=on_bytes
+            )
+            try:
+                one.read(segment.slices)
+            except (CorruptError, NotFoundError, AccessError):
+                return  # the pass over the whole storage finds it again, and tells the tensors
+        segment.crc = one.crc
+        segment.is_read = True
 
     def _is_summed(self, storage: StorageRef) -> bool:
         alone = storage not in self._checked and storage not in self._shares
         return self.verify != "off" and storage.crc32 is not None and alone
 
-    def _read_together(self, group: _Planned, names_of: Callable[[StorageRef], Sequence[str]]) -> _Planned:
+    def _read_together(self, group: Planned) -> Planned:
         """Reads neighbours by one read, and fills their slices from it; returns those that need a pass of their own.
 
         Those are all of a file that comes in parts or ends early, what several ranks sum together, and what does not
@@ -190,7 +266,12 @@ class StorageReader:
             os.close(opened)
         if len(data) < stop - start:
             return group
-        left: _Planned = []
+        with self.room() as room:
+            return self._use_together(group, data, start, room.staging)
+
+    def _use_together(self, group: Planned, data: memoryview, start: int, staging: Staging) -> Planned:
+        """Fills the slices of `group` from `data`, which are the file's bytes from `start` on; returns what is left."""
+        left: Planned = []
         n_bytes = 0
         for storage, slices in group:
             own = data[storage.offset - start : storage.offset - start + storage.nbytes]
@@ -204,10 +285,10 @@ class StorageReader:
                 n_bytes += one.nbytes
                 if one.first_write is not None:
                     one.first_write.before()
-                view = self.staging if one.view is None else one.view
-                view[: one.nbytes] = own[one.start : one.start + one.nbytes]
+                view = staging.claim(one.nbytes) if one.view is None else one.view
+                view[:] = own[one.start : one.start + one.nbytes]
                 if one.use is not None:
-                    one.use()
+                    one.use(view)
         if self.on_bytes is not None:
             self.on_bytes(n_bytes)
         return left
@@ -240,20 +321,50 @@ class StorageReader:
         self._checked.add(storage)
 
 
+class _Counted:
+    """Bytes that several threads have read, until the calling thread takes note of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_bytes = 0
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self._n_bytes += n_bytes
+
+    def taken(self) -> int:
+        with self._lock:
+            n_bytes, self._n_bytes = self._n_bytes, 0
+        return n_bytes
+
+
 class _Pass:
-    """One pass over a storage, from its first wanted byte to its last; over all of it where it is `summed` whole."""
+    """One pass over a storage, from its first wanted byte to its last; over all of its `span` where that is `summed`.
+
+    `span` is the whole storage, unless several passes share it.
+    """
 
     def __init__(
-        self, reader: StorageReader, storage: StorageRef, names: Sequence[str], *, summed: bool
+        self,
+        reader: StorageReader,
+        storage: StorageRef,
+        names: Sequence[str],
+        room: Room,
+        *,
+        summed: bool,
+        span: ByteRange | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self.reader = reader
         self.storage = storage
         self.names = names
         self.summed = summed
+        self.span = ByteRange(0, storage.nbytes) if span is None else span
+        self.on_bytes = reader.on_bytes if on_bytes is None else on_bytes
         self.shared = reader.sums_of(storage)
         self.crc = 0
-        self.frontier = 0
-        self.staging = memoryview(reader.staging)
+        self.frontier = self.span.start
+        self.room = room
         self.file = -1
 
     def sum(self, ranges: Sequence[ByteRange]) -> None:
@@ -261,8 +372,8 @@ class _Pass:
         self.file = _open(self.storage)
         try:
             for start, stop in ranges:
-                for begin in range(start, stop, STAGING_BYTES):
-                    self._fill(begin, self.staging[: min(STAGING_BYTES, stop - begin)])
+                for begin in range(start, stop, _SUMMED_BYTES):
+                    self._fill(begin, self.room.scratch[: stop - begin])
         finally:
             os.close(self.file)
 
@@ -271,20 +382,21 @@ class _Pass:
 
         Where it differs, the storage is fetched once more, if it is from a store, and the slices are read again.
         """
-        self._read(slices)
+        self.read(slices)
         if self.summed and self.crc != self.storage.crc32:
             why = self._differs()
             again = self.reader.fetch_again(self.storage, f"storage {self.storage.key} {why}", self._is_right)
             if again:
-                self._read(slices)
+                self.read(slices)
             if self.crc != self.storage.crc32:
                 error = self._corrupt(f"{self._differs()}. The file is damaged")
                 raise fetched_twice(error) if again else error
         if self.summed:
             self.reader.passed(self.storage)
 
-    def _read(self, slices: Sequence[StorageSlice]) -> None:
-        self.crc = self.frontier = 0
+    def read(self, slices: Sequence[StorageSlice]) -> None:
+        """Reads `slices`, which are in order; `crc` is that of the span afterwards, where that is summed."""
+        self.crc, self.frontier = 0, self.span.start
         self.file = _open(self.storage)
         try:
             for one in slices:
@@ -292,12 +404,13 @@ class _Pass:
                 if one.view is not None:
                     self._fill(one.start, one.view, one.first_write)
                 else:
-                    self._fill(one.start, self.staging[: one.nbytes])
+                    view = self.room.staging.claim(one.nbytes)
+                    self._fill(one.start, view)
                     if one.first_write is not None:
                         one.first_write.before()
                     if one.use is not None:
-                        one.use()
-            self._pass_over(self.storage.nbytes)
+                        one.use(view)
+            self._pass_over(self.span.stop)
         finally:
             os.close(self.file)
 
@@ -306,19 +419,19 @@ class _Pass:
 
     def _is_right(self) -> bool:
         """Whether the storage matches its checksum as it lies in the file now."""
-        other = _Pass(self.reader, self.storage, (), summed=True)
-        other._read(())
+        other = _Pass(self.reader, self.storage, (), self.room, summed=True)
+        other.read(())
         return other.crc == self.storage.crc32
 
     def _pass_over(self, position: int) -> None:
         """Reads and sums the bytes up to `position` that no slice wants, where the storage is summed whole."""
         while self.summed and self.frontier < position:
-            self._fill(self.frontier, self.staging[: min(STAGING_BYTES, position - self.frontier)])
+            self._fill(self.frontier, self.room.scratch[: position - self.frontier])
 
     def _fill(self, start: int, view: memoryview, first_write: FirstWrite | None = None) -> None:
         """Reads the storage's bytes from ``start`` into all of ``view``, and sums them.
 
-        Until ``first_write`` is noted, bytes are read into the staging buffer first: a failed read is no change.
+        Until ``first_write`` is noted, bytes are read into a buffer first: a failed read is no change.
         """
         step = _SUMMED_BYTES if self.summed or self.shared is not None else _READ_BYTES
         done = 0
@@ -326,7 +439,7 @@ class _Pass:
             part = view[done : done + step]
             apart = first_write is not None and not first_write.noted
             if apart:
-                part = self.staging[: len(part)]
+                part = self.room.scratch[: len(part)]
             first = self.storage.offset + start + done
             part, count = self._direct(first, part)
             if count == 0:
@@ -347,8 +460,8 @@ class _Pass:
                 first_write.before()
                 view[done : done + count] = part[:count]
             done += count
-            if self.reader.on_bytes is not None:
-                self.reader.on_bytes(count)
+            if self.on_bytes is not None:
+                self.on_bytes(count)
 
     def _direct(self, first: int, view: memoryview) -> tuple[memoryview, int]:
         """Reads the beginning of `view`, for the file's bytes from `first` on, from the store if those come directly.
@@ -393,31 +506,6 @@ def _open(storage: StorageRef) -> int:
         raise AccessError(f"{path} cannot be opened ({error.strerror})", path=path) from error
 
 
-def _neighbours(planned: _Planned) -> Iterator[_Planned]:
-    """`planned`, which is in the order of the files, in groups: small storages that lie close to each other, and each
-    other one by itself."""
-    group: _Planned = []
-    start = end = 0
-    for storage, slices in planned:
-        near = (
-            group
-            and storage.nbytes <= SMALL_BYTES
-            and storage.file == group[0][0].file
-            and end <= storage.offset <= end + SMALL_BYTES
-            and storage.offset + storage.nbytes - start <= _TOGETHER_BYTES
-        )
-        if group and not near:
-            yield group
-            group = []
-        if not group:
-            start = storage.offset
-        # One that is not small stays alone: nothing is near its end.
-        end = storage.offset + storage.nbytes if storage.nbytes <= SMALL_BYTES else -SMALL_BYTES - 1
-        group.append((storage, slices))
-    if group:
-        yield group
-
-
 def _apart(
     wanted: StorageSlice,
     direct: DirectReads,
@@ -439,12 +527,12 @@ def _divide(
     planned: Sequence[tuple[StorageRef, Sequence[StorageSlice]]],
     shares: Mapping[StorageRef, RangeSums],
     on_bytes: Callable[[int], None] | None,
-) -> tuple[_Planned, dict[str, Placement]]:
+) -> tuple[Planned, dict[str, Placement]]:
     """The slices that are left to read from files, and the `Placement` of what `direct` is to read, by path.
 
     What lands is summed into `shares` and counted by `on_bytes`, in the reading threads, by one at a time.
     """
-    left: _Planned = []
+    left: Planned = []
     placements: dict[str, Placement] = {}
     storages: dict[str, list[StorageRef]] = {}
     for storage, slices in planned:

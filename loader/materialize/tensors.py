@@ -6,7 +6,8 @@
 - a contiguous source, and any other destination: they are read into a buffer, and from there copied (`_staged`)
 - a strided source: boxes of it, gaps included, are read into the buffer, and from there copied (`_gathered`)
 
-``Tensor.copy_`` copies from the buffer, and casts and moves to the device on the way. `storages` reads the slices.
+``Tensor.copy_`` copies from the buffer, and casts on the way; `devices` moves to CUDA devices meanwhile. `storages`
+reads the slices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from ..saved.copies import Copy, Memory, copies_into
 from ..saved.regions import Run, row_major_stride
 from ..saved.strided import Box, Layout, bounded_boxes, row_major_boxes
 from ..saved.tensor import SavedTensor, StorageRef
-from .storages import STAGING_BYTES, FetchAgain, StorageReader, StorageSlice, no_store
+from .devices import DeviceCopies
+from .slices import StorageSlice
+from .staging import STAGING_BYTES
+from .storages import FetchAgain, StorageReader, no_store
 
 _NUMPY_HAS = frozenset({torch.float32, torch.float64, torch.int64, torch.uint8})
 """Some of the dtypes that NumPy has too: the memory of such tensors is reached in half the time."""
@@ -39,7 +43,8 @@ class TensorReader:
     `verify` says when: ``before`` (the caller runs `verify` before the first change), ``during`` (each storage is
     summed whole as it is read, gaps included) or ``off``. `on_bytes` is called with how many bytes were just read.
     `comes_in_parts` says of a path whether bytes of that file may not have landed yet. `fetch_again` is called with a
-    storage that does not match its checksum. Holds a buffer of `STAGING_BYTES`.
+    storage that does not match its checksum. `n_threads` read what is large, each with a buffer of `STAGING_BYTES`
+    where there is something to cast or to move; for CUDA tensors `devices` says how much memory is page-locked.
     """
 
     def __init__(
@@ -49,8 +54,10 @@ class TensorReader:
         on_bytes: Callable[[int], None] | None = None,
         comes_in_parts: Callable[[str], bool] = lambda path: False,
         fetch_again: FetchAgain = no_store,
+        n_threads: int = 1,
     ) -> None:
-        self._storages = StorageReader(verify, on_bytes, comes_in_parts, fetch_again)
+        self._storages = StorageReader(verify, on_bytes, comes_in_parts, fetch_again, n_threads)
+        self._devices: DeviceCopies | None = None
 
     @property
     def fetch_again(self) -> FetchAgain:
@@ -77,8 +84,8 @@ class TensorReader:
         planned_memories = {id(copy.memory): copy.memory for copy in copies}.values()
         places = {memory.key: _place(memory, memories) for memory in planned_memories}
         noted = first_writes or {}
-        staging = self._buffer(places.values())
-        with torch.no_grad():
+        devices = {memory.device for memory in places.values() if memory.is_cuda}
+        with torch.no_grad(), self._filling(devices) as sending:
             planned = [
                 (
                     storage,
@@ -86,7 +93,7 @@ class TensorReader:
                         each
                         for copy in by_storage[storage]
                         for each in _slices(
-                            copy, places[copy.memory.key], staging, noted.get(copy.memory.key)
+                            copy, places[copy.memory.key], sending, noted.get(copy.memory.key)
                         )
                     ],
                 )
@@ -100,8 +107,7 @@ class TensorReader:
 
         Storages without a checksum are passed over. Raises `CorruptError` for the first that differs.
         """
-        for storage in _in_file_order(set(storages)):
-            self._storages.check(storage)
+        self._storages.check(_in_file_order(set(storages)))
 
     def waiting(self, on_wait: Callable[[], None] | None, coming: Mapping[str, Sequence[ByteRange]]) -> None:
         """From now on, reads wait for bytes of `coming` (by path) that have not landed, and call `on_wait` meanwhile.
@@ -118,7 +124,12 @@ class TensorReader:
     def unsummed(self) -> TensorReader:
         """A reader that compares no checksums, and otherwise waits and reads as this one does."""
         storages = self._storages
-        other = TensorReader(verify="off", on_bytes=storages.on_bytes, comes_in_parts=storages.comes_in_parts)
+        other = TensorReader(
+            verify="off",
+            on_bytes=storages.on_bytes,
+            comes_in_parts=storages.comes_in_parts,
+            n_threads=storages.n_threads,
+        )
         other.waiting(self._storages.on_wait, self._storages.coming)
         other.reading_direct(self._storages.direct)
         return other
@@ -138,14 +149,18 @@ class TensorReader:
         """
         return self._storages.finish()
 
-    def _buffer(self, memories: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The buffer; page-locked from the first CUDA destination on, which saves a copy by the driver."""
-        locked = isinstance(self._storages.staging, memoryview)
-        if not locked and any(memory.is_cuda for memory in memories):
-            with contextlib.suppress(RuntimeError):  # no memory may be left to lock
-                pinned = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-                self._storages.staging = pinned.numpy().data
-        return torch.frombuffer(self._storages.staging, dtype=torch.uint8)
+    @contextlib.contextmanager
+    def _filling(self, devices: set[torch.device]) -> Iterator[DeviceCopies | None]:
+        """A block in which tensors on these CUDA `devices` are filled, by what it gives; None where there are none."""
+        if not devices:
+            yield None
+            return
+        if self._devices is None:
+            self._devices = DeviceCopies()
+        with self._devices.to(devices) as is_new:
+            if is_new:
+                self._storages.stage_in(self._devices.staging)
+            yield self._devices
 
 
 def read_tensor(
@@ -227,20 +242,21 @@ def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
 
 
 def _slices(
-    copy: Copy, memory: torch.Tensor, staging: torch.Tensor, first_write: FirstWrite | None
+    copy: Copy, memory: torch.Tensor, sending: DeviceCopies | None, first_write: FirstWrite | None
 ) -> Iterator[StorageSlice]:
     """The slices to read for `copy`, whose elements go to its part of `memory` one by one."""
     if first_write is None:
-        yield from _slices_of(copy, memory, staging)
+        yield from _slices_of(copy, memory, sending)
         return
-    for one in _slices_of(copy, memory, staging):
+    for one in _slices_of(copy, memory, sending):
         yield replace(one, first_write=first_write)
 
 
-def _slices_of(copy: Copy, memory: torch.Tensor, staging: torch.Tensor) -> Iterator[StorageSlice]:
+def _slices_of(copy: Copy, memory: torch.Tensor, sending: DeviceCopies | None) -> Iterator[StorageSlice]:
     dtype = torch_dtype(copy.dtype)
+    sending = sending if memory.is_cuda else None
     if not copy.source.is_contiguous:
-        yield from _gathered(copy.source, _part(memory, copy.target), dtype, staging)
+        yield from _gathered(copy.source, _part(memory, copy.target), dtype, sending)
         return
     start = copy.source.offset * dtype.itemsize
     is_all = copy.target.is_contiguous and copy.target.numel == memory.numel() and memory.is_contiguous()
@@ -249,7 +265,7 @@ def _slices_of(copy: Copy, memory: torch.Tensor, staging: torch.Tensor) -> Itera
         view = _bytes_of(destination)
         yield StorageSlice(start, len(view), view)
     else:
-        yield from _staged(destination, start, dtype, staging)
+        yield from _staged(destination, start, dtype, sending)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -262,44 +278,70 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _staged(
-    destination: torch.Tensor, start: int, dtype: torch.dtype, staging: torch.Tensor
+    destination: torch.Tensor, start: int, dtype: torch.dtype, sending: DeviceCopies | None
 ) -> Iterator[StorageSlice]:
-    """Reads a contiguous source, from byte `start` of its storage on, through the buffer into any destination."""
+    """Reads a contiguous source, from byte `start` of its storage on, through a buffer into any destination."""
     step = STAGING_BYTES // dtype.itemsize
+    as_it_is = destination.is_contiguous()
+    if as_it_is:
+        destination = destination.as_strided((destination.numel(),), (1,))
     shape = tuple(destination.shape)
     for first in range(0, destination.numel(), step):
         stop = min(first + step, destination.numel())
-        nbytes = (stop - first) * dtype.itemsize
 
-        def use(first: int = first, stop: int = stop, nbytes: int = nbytes) -> None:
-            elements = staging[:nbytes].view(dtype)
-            done = 0
-            for box in row_major_boxes(shape, first, stop):
-                _put(_narrowed(destination, box), elements[done : done + box.numel].view(box.sizes))
-                done += box.numel
+        def use(staged: memoryview, first: int = first, stop: int = stop) -> None:
+            with _putting(staged, dtype, destination, sending, as_it_is=as_it_is) as elements:
+                done = 0
+                for box in row_major_boxes(shape, first, stop):
+                    _put(_narrowed(destination, box), elements[done : done + box.numel].view(box.sizes))
+                    done += box.numel
 
-        yield StorageSlice(start + first * dtype.itemsize, nbytes, use=use)
+        yield StorageSlice(start + first * dtype.itemsize, (stop - first) * dtype.itemsize, use=use)
 
 
 def _gathered(
-    source: Layout, destination: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
+    source: Layout, destination: torch.Tensor, dtype: torch.dtype, sending: DeviceCopies | None
 ) -> Iterator[StorageSlice]:
-    """Reads a strided source through the buffer into a destination of its shape."""
+    """Reads a strided source through a buffer into a destination of its shape."""
     for box in bounded_boxes(source, STAGING_BYTES // dtype.itemsize):
         part = source.part(box)
         target = _narrowed(destination, box)
 
-        def use(target: torch.Tensor = target, part: Layout = part) -> None:
-            elements = staging[: part.span * dtype.itemsize].view(dtype)
-            _put(target, elements.as_strided(part.shape, part.stride))
+        def use(staged: memoryview, target: torch.Tensor = target, part: Layout = part) -> None:
+            with _putting(staged, dtype, target, sending, as_it_is=False) as elements:
+                _put(target, elements.as_strided(part.shape, part.stride))
 
         yield StorageSlice(part.offset * dtype.itemsize, part.span * dtype.itemsize, use=use)
 
 
-def _put(target: torch.Tensor, elements: torch.Tensor) -> None:
+@contextlib.contextmanager
+def _putting(
+    staged: memoryview,
+    dtype: torch.dtype,
+    target: torch.Tensor,
+    sending: DeviceCopies | None,
+    *,
+    as_it_is: bool,
+) -> Iterator[torch.Tensor]:
+    """A block that copies the elements that it gives, those of `staged`, into parts of `target`.
+
+    They are on the device already where `sending` is there, unless both are laid out alike (`as_it_is`), and of one
+    dtype. The block may run in any thread.
+    """
+    elements = torch.frombuffer(staged, dtype=torch.uint8).view(dtype)
     # What was made under inference_mode can only be changed there.
-    with torch.inference_mode() if target.is_inference() else contextlib.nullcontext():
-        target.copy_(elements)
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        if sending is None:
+            yield elements
+            return
+        with sending.on_stream_of(target.device):
+            plain = as_it_is and target.dtype == dtype and not target.is_conj() and not target.is_neg()
+            yield elements if plain else elements.to(target.device, non_blocking=elements.is_pinned())
+
+
+def _put(target: torch.Tensor, elements: torch.Tensor) -> None:
+    # Page-locked memory is copied later, which `PinnedStaging` knows of. Other memory is filled again at once.
+    target.copy_(elements, non_blocking=target.is_cuda and elements.is_pinned())
 
 
 def _narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..fetch.files import FetchedFile
 from ..fetch.plan import FetchPlan
 from ..fetch.rounds import WantedRanges
 from ..fetch.wanted import early_parts
-from ..materialize.storages import STAGING_BYTES
+from ..materialize.staging import STAGING_BYTES
 from ..options import LoadOptions, Options, resolve_options
 from ..ranges.concurrency import MOST
 from ..ranges.destinations import BUFFER_BYTES

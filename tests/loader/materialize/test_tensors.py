@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable
+import threading
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rankload.loader.byte_ranges import ByteRange
 from rankload.loader.errors import CorruptError, InternalError, LayoutError, NotFoundError
 from rankload.loader.formats.torch_file import read_index
+from rankload.loader.materialize import slices, storages
 from rankload.loader.materialize.objects import materialize
-from rankload.loader.materialize.storages import STAGING_BYTES
+from rankload.loader.materialize.staging import STAGING_BYTES
 from rankload.loader.materialize.tensors import TensorReader, is_plain, read_tensor
+from rankload.loader.ranges.destinations import FirstWrite
 from rankload.loader.saved.copies import Copy, Memory, copies_into
 from rankload.loader.saved.regions import Laid, Run
 from rankload.loader.saved.strided import Box
@@ -87,6 +93,120 @@ def test_any_part_of_any_layout_into_any_layout(
     for at, offset in places(shape, into):
         before[3 + offset // (2 if view == "negative" else 1)] = lies[at]
     assert torch.equal(room, before)
+
+
+@pytest.fixture
+def tiny_segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Storages are cut for several threads wherever they can be; how many segments each reading had."""
+    run_jobs, seen = storages.run_jobs, []
+
+    def counted(jobs: Sequence[Any], *arguments: Any, **named: Any) -> None:
+        seen.append(len(jobs))
+        run_jobs(jobs, *arguments, **named)
+
+    monkeypatch.setattr(storages, "run_jobs", counted)
+    monkeypatch.setattr(slices, "SEGMENT_BYTES", 24)
+    monkeypatch.setattr(storages, "_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(storages, "SMALL_BYTES", 8)
+    return seen
+
+
+@given(SHAPES, CASTS, st.sampled_from(["during", "off", "shared"]), st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_several_threads_read_what_one_does(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_segments: list[int],
+    shape: Shape,
+    cast: torch.dtype,
+    verify: str,
+    data: st.DataObject,
+) -> None:
+    """Some of the tensors read into their places and some cast; the storage summed whole, or by several ranks."""
+    tiny_segments.clear()
+    found = [data.draw(laid(region)) for region in data.draw(partitions(shape))]
+    size = 10 + max((offset for one in found for _, offset in places(shape, one)), default=0)
+    saved = save(tmp_path_factory.mktemp("f"), t=torch.arange(float(size)))["t"]
+    storage = storage_of(saved)
+    pieces = [Piece(one.region, one.offset, one.stride, storage) for one in found]
+    tensor = SavedTensor.in_pieces("float32", shape, pieces)
+    read: list[int] = []
+    callers: set[int] = set()
+
+    def on_bytes(n_bytes: int) -> None:
+        callers.add(threading.get_ident())
+        read.append(n_bytes)
+
+    wanted = [
+        (saved, torch.zeros(size), "straight"),
+        (saved, torch.zeros(size, dtype=cast), "cast"),
+        (tensor, torch.zeros(shape), "t"),
+    ]
+    reader = TensorReader(verify="off" if verify == "off" else "during", on_bytes=on_bytes, n_threads=3)
+    if verify == "shared":
+        reader.share({storage: [ByteRange(0, 24), ByteRange(24, storage.nbytes)]})
+    fill(reader, *wanted)
+    assert tiny_segments == [-(-storage.nbytes // 24)]
+    again = [(source, torch.zeros_like(into), name) for source, into, name in wanted]
+    fill(TensorReader(), *again)
+    for (_, got, name), (_, want, _) in zip(wanted, again, strict=True):
+        assert torch.equal(got, want), name
+    assert torch.equal(wanted[0][1], torch.arange(float(size)))
+    assert callers == {threading.get_ident()}
+    assert sum(read) >= 2 * storage.nbytes
+    if verify == "shared":
+        whole = Path(storage.file).read_bytes()[storage.offset : storage.offset + storage.nbytes]
+        assert reader.finish_shares() == {storage: [zlib.crc32(whole[:24]), zlib.crc32(whole[24:])]}
+
+
+def test_several_threads_tell_damage_as_one_does(tmp_path: Path, tiny_segments: list[int]) -> None:
+    """What is damaged in any segment, is short, or is gone; other storages are whole, and only they were restored."""
+    tensors = {name: torch.arange(1000.0) + at for at, name in enumerate("abcd")}
+    saved = save(tmp_path, **tensors)
+    path = tmp_path / "f.pt"
+    flip(path, storage_of(saved["c"]).offset + 3000)
+    with pytest.raises(CorruptError, match=r"storage data/2 has CRC-32 .*; the file's directory says"):
+        TensorReader(verify="before", n_threads=3).verify([storage_of(one) for one in saved.values()])
+    with pytest.raises(CorruptError, match=r"storage data/2, used by model/c, has CRC-32"):
+        fill(
+            TensorReader(n_threads=3), *((saved[name], torch.zeros(1000), f"model/{name}") for name in "abcd")
+        )
+    flip(path, storage_of(saved["c"]).offset + 3000)
+    os.truncate(path, storage_of(saved["d"]).offset + 100)
+    into = {name: torch.zeros(1000) for name in "abcd"}
+    with pytest.raises(CorruptError, match="model/d, ends after 100 of 4,000 bytes"):
+        fill(TensorReader(n_threads=3), *((saved[name], into[name], f"model/{name}") for name in "abcd"))
+    assert torch.equal(into["c"], tensors["c"])
+    path.unlink()
+    with pytest.raises(NotFoundError, match="gone"):
+        fill(TensorReader(n_threads=3), *((saved[name], into[name], name) for name in "abcd"))
+
+
+def test_what_fails_in_a_thread_ends_all(tmp_path: Path, tiny_segments: list[int]) -> None:
+    """A first change that may not be made any more, and a failure of another rank, as `on_bytes` raises it."""
+    saved = save(tmp_path, a=torch.arange(3000.0), b=torch.ones(3000))
+    into = {"0": torch.zeros(3000), "1": torch.zeros(3000)}
+    copies = [
+        copy
+        for key, name in (("0", "a"), ("1", "b"))
+        for copy in copies_into(
+            saved[name], memory_of(into[key], key).whole, memory_of(into[key], key), name=name
+        )
+    ]
+
+    def refuse() -> None:
+        raise NotFoundError("another rank has failed")
+
+    noted = dict.fromkeys(into, FirstWrite(refuse))
+    with pytest.raises(NotFoundError, match="another rank has failed"):
+        TensorReader(n_threads=3).copy(copies, into, noted)
+    assert not into["0"].any()
+    assert not into["1"].any()
+
+    def stalled(n_bytes: int) -> None:
+        raise RuntimeError("another rank is gone")
+
+    with pytest.raises(RuntimeError, match="another rank is gone"):
+        TensorReader(on_bytes=stalled, n_threads=3).copy(copies, into)
 
 
 def written_once(one: Laid) -> bool:
