@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..distributed.session import Session
 from .cache.node import NodeCache
@@ -23,9 +24,19 @@ from .fetch.whole_checks import WholeChecks
 from .request import LoadRequest
 from .retries import Outages
 from .saved.contents import Saved
+from .sources.dcp.open import META
+from .sources.zero.file_names import optim_namings
 from .stages import Stages
 from .stores.base import Store
-from .stores.locate import RANK_FILE, AskAhead, Located, locate, looks_like_file
+from .stores.locate import (
+    DCP_METADATA,
+    MODEL_STATES,
+    RANK_FILE,
+    AskAhead,
+    Located,
+    locate,
+    looks_like_file,
+)
 from .stores.manifest import NAMES, Looked, find_manifests, known_sums, look_for_manifests
 from .stores.names import file_name, folder_of, without_slash
 from .stores.open import open_store
@@ -44,8 +55,14 @@ def open_files(
     to files in the cache.
     """
     context, path, first_name = _open(request, session, stages, leaving)
+    needed_with = partial(_needed_with, weights_only=request.weights_only)
+
+    def search(_: object) -> dict[str, Any]:
+        found: dict[str, Any] = encode(_search(context, first_name, locate, needed_with))
+        return found
+
     with stages.timed("locate"):
-        found = session.channel.decide("locate", None, lambda _: encode(_search(context, first_name, locate)))
+        found = session.channel.decide("locate", None, search)
     return _files(request, context, path, decode(_Found, found), leaving)
 
 
@@ -104,10 +121,24 @@ class _Found:
     """Its notes."""
 
 
-def _search(context: LoadContext, name: str, find: Callable[[Store, str, AskAhead], Located]) -> _Found:
+def _needed_with(store: Store, names: Sequence[str], *, weights_only: bool) -> list[str]:
+    """Objects in the folder of `names` that are read next, where those are there."""
+    folder, own = folder_of(names[0]), {file_name(name) for name in names}
+    if own & set(MODEL_STATES):
+        return [store.join(folder, naming.name(0)) for naming in optim_namings()]
+    return [store.join(folder, META)] if DCP_METADATA in own and not weights_only else []
+
+
+def _search(
+    context: LoadContext,
+    name: str,
+    find: Callable[[Store, str, AskAhead], Located],
+    needed_with: Callable[[Store, Sequence[str]], list[str]] = lambda store, names: [],
+) -> _Found:
     """What `find` finds, such as `locate`, and the manifests next to it, which are looked for at the same time.
 
-    One rank calls it, for all. Raises as `find`, and as `find_manifests`.
+    Once the store has answered, what is `needed_with` the names that `find` asks for is asked for with them. One rank
+    calls it, for all. Raises as `find`, and as `find_manifests`.
     """
     store = context.store
     required = context.options.asks_for_checksums
@@ -116,12 +147,22 @@ def _search(context: LoadContext, name: str, find: Callable[[Store, str, AskAhea
 
     compares = context.options.verify != "off"
 
+    n_asked = 0
+
     def ahead(names: Sequence[str]) -> None:
         """With what lies in a tag's folder, its manifests are looked for."""
+        nonlocal n_asked
         folder = folder_of(names[0])
-        works: list[Callable[[], None]] = [partial(ask_all_ahead, context, names)]
+        works: list[Callable[[], None]] = []
+        if n_asked:
+            # By now there are connections, so that all of them can be asked for at once.
+            more = needed_with(store, names)
+            works.append(partial(ask_all_ahead, context, names, at_once=len(names)))
+            works.append(partial(ask_all_ahead, context, more, beginning_only=True, at_once=len(more)))
+        else:
+            works.append(partial(ask_all_ahead, context, names))
+        n_asked += 1
         if compares and not store.is_local and folder not in (without_slash(name), folder_of(name)):
-            # By now there are connections, so that all of them can be looked for at once.
             works.append(partial(look, folder, is_file=False, at_once=len(NAMES)))
         _at_once(store, works)
 

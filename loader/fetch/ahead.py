@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from ..byte_ranges import ByteRange, coalesce, total_bytes, union
 from ..context import LoadContext
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..stores.base import Store
@@ -18,6 +19,8 @@ from ..stores.probes import AT_ONCE, ask_each
 
 HEAD_AND_TAIL_BYTES = 256 << 10
 """The first request for a file, from each end: mostly enough for its pickle and its directory."""
+MOST_PARTS_BYTES = 4 << 20
+"""How many bytes of one file are asked for with its first one."""
 OF_ITEMS = ".distcp"
 """Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
 fetch, another file says (`items`)."""
@@ -27,9 +30,16 @@ _OTHERS = (*COMPRESSED_NAMES, ".tar", ".symlink")
 """Suffixes of objects of which neither end is an index."""
 
 
-def ask_ahead(context: LoadContext, name: str, *, beginning_only: bool = False) -> None:
+def ask_ahead(
+    context: LoadContext,
+    name: str,
+    *,
+    beginning_only: bool = False,
+    parts: Sequence[ByteRange] = (),
+) -> None:
     """Has the store answer for the file `name` with what is needed of it first: both ends, or its beginning.
 
+    `parts` of it are known to be needed, and come at the same time, unless they are too much to be kept in memory.
     Raises as `Store.stat`.
     """
     store = context.store
@@ -38,10 +48,17 @@ def ask_ahead(context: LoadContext, name: str, *, beginning_only: bool = False) 
     if context.options.cache_dir is not None and context.session.topology.n_nodes > 1:
         # Nodes may share the folder that was given, so that another one may put the file there meanwhile.
         return
-    # What the node's cache may have already is not asked for: one byte tells its version.
-    is_small = path_of(name).endswith(OF_ITEMS) or context.cache.may_hold(store.describe(name))
-    both = not is_small and not beginning_only
-    store.ask_ahead(name, 1 if is_small else HEAD_AND_TAIL_BYTES, _ends_with_index if both else _never)
+    if context.cache.may_hold(store.describe(name)):
+        # What the node's cache may have already is not asked for: one byte tells its version.
+        store.ask_ahead(name, 1)
+    elif path_of(name).endswith(OF_ITEMS):
+        known = coalesce(union(parts))
+        if total_bytes(known) > MOST_PARTS_BYTES:
+            known = ()
+        first = known[0].stop if known and known[0].start == 0 else 1
+        store.ask_ahead(name, first, parts=[one for one in known if one.start])
+    else:
+        store.ask_ahead(name, HEAD_AND_TAIL_BYTES, _ends_with_index, last_later=beginning_only)
 
 
 def ask_all_ahead(
@@ -50,7 +67,7 @@ def ask_all_ahead(
     """`ask_ahead` for several files that may not be there, `at_once` at a time."""
     if isinstance(context.store, HttpStore):
         ask = partial(ask_ahead, context, beginning_only=beginning_only)
-        ask_each(context.store, ask, names, at_once=at_once)
+        ask_each(context.store, ask, names, at_once=max(1, at_once))
 
 
 def taken(store: Store, name: str) -> Sequence[tuple[int, bytes]]:
@@ -61,9 +78,10 @@ def taken(store: Store, name: str) -> Sequence[tuple[int, bytes]]:
     return first.parts
 
 
+def latency_s(store: Store) -> float:
+    """How long the store's answers take at least, as far as `ask_ahead` found out; else 0."""
+    return store.latency_s if isinstance(store, HttpStore) else 0.0
+
+
 def _ends_with_index(head: bytes) -> bool:
     return sniff(head[:HEAD_BYTES]) == "torch-zip"
-
-
-def _never(head: bytes) -> bool:
-    return False

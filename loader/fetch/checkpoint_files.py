@@ -7,16 +7,17 @@ Each file is fetched once per node (`files.fetch_files`); of one that comes in p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..context import LoadContext
 from ..errors import InternalError, LayoutError
 from ..formats.torch_file import FileIndex
 from ..saved.contents import SetFile
-from ..saved.node_file import FileItem, NodeFile
+from ..saved.node_file import FileItem, ItemSpan, NodeFile
 from ..saved.tree import find_unknown
 from ..stores.locate import Located
 from ..stores.names import file_name
@@ -25,7 +26,7 @@ from ..template import expand_path, template_variables
 from .again import SecondFetch
 from .ahead import ask_all_ahead
 from .files import FetchedFile, FileNeed, fetch_files
-from .items import read_items
+from .items import ends_of, read_items
 from .needs import NeedTable
 from .remote_files import RemoteFiles
 
@@ -59,6 +60,8 @@ class CheckpointFiles:
         self._fetched: dict[str, FetchedFile] = {}
         self._names: dict[str, str] = {}
         """Names of files, the same on all ranks, by local path."""
+        self._soon: list[str] = []
+        """Objects that rank 0 will ask for, besides those that are fetched next."""
         self._places: NeedTable | None = None
         """Which rank is where, once all have asked each other."""
         first = self._fetch([located.first], "fetch first")[located.first]
@@ -109,16 +112,33 @@ class CheckpointFiles:
         """What was fetched for this rank, each file or archive once."""
         return list(self._fetched.values())
 
-    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
+    def fetch(
+        self,
+        names: Sequence[str],
+        stage: str,
+        *,
+        optional: bool = False,
+        items: Mapping[str, Sequence[ItemSpan]] | None = None,
+    ) -> dict[str, NodeFile]:
         store = self.context.store
         objects = {
             name: store.join(self._located.name, name) if self.in_folder else name
             for name in names
             if name not in self._fetched
         }
-        fetched = self._fetch([FileNeed(path, optional) for path in objects.values()], stage)
+        parts = {
+            objects[name]: [part for one in spans for part in ends_of(self.context, one)]
+            for name, spans in (items or {}).items()
+            if name in objects
+        }
+        fetched = self._fetch([FileNeed(path, optional) for path in objects.values()], stage, parts=parts)
         self._fetched.update({name: fetched[path] for name, path in objects.items() if path in fetched})
         return {name: self._fetched[name] for name in names if name in self._fetched}
+
+    def will_look_beside(self, names: Sequence[str]) -> None:
+        root, join = self._located.root, self.context.store.join
+        if root is not None and self.context.session.topology.rank == 0:
+            self._soon = [join(root, name) for name in names]
 
     def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
         root, store = self._located.root, self.context.store
@@ -135,14 +155,28 @@ class CheckpointFiles:
         return {name: replace(fetched[path], name=name) for name, path in objects.items() if path in fetched}
 
     def _fetch(
-        self, needs: Sequence[str | FileNeed], stage: str, *, same: bool = False
+        self,
+        needs: Sequence[str | FileNeed],
+        stage: str,
+        *,
+        same: bool = False,
+        parts: Mapping[str, Sequence[ByteRange]] | None = None,
     ) -> dict[str, FetchedFile]:
         """Every rank must call, whatever it names, unless all name the `same`. The stage's bytes are counted on the
         node's first rank."""
         session = self.context.session
         with self.context.stages.timed(stage) as timing:
             same_as = self._places if same else None
-            fetched = fetch_files(self.context, needs, self.remote, stage=stage, same_as=same_as)
+            soon, self._soon = self._soon, []
+            fetched = fetch_files(
+                self.context,
+                needs,
+                self.remote,
+                stage=stage,
+                same_as=same_as,
+                parts=parts or {},
+                soon=soon,
+            )
             self._places = fetched.table
             if session.topology.local_rank == 0:
                 timing.bytes += fetched.fetched_bytes

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..byte_ranges import ByteRange
 from ..context import LoadContext
 from ..errors import FormatError, NotFoundError
 from ..plurals import ranks_text
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ...distributed.channel import Channel
     from .remote_files import RemoteFiles
 
-_FIND_AT_ONCE = 16
+_FIND_AT_ONCE = 32
 """How many files are asked for at once, all of which should be there."""
 
 __all__ = ["Fetched", "FetchedFile", "FileNeed", "fetch_files"]
@@ -85,10 +86,14 @@ def fetch_files(
     *,
     stage: str = "fetch",
     same_as: NeedTable | None = None,
+    parts: Mapping[str, Sequence[ByteRange]] | None = None,
+    soon: Sequence[str] = (),
 ) -> Fetched:
     """Makes the objects that this rank needs files on its node. Every rank must call, whatever it needs.
 
-    With `same_as`, the table of an earlier call, all ranks need the same files, and do not ask each other.
+    With `same_as`, the table of an earlier call, all ranks need the same files, and do not ask each other. What is
+    wanted of them next, `parts`, comes along where that saves an answer; and the store is asked at the same time for
+    what this rank will ask it for `soon`.
 
     With `remote`, only the index is fetched of torch files and safetensors files in stores that do ranges, and of large
     torch files in tars there; `remote` knows them afterwards. Without it they come whole. Files in the node's cache
@@ -113,8 +118,8 @@ def fetch_files(
     found: dict[str, ObjectInfo | None] = {}
     with channel.announced(f"{stage}: find"):
         if table.leads:
-            ahead = partial(ask_ahead, context) if remote is not None else None
-            _find(store, table.node_needs, found, FetchWatch(channel, tally), ahead)
+            ahead = None if remote is None else partial(_ask_ahead, context, parts or {})
+            _find(store, table.node_needs, found, FetchWatch(channel, tally), ahead, soon)
     report = {name: info is not None for name, info in found.items()}
     if not store.is_local:
         # Nothing is fetched unless all of it is there, and has room.
@@ -162,6 +167,7 @@ def _find(
     found: dict[str, ObjectInfo | None],
     watch: FetchWatch,
     ahead: Callable[[str], None] | None,
+    soon: Sequence[str],
 ) -> None:
     def job(name: str) -> None:
         if ahead is not None:
@@ -175,7 +181,14 @@ def _find(
         found[name] = None if resolved is None else resolved.info
         watch.tally.moved += 1
 
-    run_jobs([_job(job, name) for name in names], watch.tick, n_threads=_FIND_AT_ONCE)
+    jobs = [_job(job, name) for name in names]
+    if ahead is not None:
+        jobs += [_job(ahead, name) for name in soon if name not in names]
+    run_jobs(jobs, watch.tick, n_threads=_FIND_AT_ONCE)
+
+
+def _ask_ahead(context: LoadContext, parts: Mapping[str, Sequence[ByteRange]], name: str) -> None:
+    ask_ahead(context, name, parts=parts.get(name, ()))
 
 
 def _job(work: Any, name: str) -> Any:

@@ -21,7 +21,7 @@ from ..checksums import crc32_in_file
 from ..context import LoadContext
 from ..errors import CorruptError
 from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
-from ..saved.node_file import FileItem
+from ..saved.node_file import FileItem, ItemSpan
 from .again import SecondFetch
 from .decompress import Expanded
 from .remote_files import RemoteFiles
@@ -45,9 +45,7 @@ def read_items(
     What came damaged is fetched once more, by `again`. Every rank must call, whatever it wants. Raises, on all ranks
     alike, what `read_item` and `fetch_now` raise, and `CorruptError` where a file ends before one of its items.
     """
-    # What is fetched here goes into the node's file, which mode="direct" is there to avoid.
-    most = SMALL_ITEM_BYTES if context.options.mode == "direct" else WHOLE_ITEM_BYTES
-    ends = {item: _ends(item, most) for item in wanted if item.file.path in remote.known}
+    ends = {item: ends_of(context, item.span) for item in wanted if item.file.path in remote.known}
     found: dict[FileItem, FileIndex] = {}
     with context.stages.announced(f"{stage}: sizes"):
         _check_sizes(wanted)
@@ -78,8 +76,11 @@ def _check_sizes(wanted: Sequence[FileItem]) -> None:
             )
 
 
-def _ends(item: FileItem, whole_up_to: int) -> list[ByteRange]:
-    if item.zstd or item.stop - item.start <= (whole_up_to if item.whole else SMALL_ITEM_BYTES):
+def ends_of(context: LoadContext, item: ItemSpan) -> list[ByteRange]:
+    """What is fetched of an item for its index."""
+    # What is fetched here goes into the node's file, which mode="direct" is there to avoid.
+    most = SMALL_ITEM_BYTES if context.options.mode == "direct" else WHOLE_ITEM_BYTES
+    if item.zstd or item.stop - item.start <= (most if item.whole else SMALL_ITEM_BYTES):
         return [ByteRange(item.start, item.stop)]
     return [
         ByteRange(item.start, item.start + ITEM_END_BYTES),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from ..fetch.checkpoint_files import CheckpointFiles
 from ..formats.torch_file import FileIndex
-from ..saved.node_file import FileItem, NodeFile
+from ..saved.node_file import FileItem, ItemSpan, NodeFile
 
 T = TypeVar("T")
 
@@ -43,8 +43,18 @@ class RankFiles:
     def first(self) -> NodeFile:
         return self._files.first
 
-    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
-        return self._noted(self._files.fetch(names, stage, optional=optional))
+    def fetch(
+        self,
+        names: Sequence[str],
+        stage: str,
+        *,
+        optional: bool = False,
+        items: Mapping[str, Sequence[ItemSpan]] | None = None,
+    ) -> dict[str, NodeFile]:
+        return self._noted(self._files.fetch(names, stage, optional=optional, items=items))
+
+    def will_look_beside(self, names: Sequence[str]) -> None:
+        self._files.will_look_beside(names)
 
     def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
         return self._noted(self._files.beside(names, stage))

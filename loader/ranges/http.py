@@ -32,7 +32,7 @@ from ..http.redirects import follow
 from ..redaction import redact_path
 from ..retries import Outages
 from ..stores.base import Heard, ObjectInfo, unheard
-from ..stores.http import FirstBytes
+from ..stores.first_answers import FirstBytes
 from ..stores.sums import StoredSum, in_headers
 from .base import pieces
 
@@ -140,7 +140,7 @@ class HttpSource:
         if first.pin.size_bytes is None:
             raise NoSizeError(f"{self._described}: the server does not tell its size", path=self._described)
         self._pin, self.has_ranges, self.stored_sums = first.pin, first.has_ranges, first.sums
-        if first.url != self._place.url:
+        if first.url is not None:
             self._place = replace(self._place, url=first.url, is_redirected=True)
 
     def _open(self, heard: Heard) -> None:

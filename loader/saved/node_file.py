@@ -23,6 +23,16 @@ class NodeFile:
     """When it was last written, in seconds of the epoch; None where it is not used in place."""
 
 
+@dataclass(frozen=True, slots=True)
+class ItemSpan:
+    """Where a torch file lies inside a larger file; the fields are those of `FileItem`."""
+
+    start: int
+    stop: int
+    zstd: bool = False
+    whole: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FileItem:
     """One torch file inside a larger file: its bytes ``[start, stop)``."""
@@ -36,3 +46,7 @@ class FileItem:
     """Whether its bytes are compressed by zstd."""
     whole: bool = False
     """Whether this rank reads all of them."""
+
+    @property
+    def span(self) -> ItemSpan:
+        return ItemSpan(self.start, self.stop, self.zstd, self.whole)

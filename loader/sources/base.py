@@ -6,14 +6,14 @@ files of a load are fetched once per node, by all ranks together; so a source as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from ..formats.torch_file import FileIndex
 from ..saved.contents import Saved
 from ..saved.demand import Demand
-from ..saved.node_file import FileItem, NodeFile
+from ..saved.node_file import FileItem, ItemSpan, NodeFile
 
 T = TypeVar("T")
 
@@ -41,12 +41,24 @@ class Files(Protocol):
     def first(self) -> NodeFile:
         """The file that the path names; of a folder, the first one that shows what it is."""
 
-    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
+    def fetch(
+        self,
+        names: Sequence[str],
+        stage: str,
+        *,
+        optional: bool = False,
+        items: Mapping[str, Sequence[ItemSpan]] | None = None,
+    ) -> dict[str, NodeFile]:
         """Brings the files `names` to this node, and gives them by these names. Every rank must call.
+
+        Of a remote file, what `items` wants next may come along: the torch files inside of it, by its name.
 
         Raises `NotFoundError` on all ranks where one is missing; with `optional`, it is left out. `stage` is the
         fetch's name in messages and timings.
         """
+
+    def will_look_beside(self, names: Sequence[str]) -> None:
+        """Says that `beside` will be called with `names`, so that the store may be asked with the next `fetch`."""
 
     def beside(self, names: Sequence[str], stage: str) -> dict[str, NodeFile]:
         """Brings those of `names` that lie in the folder that the path names to this node. Every rank must call.

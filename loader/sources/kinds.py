@@ -11,7 +11,7 @@ from .base import Files, Source
 from .dcp.open import Dcp
 from .rank_shards.open import RankShards
 from .sharded import Sharded
-from .side_files import with_side_files
+from .side_files import MARKERS, with_side_files
 from .single_file import SingleFile
 from .slices import Slices
 from .zero.open import Zero
@@ -25,6 +25,8 @@ def open_saved(files: Files, demand: Demand) -> Saved:
 
     Every rank must call. Raises as `source_of`, `Source.open` and `with_side_files`.
     """
+    if not demand.weights_only:
+        files.will_look_beside(MARKERS)
     saved = source_of(files).open(files, demand)
     if not saved.files:
         saved = replace(saved, files=(SetFile(files.first.name),))

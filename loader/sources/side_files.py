@@ -82,6 +82,9 @@ _WRITERS = (
     ),
 )
 
+MARKERS = tuple(writer.marker for writer in _WRITERS)
+"""The files that `with_side_files` looks for first."""
+
 
 def with_side_files(files: Files, demand: Demand, saved: Saved) -> Saved:
     """`saved`, and the parts that lie beside it. Every rank must call.
@@ -91,7 +94,7 @@ def with_side_files(files: Files, demand: Demand, saved: Saved) -> Saved:
     """
     if demand.weights_only:
         return saved
-    there = files.beside([writer.marker for writer in _WRITERS], "look beside")
+    there = files.beside(MARKERS, "look beside")
     writer = next((one for one in _WRITERS if one.marker in there), None)
     if writer is None:
         if not demand.outline:

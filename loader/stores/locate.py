@@ -254,8 +254,9 @@ def _as_dcp(probes: Probes, name: str, ask_ahead: AskAhead) -> Located | None:
     store = probes.store
     if file_name(name) == DCP_METADATA:
         name = folder_of(name)
-    ask_ahead([probes.store.join(name, DCP_METADATA)])
-    for inside in (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}"):
+    places = (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}")
+    ask_ahead([store.join(name, inside) for inside in places])
+    for inside in places:
         first = store.join(name, inside)
         if probes.exists(first):
             folder = without_slash(name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rankload.loader.errors import LayoutError, NotFoundError
 from rankload.loader.formats.torch_file import FileIndex, read_index, read_item
-from rankload.loader.saved.node_file import FileItem, NodeFile
+from rankload.loader.saved.node_file import FileItem, ItemSpan, NodeFile
 from rankload.loader.stores.locate import MODEL_STATES
 
 
@@ -36,7 +36,17 @@ class LocalFiles:
         name = next(one for one in first if (path / one).exists()) if self.in_folder else str(path)
         self.first = self._file(name)
 
-    def fetch(self, names: Sequence[str], stage: str, *, optional: bool = False) -> dict[str, NodeFile]:
+    def will_look_beside(self, names: Sequence[str]) -> None:
+        pass
+
+    def fetch(
+        self,
+        names: Sequence[str],
+        stage: str,
+        *,
+        optional: bool = False,
+        items: Mapping[str, Sequence[ItemSpan]] | None = None,
+    ) -> dict[str, NodeFile]:
         self.stages.append(stage)
         there = [name for name in names if not optional or self._place(name).exists()]
         self.fetched += there

@@ -13,7 +13,7 @@ from ...formats.dcp_metadata import Item, Metadata, read_metadata
 from ...formats.torch_file import FileIndex
 from ...saved.contents import Saved, SetFile
 from ...saved.demand import Demand
-from ...saved.node_file import FileItem, NodeFile
+from ...saved.node_file import FileItem, ItemSpan, NodeFile
 from ..base import Files
 from .layout import parts_of
 from .needs import wanted_items
@@ -24,7 +24,7 @@ METADATA = ".metadata"
 _ZSTD = ("stream.zstd/1",)
 """The transforms of an item that torch's zstd extension compressed."""
 _LATER_S = 60
-_META = "meta.pt"
+META = "meta.pt"
 """What Lightning saves beside a folder's own files: everything that has no shards."""
 _ACCELERATE_MODEL, _ACCELERATE_OPTIMIZER = "pytorch_model_fsdp_", "optimizer_"
 """The folders, with a number each, in which Accelerate puts the model and the optimizer."""
@@ -57,15 +57,19 @@ class Dcp:
         if not demand.weights_only:
             there = files.existing(_names_beside(files.first.name))
             fetched = files.fetch(there, "fetch beside") if there else {}
-            metadata += [fetched[name] for name in there if name != _META]
-            if _META in fetched:
-                more.append(_META)
+            metadata += [fetched[name] for name in there if name != META]
+            if META in fetched:
+                more.append(META)
                 with files.stage("read beside"):
-                    beside = _beside(files, fetched[_META])
+                    beside = _beside(files, fetched[META])
         with files.stage("read metadata"):
             folders = [_folder(files, file) for file in metadata]
             wanted = dict(_wanted(folders, beside, demand, files.name))
-        held = files.fetch(sorted({name for name, _ in wanted}), "fetch")
+        spans: dict[str, list[ItemSpan]] = {}
+        for (name, item), one in wanted.items():
+            zstd = item.transforms == _ZSTD
+            spans.setdefault(name, []).append(ItemSpan(item.offset, item.stop, zstd, one.whole))
+        held = files.fetch(sorted(spans), "fetch", items=spans)
         items = [
             FileItem(
                 held[name], item.offset, item.stop, one.key, zstd=item.transforms == _ZSTD, whole=one.whole
@@ -76,7 +80,7 @@ class Dcp:
         with files.stage("read states"):
             saved = _saved(files, folders, indexes, beside, demand)
         set_files = (*_set_of(folders), *map(SetFile, more))
-        unfinished = _without_meta(files) if demand.outline and _META not in more else ()
+        unfinished = _without_meta(files) if demand.outline and META not in more else ()
         notes = _notes(files, folders[0], held)
         return replace(saved, notes=notes, files=set_files, unfinished=unfinished)
 
@@ -85,7 +89,7 @@ def _without_meta(files: Files) -> tuple[str, ...]:
     """What shows that Lightning was killed between a folder's own files and the file beside them."""
     if not files.folder.endswith(".ckpt"):
         return ()
-    return (f"{files.folder} has no {_META}, which Lightning writes last: the save was not finished",)
+    return (f"{files.folder} has no {META}, which Lightning writes last: the save was not finished",)
 
 
 def _set_of(folders: list[_Folder]) -> Iterator[SetFile]:
@@ -131,7 +135,7 @@ def _names_beside(first: str) -> list[str]:
     folder = first.rpartition("/")[0]
     if folder.startswith(_ACCELERATE_MODEL):
         return [f"{_ACCELERATE_OPTIMIZER}{folder.removeprefix(_ACCELERATE_MODEL)}/{METADATA}"]
-    return [_META]
+    return [META]
 
 
 def _beside(files: Files, file: NodeFile) -> Mapping[str, Any]:

@@ -5,12 +5,14 @@ The server answers so late that what is asked for after another answer certainly
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 from dcp_folders import save
+from many_files import write_zero
 from paced_server import PacedServer, paced_server
 from rankload.loader import State, gather_rng, load
 from rankload.loader.alone import open_alone
@@ -35,14 +37,23 @@ def served(tmp_path: Path) -> Path:
     return tmp_path / "served"
 
 
-def a_model(seed: int) -> torch.nn.Module:
+def a_model(seed: int, width: int = WIDTH, layers: int = LAYERS) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    return torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+
+
+class OneWeight(torch.nn.Module):
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(elements))
 
 
 def restored(server: PacedServer, name: str, saved: torch.nn.Module, *, weights_only: bool = True) -> int:
     """Loads what is served as `name`, and returns how many answers were waited for before the bulk."""
-    model = a_model(2)
+    model = copy.deepcopy(saved)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.zero_()
     load(server.url(name), State(model), load_weights_only=weights_only, progress_bar=False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
     assert any(one.n_bytes > BULK for one in server.asked), server.told()
@@ -71,21 +82,61 @@ def test_a_manifest_takes_one_answer_more_at_most(served: Path) -> None:
         assert restored(server, "whole.pt", saved) <= 3, server.told()
 
 
-def test_a_dcp_folder_takes_four_answers(served: Path) -> None:
-    saved = a_model(1)
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_dcp_folder_takes_four_answers(served: Path, weights_only: bool) -> None:
+    """However many items it has: the ends of all of them are asked for at once."""
+    saved = a_model(1, WIDTH * 2, LAYERS * 2)
     save(served / "dcp", {"model": saved.state_dict()})
     with paced_server(served, LATE_S) as server:
-        assert restored(server, "dcp", saved) <= 4, server.told()
+        assert restored(server, "dcp", saved, weights_only=weights_only) <= 4, server.told()
+        # Nothing is asked for once all bytes have come.
+        last = max(server.asked, key=lambda one: one.end)
+        assert last.method == "GET", server.told()
 
 
-def test_files_of_zero_take_five_answers_however_many(served: Path) -> None:
-    """``latest``, the first model file, which optimizer files there are, and both ends of all files."""
-    folder = unpack_zero(3, served)
+@pytest.mark.parametrize(("ranks", "weights_only"), [(2, True), (8, False), (16, True)])
+def test_files_of_zero_take_four_answers_however_many(served: Path, ranks: int, weights_only: bool) -> None:
+    """``latest``, the first model file with the first optimizer file, and both ends of all files."""
+    share = 1 << 16
+    folder = write_zero(served / "zero" / "step3", ranks=ranks, parameters=2, share=share)
+    (served / "zero" / "latest").write_text(folder.name)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(OneWeight(ranks * share) for _ in range(2))
+    with paced_server(served, LATE_S) as server:
+        load(
+            server.url("zero"),
+            State(model),
+            load_weights_only=weights_only,
+            ignore_keys=None if weights_only else ["state/optimizers/*", "state/schedulers/*"],
+            progress_bar=False,
+        )
+        assert not any(value.any() for value in model.state_dict().values())
+        assert server.answers_in_a_row(bulk_bytes=BULK) <= 4, server.told()
+
+
+def test_files_of_other_sizes_than_the_first_are_read_right(served: Path) -> None:
+    """The ends of further ranks' files are looked for where the first one ends: some are shorter, some longer."""
+    folder = write_zero(served / "zero", ranks=5, parameters=1, share=1 << 18)
+    names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(5)]
+    tree = torch.load(folder / names[0], weights_only=False)
+    for name, more in zip(names, (300 << 10, 304 << 10, 1 << 20, 200 << 10, 0), strict=True):
+        (folder / name).unlink()
+        torch.save({**tree, "unknown": torch.zeros(more // 4)}, folder / name)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([OneWeight(5 << 18)])
+    with paced_server(served) as server:
+        load(server.url("zero"), State(model), load_weights_only=True, progress_bar=False)
+    assert not any(value.any() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_small_files_of_zero_are_one_request_each(served: Path, stage: int) -> None:
+    folder = unpack_zero(stage, served)
     with paced_server(served, LATE_S) as server:
         with open_alone(server.url(folder.name)) as opened:
-            assert opened.saved.zero_stage == 3
+            assert opened.saved.zero_stage == stage
         # All of these files are small: nothing is bulk.
-        assert server.answers_in_a_row() <= 5, server.told()
+        assert server.answers_in_a_row() <= 4, server.told()
         assert len(server.asked) == len({one.path for one in server.asked}), server.told()
 
 
