@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, cast
 
-from ..byte_ranges import ByteRange, total_bytes
+from ..byte_ranges import ByteRange, subtract, total_bytes, union
 from ..cache.folder import make_private
 from ..cache.holes import PartialFile, replace_bytes
 from ..cache.records import PARTS, product_name
@@ -60,6 +60,11 @@ class RemoteFile:
     def missing_bytes(self) -> int:
         """How many bytes of the object have not landed."""
         return sum(one.length for one in self._partial.missing([ByteRange(0, self.source.size_bytes)]))
+
+    def missing_beside(self, ranges: Iterable[ByteRange]) -> int:
+        """How many bytes of the object will be missing once `ranges` have landed."""
+        left = subtract([ByteRange(0, self.source.size_bytes)], union(ranges))
+        return total_bytes(self._partial.missing(left))
 
     def object_read(self, ranges: Iterable[ByteRange], peer: RangeSource | None = None) -> ObjectRead | None:
         """The read, from the store or from `peer`, that makes all of `ranges` land; None where they have already."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,21 +20,23 @@ from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..cache.holes import Landed, fetching_again
-from ..errors import CorruptError, FormatError, UnsafeError, fetched_twice
+from ..errors import CorruptError, FormatError, RankloadError, UnsafeError, fetched_twice
 from ..formats.safetensors import index_bytes
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
 from ..http.connections import Connections
 from ..plurals import counted
 from ..ranges.base import RangeSource
+from ..ranges.concurrency import START, Concurrency
 from ..ranges.destinations import FileDestination
 from ..ranges.engine import ObjectRead, ReadReport, read_ranges
 from ..ranges.open import RangeServers, open_range_source
 from ..ranges.window import WindowSource
-from ..retries import until_done
+from ..retries import TryAgainError, until_done
 from ..stores.base import ObjectInfo, OnBytes, Store
 from ..stores.names import path_of
-from ..workers import Stop
+from ..stores.probes import AT_ONCE
+from ..workers import Stop, stopped_by
 from . import ahead
 from .ahead import COMPRESSED_NAMES, HEAD_AND_TAIL_BYTES, OF_ITEMS
 from .object_cache import ObjectCache
@@ -49,6 +52,10 @@ GAPS_BYTES = 64 << 10
 own checksum can be compared: a full restore leaves only the gaps between the records."""
 SMALL_ARCHIVE_BYTES = 1 << 20
 """Archives up to this size come whole."""
+LATE_S = 0.01
+"""From this latency on, a store's answers are late."""
+LATE_START = 16
+"""How many connections read at first where they are: of a few requests, none waits for another one's answer."""
 _logger = package_logger()
 
 
@@ -305,18 +312,59 @@ class RemoteFiles:
             file = self._files[path]
             source = peer(self.known.name_of(path), file.source.size_bytes) if peer is not None else None
             object_reads.append(file.object_read(ranges, source))
-        report = read_ranges([one for one in object_reads if one is not None], on_bytes)
+        reads = [one for one in object_reads if one is not None]
+        with self._asking_for_sums(wanted):
+            report = read_ranges(reads, on_bytes, concurrency=Concurrency(self._connections_at_first()))
         for path in wanted:
             self._compare_if_whole(path, on_bytes)
         return report
 
+    def _connections_at_first(self) -> int:
+        """How many read at first: where answers are late, more wait for theirs at once."""
+        stores = {id(store): store for store, _ in self._objects.values()}
+        latency_s = max((ahead.latency_s(store) for store in stores.values()), default=0.0)
+        return START if latency_s < LATE_S else LATE_START
+
+    @contextlib.contextmanager
+    def _asking_for_sums(self, wanted: Mapping[str, Iterable[ByteRange]]) -> Iterator[None]:
+        """Asks the stores for the checksums of objects that will be whole once `wanted` has come, meanwhile."""
+        objects = [
+            self._objects[path]
+            for path, ranges in wanted.items()
+            if self._is_compared(path) and self._files[path].missing_beside(ranges) <= self._most_gaps
+        ]
+        stop = Stop()
+
+        def ask(store: Store, info: ObjectInfo) -> None:
+            # What fails is asked for again by whoever needs it, who raises it.
+            with contextlib.suppress(RankloadError, TryAgainError), stopped_by(stop):
+                store.stored_sums(info)
+
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            try:
+                for one in objects:
+                    threads.submit(ask, *one)
+                yield
+            except BaseException:
+                stop.set()
+                threads.shutdown(cancel_futures=True)
+                raise
+
+    @property
+    def _most_gaps(self) -> int:
+        """How much may be missing of an object that is fetched whole for its checksum's sake."""
+        return GAPS_BYTES if self.checks.verify == "before" else 0
+
+    def _is_compared(self, path: str) -> bool:
+        """Whether the file at `path` is compared with the checksums of its object, once it is whole."""
+        # An archive's member has none: checksums are known of whole objects only. And where records have their own,
+        # what is read is compared anyway, as it is read: a second pass would only cost time.
+        by_records = self.checks.verify != "before" and path in self._by_records
+        return path in self._objects and self.checks.verify != "off" and not by_records
+
     def _compare_if_whole(self, path: str, on_bytes: OnBytes) -> None:
         file = self._files[path]
-        if path not in self._objects:
-            # An archive's member: checksums are known of whole objects only.
-            return
-        if self.checks.verify != "before" and path in self._by_records:
-            # What is read of it is compared anyway, as it is read: a second pass would only cost time.
+        if not self._is_compared(path):
             return
         if self.checks.verify == "before" and file.missing_bytes <= GAPS_BYTES:
             file.ensure([ByteRange(0, file.source.size_bytes)], on_bytes)
