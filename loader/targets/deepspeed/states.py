@@ -8,12 +8,13 @@ numbers that are saved as tensors are read, to compare them, or where they are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...byte_ranges import subtract
 from ...errors import LayoutError
 from ...materialize.tensors import read_tensor, torch_dtype
 from ...saved.contents import Saved
@@ -22,6 +23,7 @@ from ...saved.demand import Shape
 from ...saved.mismatch import Mismatch
 from ...saved.partitions import Slot
 from ...saved.regions import Run
+from ...saved.strided import Layout
 from ...saved.tensor import SavedTensor, StorageRef, same_shape
 from ..dtensor import kept_part
 from ..optimizer_kinds import (
@@ -71,10 +73,18 @@ def state_memory_key(index: int, key: str) -> str:
     return f"{key} of flat {index}, the optimizer's"
 
 
-def new_state(master: torch.Tensor, saved_dtype: str) -> torch.Tensor:
-    """A state tensor as the optimizer makes it for `master` at its first step."""
+def new_state(master: torch.Tensor, saved_dtype: str, filled: Iterable[Layout] = ()) -> torch.Tensor:
+    """A state tensor as the optimizer makes it for `master` at its first step: zeros, but where it will be `filled`."""
     dtype = _state_dtype(master, saved_dtype)
-    return torch.zeros_like(master.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    made = torch.empty_like(master.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    flat = flat_view(made)
+    if flat.dim() != 1:
+        return made.zero_()
+    # Memory that is read into is not written twice.
+    spans = [(one.offset, one.offset + one.numel) for one in filled if one.is_contiguous]
+    for start, stop in subtract([(0, made.numel())], spans):
+        flat[start:stop].zero_()
+    return made
 
 
 def _state_dtype(master: torch.Tensor, saved_dtype: str) -> torch.dtype:

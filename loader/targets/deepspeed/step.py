@@ -19,6 +19,7 @@ from ...plurals import counted
 from ...saved.contents import Saved
 from ...saved.copies import Copy
 from ...saved.mismatch import Mismatch
+from ...saved.strided import Layout
 from ...saved.tensor import SavedTensor
 from ...saved.values import InertObject
 from ..base import Change, NoteChange, Work
@@ -143,12 +144,15 @@ class EngineStep:
     def _made(self) -> dict[tuple[int, str], torch.Tensor]:
         """The state tensors, by flat and key, that the optimizer would make at its first step; it gets them later."""
         found = {}
+        filled: dict[str, list[Layout]] = {}
+        for copy in self.optimizer.copies:
+            filled.setdefault(copy.memory.key, []).append(copy.target)
         for index, keys in self.optimizer.made.items():
             master = self.live.flats[index].master
             own = self.live.optimizer.state.get(master, {})
             for key, dtype in keys.items():
                 if not isinstance(own.get(key), torch.Tensor):
-                    found[index, key] = new_state(master, dtype)
+                    found[index, key] = new_state(master, dtype, filled.get(state_memory_key(index, key), ()))
         return found
 
     def _hand_over(self, made: Mapping[tuple[int, str], torch.Tensor], note_change: NoteChange) -> None:
