@@ -25,17 +25,16 @@ from typing import Any
 
 import torch
 from rankload.loader import State, load_checkpoint
+from rankload.loader.materialize.slices import reading_threads
 from rankload.loader.materialize.staging import STAGING_BYTES
-from rankload.loader.materialize.storages import reading_threads
 from torch import nn
 
 from .tables import publish, table
 
 PINNED, READ = "pinned copy, no file", "plain read into pinned memory, no copy"
 DURING, OFF = "**rankload**", "**rankload**, `verify=off`"
-MMAP, WHOLE, DIRECT = (
+MMAP, DIRECT = (
     "`torch.load(mmap=True)`, `load_state_dict`",
-    "`torch.load`, `load_state_dict`",
     "safetensors `load_file` on the device, `load_state_dict`",
 )
 HEADER = ("way", "seconds", "GB/s", "x rate of the pinned copy", "peak device memory above, MB")
@@ -44,7 +43,7 @@ HEADER = ("way", "seconds", "GB/s", "x rate of the pinned copy", "peak device me
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=4_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--folder", default="/dev/shm", help="where the file is made; its pages should stay in memory"
     )
@@ -60,13 +59,13 @@ def main() -> None:
 
 
 def measure(folder: Path, megabytes: int, rounds: int) -> str:
-    saved = make_model(megabytes, seed=0)
-    expected = {name: value.clone() for name, value in saved.state_dict().items()}
+    model = make_model(megabytes)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = {name: value.cpu() for name, value in expected.items()}
     path = folder / "weights.pt"
-    torch.save(saved.state_dict(), path)
-    nbytes = sum(value.nbytes for value in expected.values())
-    model = make_model(megabytes, seed=1).cuda()
-    ways = ways_of(folder, path, expected, model)
+    torch.save(saved, path)
+    nbytes = sum(value.nbytes for value in saved.values())
+    ways = ways_of(folder, path, saved, model)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     above: dict[str, list[int]] = {way: [] for way in ways}
     locked = 0
@@ -114,38 +113,36 @@ def measure(folder: Path, megabytes: int, rounds: int) -> str:
     )
 
 
-def make_model(megabytes: int, seed: int) -> nn.Module:
-    """About `megabytes` of float32: layers of 64 MB, and a small bias each."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        *(nn.Linear(4096, 4096) for _ in range(max(1, megabytes * 1_000_000 // (4 * 4096 * 4097))))
-    )
+def make_model(megabytes: int) -> nn.Module:
+    """About `megabytes` of float32 on the device: layers of 64 MB, and a small bias each."""
+    torch.manual_seed(0)
+    n_layers = max(1, megabytes * 1_000_000 // (4 * 4096 * 4097))
+    return nn.Sequential(*(nn.Linear(4096, 4096, device="cuda") for _ in range(n_layers)))
 
 
 def ways_of(
-    folder: Path, path: Path, expected: dict[str, torch.Tensor], model: nn.Module
+    folder: Path, path: Path, saved: dict[str, torch.Tensor], model: nn.Module
 ) -> dict[str, Callable[[], object]]:
     ways: dict[str, Callable[[], object]] = {
-        PINNED: pinned_copy(expected, model),
+        PINNED: pinned_copy(saved, model),
         READ: plain_read(path, reading_threads(1)),
         OFF: lambda: ours(path, model, "off"),
         DURING: lambda: ours(path, model, "during"),
         MMAP: lambda: model.load_state_dict(torch.load(path, mmap=True, weights_only=True)),
-        WHOLE: lambda: model.load_state_dict(torch.load(path, weights_only=True)),
     }
     try:
         from safetensors.torch import load_file, save_file
     except ImportError:
         return ways
     other = folder / "weights.safetensors"
-    save_file(expected, other)
+    save_file(saved, other)
     ways[DIRECT] = lambda: model.load_state_dict(load_file(other, device="cuda"))
     return ways
 
 
-def pinned_copy(expected: dict[str, torch.Tensor], model: nn.Module) -> Callable[[], object]:
+def pinned_copy(saved: dict[str, torch.Tensor], model: nn.Module) -> Callable[[], object]:
     """All tensors from page-locked memory that has them already."""
-    pinned = {name: value.pin_memory() for name, value in expected.items()}
+    pinned = {name: value.pin_memory() for name, value in saved.items()}
     held = model.state_dict()
 
     def copy() -> None:
@@ -194,7 +191,7 @@ def ours(path: Path, model: nn.Module, verify: str) -> None:
 
 def compare(way: str, model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
     for name, value in model.state_dict().items():
-        if not torch.equal(value.cpu(), expected[name]):
+        if not torch.equal(value, expected[name]):
             raise SystemExit(f"{way} did not restore {name}")
 
 

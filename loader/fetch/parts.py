@@ -16,7 +16,8 @@ from ..byte_ranges import ByteRange, subtract, total_bytes, union
 from ..cache.holes import Landed
 from ..errors import CorruptError, fetched_twice
 from ..formats.torch_file import FileIndex
-from ..materialize.storages import READY_BYTES, reading_threads
+from ..materialize.slices import reading_threads
+from ..materialize.storages import READY_BYTES
 from ..materialize.tensors import TensorReader
 from ..options import Verify
 from ..ranges.direct import DirectReads

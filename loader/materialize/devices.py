@@ -6,7 +6,7 @@ read into one is sent to the device while the other is filled; before a buffer i
 what the calling thread queued before has run, and have all ended when its block is left, so that no stream of the job
 can see a tensor half filled.
 
-At most 2 x `STAGING_BYTES` are page-locked for each of at most `MOST_THREADS` threads: 128 MiB a rank. torch keeps such
+At most 2 x `STAGING_BYTES` are page-locked for each of at most `MOST_THREADS` threads: 64 MiB a rank. torch keeps such
 memory for the next time. Where none can be locked, plain memory is used, and each copy ends before the next is read.
 A copy that casts, or goes to memory that is not contiguous, is sent as it lies in the file and laid out on the device,
 which takes up to 2 x `STAGING_BYTES` there for a moment.
@@ -55,6 +55,11 @@ class PinnedStaging:
         self._recorded = [False] * len(made)
         self._at = 0
         self._used = 0
+
+    def working(self) -> contextlib.AbstractContextManager[object]:
+        if len(self._streams) > 1:
+            return contextlib.nullcontext()  # each copy says which it is for
+        return on_stream(self._streams[0])
 
     def claim(self, nbytes: int) -> memoryview:
         start = -(-self._used // _ALIGNED_BYTES) * _ALIGNED_BYTES
@@ -116,7 +121,14 @@ class DeviceCopies:
         except RuntimeError:  # no memory may be left to lock
             return HostStaging()
 
-    def on_stream_of(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """A block in which work on `device`, that this thread queues, is queued on the stream of its copies."""
-        stream: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._streams[device])
-        return stream
+    def queuing(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """A block in which work on `device` is queued on the stream of its copies."""
+        if len(self._streams) == 1 and torch.cuda.current_stream(device) == self._streams[device]:
+            return contextlib.nullcontext()  # `PinnedStaging.working` is around it
+        return on_stream(self._streams[device])
+
+
+def on_stream(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[object]:
+    """A block in which what this thread queues on the device of `stream` is queued there."""
+    block: contextlib.AbstractContextManager[object] = torch.cuda.stream(stream)
+    return block

@@ -6,6 +6,7 @@ which a thread can read, and joins what they sum to.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from ..checksums import CELL_BYTES, crc32_joined
 from ..ranges.destinations import FirstWrite
 from ..saved.tensor import StorageRef
 
+MOST_THREADS = 8
+"""How many threads of a rank read at most."""
 SMALL_BYTES = 64 << 10
 """The largest storage that is read together with its neighbours, and the largest gap between two that is read too."""
 _TOGETHER_BYTES = 1 << 20
@@ -40,6 +43,11 @@ class StorageSlice:
 
 Planned = list[tuple[StorageRef, list[StorageSlice]]]
 """Storages, each with the slices that are read of it."""
+
+
+def reading_threads(n_ranks: int) -> int:
+    """How many threads a rank reads with, where `n_ranks` share this machine's processors."""
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // n_ranks))
 
 
 def neighbours(planned: Planned) -> Iterator[Planned]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
-STAGING_BYTES = 8 << 20
-"""The size of the buffer for bytes that cannot be read into their destination itself."""
+STAGING_BYTES = 4 << 20
+"""The size of the buffer for bytes that cannot be read into their destination itself. Those of all threads together
+should fit the processors' cache: what is read into them is copied from there."""
 SCRATCH_BYTES = 1 << 20
 """The size of the buffer for bytes that are only summed, or of which it is not known yet whether they will come."""
 
 
 class Staging(Protocol):
     """Memory for bytes that cannot be read into their destination itself. Used by one thread at a time."""
+
+    def working(self) -> contextlib.AbstractContextManager[object]:
+        """The block in which a thread claims memory and uses it."""
 
     def claim(self, nbytes: int) -> memoryview:
         """Memory of `nbytes`, at most `STAGING_BYTES`, to be filled and used before the next call."""
@@ -22,6 +27,9 @@ class HostStaging:
 
     def __init__(self) -> None:
         self._memory: memoryview | None = None
+
+    def working(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def claim(self, nbytes: int) -> memoryview:
         if self._memory is None:

@@ -34,8 +34,6 @@ from ..workers import Stop, run_jobs
 from .slices import SMALL_BYTES, CutStorage, Planned, Segment, StorageSlice, neighbours
 from .staging import SCRATCH_BYTES, HostStaging, Room, Staging
 
-MOST_THREADS = 8
-"""How many threads of a rank read at most."""
 _PARALLEL_BYTES = 16 << 20
 """The least that several threads are started for."""
 READY_BYTES = 64 << 20
@@ -46,11 +44,6 @@ WAIT_S = 0.01
 _READ_BYTES = 8 << 20
 _SUMMED_BYTES = SCRATCH_BYTES
 """How many bytes are read at a time, and how many where they are summed: those must fit the processor's cache."""
-
-
-def reading_threads(n_ranks: int) -> int:
-    """How many threads a rank reads with, where `n_ranks` share this machine's processors."""
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // n_ranks))
 
 
 FetchAgain = Callable[[StorageRef, str, Callable[[], bool] | None], bool]
@@ -115,7 +108,8 @@ class StorageReader:
         except IndexError:
             room = Room(self._new_staging())
         try:
-            yield room
+            with room.staging.working():
+                yield room
         finally:
             self._rooms.append(room)
 

@@ -283,6 +283,9 @@ def _staged(
     """Reads a contiguous source, from byte `start` of its storage on, through a buffer into any destination."""
     step = STAGING_BYTES // dtype.itemsize
     as_it_is = destination.is_contiguous()
+    if sending is not None and as_it_is and _takes_bytes_of(destination, dtype):
+        yield from _sent(destination, start, sending)
+        return
     if as_it_is:
         destination = destination.as_strided((destination.numel(),), (1,))
     shape = tuple(destination.shape)
@@ -297,6 +300,26 @@ def _staged(
                     done += box.numel
 
         yield StorageSlice(start + first * dtype.itemsize, (stop - first) * dtype.itemsize, use=use)
+
+
+def _sent(destination: torch.Tensor, start: int, sending: DeviceCopies) -> Iterator[StorageSlice]:
+    """Reads the bytes of a contiguous tensor on a device through a buffer: with little to do for each, since threads
+    that read wait for each other meanwhile."""
+    flat = destination.as_strided((destination.numel(),), (1,)).view(torch.uint8)
+    device = flat.device
+    for first in range(0, flat.numel(), STAGING_BYTES):
+        part = flat[first : first + STAGING_BYTES]
+
+        def use(staged: memoryview, part: torch.Tensor = part) -> None:
+            with sending.queuing(device):
+                _put(part, torch.frombuffer(staged, dtype=torch.uint8))
+
+        yield StorageSlice(start + first, part.numel(), use=use)
+
+
+def _takes_bytes_of(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether elements of `dtype` go into `target` bit by bit."""
+    return target.dtype == dtype and not (target.is_conj() or target.is_neg() or target.is_inference())
 
 
 def _gathered(
@@ -334,8 +357,8 @@ def _putting(
         if sending is None:
             yield elements
             return
-        with sending.on_stream_of(target.device):
-            plain = as_it_is and target.dtype == dtype and not target.is_conj() and not target.is_neg()
+        with sending.queuing(target.device):
+            plain = as_it_is and _takes_bytes_of(target, dtype)
             yield elements if plain else elements.to(target.device, non_blocking=elements.is_pinned())
 
 
