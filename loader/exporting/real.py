@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..formats.pickle.inert import TorchSize
-from ..materialize.objects import materialize
+from ..materialize.objects import hashable, materialize
 from ..materialize.tensors import TensorReader
 from ..saved.tensor import SavedTensor
 from ..saved.tree import iterate, join_path
@@ -39,7 +39,9 @@ class RealValues:
         if isinstance(tree, TorchSize) or not isinstance(tree, _CONTAINERS):
             return self._checked(self._leaf(tree), path)
         if isinstance(tree, dict):
-            made = {self._key(key): self.real(value, join_path(path, key)) for key, value in tree.items()}
+            made = {
+                self._key(key, path): self.real(value, join_path(path, key)) for key, value in tree.items()
+            }
             return {key: value for key, value in made.items() if value is not _NOT_REAL}
         values = [self.real(value, join_path(path, index)) for index, value in enumerate(tree)]
         # A list keeps its length: what stands behind is found by its place.
@@ -51,8 +53,8 @@ class RealValues:
             value, reader=self._reader, safe_types=self._safe_types, file=self._file, keep_unknown=True
         )
 
-    def _key(self, key: Any) -> Any:
-        return key if type(key) in _PLAIN else self._leaf(key)
+    def _key(self, key: Any, path: str) -> Any:
+        return key if type(key) in _PLAIN else hashable(self._leaf(key), path=path, file=self._file)
 
     def _checked(self, made: Any, path: str) -> Any:
         """`made`, or `_NOT_REAL` where a part of it is not real; that is noted."""

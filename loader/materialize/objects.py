@@ -105,6 +105,22 @@ def materialize_each(
     }
 
 
+def hashable(made: Any, *, path: str, file: str) -> Any:
+    """`made`, a key or a set's member at `path`: where a saved value has a hash, what it stands for may have none.
+
+    Raises `CorruptError` where it has none.
+    """
+    try:
+        hash(made)
+    except TypeError as error:
+        raise CorruptError(
+            f"{file}: {path or 'its top level'} has a key, or a set a member, that can be neither ({error}); no "
+            "program that writes checkpoints saves one",
+            path=file,
+        ) from error
+    return made
+
+
 def _read(
     trees: Mapping[str, Any], owners: Mapping[str, str], reader: TensorReader, device: str | torch.device
 ) -> dict[str, tuple[int, torch.Tensor]]:
@@ -176,7 +192,7 @@ class _Materializer:
             items.extend(self.real(item, join_path(path, index), depth) for index, item in enumerate(value))
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, (set, frozenset)):
-            members = [self.real(item, path, depth) for item in value]
+            members = [self._hashable(item, path, depth) for item in value]
             return set(members) if isinstance(value, set) else frozenset(members)
         if isinstance(value, SavedTensor):
             return self._tensor(value)
@@ -197,11 +213,14 @@ class _Materializer:
         for key, item in value.items():
             if isinstance(item, GlobalName | InertObject) and kind_of(item) in OWN_FUNCTIONS:
                 continue
-            result[self.real(key, path, depth)] = self.real(item, join_path(path, key), depth)
+            result[self._hashable(key, path, depth)] = self.real(item, join_path(path, key), depth)
         metadata = getattr(value, "_metadata", None)
         if metadata is not None:
             result._metadata = self.real(metadata, path, depth)  # type: ignore[attr-defined]
         return result
+
+    def _hashable(self, value: Any, path: str, depth: int) -> Any:
+        return hashable(self.real(value, path, depth), path=path, file=self.file)
 
     def _tensor(self, value: SavedTensor) -> torch.Tensor:
         dtype = torch_dtype(value.dtype)

@@ -610,7 +610,8 @@ def _peer(folder: Path) -> Iterator[Parse]:
                 sender.sendall(data[1:])
                 sender.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):
-                while sender.recv(1 << 16):
+                # Who asks for what the file does not have is told to wait for as long as it stays.
+                while (got := sender.recv(1 << 16)) and got[:1] != b"w":
                     pass
         if crashes:
             raise FindingError("exception", f"in the server's thread: {crashes[0][:200]}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rankload.loader.errors import CorruptError, LayoutError, OptionError, UnsafeError
+from rankload.loader.exporting.real import RealValues
 from rankload.loader.formats.torch_file import read_index
 from rankload.loader.materialize.objects import materialize
 from rankload.loader.materialize.safe_types import require_safe
@@ -119,3 +122,29 @@ def test_objects_that_refer_to_each_other(tmp_path: Path) -> None:
     torch.save(a, tmp_path / "g.pt")
     with pytest.raises(CorruptError, match="contains itself"):
         read_index(tmp_path / "g.pt")
+
+
+class _SavedAsNamespace:
+    """Has a hash, and is saved as what has none."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return SimpleNamespace, ()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {_SavedAsNamespace(): 1},
+        {(0, _SavedAsNamespace()): 1},
+        {_SavedAsNamespace()},
+        frozenset({_SavedAsNamespace()}),
+    ],
+    ids=["key", "within a key", "set", "frozenset"],
+)
+def test_a_key_without_a_hash_is_refused_by_name(tmp_path: Path, hostile: Any) -> None:
+    torch.save({"state": {"held": hostile}}, tmp_path / "f.pt")
+    with pytest.raises(CorruptError, match=r"state/held has a key, or a set a member, .*SimpleNamespace"):
+        read_whole(tmp_path / "f.pt")
+    index = read_index(tmp_path / "f.pt")
+    with pytest.raises(CorruptError, match="SimpleNamespace"):
+        RealValues(TensorReader(), (), "f.pt").real(index.tree, "")
