@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from ..distributed.channel import Channel
 from ..distributed.printable import Lines, printable
-from .errors import CorruptError, PartialRestoreError, RankloadError, TimestampError
+from .errors import UNPROVED, CorruptError, PartialRestoreError, RankloadError, TimestampError
 from .plurals import ranks_text
 
 
@@ -77,6 +77,7 @@ def partial_restore(
         )
         partial.details["cause"] = type(error).__name__
         if isinstance(error, RankloadError):
+            partial.details[UNPROVED] = error.details.get(UNPROVED, False)
             partial.rank, partial.host = error.rank, error.host
     partial.details["changed"] = list(
         dict.fromkeys(part for parts in (partial.changed, *by_rank.values()) for part in parts)

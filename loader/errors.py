@@ -77,6 +77,10 @@ def fetched_twice(error: CorruptError) -> CorruptError:
     return error
 
 
+UNPROVED = "unproved"
+"""Among an error's ``details``: it may come of an index that no checksum proves, which another load fetches again."""
+
+
 class UnsafeError(RankloadError):
     """Reading on would run code, write outside a folder, or exceed a bound of memory or work (``docs/safety.md``)."""
 

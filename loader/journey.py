@@ -42,7 +42,7 @@ from ..distributed.watchdog import watched_collectives
 from .candidates.found import FoundCheckpoint
 from .changes import partial_once_changed
 from .collector import without_collector
-from .errors import TimestampError
+from .errors import OptionError, TimestampError
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import (
     Coming,
@@ -70,6 +70,7 @@ from .receipt import (
     write_trace,
 )
 from .request import LoadRequest, agree_on_arguments, settle_options
+from .right_indexes import RENEWED, with_right_indexes
 from .rng import RngState, check_state, complete_states, decode_each, encode_own, normal_form
 from .saved.contents import Saved
 from .saved.copies import StorageReads, reads_of
@@ -250,12 +251,17 @@ def load(
         exclude_algorithms=exclude_algorithms,
         algorithm_passes=algorithm_passes,
     )
-    verify = resolved.verify
+    return with_right_indexes(request, lambda each: _load(each, problem))
+
+
+def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
+    """As `load`, for arguments that were found to be a `problem` or none. Every rank must call."""
+    verify = request.options.verify
     with (
         default_modes(),
         without_collector(),
         partial_once_changed() as restoring,
-        open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
+        open_session(stall_timeout_s=request.options.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
     ):
         stages = Stages(session.channel)
@@ -270,7 +276,9 @@ def load(
         if not_read is not None:
             saved = replace(saved, notes=(*saved.notes, not_read))
             if session.topology.rank == 0:
-                warn(not_read, stacklevel=2)
+                warn(not_read, stacklevel=5)
+        if request.renew_indexes:
+            saved = replace(saved, notes=(*saved.notes, RENEWED))
         saved, ignored = _leave_out(request, saved, stages)
         rng = None if request.weights_only else saved.rng
         early = early_parts(replace(saved, rng=rng, extra=_extra(request, saved)))
@@ -324,7 +332,7 @@ def load(
             log_receipt(receipt, request.logger)
         except Exception as error:
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
-            warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=2)
+            warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=5)
         _write_trace(request, receipt)
     step = saved.step_with(checked.extra)
     return LoadResult(rng_states, receipt, checked.extra, step, saved.epoch, saved.batch_size)
@@ -354,7 +362,7 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
-            warn(unmatched_glob(tree, glob, saved.name), stacklevel=3)
+            warn(unmatched_glob(tree, glob, saved.name), stacklevel=6)
         kept, left_out = saved.with_tree(ignored.tree), request.options.leave_out
         paths = (*saved.paths_of(left_out), *ignored.paths)
         return kept.without(left_out), replace(ignored, paths=tuple(dict.fromkeys(paths)))
@@ -409,13 +417,14 @@ def _check(
     """
     safe_types = request.options.safe_types
     with files.context.stages.announced("check"):
-        plan = target.plan(saved)
-        _refuse_unknown(plan, saved, request, files)
-        plan.mismatch.raise_if_any(
-            saved.name,
-            strict=request.strict,
-            allow_missing_frozen=request.options.allow_missing_frozen,
-        )
+        with files.suspected():
+            plan = target.plan(saved)
+            _refuse_unknown(plan, saved, request, files)
+            plan.mismatch.raise_if_any(
+                saved.name,
+                strict=request.strict,
+                allow_missing_frozen=request.options.allow_missing_frozen,
+            )
         _warn_of_names(request, saved, plan)
         reads = reads_of(plan.copies)
         rng: list[RngState | None] | None = None
@@ -423,7 +432,7 @@ def _check(
             rng, lost = _random_states(saved, ignored, reader, safe_types)
             plan = plan.joined(Plan(not_restored=lost))
             if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
-                warn(f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=3)
+                warn(f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=6)
         extra = materialize(
             _extra(request, saved), reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
         )
@@ -436,12 +445,12 @@ def _warn_of_names(request: LoadRequest, saved: Saved, plan: Plan) -> None:
     names = [name for name in model if isinstance(name, str)] if isinstance(model, Mapping) else []
     for key in unused_renames(names, request.options.rename):
         hint = "" if key.endswith(".") else f"; a prefix ends with a dot: {key + '.'!r}"
-        warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=3)
+        warn(f"rename: {key!r} fits no name of the model in {saved.name}{hint}", stacklevel=6)
     for sentence in plan.mismatch.advice:
         warn(
             f"{saved.name} lacks {counted(len(plan.mismatch.missing), 'name')} of the model, and holds "
             f"{counted(len(plan.mismatch.unexpected), 'unexpected one')}. {sentence}",
-            stacklevel=3,
+            stacklevel=6,
         )
 
 
@@ -569,7 +578,7 @@ def _complete_rng(
         warn(
             f"{saved.name} has RNG states of {counted(len(states) - states.count(None), 'rank')}, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
-            stacklevel=3,
+            stacklevel=6,
         )
     return complete, derived
 
@@ -653,4 +662,4 @@ def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
     try:
         write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
     except OSError as error:
-        warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=3)
+        warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=6)

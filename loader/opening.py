@@ -250,7 +250,9 @@ def _files(
             enabled=request.progress_bar and not store.is_local,
         )
     )
-    remote = leaving.enter_context(RemoteFiles(_whole_checks(context, found, own)))
+    remote = leaving.enter_context(
+        RemoteFiles(_whole_checks(context, found, own), renew_indexes=request.renew_indexes)
+    )
     return CheckpointFiles(context, remote, own or located, path)
 
 

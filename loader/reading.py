@@ -21,6 +21,7 @@ from typing import Any
 
 from ..distributed.printable import warn
 from ..distributed.session import open_session
+from .errors import OptionError
 from .fetch.checkpoint_files import CheckpointFiles
 from .fetch.parts import all_parts, check_headers, files_reader
 from .fetch.rounds import fetch_now
@@ -29,6 +30,7 @@ from .materialize.safe_types import require_safe
 from .opening import open_own_file
 from .options import LoadOptions
 from .request import LoadRequest, agree_on_arguments, settle_options
+from .right_indexes import with_right_indexes
 from .saved.ignore import IgnoreKeys, ignore, unmatched_glob
 from .saved.tree import storages
 from .sources.single_file import file_tree
@@ -91,9 +93,14 @@ def read(
         progress_bar=progress_bar,
         ignore_keys=ignore_keys,
     )
+    return with_right_indexes(request, lambda each: _read(each, problem))
+
+
+def _read(request: LoadRequest, problem: OptionError | None) -> dict[Any, Any]:
+    """As `read`, for arguments that were found to be a `problem` or none. Every rank must call."""
     with (
         default_modes(),
-        open_session(stall_timeout_s=resolved.stall_timeout_s) as session,
+        open_session(stall_timeout_s=request.options.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
     ):
         stages = Stages(session.channel)
@@ -111,10 +118,10 @@ def _wanted(request: LoadRequest, files: CheckpointFiles) -> dict[Any, Any]:
     whole, name = file_tree(files), files.first.source
     found = ignore(whole, request.ignore_keys)
     for glob in found.unmatched:
-        warn(unmatched_glob(whole, glob, name), stacklevel=3)
+        warn(unmatched_glob(whole, glob, name), stacklevel=6)
     if files.context.session.topology.rank == 0:
         for note in files.remote.checks.notes:
-            warn(note, stacklevel=3)
+            warn(note, stacklevel=6)
     require_safe({"": found.tree}, safe_types=request.options.safe_types, file=name)
     return found.tree
 

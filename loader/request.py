@@ -43,6 +43,8 @@ class LoadRequest:
     algorithm_passes: Sequence[AlgorithmPass] | None = None
     purpose: Purpose = "load"
     """What the files in the node's cache are used for."""
+    renew_indexes: bool = False
+    """Whether indexes that no checksum proves are fetched although the node's cache has them."""
 
     def __post_init__(self) -> None:
         # What is no path stays as it is: `check_arguments` refuses it, in a stage that raises it on all ranks.

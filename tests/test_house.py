@@ -30,7 +30,7 @@ ROOMS = (
     ("finding", "inspection", "prefetching"),
     ("completeness", "planning"),
     ("alone",),
-    ("opening",),
+    ("opening", "right_indexes"),
     ("request", "receipt", "rng"),
     ("targets", "sources", "verify", "fetch", "writing"),
     ("context",),

@@ -7,14 +7,14 @@ Each file is fetched once per node (`files.fetch_files`); of one that comes in p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..context import LoadContext
-from ..errors import InternalError, LayoutError
+from ..errors import UNPROVED, InternalError, LayoutError, MismatchError
 from ..formats.torch_file import FileIndex
 from ..saved.contents import SetFile
 from ..saved.node_file import FileItem, ItemSpan, NodeFile
@@ -31,6 +31,8 @@ from .needs import NeedTable
 from .remote_files import RemoteFiles
 
 T = TypeVar("T")
+_FETCHED_TWICE_BYTES = 64 << 20
+"""Files that no checksum proves are fetched again, to see whether they came damaged, up to so many bytes of them."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,32 @@ class CheckpointFiles:
     def renewed(self) -> list[str]:
         """The names of files all of which this rank fetched again for its node, while ranks may have read of them."""
         return [self.name_at(path) for path in self.remote.renewed]
+
+    @contextlib.contextmanager
+    def suspected(self) -> Iterator[None]:
+        """Around work that fails where names or shapes do not fit: marks its error as `errors.UNPROVED` where an index
+        from a store, which no checksum proves, may have come damaged."""
+        try:
+            yield
+        except (LayoutError, MismatchError) as error:
+            # A second load finds all that came damaged at once.
+            if not self.remote.renew_indexes:
+                error.details[UNPROVED] = self._has_unproved_indexes()
+            raise
+
+    def _has_unproved_indexes(self) -> bool:
+        if self.context.store.is_local:
+            return False
+        in_parts = any(
+            index.format == "safetensors" for index in self.indexes if index.path in self.remote.known
+        )
+        proved = {index.path for index in self.indexes if index.verifiable}
+        whole = [
+            file.size_bytes
+            for file in self.fetched
+            if file.whole is not None and not file.compared_by and file.path not in proved
+        ]
+        return (in_parts or bool(whole)) and sum(whole) <= _FETCHED_TWICE_BYTES
 
     def file_of(self, tree: Any) -> str:
         """The name of the file that an unknown type in `tree` came from, for messages; `name` where there is none."""

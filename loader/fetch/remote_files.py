@@ -20,7 +20,7 @@ from ...distributed.range_server import PeerAddress, RangeServer, Served
 from ..byte_ranges import ByteRange
 from ..cache.folder import folder_of
 from ..cache.holes import Landed, fetching_again
-from ..errors import CorruptError, FormatError, RankloadError, UnsafeError, fetched_twice
+from ..errors import UNPROVED, CorruptError, FormatError, RankloadError, UnsafeError, fetched_twice
 from ..formats.safetensors import index_bytes
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..formats.torch_file import FileIndex, read_index
@@ -95,9 +95,11 @@ class InParts:
 class RemoteFiles:
     """Context manager around a load. On ranks that do not fetch for their node, only `known` is filled."""
 
-    def __init__(self, checks: WholeChecks | None = None) -> None:
-        """`checks` compare objects that came whole; by default they compare nothing."""
+    def __init__(self, checks: WholeChecks | None = None, *, renew_indexes: bool = False) -> None:
+        """`checks` compare objects that came whole; by default they compare nothing. With `renew_indexes`, those that
+        no checksum proves are fetched although the node's cache has them."""
         self.checks = checks or WholeChecks("off")
+        self.renew_indexes = renew_indexes
         self._compared: dict[str, Compared] = {}
         self._files: dict[str, RemoteFile] = {}
         self._in_parts: dict[tuple[str, str], InParts] = {}
@@ -224,6 +226,10 @@ class RemoteFiles:
         if kind in ("torch-zip", "safetensors"):
             at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
             at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
+            if kind == "safetensors" and self.renew_indexes:
+                file.forget([at_start])
+                file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
+                at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
             file.ensure([at_end if kind == "torch-zip" else at_start], on_bytes)
             index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
             with self._lock:
@@ -394,11 +400,13 @@ class RemoteFiles:
         except CorruptError as again:
             raise fetched_twice(again) from again.__cause__
         if file.read(span.start, span.length) != index:
-            raise CorruptError(
+            damaged = CorruptError(
                 f"{described}: its index came damaged, and was used before its checksum could be compared; it was "
-                "fetched again, and is right now: load once more",
+                "fetched again, and is right now",
                 path=described,
             )
+            damaged.details[UNPROVED] = True
+            raise damaged
         self.renewed.add(path)
         return compared
 

@@ -125,6 +125,15 @@ def _obtain_remote(
     filled = entry.fill("object", name, produce, on.arrived, on_compared=on.unpacked)
     if filled.damaged and remote is not None:
         remote.note_again(described, download.fetched, "what the cache held was damaged")
+    cached = not filled.damaged and not download.fetched
+    if (
+        remote is not None
+        and remote.renew_indexes
+        and cached
+        and not from_details(filled.details.get("compared")).by
+    ):
+        entry.make_again("object", name, produce, on.arrived)
+        filled = entry.fill("object", name, produce, on.arrived)
     if remote is not None and _lacks_sums(remote.checks, store, info, filled.details):
         # An earlier load fetched it, and had fewer checksums to compare it with.
         try:

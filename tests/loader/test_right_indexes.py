@@ -1,0 +1,116 @@
+"""An index that came damaged, and that no checksum of its own proves: it is fetched again within the same load."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from bad_server import BadServer, Behaviour, bad_server
+from rankload.loader.right_indexes import RENEWED
+from safetensors.torch import save
+from torch import nn
+
+from rankload import MismatchError, State, load, read
+
+CACHED = {"cache_size": 1 << 28}
+
+
+def module(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+
+
+def the_same(one: nn.Module, two: nn.Module) -> bool:
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
+
+
+def safetensors_file(**metadata: str) -> bytes:
+    return save(
+        {name: value.contiguous() for name, value in module(0).state_dict().items()}, metadata or None
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKLOAD_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def requests(server: BadServer) -> int:
+    return len(server.asked)
+
+
+@pytest.mark.parametrize("options", [{}, CACHED], ids=["no cache", "cache"])
+def test_a_header_with_a_damaged_name(options: dict[str, int]) -> None:
+    body = safetensors_file()
+    at = body.index(b'"3.weight"') + 1
+    with bad_server({"/m.safetensors": Behaviour(body, flips={at: 1})}) as server:
+        restored = module(1)
+        done = load(
+            server.url("/m.safetensors"), State(model=restored), load_weights_only=True, options=options
+        )
+        assert the_same(restored, module(0))
+        assert RENEWED in done.receipt.notes
+        assert server.objects["/m.safetensors"].flips == {at: 0}
+        # The cache holds what is right: a load that trusts it finds nothing wrong.
+        again = load(
+            server.url("/m.safetensors"), State(model=restored), load_weights_only=True, options=options
+        )
+        assert RENEWED not in again.receipt.notes
+
+
+def test_metadata_with_a_damaged_name(tmp_path: Path) -> None:
+    dcp.save({"model": module(0).state_dict()}, checkpoint_id=tmp_path / "ckpt")
+    files = {f"/ckpt/{path.name}": Behaviour(path.read_bytes()) for path in (tmp_path / "ckpt").iterdir()}
+    whole = files["/ckpt/.metadata"].body
+    # The name is there several times, and where only one of them is damaged the file contradicts itself.
+    files["/ckpt/.metadata"].flips = {at: 1 for at in range(len(whole)) if whole.startswith(b"3.weight", at)}
+    with bad_server(files) as server:
+        restored = module(1)
+        done = load(server.url("/ckpt"), State(model=restored), load_weights_only=True, options=CACHED)
+        assert the_same(restored, module(0))
+        assert RENEWED in done.receipt.notes
+        assert not any(files["/ckpt/.metadata"].flips.values())
+
+
+def test_a_header_that_fits_and_a_file_that_differs_from_its_manifest() -> None:
+    body = safetensors_file(written="by hand")
+    at = body.index(b"hand")
+    sums = f"{hashlib.sha256(body).hexdigest()}  m.safetensors\n".encode()
+    with bad_server(
+        {"/m.safetensors": Behaviour(body, flips={at: 1}), "/SHA256SUMS": Behaviour(sums)}
+    ) as server:
+        restored = module(1)
+        done = load(server.url("/m.safetensors"), State(model=restored), load_weights_only=True)
+        assert the_same(restored, module(0))
+        assert RENEWED in done.receipt.notes
+        server.objects["/m.safetensors"].flips[at] = 1
+        tensors = read(server.url("/m.safetensors"))
+        assert torch.equal(tensors["3.weight"], module(0).state_dict()["3.weight"])
+
+
+def test_what_came_right_and_does_not_fit_is_fetched_twice_and_not_more() -> None:
+    body = safetensors_file()
+    with bad_server({"/m.safetensors": Behaviour(body)}) as server:
+        for _ in range(2):
+            before = requests(server)
+            with pytest.raises(MismatchError, match=r"4\.weight"):
+                load(
+                    server.url("/m.safetensors"),
+                    State(model=nn.Sequential(*(nn.Linear(256, 256) for _ in range(5)))),
+                    load_weights_only=True,
+                    options=CACHED,
+                )
+            headers = [one for one in server.asked[before:] if one.range.startswith("bytes=0-6")]
+            assert len(headers) <= 2
+
+
+def test_what_lies_on_a_disk_is_not_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(safetensors_file())
+    with pytest.raises(MismatchError) as raised:
+        load(tmp_path / "m.safetensors", State(model=nn.Linear(2, 2)), load_weights_only=True)
+    assert not raised.value.details.get("unproved")
