@@ -63,6 +63,7 @@ class PartialFile:
             os.ftruncate(self._records, 0)
             for one, crc in right:
                 self._note(one.start, one.stop, crc)
+            self._read_to = os.fstat(self._records).st_size
             self.resumed_bytes = sum(one.length for one in self._landed)
             """How many bytes earlier processes had landed, and were found to be right."""
             opening.pop_all()
@@ -73,8 +74,9 @@ class PartialFile:
         os.close(self._records)
 
     def missing(self, ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-        """The bytes of `ranges` that have not landed."""
+        """The bytes of `ranges` that have not landed, by whatever process."""
         with self._lock:
+            self._hear_of_others()
             return subtract(ranges, self._landed)
 
     def landed(self, span: ByteRange) -> tuple[ByteRange, ...]:
@@ -114,8 +116,17 @@ class PartialFile:
         with self._lock:
             self._landed = list(subtract(self._landed, ranges))
             os.ftruncate(self._records, 0)
+            self._read_to = 0
             for start, stop in self._landed:
                 self._note(start, stop, crc32_in_file(self._file, start, stop, self._on_compared))
+
+    def _hear_of_others(self) -> None:
+        """Takes in what other processes have recorded, which may land bytes too (`record_landed`)."""
+        while len(record := os.pread(self._records, _RECORD_BYTES, self._read_to)) == _RECORD_BYTES:
+            found = _unpack(record)
+            if found is not None:
+                include(self._landed, found[0], found[1])
+            self._read_to += _RECORD_BYTES
 
     def _note(self, start: int, stop: int, crc: int) -> None:
         os.write(self._records, _packed(start, stop, crc))
@@ -192,6 +203,15 @@ def landed_record(path: str) -> str:
 def again_record(path: str) -> str:
     """The path of the record of what was fetched again of the file at `path`."""
     return f"{path}.again"
+
+
+def record_landed(path: str, start: int, stop: int, crc: int) -> None:
+    """Records that bytes ``[start, stop)`` of the partial file at `path`, whose CRC-32 is `crc`, are in place.
+
+    For processes that do not hold the file (`PartialFile`), of bytes that no other one fetches.
+    """
+    with open(landed_record(path), "ab", buffering=0) as records:
+        records.write(_packed(start, stop, crc))
 
 
 class FetchedAgain:

@@ -140,7 +140,7 @@ class Coming:
                 return
             for path, ranges in self._wanted.items():
                 for wanted in ranges:
-                    for start, stop in subtract([wanted], direct.of(path, *wanted)):
+                    for start, stop in subtract([wanted], direct.own(path, *wanted)):
                         self._reader.wait_for(path, start, stop)
 
     def fetched(self) -> None:
@@ -184,6 +184,7 @@ class Coming:
             return
         self._reader.waiting(None, {})
         self._reader.reading_direct(None)
+        self._round.direct.close()
         self._files.remote.known.add_fetched(self._round.direct.fetched_bytes)
         if not self._ended.is_set():
             self._files.remote.stop()

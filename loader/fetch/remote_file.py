@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 from ..byte_ranges import ByteRange, subtract, total_bytes, union
 from ..cache.folder import make_private
-from ..cache.holes import PartialFile, replace_bytes
+from ..cache.holes import PartialFile, record_landed, replace_bytes
 from ..cache.records import PARTS, product_name
 from ..checksums import crc32, crc32_in_file
 from ..errors import RankloadError
@@ -213,6 +213,17 @@ class _SummedTarget(FileDestination):
         """The same, of bytes that were not written consecutively: a stream that began anew."""
         with open(self.path, "rb") as file:
             return crc32_in_file(file.fileno(), start, stop)
+
+
+class SharedFile(_SummedTarget):
+    """The node's file at `path`, for any process of the node that lands bytes in it which no other one fetches.
+
+    Other processes hear of them by the file's record (`cache.holes`).
+    """
+
+    def land(self, start: int, stop: int) -> None:
+        """As `ranges.destinations.LandingFile`."""
+        record_landed(self.path, start, stop, self.sum_of(start, stop))
 
 
 class _FetchingFile(SeekableFile):

@@ -14,6 +14,7 @@ from typing import Any
 from ...distributed.printable import package_logger
 from ...distributed.range_server import PeerAddress
 from ..byte_ranges import RECORD_GAP_BYTES, ByteRange, with_gaps
+from ..cache.folder import folder_of
 from ..cache.holes import Landed
 from ..context import LoadContext
 from ..plurals import counted
@@ -23,6 +24,7 @@ from ..ranges.peer import PeerSource, PeerUnreachableError
 from ..wire import decode, encode
 from ..workers import Stop, run_jobs
 from .plan import FetchPlan, FetchRequest, plan_fetch
+from .remote_file import SharedFile
 from .remote_files import RemoteFiles
 from .space_check import agree_on_room
 from .tally import FetchWatch, Tally
@@ -61,6 +63,8 @@ class FetchRound:
     """From other nodes' files, by the rank that leads the node."""
     direct: DirectReads
     """From the store into this rank's tensors, while it restores; not by `run`."""
+    along_bytes: dict[str, int] = field(default_factory=dict)
+    """How many bytes all ranks of this node bring into its files along with that, by path; where this one leads."""
     again: int = 0
     """How many bytes came from the store that another node has too, because it could not be reached."""
 
@@ -68,8 +72,11 @@ class FetchRound:
         return bool(self.bring or self.take)
 
     def room(self) -> dict[str, int]:
-        """How many bytes `run` brings into each cache folder."""
+        """How many bytes this node's ranks bring into each cache folder, where this one leads them."""
         needed: dict[str, int] = {}
+        for path, n_bytes in self.along_bytes.items():
+            folder = folder_of(path) or os.path.dirname(path)
+            needed[folder] = needed.get(folder, 0) + n_bytes
         for wanted in (self.bring, *(wanted for _, _, wanted in self.take)):
             for folder, n_bytes in self.remote.missing_by_folder(wanted).items():
                 needed[folder] = needed.get(folder, 0) + n_bytes
@@ -186,7 +193,10 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
             lambda path: remote.known.open_source(context.store, path),
             count_own(context, remote),
             n_neighbours=session.topology.local_world_size,
+            along={path: Landed(path).missing(spans) for path, spans in _by_path(remote, plan.along).items()},
+            open_file=SharedFile,
         ),
+        {remote.known.path_of(name): n_bytes for name, n_bytes in plan.along_bytes.items()},
     )
     planned = agree_on_room(
         session.channel,

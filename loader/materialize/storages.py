@@ -121,6 +121,8 @@ class StorageReader:
         landed = self._records_of(path)
         if landed is None or landed.has(start, stop):
             return
+        if self.direct is not None:
+            self.direct.bring(path, start, stop)
         unplanned = subtract([ByteRange(start, stop)], self.coming.get(path, ()))
         while not landed.has(start, stop):
             if self.on_wait is None or unplanned:

@@ -379,7 +379,7 @@ def _file_reads(
         count = taken = 0
         for name in dict.fromkeys(names.get(path, ())):
             own = union(
-                *(one.bring.get(name, ()) for one in fetched), *(one.direct.get(name, ()) for one in fetched)
+                *(each.get(name, ()) for one in fetched for each in (one.bring, one.direct, one.along))
             )
             count += total_bytes(own)
             taken += sum(total_bytes(ranges.get(name, ())) for one in fetched for ranges in one.take.values())

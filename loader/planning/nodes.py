@@ -170,6 +170,8 @@ def fetches(
             for name, ranges in taken.items():
                 one.take.setdefault(rank, {}).setdefault(name, []).extend(ranges)
         one.direct.update(more.direct)
+        one.along.update(more.along)
+        one.along_bytes.update(more.along_bytes)
     return first
 
 

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
+from ..byte_ranges import ByteRange, union
 from ..errors import CorruptError
 from ..plurals import counted
 from ..store_errors import disk_full
@@ -97,6 +98,44 @@ class MemoryDestination:
         if not begin <= position < begin + len(view):
             raise ValueError(f"byte {position} has no place in memory")
         return begin, view
+
+
+class LandingFile(Destination, Protocol):
+    """A file that is filled in places, and knows of what has landed in it."""
+
+    def land(self, start: int, stop: int) -> None:
+        """Says that bytes ``[start, stop)``, which this thread has just put there, are in place."""
+
+    def close(self) -> None:
+        """Ends writing: what comes later is refused."""
+
+
+class ScatteredDestination:
+    """The `spans` of an object go into `file`, all else into `memory`. No call is for bytes of both."""
+
+    def __init__(self, memory: Destination, file: Destination, spans: Iterable[ByteRange]) -> None:
+        self._memory = memory
+        self._file = file
+        self._spans = union(spans)
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        position = start
+        while position < stop:
+            into_file, end = self._piece(position)
+            end = min(stop, end)
+            yield from (self._file if into_file else self._memory).views(position, end)
+            position = end
+
+    def take(self, start: int, view: memoryview) -> None:
+        into_file, _ = self._piece(start)
+        (self._file if into_file else self._memory).take(start, view)
+
+    def _piece(self, position: int) -> tuple[bool, int]:
+        """Whether the byte at `position` goes into the file, and where the bytes end that go to the same place."""
+        at = bisect_right(self._spans, position, key=lambda span: span.start)
+        if at and position < self._spans[at - 1].stop:
+            return True, self._spans[at - 1].stop
+        return False, self._spans[at].start if at < len(self._spans) else 1 << 63
 
 
 class FileDestination:

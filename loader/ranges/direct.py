@@ -1,21 +1,28 @@
 """Reads ranges of remote files directly into one rank's tensors, without the node's cache. Free of torch.
 
-`DirectReads.place` reads many ranges at once, `DirectReads.read` one; both by `engine.read_ranges`.
+`DirectReads.place` reads many ranges at once, `DirectReads.read` one; both by `engine.read_ranges`. Short ranges beside
+those come along by the same requests, and go into the node's file, where they are read as all that lies there is.
 """
 
 from __future__ import annotations
 
 import io
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
-from ..byte_ranges import ByteRange, total_bytes, union
+from ..byte_ranges import ByteRange, coalesce, overlap, subtract, total_bytes, union
 from ..stores.base import OnBytes
 from .base import RangeSource
 from .concurrency import MOST, START, Concurrency
-from .destinations import FirstWrite, MemoryDestination
+from .destinations import (
+    Destination,
+    FirstWrite,
+    LandingFile,
+    MemoryDestination,
+    ScatteredDestination,
+)
 from .engine import ObjectRead, OnLanded, ReadReport, read_ranges
 
 SINGLE_CHUNK_BYTES = 2 << 20
@@ -41,6 +48,9 @@ class DirectReads:
 
     `open_source` opens the object of a path, at the version that the node's file has. `on_bytes` is called as bytes
     arrive, and may raise. `n_neighbours` is how many ranks of this node, this one included, read directly.
+
+    The ranges `along`, by path too, come with those around them into the node's file, which ``open_file(path,
+    size_bytes)`` opens for writing. `close` it then.
     """
 
     def __init__(
@@ -50,12 +60,18 @@ class DirectReads:
         on_bytes: OnBytes,
         *,
         n_neighbours: int = 1,
+        along: Mapping[str, Sequence[ByteRange]] | None = None,
+        open_file: Callable[[str, int], LandingFile] | None = None,
     ) -> None:
         self._ranges = {path: union(spans) for path, spans in ranges.items() if spans}
         self._starts = {path: [one.start for one in spans] for path, spans in self._ranges.items()}
         self._open_source = open_source
         self._on_bytes = on_bytes
         self._n_neighbours = n_neighbours
+        self._along = {path: union(spans) for path, spans in (along or {}).items() if spans}
+        """What has not come along so far."""
+        self._open_file = open_file
+        self._files: dict[str, LandingFile] = {}
         self._headers: dict[tuple[str, int], bytearray] = {}
         self.fetched_bytes: dict[str, int] = {}
         """How many bytes were read so far, by path, with gaps and what was read twice."""
@@ -97,16 +113,39 @@ class DirectReads:
                     pieces.append((header.start, memoryview(memory)))
             spans = union((start, start + view.nbytes) for start, view in pieces)
             into = MemoryDestination(pieces, placement.first_writes)
-            reads.append(ObjectRead(self._open_source(path), spans, into, placement.landed))
-            self._add(path, total_bytes(spans))
+            reads.append(self._read_of(path, spans, into, self._around(path, spans), placement.landed))
         if reads:
             report = read_ranges(reads, self._on_bytes, concurrency=self._concurrency())
             self._settle(next(iter(wanted)), report)
 
     def open_all(self) -> None:
-        """Opens the objects that the ranges are of, so that none fails to open later. Raises as `open_source`."""
+        """Opens the objects that the ranges are of, and the files that others come along into, so that none fails to
+        open later. Raises as `open_source` and `open_file`."""
         for path in self._ranges:
             self._open_source(path)
+        for path in self._along:
+            self._file(path)
+
+    def own(self, path: str, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """The bytes of ``[start, stop)`` that this rank reads itself: directly, or along with that, later than now."""
+        return union(self.of(path, start, stop), overlap([ByteRange(start, stop)], self._along.get(path, ())))
+
+    def bring(self, path: str, start: int, stop: int) -> None:
+        """Has those bytes of ``[start, stop)`` land in the file that come along with others later, and those near them.
+
+        For who needs them before what is around them is read. Raises as `read_ranges` does.
+        """
+        left = self._along.get(path, ())
+        if not overlap([ByteRange(start, stop)], left):
+            return
+        near = [one for one in coalesce(left) if one.start < stop and start < one.stop]
+        read = self._read_of(path, (), MemoryDestination(()), overlap(left, near), None)
+        self._settle(path, read_ranges([read], self._on_bytes, concurrency=self._concurrency()))
+
+    def close(self) -> None:
+        """Ends writing into the node's files."""
+        for file in self._files.values():
+            file.close()
 
     def read(self, path: str, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on, which must be among the ranges. Raises as `read_ranges` does."""
@@ -127,6 +166,51 @@ class DirectReads:
         if kept is None:
             return None
         return lambda _: cast(BinaryIO, _At(bytes(kept), start))
+
+    def _around(self, path: str, spans: Sequence[ByteRange]) -> tuple[ByteRange, ...]:
+        """What comes along with `spans`: what one request reads with some of them (`coalesce`)."""
+        left = self._along.get(path, ())
+        if not left:
+            return ()
+        joined = coalesce([*spans, *left])
+        starts = [one.start for one in spans]
+        return overlap(
+            left,
+            [one for one in joined if bisect_left(starts, one.start) < bisect_left(starts, one.stop)],
+        )
+
+    def _read_of(
+        self,
+        path: str,
+        spans: Sequence[ByteRange],
+        memory: Destination,
+        along: Sequence[ByteRange],
+        on_landed: OnLanded | None,
+    ) -> ObjectRead:
+        """The read of `spans` into `memory`, and of `along` into the node's file; both are counted as read."""
+        self._add(path, total_bytes([*spans, *along]))
+        if not along:
+            return ObjectRead(self._open_source(path), spans, memory, on_landed)
+        self._along[path] = subtract(self._along[path], along)
+        file = self._file(path)
+
+        def landed(start: int, stop: int) -> None:
+            span = [ByteRange(start, stop)]
+            into_file = overlap(span, along)
+            for one in into_file:
+                file.land(*one)
+            for one in subtract(span, into_file) if on_landed is not None else ():
+                on_landed(*one)  # type: ignore[misc]
+
+        into = ScatteredDestination(memory, file, along)
+        return ObjectRead(self._open_source(path), union(spans, along), into, landed)
+
+    def _file(self, path: str) -> LandingFile:
+        if path not in self._files:
+            if self._open_file is None:
+                raise ValueError(f"ranges come along into {path}, which nothing opens")
+            self._files[path] = self._open_file(path, self._open_source(path).size_bytes)
+        return self._files[path]
 
     def _concurrency(self) -> Concurrency:
         """A node's ranks together begin with about as many connections as one that fetches for all, and may come to

@@ -108,6 +108,11 @@ def in_bias(data: bytes) -> int:
     return small[1] + 9
 
 
+def in_step(data: bytes) -> int:
+    """A byte of a storage of 4 bytes between two large ones."""
+    return max(start for _, start, stop in records(data).values() if stop - start == 4) + 1
+
+
 def in_header(data: bytes) -> int:
     """The first byte of a large storage's header."""
     return records(data)["data/0"][0]
@@ -122,8 +127,16 @@ def in_directory(data: bytes) -> int:
     return data.rindex(b"PK\1\2", 0, data.rindex(b"PK\5\6")) + 10
 
 
-PLACES: list[Callable[[bytes], int]] = [in_weight, in_moment, in_bias, in_header, in_pickle, in_directory]
-WAYS = [("auto", "during"), ("node", "during"), ("node", "before")]
+PLACES: list[Callable[[bytes], int]] = [
+    in_weight,
+    in_moment,
+    in_bias,
+    in_step,
+    in_header,
+    in_pickle,
+    in_directory,
+]
+WAYS = [("auto", "during"), ("direct", "during"), ("node", "during"), ("node", "before")]
 
 
 def restore(server: BadServer, path: str, cache: Path, **options: Any) -> tuple[State, LoadResult]:

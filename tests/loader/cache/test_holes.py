@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankload.loader.byte_ranges import ByteRange
-from rankload.loader.cache.holes import Landed, PartialFile, fetching_again, replace_bytes
+from rankload.loader.cache.holes import (
+    Landed,
+    PartialFile,
+    fetching_again,
+    record_landed,
+    replace_bytes,
+)
 from rankload.loader.checksums import crc32
 
 DATA = random.Random(3).randbytes(5000)
@@ -44,6 +50,28 @@ def test_what_landed_is_there_for_the_next_process(tmp_path: Path) -> None:
     assert whole(second) == ()
     second.close()
     assert Path(path).read_bytes() == DATA
+
+
+def test_what_another_process_lands_is_not_missing(tmp_path: Path) -> None:
+    """That process does not hold the file; whoever does hears of it by the record, and so does the next load."""
+    path = str(tmp_path / "object")
+    file, seen = PartialFile(path, len(DATA)), Landed(path)
+    land(file, 0, 100)
+    with open(path, "r+b") as other:
+        other.seek(100)
+        other.write(DATA[100:300])
+    record_landed(path, 100, 300, crc32(DATA[100:300]))
+    assert whole(file) == (ByteRange(300, 5000),)
+    assert seen.has(0, 300)
+    assert file.landed_bytes == 100
+    file.forget([ByteRange(50, 150)])
+    assert whole(file) == (ByteRange(50, 150), ByteRange(300, 5000))
+    record_landed(path, 50, 150, crc32(DATA[50:150]))
+    assert whole(file) == (ByteRange(300, 5000),)
+    file.close()
+    again = PartialFile(path, len(DATA))
+    assert again.resumed_bytes == 300
+    again.close()
 
 
 @given(st.integers(0, 23), st.integers(0, 4999), st.booleans())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader.byte_ranges import RECORD_GAP_BYTES, ByteRange, once, total_bytes, union
 from rankload.loader.fetch.plan import FetchRequest, plan_fetch
@@ -37,6 +37,7 @@ def wanted_bytes(ranges: object) -> set[tuple[str, int]]:
     return bytes_of({name: list(spans) for name, spans in ranges.items()})  # type: ignore[attr-defined]
 
 
+@settings(max_examples=300)
 @given(requests(), st.sampled_from(["node", "direct", "auto", "job"]))
 def test_every_node_gets_what_its_ranks_want(told: list[FetchRequest], mode: Mode) -> None:
     plans = plan_fetch(told, mode)
@@ -55,24 +56,34 @@ def test_every_node_gets_what_its_ranks_want(told: list[FetchRequest], mode: Mod
             assert some <= bytes_of(plans[giver].bring), "is taken from a rank that does not have it"
             comes |= some
         direct = [bytes_of(plans[rank].direct) for rank in ranks]
+        along: set[tuple[str, int]] = set()
         for rank, own in zip(ranks, direct, strict=True):
             assert mode in ("direct", "auto") or not own
             assert own <= wanted_bytes(told[rank].direct)
             assert not own & set().union(*(wanted_bytes(told[r].wanted) for r in ranks if r != rank))
             assert not own & comes
+            brought_along = bytes_of(plans[rank].along)
+            assert mode in ("direct", "auto") or not brought_along
+            assert brought_along <= wanted_bytes(told[rank].wanted) - own - comes
+            assert not brought_along & set().union(
+                *(wanted_bytes(told[r].wanted) for r in ranks if r != rank)
+            )
+            assert not brought_along or own, "nothing that it could come along with"
+            along |= brought_along
             if mode == "direct":
                 private = wanted_bytes(told[rank].direct) - set().union(
                     *(wanted_bytes(told[r].wanted) for r in ranks if r != rank)
                 )
                 assert own == private
-        come = comes | set().union(*direct)
+        assert sum(plans[leader].along_bytes.values()) == len(along)
+        come = comes | along | set().union(*direct)
         assert wanted <= come
         for name, at in come - wanted:
             # What lies between two records comes with them.
             others = [other for file, other in wanted if file == name]
             before, after = max(one for one in others if one < at), min(one for one in others if one > at)
             assert after - before <= RECORD_GAP_BYTES + 1
-        from_store += [*bytes_of(plans[leader].bring), *(one for own in direct for one in own)]
+        from_store += [*bytes_of(plans[leader].bring), *along, *(one for own in direct for one in own)]
     if mode == "job":
         assert len(from_store) == len(set(from_store)), "leaves the store twice"
 
@@ -82,6 +93,52 @@ def test_long_ranges_go_straight_and_short_ones_do_not_with_auto() -> None:
     (plan,) = plan_fetch([FetchRequest(0, {"a": [long, short]}, {"a": [long, short]})], "auto")
     assert plan.direct == {"a": [long]}
     assert plan.bring == {"a": [short]}
+
+
+MIB = 1 << 20
+
+
+def one_file(wanted: list[ByteRange], direct: list[ByteRange], node: int = 0) -> FetchRequest:
+    return FetchRequest(node, {"a": wanted}, {"a": direct})
+
+
+@pytest.mark.parametrize("mode", ["direct", "auto"])
+def test_short_ranges_come_along_with_direct_ones_and_long_ones_do_not(mode: Mode) -> None:
+    first, short = ByteRange(0, 9 * MIB), ByteRange(9 * MIB, 10 * MIB)
+    second, long = ByteRange(10 * MIB, 20 * MIB), ByteRange(20 * MIB, 22 * MIB)
+    (plan,) = plan_fetch([one_file([first, short, second, long], [first, second])], mode)
+    assert plan.direct == {"a": [first, second]}
+    assert plan.along == {"a": [short]}
+    assert plan.along_bytes == {"a": MIB}
+    assert plan.bring == {"a": [long]}
+
+
+def test_what_another_rank_wants_too_comes_by_the_leader() -> None:
+    first, short, second = ByteRange(0, 9 * MIB), ByteRange(9 * MIB, 10 * MIB), ByteRange(10 * MIB, 20 * MIB)
+    other = ByteRange(1 << 30, (1 << 30) + 9 * MIB)
+    told = [one_file([first, short, second], [first, second]), one_file([short, other], [other])]
+    plans = plan_fetch(told, "direct")
+    assert [plan.along for plan in plans] == [{}, {}]
+    assert plans[0].bring == {"a": [short]}
+
+
+def test_auto_leaves_short_direct_ranges_to_the_leader_where_it_reads_beside_them() -> None:
+    """So no rank's requests come on top of those that the leader sends anyway."""
+    turns = [ByteRange(at * 4 * MIB, (at + 1) * 4 * MIB) for at in range(8)]
+    told = [one_file(turns[rank::2], turns[rank::2]) for rank in range(2)]
+    plans = plan_fetch(told, "auto")
+    assert [plan.direct for plan in plans] == [{}, {}]
+    assert plans[0].bring == {"a": [ByteRange(0, 32 * MIB)]}
+    # Large turns are read directly, unless many small ranges between them are left, which both want.
+    turns = [ByteRange(at * 17 * MIB, at * 17 * MIB + 16 * MIB) for at in range(8)]
+    both = [ByteRange(turn.stop, turn.stop + 1000) for turn in turns]
+    for small, direct in (([], [turns[::2], turns[1::2]]), (both, [[], []])):
+        plans = plan_fetch([one_file([*turns[rank::2], *small], turns[rank::2]) for rank in range(2)], "auto")
+        assert [plan.direct.get("a", []) for plan in plans] == direct
+        assert plans[0].bring.get("a", []) == ([*union(turns, both)] if small else [])
+    apart = [ByteRange(at * 10 * MIB, at * 10 * MIB + 4 * MIB) for at in range(8)]
+    plans = plan_fetch([one_file(apart[rank::2], apart[rank::2]) for rank in range(2)], "auto")
+    assert [plan.direct["a"] for plan in plans] == [apart[::2], apart[1::2]]
 
 
 def test_nodes_share_the_work_of_what_all_want() -> None:

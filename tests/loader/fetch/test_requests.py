@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from paced_server import paced_server
+from places import SUPPORT
+from processes import run_ranks
 from rankload.loader import State, gather_rng, load
 from rankload.loader.byte_ranges import ByteRange, total_bytes
 from rankload.loader.fetch.plan import FetchRequest, plan_fetch
@@ -15,6 +18,8 @@ from rankload.loader.fetch.plan import FetchRequest, plan_fetch
 CHUNK = 8 << 20
 WIDTH, LAYERS = 512, 24
 """24 MiB of weights of 1 MiB each, with a bias of 2 KiB after each."""
+
+MODES = pytest.mark.parametrize("mode", ["node", "auto", "direct"])
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +36,10 @@ def bytes_of(model: torch.nn.Module) -> int:
     return sum(one.nbytes for one in model.state_dict().values())
 
 
-@pytest.mark.parametrize("verify", ["before", "during"])
-def test_requests_depend_on_bytes_and_not_on_tensors(tmp_path: Path, verify: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "verify"), [("node", "before"), ("node", "during"), ("auto", "during"), ("direct", "during")]
+)
+def test_requests_depend_on_bytes_and_not_on_tensors(tmp_path: Path, mode: str, verify: str) -> None:
     """A model with its optimizer, of which half of the storages have 2 KiB, and a third of the rest 4 bytes."""
     saved = a_model(1)
     optimizer = torch.optim.AdamW(saved.parameters())
@@ -44,7 +51,8 @@ def test_requests_depend_on_bytes_and_not_on_tensors(tmp_path: Path, verify: str
     model = a_model(2)
     state = State(model, torch.optim.AdamW(model.parameters()))
     with paced_server(tmp_path) as server:
-        result = load(server.url("full.pt"), state, progress_bar=False, options={"verify": verify})
+        options = {"mode": mode, "verify": verify}
+        result = load(server.url("full.pt"), state, progress_bar=False, options=options)
         asked, sent = server.of("full.pt"), server.sent_bytes
     assert result.receipt.unverified == ()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
@@ -54,13 +62,81 @@ def test_requests_depend_on_bytes_and_not_on_tensors(tmp_path: Path, verify: str
     assert sent <= size + 1, server.told()
 
 
-def test_thousands_of_small_tensors_are_a_few_requests(tmp_path: Path) -> None:
+SHARDS = "model_world_size_2_rank_{}.pt"
+
+
+def a_sharded_model(seed: int) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = a_model(seed)
+    fully_shard(model)
+    return model
+
+
+def save_shards(folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    torch.save(a_sharded_model(1).state_dict(), Path(folder, SHARDS.format(dist.get_rank())))
+    dist.barrier()
+
+
+def restore_shards(*urls: str) -> None:
+    """One of two ranks of a node, which reads a file of its own in each mode that a URL ends with."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    saved = a_sharded_model(1)
+    told = {}
+    for url in urls:
+        mode, model = url.rpartition("/")[2], a_sharded_model(2)
+        options = {"mode": mode}
+        result = load(url, State(model), load_weights_only=True, progress_bar=False, options=options)
+        pairs = zip(model.state_dict().values(), saved.state_dict().values(), strict=True)
+        right = all(torch.equal(one.to_local(), other.to_local()) for one, other in pairs)
+        told[mode] = right and result.receipt.unverified == ()
+    print(json.dumps(told), flush=True)
+
+
+def test_ranks_with_files_of_their_own_send_no_more_requests(tmp_path: Path) -> None:
+    """Small ranges come along into the node's file although another rank, its leader, holds that."""
+    modes = ["node", "auto", "direct"]
+    (tmp_path / "saved").mkdir()
+    env = {"PYTHONPATH": str(SUPPORT)}
+    finished = run_ranks(
+        f"{__file__}:save_shards", 2, args=(str(tmp_path / "saved"),), deadline_s=60, env=env
+    )
+    assert [rank.returncode for rank in finished] == [0, 0], finished
+    for mode in modes:
+        (tmp_path / mode).symlink_to("saved")
+    with paced_server(tmp_path) as server:
+        urls = [server.url(mode) for mode in modes]
+        finished = run_ranks(f"{__file__}:restore_shards", 2, args=urls, deadline_s=60, env=env)
+        assert [rank.returncode for rank in finished] == [0, 0], finished
+        for rank in range(2):
+            assert json.loads(finished[rank].stdout.splitlines()[-1]) == dict.fromkeys(modes, True)
+            size = (tmp_path / "saved" / SHARDS.format(rank)).stat().st_size
+            assert size > 10 << 20
+            for mode in modes:
+                asked = [one for one in server.of(f"{mode}/{SHARDS.format(rank)}") if one.n_bytes]
+                assert len(asked) <= size / CHUNK + 8, (mode, server.told())
+                assert sum(one.n_bytes for one in asked) <= size + 8, (mode, server.told())
+
+
+@MODES
+def test_thousands_of_small_tensors_are_a_few_requests(tmp_path: Path, mode: str) -> None:
     saved = {f"weight.{number}": torch.full((16,), float(number)) for number in range(3000)}
     torch.save({"model": saved}, tmp_path / "many.pt")
     model = torch.nn.Module()
     model.register_module("weight", torch.nn.ParameterList(torch.zeros(16) for _ in saved))
     with paced_server(tmp_path) as server:
-        load(server.url("many.pt"), State(model), load_weights_only=True, progress_bar=False)
+        load(
+            server.url("many.pt"),
+            State(model),
+            load_weights_only=True,
+            progress_bar=False,
+            options={"mode": mode},
+        )
         asked = server.of("many.pt")
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     size = (tmp_path / "many.pt").stat().st_size
@@ -68,9 +144,10 @@ def test_thousands_of_small_tensors_are_a_few_requests(tmp_path: Path) -> None:
     assert len(asked) <= size / CHUNK + 8, server.told()
 
 
+@MODES
 @pytest.mark.parametrize(("between", "are_read"), [(16 << 10, True), (400 << 10, False)])
 def test_small_gaps_are_read_through_and_large_ones_are_not(
-    tmp_path: Path, between: int, are_read: bool
+    tmp_path: Path, between: int, are_read: bool, mode: str
 ) -> None:
     """Weights of 1 MiB, with something of other sizes between them that nobody wants."""
     weights = dict(a_model(1, layers=16).state_dict())
@@ -88,6 +165,7 @@ def test_small_gaps_are_read_through_and_large_ones_are_not(
             load_weights_only=True,
             progress_bar=False,
             ignore_keys=["state/model/other.*"],
+            options={"mode": mode},
         )
         asked, sent = server.of("gaps.pt"), server.sent_bytes
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -96,7 +174,8 @@ def test_small_gaps_are_read_through_and_large_ones_are_not(
     assert sent <= 1.05 * (wanted + 2 * (256 << 10)), (sent, wanted)
 
 
-def test_only_what_the_check_reads_comes_before_the_weights(tmp_path: Path) -> None:
+@MODES
+def test_only_what_the_check_reads_comes_before_the_weights(tmp_path: Path, mode: str) -> None:
     """An entry that `load` returns is one small request; biases, and entries that nobody wants, are none."""
     saved = a_model(1)
     others = {name: value.clone() for name, value in saved.state_dict().items()}
@@ -105,7 +184,13 @@ def test_only_what_the_check_reads_comes_before_the_weights(tmp_path: Path) -> N
     )
     model = a_model(2)
     with paced_server(tmp_path) as server:
-        result = load(server.url("mine.pt"), State(model), load_weights_only=True, progress_bar=False)
+        result = load(
+            server.url("mine.pt"),
+            State(model),
+            load_weights_only=True,
+            progress_bar=False,
+            options={"mode": mode},
+        )
         small = [one for one in server.asked if 1 < one.n_bytes < 128 << 10]
     assert torch.equal(result.extra["mine"], torch.arange(1000))
     assert "others" not in result.extra
