@@ -28,8 +28,11 @@ from .sources.dcp.open import META
 from .sources.zero.file_names import optim_namings
 from .stages import Stages
 from .stores.base import Store
+from .stores.http import HttpStore
 from .stores.locate import (
     DCP_METADATA,
+    DCP_PLACES,
+    LATEST,
     MODEL_STATES,
     RANK_FILE,
     AskAhead,
@@ -161,6 +164,9 @@ def _search(
             works.append(partial(ask_all_ahead, context, more, beginning_only=True, at_once=len(more)))
         else:
             works.append(partial(ask_all_ahead, context, names))
+            if not isinstance(store, HttpStore) and LATEST in map(file_name, names):
+                # Of servers that may have a small backlog, no more is asked at first.
+                works.append(partial(ask_all_ahead, context, [store.join(folder, one) for one in DCP_PLACES]))
         n_asked += 1
         if compares and not store.is_local and folder not in (without_slash(name), folder_of(name)):
             works.append(partial(look, folder, is_file=False, at_once=len(NAMES)))

@@ -6,6 +6,7 @@ has to be asked for first. It is done over http(s) only; other stores are asked 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,10 +14,12 @@ from ..byte_ranges import ByteRange, coalesce, total_bytes, union
 from ..context import LoadContext
 from ..formats.sniff import HEAD_BYTES, sniff
 from ..stores.base import Store
-from ..stores.http import HttpStore
+from ..stores.first_answers import AsksFirst
 from ..stores.names import path_of
 from ..stores.probes import AT_ONCE, ask_each
 
+_MOSTLY_SMALL = re.compile(r"/\.metadata$|/zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$|\.json$")
+"""Files that mostly come whole with their first bytes, and so are compared with the checksums of the whole object."""
 HEAD_AND_TAIL_BYTES = 256 << 10
 """The first request for a file, from each end: mostly enough for its pickle and its directory."""
 MOST_PARTS_BYTES = 4 << 20
@@ -24,6 +27,8 @@ MOST_PARTS_BYTES = 4 << 20
 OF_ITEMS = ".distcp"
 """Suffix of objects that are torch files end to end: each begins like one, and none is its whole index. Which parts to
 fetch, another file says (`items`)."""
+TORCH_NAMES = (".pt", ".pth", ".ckpt", ".bin")
+"""Suffixes that torch files mostly have."""
 COMPRESSED_NAMES = (".tgz", ".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Suffixes of objects that come whole; for them no range source is opened."""
 _OTHERS = (*COMPRESSED_NAMES, ".tar", ".symlink")
@@ -43,7 +48,7 @@ def ask_ahead(
     Raises as `Store.stat`.
     """
     store = context.store
-    if not isinstance(store, HttpStore) or path_of(name).endswith(_OTHERS):
+    if not isinstance(store, AsksFirst) or path_of(name).endswith(_OTHERS):
         return
     if context.options.cache_dir is not None and context.session.topology.n_nodes > 1:
         # Nodes may share the folder that was given, so that another one may put the file there meanwhile.
@@ -58,21 +63,28 @@ def ask_ahead(
         first = known[0].stop if known and known[0].start == 0 else 1
         store.ask_ahead(name, first, parts=[one for one in known if one.start])
     else:
-        store.ask_ahead(name, HEAD_AND_TAIL_BYTES, _ends_with_index, last_later=beginning_only)
+        store.ask_ahead(
+            name,
+            HEAD_AND_TAIL_BYTES,
+            _ends_with_index,
+            last_likely=path_of(name).endswith(TORCH_NAMES),
+            last_later=beginning_only,
+            with_sums=context.options.verify != "off" and _MOSTLY_SMALL.search(path_of(name)) is not None,
+        )
 
 
 def ask_all_ahead(
     context: LoadContext, names: Sequence[str], *, beginning_only: bool = False, at_once: int = AT_ONCE
 ) -> None:
     """`ask_ahead` for several files that may not be there, `at_once` at a time."""
-    if isinstance(context.store, HttpStore):
+    if isinstance(context.store, AsksFirst):
         ask = partial(ask_ahead, context, beginning_only=beginning_only)
         ask_each(context.store, ask, names, at_once=max(1, at_once))
 
 
 def taken(store: Store, name: str) -> Sequence[tuple[int, bytes]]:
     """The bytes that have come so, from a position on, once."""
-    if not isinstance(store, HttpStore) or (first := store.first_bytes(name)) is None:
+    if not isinstance(store, AsksFirst) or (first := store.first_bytes(name)) is None:
         return ()
     store.forget(name)
     return first.parts
@@ -80,7 +92,7 @@ def taken(store: Store, name: str) -> Sequence[tuple[int, bytes]]:
 
 def latency_s(store: Store) -> float:
     """How long the store's answers take at least, as far as `ask_ahead` found out; else 0."""
-    return store.latency_s if isinstance(store, HttpStore) else 0.0
+    return store.latency_s if isinstance(store, AsksFirst) else 0.0
 
 
 def _ends_with_index(head: bytes) -> bool:

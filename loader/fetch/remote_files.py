@@ -38,7 +38,7 @@ from ..stores.names import path_of
 from ..stores.probes import AT_ONCE
 from ..workers import Stop, stopped_by
 from . import ahead
-from .ahead import COMPRESSED_NAMES, HEAD_AND_TAIL_BYTES, OF_ITEMS
+from .ahead import COMPRESSED_NAMES, HEAD_AND_TAIL_BYTES, OF_ITEMS, TORCH_NAMES
 from .object_cache import ObjectCache
 from .remote_file import RemoteFile, open_remote_file
 from .tally import FetchedAgain
@@ -221,10 +221,12 @@ class RemoteFiles:
                 self._files[file.path] = file
             part = _part_of(info, source)
             return InParts(file.path, "file", size, file.fetched_bytes, (), {"": part})
-        file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
+        at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
+        # Of a name that torch files have, both ends are asked for at once.
+        is_likely = path_of(info.name).endswith(TORCH_NAMES)
+        file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES), *([at_end] if is_likely else [])], on_bytes)
         kind = sniff(file.read(0, HEAD_BYTES))
         if kind in ("torch-zip", "safetensors"):
-            at_end = ByteRange(size - HEAD_AND_TAIL_BYTES, size)
             at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
             if kind == "safetensors" and self.renew_indexes:
                 file.forget([at_start])

@@ -29,6 +29,7 @@ __all__ = ["ObjectRead", "OnLanded", "ReadReport", "read_ranges"]
 MAX_REQUEST_BYTES = 64 << 20
 _TRASH_BYTES = 64 << 10
 """The buffer that the bytes of gaps go into."""
+_CONFIRM_AT_ONCE = 16
 _WAIT_S = 0.05
 """How often a waiting thread checks whether the work is given up."""
 
@@ -144,8 +145,7 @@ class _Engine:
         finally:
             self.report.read_bytes = self._arrived
         self._pass_on()
-        for object_read in self._reads:
-            object_read.source.confirm()
+        _confirm([one.source for one in self._reads])
         return self.report
 
     def _count(self, n_bytes: int) -> None:
@@ -268,6 +268,17 @@ class _Engine:
                         position = request.start
                         pending = deque(request.chunks)
                     attempts.failed(error, stop.check)
+
+
+def _confirm(sources: Iterable[RangeSource]) -> None:
+    """`RangeSource.confirm` of each, at the same time: it may be a request."""
+    each = list({id(shared_source(one)): shared_source(one) for one in sources}.values())
+    if len(each) == 1:
+        each[0].confirm()
+        return
+    jobs = [lambda stop, one=one: one.confirm() for one in each]
+    most = min([_CONFIRM_AT_ONCE, *(one.max_connections for one in each)])
+    run_jobs(jobs, lambda: None, n_threads=most)
 
 
 def chunks(reads: Iterable[ObjectRead], chunk_bytes: int) -> Iterator[Chunk]:

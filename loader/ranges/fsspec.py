@@ -8,13 +8,11 @@ from ..errors import CorruptError
 from ..http.answers import Arrived, cut_short
 from ..plurals import counted
 from ..stores.base import ObjectInfo
-from ..stores.fsspec import FsspecStore
+from ..stores.fsspec import WHOLE_ONLY, FsspecStore
 from .base import pieces
 
 PART_BYTES = 8 << 20
 """The bytes of one request, which a read holds in memory on top of its target."""
-_WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
-"""Protocols where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
 _THREADS = frozenset({"memory", "sftp", "ssh", "smb", "hf"})
 """File systems without an event loop of their own that several threads may read from."""
 
@@ -65,6 +63,7 @@ class FsspecSource:
     def confirm(self) -> None:
         files = self._store.files()
         files.invalidate_cache(files._parent(self._info.name))
+        self._store.forget(self._info.name)
         now = self._store.stat(self._info.name)
         if now is None or (now.size_bytes, now.version) != (self._info.size_bytes, self._info.version):
             got = "nothing" if now is None else f"{now.size_bytes} bytes, version {now.version}"
@@ -90,6 +89,6 @@ class FsspecSource:
 
 def open_fsspec_source(store: FsspecStore, info: ObjectInfo) -> FsspecSource | None:
     """The source of the object in `info`; None where its size is not known, or a range costs as much as the whole."""
-    if info.size_bytes is None or _WHOLE_ONLY & set(store.protocols()):
+    if info.size_bytes is None or WHOLE_ONLY & set(store.protocols()):
         return None
     return FsspecSource(store, info, info.size_bytes)

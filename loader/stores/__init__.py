@@ -2,6 +2,8 @@
 
 1. `open.open_store` picks the store that a path belongs to: `given`, `http`, `fsspec` or `local`. Each offers the
    interface `base.Store`, and maps its backend's errors to ``loader.errors``.
+   What is needed first of an object is asked for first, instead of what there is of it (`first_answers`): over http(s),
+   and where `signing` signs URLs.
 2. `locate.locate` finds the checkpoint that the path names: a file, or a DeepSpeed folder by its ``latest``. It makes
    names by `names`, and asks for each by `probes`, which tells what is not there from what is refused.
 3. `symlinks.resolve` follows ``NAME.symlink`` objects.

@@ -116,6 +116,22 @@ class FirstAnswers:
         """What came; None where nothing was asked, or nothing is there."""
         return self._first.get(name)
 
+    def note(self, name: str, first: FirstBytes | None, took_s: float) -> None:
+        """Keeps what was asked for in another way, within `took_s`; None: nothing is there."""
+        self.latency_s = min(self.latency_s or took_s, took_s)
+        self._first[name] = first
+
+    def describe(self, name: str, info: ObjectInfo) -> None:
+        """Puts `info` in the place of what the answer said of the object, whose size must be the same.
+
+        Where it is not, what came is dropped.
+        """
+        first = self._first.get(name)
+        if first is not None and first.info.size_bytes == info.size_bytes:
+            self._first[name] = replace(first, info=info)
+        else:
+            self.forget(name)
+
     def take(self, name: str) -> FirstBytes | None:
         """As `get`, once: the caller has what may be open in it."""
         return self._first.pop(name, None)
@@ -280,6 +296,55 @@ class FirstAnswers:
         if response.status not in statuses:
             body = followed.answer.error_body()
             raise status_error(response.status, response.headers, body, self._store.describe(name), "")
+
+
+class AsksFirst:
+    """A store that can be asked for first bytes; its other methods answer by what came, until `forget`."""
+
+    _first: FirstAnswers
+
+    def ask_ahead(
+        self,
+        name: str,
+        n_bytes: int,
+        and_last: Callable[[bytes], bool] | None = None,
+        parts: Sequence[ByteRange] = (),
+        *,
+        last_likely: bool = False,
+        last_later: bool = False,
+        with_sums: bool = False,
+    ) -> None:
+        """Asks for the first `n_bytes` of an object, and its `parts`, instead of asking what there is of it.
+
+        Where these show, to `and_last`, that the last as many are needed too, they are asked for as well; with
+        `last_later`, when it is called again. `last_likely`: they mostly are, as a store may know that cannot wait to
+        be shown. `with_sums`: `stored_sums` will be asked of it too, which some stores can be at the same time.
+
+        Until `forget`, `stat` answers by what came. So do `peek`, `read_small` and `download` where it is enough; and a
+        range source opens with it. Raises as `stat`; where the answer says nothing of the object, nothing is known
+        afterwards.
+        """
+        self._first.ask(name, n_bytes, and_last, parts, last_later=last_later)
+
+    @property
+    def latency_s(self) -> float:
+        """How long the fastest answer took of those that `ask_ahead` waited for; 0 where it did not."""
+        return self._first.latency_s
+
+    def first_bytes(self, name: str) -> FirstBytes | None:
+        """What `ask_ahead` brought; None where it was not called, or nothing came."""
+        return self._first.get(name)
+
+    def forget(self, name: str) -> None:
+        """Drops what `ask_ahead` brought: from now on, the server is asked."""
+        self._first.forget(name)
+
+    def first_info(self, name: str) -> ObjectInfo | None:
+        """What the answer in `_first` says that there is; that there is nothing, it says once."""
+        first = self._first.get(name)
+        if first is None:
+            self.forget(name)
+        return None if first is None else first.info
 
 
 def info_of(name: str, headers: Headers, pin: Pin) -> ObjectInfo:

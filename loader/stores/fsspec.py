@@ -1,22 +1,35 @@
-"""The store of every other URI: whatever fsspec opens, chained file systems included."""
+"""The store of every other URI: whatever fsspec opens, chained file systems included.
+
+    first bytes    by URLs that the backend signs (S3, GCS, Azure), else by the file system's own calls: `ask_ahead`
+    all else       by the file system's calls, each in `once`: with credentials renewed, and errors in rankload's words
+
+One file: every method answers by what came first, or asks as `once` does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import re
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from datetime import datetime
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
-from ..http.settings import headers_of
+from ..byte_ranges import ByteRange
+from ..errors import AccessError, CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
+from ..http.addresses import origin_of
+from ..http.answers import Arrived, Pin
+from ..http.connections import Connections
+from ..http.exchange import Request
+from ..http.redirects import Followed, follow
 from ..plurals import counted
 from ..redaction import redact_path, redact_text, secrets_in
 from ..retries import Outages, TryAgainError, until_done
-from ..store_errors import caused_by, is_expired, outage_in, refusals_in, store_error
+from ..store_errors import is_expired, outage_in, refusals_in, store_error
+from ..workers import Stop, stopped_by
 from .base import (
     ONE_CONNECTION,
     Entry,
@@ -25,21 +38,27 @@ from .base import (
     OnBytes,
     Store,
     path_scheme,
-    path_schemes,
     unheard,
 )
+from .filesystems import open_filesystem
+from .first_answers import AsksFirst, FirstAnswers, FirstBytes
 from .http import HttpStore
+from .infos import entry_of, is_inside, object_of
 from .local import LocalStore, file_uri_path, within_limit
 from .names import child_of, is_url, url_link_targets
-from .sums import StoredSum, in_info
-from .transfer import Meter, Reports, awaited, bytes_on_disk, receive, run_watched, until_received
+from .signing import Signer, signer_of
+from .sums import StoredSum, ask_s3, in_info
+from .transfer import (
+    Meter,
+    Reports,
+    awaited,
+    bytes_on_disk,
+    callback_of,
+    receive,
+    run_watched,
+    until_received,
+)
 
-_EXTRAS = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs",
-    "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "wasb": "azure", "wasbs": "azure",
-    "hf": "hf", "http": "http", "https": "http", "sftp": "sftp", "ssh": "sftp",
-}  # fmt: skip
-"""The extra of this distribution that installs the backend of a protocol."""
 _WITH_BUCKETS = frozenset(
     {
         "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "tos", "hf", "r2", "obs", "cos", "cosn", "b2",
@@ -48,25 +67,16 @@ _WITH_BUCKETS = frozenset(
 """Protocols whose names begin with a bucket."""
 _TELL_EMPTY_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs"})
 """Those of them whose file systems tell an empty bucket from one that is not there (tried with real servers)."""
-_CHAINED_URL = re.compile(r"::(https?)://[\x21-\x7e]*\Z", re.IGNORECASE)
-"""A URL at the end of a chain that needs no percent-encoding."""
-_USERS = frozenset({"headers", "cookies", "auth"})
-"""Options of fsspec's http, and of its client, that are for the user's own server."""
-_ANYBODYS = frozenset({"accept", "accept-encoding", "range", "user-agent", "if-match", "if-none-match"})
-"""Headers that any server may be sent."""
-_VERSION_FIELDS = (
-    "ETag", "etag", "e_tag", "version_id", "VersionId", "generation", "md5Hash", "content_md5", "checksum", "blob_id",
-    "LastModified", "last_modified", "mtime", "modified", "created",
-)  # fmt: skip
-"""What file systems call an object's version; the first one that is set counts."""
-_TIME_FIELDS = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
-"""What they call the time when it was last written."""
+_AT_ONCE = 16
+"""How many parts of one object are asked for at once."""
+WHOLE_ONLY = frozenset({"zip", "tar", "libarchive", "filecache", "simplecache", "blockcache", "cached"})
+"""Protocols where a read in the middle reads all that is before it, or keeps the whole object on the disk."""
 
 
 T = TypeVar("T")
 
 
-class FsspecStore:
+class FsspecStore(AsksFirst):
     """Names are the file system's own, without the protocol (``bucket/key``).
 
     `reopen` is the URI and options to open the file system with in a forked child, and where its credentials have
@@ -95,6 +105,12 @@ class FsspecStore:
         self._answered: set[str] = set()
         """The objects that the store has told of, or given."""
         self._renewing = threading.Lock()
+        self._first = FirstAnswers(self)
+        self._first_sums: dict[str, tuple[StoredSum, ...]] = {}
+        """By name, those in the answers to the first requests for objects."""
+        self._connections = Connections()
+        self._signer: tuple[Any, Signer | None] = (None, None)
+        """The file system, and what signs for it."""
         self._secrets = secrets_in(getattr(filesystem, "storage_options", {})) | secrets_in(
             {} if reopen is None else reopen[1]
         )
@@ -127,21 +143,180 @@ class FsspecStore:
         relative = f"{folder}/{text}" if folder else text
         return list(dict.fromkeys([root + text.lstrip("/") if root else text, relative]))
 
+    def signer(self) -> Signer | None:
+        """What signs URLs of the store's objects; None where its backend does not."""
+        files = self.files()
+        if self._signer[0] is not files:
+            self._signer = files, signer_of(files, self.protocols())
+        return self._signer[1]
+
+    def ask_ahead(
+        self,
+        name: str,
+        n_bytes: int,
+        and_last: Callable[[bytes], bool] | None = None,
+        parts: Sequence[ByteRange] = (),
+        *,
+        last_likely: bool = False,
+        last_later: bool = False,
+        with_sums: bool = False,
+    ) -> None:
+        """As `AsksFirst.ask_ahead`, by signed URLs; where the backend does not sign any, as `_ask_plain`.
+
+        What the answers of other stores than S3 state is not the version that their file systems do: these are asked
+        for it at the same time. S3 is asked for checksums, which answers to a GET for a range do not state.
+        """
+        signer = self.signer()
+        if signer is None or (name not in self._first and not self._can_sign(signer, name)):
+            self._ask_plain(name, n_bytes, parts, with_last=last_likely)
+            return
+        ask = partial(super().ask_ahead, name, n_bytes, and_last, parts, last_later=last_later)
+        if name in self._first or (signer.is_s3 and not with_sums):
+            ask()
+            return
+        stop, more = Stop(), self._sums_ahead if signer.is_s3 else self._info_ahead
+        with ThreadPoolExecutor(1) as threads:
+            told = threads.submit(stopped_by(stop)(more), name)
+            try:
+                ask()
+            except BaseException:
+                stop.set()
+                raise
+        told.result()(self._first.get(name))
+
+    def _sums_ahead(self, name: str) -> Callable[[FirstBytes | None], None]:
+        """Asks S3 for checksums; what it returns is called with what else has come."""
+        etag, sums = self._ask_s3(name)
+
+        def join(first: FirstBytes | None) -> None:
+            if first is not None and first.info.version == etag:
+                self._sums[first.info] = sums
+
+        return join
+
+    def _info_ahead(self, name: str) -> Callable[[FirstBytes | None], None]:
+        """The same for what the file system says of the object."""
+        info = None
+        with contextlib.suppress(AccessError):
+            info = self._told(name)
+
+        def join(first: FirstBytes | None) -> None:
+            if info is not None and first is not None:
+                self._first.describe(name, info)
+            elif info is not None or first is not None:
+                self.forget(name)
+
+        return join
+
+    def _ask_s3(self, name: str) -> tuple[str | None, tuple[StoredSum, ...]]:
+        return self._answer(name, lambda files: ask_s3(files, name))
+
+    def _can_sign(self, signer: Signer, name: str) -> bool:
+        try:
+            signer.address(name, self.heard, self.describe(name))
+        except RankloadError:
+            raise  # a failure of the job, which ended the wait
+        except Exception:
+            self._signer = self.files(), None
+            return False
+        return True
+
+    def _ask_plain(self, name: str, n_bytes: int, parts: Sequence[ByteRange], *, with_last: bool) -> None:
+        """Asks what there is of an object, and then for all of a small one, or at the same time for its first `n_bytes`
+        and its `parts`, `with_last` also for its last as many.
+
+        The file system's reads state no version: what it says of the object before is the version that they are of, if
+        it says the same once all is read (`RangeSource.confirm`).
+        """
+        if name in self._first or self.protocol in ONE_CONNECTION:
+            return
+        began = time.monotonic()
+        try:
+            info = self._told(name)
+        except AccessError as error:
+            if not refusals_in(error):
+                raise
+            return
+        took_s = time.monotonic() - began
+        if info is None:
+            self._first.note(name, None, took_s)
+        elif info.size_bytes is not None:
+            size, spans = info.size_bytes, [ByteRange(0, n_bytes), *parts]
+            if size <= 2 * n_bytes:
+                spans = [ByteRange(0, size)]
+            elif with_last:
+                spans.append(ByteRange(size - n_bytes, size))
+            if n_bytes == 1 or WHOLE_ONLY & set(self.protocols()):
+                spans = []
+            pin = Pin(info.size_bytes, info.version)
+            found = self._read_plain(name, spans)
+            self._first.note(name, FirstBytes(info, pin, None, True, (), found), took_s)
+
+    def _read_plain(self, name: str, spans: Sequence[ByteRange]) -> tuple[tuple[int, bytes], ...]:
+        """The bytes `spans` of an object, as far as they can be had now."""
+        stop = Stop()
+
+        def read(span: ByteRange) -> tuple[int, bytes]:
+            with stopped_by(stop), contextlib.suppress(AccessError, CorruptError, NotFoundError):
+                if span.length:
+                    data = self._asked(
+                        name, lambda files: files.cat_file(name, start=span.start, end=span.stop)
+                    )
+                    return span.start, data if len(data) == span.length else b""
+            return span.start, b""
+
+        with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(spans)))) as threads:
+            try:
+                return tuple(one for one in threads.map(read, spans) if one[1])
+            except BaseException:
+                stop.set()
+                raise
+
+    def get(self, name: str, span: str) -> Followed:
+        """The answer to one GET for the bytes `span`, whatever its status. Raises as `follow`."""
+        signer, described = self.signer(), self.describe(name)
+        if signer is None:
+            raise RankloadError(f"{described}: nothing signs its URL", path=described)
+        address = signer.address(name, self.heard, described)
+        request = Request("GET", address.url, described, {"Range": f"bytes={span}"})
+        connections = signer.connections(self._connections, self.outages)
+        followed = follow(connections, request, address, self.waits(name))
+        for url in (address.url, followed.url):
+            self.outages.answered(origin_of(url))
+        if followed.answer.response.status in (200, 206):
+            self._answered.add(name)
+            self.outages.answered(self.identity)
+        self.heard(1, described)
+        return followed
+
+    def waits(self, name: str) -> Arrived:
+        """What is called while a small answer about `name` is waited for."""
+        described = self.describe(name)
+        return lambda n_bytes: self.heard(n_bytes, described)
+
+    def until_done(self, name: str, work: Callable[[], T]) -> T:
+        """What `work` returns, begun anew as long as there is an outage."""
+        described = self.describe(name)
+        return until_done(self.outages, described, work, lambda: self.heard(0, described))
+
+    def add_sums(self, name: str, sums: tuple[StoredSum, ...], *, of_whole: bool) -> None:
+        """Keeps the checksums that an answer stated."""
+        self._first_sums[name] = sums
+
     def stat(self, name: str) -> ObjectInfo | None:
+        if name in self._first:
+            return self.first_info(name)
+        return self._told(name)
+
+    def _told(self, name: str) -> ObjectInfo | None:
+        """What the file system says of the object."""
         try:
             info = self._asked(name, lambda files: files.info(name))
         except NotFoundError:
             return None
-        size = info.get("size")
-        is_folder = info.get("type") == "directory"
-        version = next((str(info[key]) for key in _VERSION_FIELDS if info.get(key)), None)
-        found = ObjectInfo(
-            name=name,
-            size_bytes=size if isinstance(size, int) and not is_folder else None,
-            version=version,
-            is_folder=is_folder,
-        )
-        self._sums[found] = in_info(self.protocols(), info)
+        found = object_of(name, info)
+        if stated := in_info(self.protocols(), info):
+            self._sums[found] = stated
         return found
 
     def download(
@@ -154,7 +329,16 @@ class FsspecStore:
             meter = Meter(reports)
 
             def write(part: str) -> None:
-                callback = _callback(meter)
+                first = self._first.get(name)
+                data = None if first is None else first.all_bytes
+                self.forget(name)
+                if data is not None:
+                    with open(part, "xb") as file:
+                        file.write(data)
+                    meter.reach(len(data))
+                    meter.report()
+                    return
+                callback = callback_of(meter)
 
                 def poll() -> None:
                     # Where a backend never calls back, the bytes on the disk are counted.
@@ -190,7 +374,9 @@ class FsspecStore:
 
             def put(files: Any) -> None:
                 self._make_folder(name)
-                run_watched(lambda: files.put_file(source_path, name, callback=_callback(meter)), meter, None)
+                run_watched(
+                    lambda: files.put_file(source_path, name, callback=callback_of(meter)), meter, None
+                )
 
             self.once(name, put, reports, doing="written")
             meter.reach(size)
@@ -235,6 +421,10 @@ class FsspecStore:
             self._asked(name, remove, doing="removed")
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:
+        first = self._first.get(name)
+        start = None if first is None else first.beginning(n_bytes)
+        if start is not None:
+            return start
         data: bytes = self._asked(name, lambda files: files.cat_file(name, start=0, end=n_bytes))
         return data
 
@@ -244,17 +434,19 @@ class FsspecStore:
                 data: bytes = file.read(limit + 1)
                 return data
 
-        return within_limit(self._asked(name, read), limit, self.describe(name))
+        first = self._first.get(name)
+        whole = None if first is None else first.all_bytes
+        return within_limit(self._asked(name, read) if whole is None else whole, limit, self.describe(name))
 
     def local_path(self, name: str) -> str:
         raise NotImplementedError("not a local store")
 
     def stored_sums(self, info: ObjectInfo) -> tuple[StoredSum, ...]:
-        if {"s3", "s3a"} & set(self.protocols()):
-            from .sums import ask_s3
-
-            return self._answer(info.name, lambda files: ask_s3(files, info.name, info.version))
-        return self._sums.get(info, ())
+        if {"s3", "s3a"} & set(self.protocols()) and info not in self._sums:
+            etag, sums = self._ask_s3(info.name)
+            # Where it is another version by now, the download itself says so.
+            self._sums[info] = sums if info.version in (None, etag) else ()
+        return self._sums.get(info) or self._first_sums.get(info.name, ())
 
     def entries(self, name: str) -> list[Entry] | None:
         folder = name.rstrip("/")
@@ -272,7 +464,7 @@ class FsspecStore:
             return []
         if found is None:
             return None
-        return [_entry(one, folder) for one in found if _is_inside(one, folder)]
+        return [entry_of(one) for one in found if is_inside(one, folder)]
 
     def nearby(self, name: str) -> str:
         """Whether the bucket is there: one request."""
@@ -283,7 +475,9 @@ class FsspecStore:
         return f"There is no bucket {bucket}{empty}: check its name, the endpoint and the account in storage_options"
 
     def close(self) -> None:
-        """Does nothing: fsspec closes its sessions when the file system is collected."""
+        """Gives back its own connections: fsspec closes its sessions when the file system is collected."""
+        self._first.close()
+        self._connections.close()
 
     def protocols(self) -> tuple[str, ...]:
         """All the names of the file system's protocol, ``s3`` and ``s3a`` for example."""
@@ -294,7 +488,7 @@ class FsspecStore:
         if self.protocol in ONE_CONNECTION:
             return self._of_this_thread()
         if self._pid != os.getpid() and self._reopen is not None:
-            self._filesystem = _open(*self._reopen)[0]
+            self._filesystem = open_filesystem(*self._reopen)[0]
             self._pid = os.getpid()
         return self._filesystem
 
@@ -347,7 +541,7 @@ class FsspecStore:
                 name, lambda files: awaited(lambda: work(files), self.heard, described), doing=doing
             )
 
-        return until_done(self.outages, described, attempt, lambda: self.heard(0, described))
+        return self.until_done(name, attempt)
 
     def _answer(self, name: str, work: Callable[[Any], T]) -> T:
         """What `work` gets from the file system, a call that blocks; `heard` is called meanwhile."""
@@ -362,7 +556,7 @@ class FsspecStore:
             if self._filesystem is refused:
                 uri, options = self._reopen
                 try:
-                    self._filesystem = _open(uri, {**options, "skip_instance_cache": True})[0]
+                    self._filesystem = open_filesystem(uri, {**options, "skip_instance_cache": True})[0]
                 except RankloadError:
                     return False
             return True
@@ -389,7 +583,7 @@ def open_fsspec(
 
     def opened() -> tuple[Any, str]:
         try:
-            return _open(uri, storage_options)
+            return open_filesystem(uri, storage_options)
         except RankloadError as error:
             outage = None if error.__cause__ is None else outage_in(error.__cause__)
             if outage is None:
@@ -421,144 +615,3 @@ def store_of_filesystem(
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def is_protocol(scheme: str) -> bool:
-    """Whether fsspec knows a file system of this name."""
-    from fsspec import available_protocols
-
-    return scheme in available_protocols()
-
-
-def _open(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    shown = redact_path(uri)
-    secrets = secrets_in(storage_options)
-    try:
-        filesystem, name = url_to_fs(uri, **_as_given(uri, storage_options))
-    except OptionError:
-        raise
-    except Exception as error:
-        ours = caused_by(_unopened(uri, shown, error, secrets), error, secrets)
-        raise ours from ours.__cause__
-    return filesystem, str(name)
-
-
-def _unopened(uri: str, shown: str, error: Exception, secrets: frozenset[str]) -> RankloadError:
-    """The error for a file system that could not be made."""
-    told = redact_text(str(error), secrets)
-    if isinstance(error, ImportError):
-        return OptionError(f"{shown}: {_how_to_install(uri, told)}", path=shown)
-    if isinstance(error, TypeError):
-        return OptionError(f"{shown}: storage_options do not fit: {told}", path=shown)
-    if isinstance(error, ValueError) and "rotocol" in told:
-        return OptionError(
-            f"{shown}: unknown protocol {path_scheme(uri)!r}; expected a local path, http(s), "
-            "or a protocol that fsspec knows",
-            path=shown,
-        )
-    return store_error(error, shown, secrets=secrets)
-
-
-def _as_given(uri: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, by which the http(s) part of a chain is sent as it is written: it may be signed to the letter.
-
-    Its headers, cookies and login go to its own server alone.
-    """
-    options = dict(storage_options)
-    for scheme in {"http", "https"} & set(path_schemes(uri)):
-        own = options.get(scheme) or {}
-        if not isinstance(own, Mapping):
-            continue
-        match = _CHAINED_URL.search(uri)
-        encoded = {"encoded": True} if match is not None and match[1].lower() == scheme else {}
-        options[scheme] = {**encoded, **_kept_home(own)}
-    return options
-
-
-def _kept_home(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of fsspec's http by which what is the user's is in the headers of a client that `_client` makes."""
-    client = options.get("client_kwargs") or {}
-    if not isinstance(client, Mapping) or "get_client" in options:
-        return dict(options)
-    auth = options.get("auth") or client.get("auth")
-    theirs = {name: value for name, value in client.items() if name not in _USERS}
-    headers = headers_of(client, options, auth)
-    ours = {name: value for name, value in options.items() if name not in _USERS}
-    return {**ours, "client_kwargs": {**theirs, "headers": headers}, "get_client": _client}
-
-
-async def _client(**options: Any) -> Any:
-    """The client of fsspec's http. Redirected to another server, it sends none of the headers that are the user's.
-
-    aiohttp itself leaves out Authorization, where it is a header, and nothing else.
-    """
-    from aiohttp import ClientSession, TraceConfig
-    from yarl import URL
-
-    async def redirected(session: Any, context: Any, told: Any) -> None:
-        location = told.response.headers.get("Location") or told.response.headers.get("URI") or ""
-        if told.url.join(URL(location)).origin() != told.url.origin():
-            for name in [name for name in told.headers if name.lower() not in _ANYBODYS]:
-                # The next request is sent with what is left.
-                told.headers.popall(name, None)
-
-    trace = TraceConfig()
-    trace.on_request_redirect.append(redirected)
-    return ClientSession(**{**options, "trace_configs": [*options.get("trace_configs", ()), trace]})
-
-
-def _how_to_install(uri: str, error: str) -> str:
-    schemes = path_schemes(uri)
-    for scheme in schemes:
-        if scheme in _EXTRAS:
-            extra = _EXTRAS[scheme]
-            return f"reading {scheme}:// needs a package that is missing; pip install 'rankload[{extra}]'"
-    return f"a package that {schemes[0] if schemes else 'its protocol'}:// needs is missing: {error}"
-
-
-def _is_inside(found: Mapping[str, Any], folder: str) -> bool:
-    """Whether it lies in `folder`: some file systems list the folder itself, or a file of that name."""
-    own = str(found.get("name", "")).rstrip("/")
-    return own != folder and own != f"/{folder}" and own != folder.removeprefix("/")
-
-
-def _entry(found: Mapping[str, Any], folder: str) -> Entry:
-    is_folder = found.get("type") == "directory"
-    size = found.get("size")
-    return Entry(
-        str(found["name"]).rstrip("/").rpartition("/")[2],
-        is_folder,
-        size if isinstance(size, int) and not is_folder else None,
-        _seconds(next((found[key] for key in _TIME_FIELDS if found.get(key)), None)),
-    )
-
-
-def _seconds(time: Any) -> float | None:
-    """A time as file systems state it, in seconds of the epoch."""
-    if isinstance(time, str):
-        try:
-            time = datetime.fromisoformat(time.replace("Z", "+00:00"))
-        except ValueError:
-            return None
-    if isinstance(time, datetime):
-        return time.timestamp()
-    return float(time) if isinstance(time, int | float) else None
-
-
-def _callback(meter: Meter) -> Any:
-    from fsspec.callbacks import Callback
-
-    class Count(Callback):  # type: ignore[misc]
-        called = False
-
-        def relative_update(self, inc: int = 1) -> None:
-            self.called = True
-            meter.add(inc)
-
-        def absolute_update(self, value: int) -> None:
-            self.called = True
-            meter.reach(value)
-
-    return Count()

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..byte_ranges import ByteRange
 from ..errors import AccessError, CorruptError
 from ..http import exchange
 from ..http.addresses import Address, address_of, origin_of
@@ -31,7 +30,7 @@ from ..http.settings import settings_of
 from ..redaction import redact_path
 from ..retries import Outages, until_done
 from .base import Entry, Heard, ObjectInfo, OnBytes, unheard
-from .first_answers import WHOLE, FirstAnswers, FirstBytes, info_of, reading, sums_of
+from .first_answers import WHOLE, AsksFirst, FirstAnswers, info_of, reading, sums_of
 from .local import within_limit
 from .names import child_of, url_link_targets
 from .sums import StoredSum
@@ -44,7 +43,7 @@ _HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 T = TypeVar("T")
 
 
-class HttpStore:
+class HttpStore(AsksFirst):
     """Names are whole URLs, with their query. Raises `OptionError` for options that are not known for http(s)."""
 
     is_local = False
@@ -87,43 +86,9 @@ class HttpStore:
     def origin(self, name: str) -> Hashable:
         return origin_of(name)
 
-    def ask_ahead(
-        self,
-        name: str,
-        n_bytes: int,
-        and_last: Callable[[bytes], bool] | None = None,
-        parts: Sequence[ByteRange] = (),
-        *,
-        last_later: bool = False,
-    ) -> None:
-        """Asks for the first `n_bytes` of an object, and its `parts`, instead of asking what there is of it.
-
-        Where these show, to `and_last`, that the last as many are needed too, they are asked for as well; with
-        `last_later`, when it is called again. Until `forget`, `stat` answers by what came. So do `peek`, `read_small`
-        and `download` where it is enough; and a range source opens with it. Raises as `stat`; where the answer says
-        nothing of the object, nothing is known afterwards.
-        """
-        self._first.ask(name, n_bytes, and_last, parts, last_later=last_later)
-
-    @property
-    def latency_s(self) -> float:
-        """How long the fastest answer took of those that `ask_ahead` waited for; 0 where it did not."""
-        return self._first.latency_s
-
-    def first_bytes(self, name: str) -> FirstBytes | None:
-        """What `ask_ahead` brought; None where it was not called, or nothing came."""
-        return self._first.get(name)
-
-    def forget(self, name: str) -> None:
-        """Drops what `ask_ahead` brought: from now on, the server is asked."""
-        self._first.forget(name)
-
     def stat(self, name: str) -> ObjectInfo | None:
         if name in self._first:
-            first = self._first.get(name)
-            if first is None:
-                self.forget(name)
-            return None if first is None else first.info
+            return self.first_info(name)
         return self.until_done(name, lambda: self._head(name))
 
     def peek(self, name: str, n_bytes: int) -> bytes | None:

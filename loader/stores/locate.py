@@ -52,6 +52,8 @@ DCP_METADATA = ".metadata"
 """The file that a DCP folder is finished with, and by which it is recognised."""
 _ACCELERATE_MODEL = "pytorch_model_fsdp_0"
 """The DCP folder of the model inside of one that Accelerate saved."""
+DCP_PLACES = (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}")
+"""Where it lies in a folder."""
 OTHER_KINDS = {
     "__0.metadata": (
         "a torch.distributed.checkpoint (DCP) folder in which each rank saved the metadata of its own part "
@@ -254,9 +256,8 @@ def _as_dcp(probes: Probes, name: str, ask_ahead: AskAhead) -> Located | None:
     store = probes.store
     if file_name(name) == DCP_METADATA:
         name = folder_of(name)
-    places = (DCP_METADATA, f"{_ACCELERATE_MODEL}/{DCP_METADATA}")
-    ask_ahead([store.join(name, inside) for inside in places])
-    for inside in places:
+    ask_ahead([store.join(name, inside) for inside in DCP_PLACES])
+    for inside in DCP_PLACES:
         first = store.join(name, inside)
         if probes.exists(first):
             folder = without_slash(name)

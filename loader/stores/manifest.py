@@ -23,7 +23,7 @@ from ..errors import AccessError, CorruptError, FormatError, NotFoundError, Rank
 from ..retries import waiting_at_most
 from ..store_errors import refusals_in
 from .base import ObjectInfo, Store
-from .http import HttpStore
+from .first_answers import AsksFirst
 from .locate import Located
 from .names import child_of, file_name, folder_of, has_query, is_url, path_of
 from .probes import AT_ONCE, ask_each, is_page
@@ -38,6 +38,8 @@ FOLDER_SUMS = "SHA256SUMS"
 _ANY_KIND = "MANIFEST"
 """A name that files of other kinds have too: one that is no manifest is left out, and noted in the receipt."""
 LIMIT_BYTES = 4 << 20
+_FIRST_BYTES = 64 << 10
+"""What is asked for first of one: mostly all of it."""
 OPTIONAL_S = 10.0
 """For how long, all together, a store that fails is asked for manifests: a load can go on without them."""
 ONCE_MORE_S = 2.0
@@ -197,7 +199,7 @@ def _look(
 
 def _await_answer(store: Store, name: str) -> None:
     """Waits until the store says anything about `name`, as long as it is waited for."""
-    if isinstance(store, HttpStore):
+    if isinstance(store, AsksFirst):
         store.forget(name)  # what it answered before says nothing of now
     try:
         store.stat(name)
@@ -285,6 +287,9 @@ def _candidates(store: Store, located: Located, names: Sequence[str]) -> list[st
 
 def _stat(store: Store, name: str) -> ObjectInfo | None:
     try:
+        if isinstance(store, AsksFirst) and not is_url(name):
+            # What would be two answers of S3 where it is not there, and two where it is, is one.
+            store.ask_ahead(name, _FIRST_BYTES)
         info = store.stat(name)
     except RankloadError as error:
         # Some stores refuse access to what is not there, to users who may not list.

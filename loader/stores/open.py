@@ -48,7 +48,8 @@ def open_store(
         return LocalStore(), local
     if scheme is None:
         return LocalStore(), os.path.expanduser(path)
-    from .fsspec import is_protocol, open_fsspec
+    from .filesystems import is_protocol
+    from .fsspec import open_fsspec
 
     if "://" not in path and not is_protocol(scheme):
         return LocalStore(), path

@@ -98,8 +98,8 @@ def in_s3(answer: Mapping[str, Any]) -> tuple[StoredSum, ...]:
     return tuple(_amazon({**headers, "x-amz-checksum-type": answer.get("ChecksumType") or ""}))
 
 
-def ask_s3(files: Any, name: str, version: str | None) -> tuple[StoredSum, ...]:
-    """The checksums of the object `name` in `files` (s3fs); none where its ETag is not `version` any more.
+def ask_s3(files: Any, name: str) -> tuple[str | None, tuple[StoredSum, ...]]:
+    """The ETag of the object `name` in `files` (s3fs), and its checksums.
 
     Sends one request, and others for the parts' sizes where the only checksum is of parts. None where they fail.
     """
@@ -114,15 +114,13 @@ def ask_s3(files: Any, name: str, version: str | None) -> tuple[StoredSum, ...]:
         answer = files.call_s3("head_object", **place, ChecksumMode="ENABLED")
     except Exception:
         # The download itself raises where the object cannot be had.
-        return ()
-    if version is not None and answer.get("ETag") != version:
-        return ()
-    sums = in_s3(answer)
+        return None, ()
+    etag, sums = answer.get("ETag"), in_s3(answer)
     if not sums or any(not one.n_parts for one in sums):
-        return sums
+        return etag, sums
     sizes = _part_sizes(files, place)
     fits = sum(sizes) == answer.get("ContentLength")
-    return tuple(
+    return etag, tuple(
         replace(one, part_sizes=sizes) if fits and len(sizes) == one.n_parts else one for one in sums
     )
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import CorruptError
 from ..plurals import counted
@@ -52,6 +52,24 @@ class Meter:
         except BaseException:
             self.stopped = True
             raise
+
+
+def callback_of(meter: Meter) -> Any:
+    """What fsspec's file systems call while they transfer an object, which `meter` counts; `called` once they do."""
+    from fsspec.callbacks import Callback
+
+    class Count(Callback):  # type: ignore[misc]
+        called = False
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.called = True
+            meter.add(inc)
+
+        def absolute_update(self, value: int) -> None:
+            self.called = True
+            meter.reach(value)
+
+    return Count()
 
 
 class Reports:

@@ -4,17 +4,19 @@
         load(server.url("model.pt"), state)
     assert server.answers_in_a_row() <= 3
 
-It runs in threads of the test's process. A connection costs no delay of its own.
+In front of another server (`paced_front`) it does the same with what that one answers. It runs in threads of the test's
+process. A connection costs no delay of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import re
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,8 +53,12 @@ class Asked:
 class PacedServer:
     """Answers each request `delay_s` after it has come."""
 
-    def __init__(self, folder: Path, delay_s: float, *, suffixes: bool, ranges: bool) -> None:
+    def __init__(
+        self, folder: Path, delay_s: float, *, suffixes: bool = True, ranges: bool = True, behind: str = ""
+    ) -> None:
         self.folder = folder
+        self.behind = behind
+        """Host and port of the server that answers; empty where it serves `folder`."""
         self.delay_s = delay_s
         self.suffixes = suffixes
         """Whether it knows ranges of the last bytes; where not, it answers them with the whole object."""
@@ -86,27 +92,32 @@ class PacedServer:
         return sorted((one for one in self.asked if one.path == f"/{path}"), key=lambda one: one.begin)
 
     def answers_in_a_row(self, *, bulk_bytes: int = BULK_BYTES) -> int:
-        """How many answers had to be waited for, one after another, before the first bulk bytes were asked for.
-
-        That is the longest row of requests before the first one for more than `bulk_bytes`, of which each came after
-        the answer to the one before.
-        """
-        bulk = min((one.begin for one in self.asked if one.n_bytes > bulk_bytes), default=float("inf"))
-        before = sorted((one for one in self.asked if one.end <= bulk), key=lambda one: one.end)
-        ends: list[float] = []
-        longest: list[int] = []
-        for one in before:
-            at = bisect_right(ends, one.begin)
-            row = 1 + (longest[at - 1] if at else 0)
-            ends.append(one.end)
-            longest.append(max(row, longest[-1] if longest else 0))
-        return longest[-1] if longest else 0
+        """As `answers_in_a_row`."""
+        return answers_in_a_row(self.asked, bulk_bytes)
 
     def told(self) -> str:
         """All requests, in order, for a message."""
         first = min((one.begin for one in self.asked), default=0.0)
         lines = sorted(self.asked, key=lambda one: one.begin)
         return "\n".join(f"{one.begin - first:7.3f}-{one.end - first:.3f} {one}" for one in lines)
+
+
+def answers_in_a_row(every: Sequence[Asked], bulk_bytes: int = BULK_BYTES) -> int:
+    """How many answers had to be waited for, one after another, before the first bulk bytes were asked for.
+
+    That is the longest row of requests before the first one for more than `bulk_bytes`, of which each came after
+    the answer to the one before.
+    """
+    bulk = min((one.begin for one in every if one.n_bytes > bulk_bytes), default=float("inf"))
+    before = sorted((one for one in every if one.end <= bulk), key=lambda one: one.end)
+    ends: list[float] = []
+    longest: list[int] = []
+    for one in before:
+        at = bisect_right(ends, one.begin)
+        row = 1 + (longest[at - 1] if at else 0)
+        ends.append(one.end)
+        longest.append(max(row, longest[-1] if longest else 0))
+    return longest[-1] if longest else 0
 
 
 class _Server(ThreadingHTTPServer):
@@ -142,6 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
         with self.owner.lock:
             self.owner.asked.append(asked)
         time.sleep(self.owner.delay_s)
+        if self.owner.behind:
+            try:
+                with contextlib.suppress(OSError):
+                    self._forward(asked, with_body=with_body)
+            finally:
+                asked.end = time.monotonic()
+            return
         path = self.owner.folder / asked.path.lstrip("/")
         try:
             if not path.is_file():
@@ -178,6 +196,31 @@ class _Handler(BaseHTTPRequestHandler):
                 start += len(data)
                 asked.n_bytes += len(data)
 
+    def _forward(self, asked: Asked, *, with_body: bool) -> None:
+        """What the server behind answers; the request stays as it is, since its signature covers it."""
+        connection = http.client.HTTPConnection(self.owner.behind)
+        try:
+            connection.putrequest(asked.method, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "connection":
+                    connection.putheader(name, value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            data = answer.read() if with_body else b""
+            kept = {
+                name: value
+                for name, value in answer.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding", "content-length", "server", "date")
+            }
+            length = answer.headers.get("Content-Length", "0") if not with_body else str(len(data))
+            self._head(asked, answer.status, {**kept, "Content-Length": length})
+            asked.start = int((answer.headers.get("Content-Range") or "bytes 0-").split()[1].split("-")[0])
+            for at in range(0, len(data), _PIECE):
+                self.wfile.write(data[at : at + _PIECE])
+            asked.n_bytes = len(data)
+        finally:
+            connection.close()
+
     def _range(self, text: str, size: int) -> tuple[int, int] | None:
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", text)
         if match is None or match[1] == match[2] == "":
@@ -200,6 +243,16 @@ def paced_server(
     folder: Path, delay_s: float = 0.0, *, suffixes: bool = True, ranges: bool = True
 ) -> Iterator[PacedServer]:
     server = PacedServer(folder, delay_s, suffixes=suffixes, ranges=ranges)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def paced_front(endpoint: str, delay_s: float = 0.0) -> Iterator[PacedServer]:
+    """One that answers what the server at `endpoint`, an http URL, answers; objects are named from its root on."""
+    server = PacedServer(Path(), delay_s, behind=endpoint.partition("://")[2].rstrip("/"))
     try:
         yield server
     finally:
