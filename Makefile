@@ -14,7 +14,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-cuda bench-files clean
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-cuda bench-files bench-latency clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -102,6 +102,9 @@ bench-cuda: $(STAMP)
 
 bench-files: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks.many_files --write docs/benchmarks.md
+
+bench-latency: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.latency --write docs/benchmarks.md
 
 # The second takes 20 GB on the disk of TMPDIR for a while.
 bench-export: $(STAMP)
