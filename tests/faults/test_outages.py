@@ -36,7 +36,7 @@ OF_A_FOLDER = {
     "latest": ("GET", "/latest", ""),
     "whole file": ("GET", "/mp_rank_00_model_states.pt", ""),
     "optimizer file": ("GET", "/bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt", ""),
-    "side files": ("HEAD", "/trainer_state.json", ""),
+    "side files": ("GET", "/trainer_state.json", ""),
 }
 """Those of a load of DeepSpeed's folder."""
 
