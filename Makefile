@@ -14,7 +14,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-cuda bench-files bench-latency clean
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-cuda bench-files bench-latency clean bench-local
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -96,6 +96,9 @@ bench-dcp: $(SERVERS)
 
 bench-tensors: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks.many_tensors --write docs/benchmarks.md
+
+bench-local: $(CLIENTS)
+	$(RUN) $(BIN)/python -m benchmarks.local --write docs/benchmarks.md
 
 bench-cuda: $(STAMP)
 	$(RUN) $(BIN)/python -m benchmarks.cuda --write docs/benchmarks.md

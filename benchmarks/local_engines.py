@@ -1,10 +1,11 @@
 """One rank of a job that restores a DeepSpeed engine by its own ``load_checkpoint`` and by rankload in turns.
 
-    torchrun --nproc-per-node 2 -m benchmarks.local_engines FOLDER STAGE ROUNDS KIND
+    torchrun --nproc-per-node 2 -m benchmarks.local_engines FOLDER STAGE ROUNDS KIND OUT
 
-``large`` is an engine of 100 million parameters, ``many`` one of 100,000 small tensors. Each restore goes into an
-engine that was just made, from files in the page cache; the first round is thrown away. What an engine holds afterwards
-is compared with what the engine that saved held. Rank 0 writes seconds (the slowest rank's) as JSON.
+``large`` is an engine of 100 million parameters, ``many`` one of many small tensors; ``fixed`` is a module of one
+layer, and no engine. The files are in the page cache. Before each restore the engine is as a new one: its optimizer has
+no state, its masters are zero. The first round is thrown away, and what an engine holds afterwards is compared with
+what the engine that saved held. Rank 0 writes the slowest rank's seconds, processor time and memory as JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -22,24 +24,25 @@ from typing import Any
 
 import torch
 import torch.distributed
+from rankload.loader import State, load
 from torch import nn
 
-from .measure import Measured, measured
+from .measure import measured
 
-OURS, THEIRS = "rankload", "load_checkpoint"
+OURS, THEIRS = "**rankload**", "`engine.load_checkpoint`"
 WIDTH, LAYERS = 2048, 24
-ELEMENTS, TENSORS = 16, 100_000
+ELEMENTS, TENSORS = 16, 20_000
 
 
 class Many(nn.Module):
-    """100,000 parameters of 16 elements."""
+    """Many parameters of 16 elements."""
 
     def __init__(self) -> None:
         super().__init__()
         self.all = nn.ParameterList(nn.Parameter(torch.empty(ELEMENTS)) for _ in range(TENSORS))
 
 
-def make_engine(stage: int, kind: str, value: float) -> Any:
+def make_engine(stage: int, kind: str) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -49,7 +52,7 @@ def make_engine(stage: int, kind: str, value: float) -> Any:
         model = nn.Sequential(*made)
     with torch.no_grad():
         for at, parameter in enumerate(model.parameters()):
-            parameter.fill_((value + at % 7) / WIDTH)
+            parameter.fill_((1 + at % 7) / WIDTH)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 100_000,
@@ -69,18 +72,33 @@ def train(engine: Any, kind: str) -> None:
     engine.step()
 
 
+def masters(engine: Any) -> list[torch.Tensor]:
+    zero = engine.optimizer
+    found = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    return list(found)
+
+
 def held(engine: Any) -> Iterator[torch.Tensor]:
     """This rank's masters and moments, and the weights that it computes with."""
-    zero = engine.optimizer
-    masters = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
-    yield from masters
-    for group in zero.optimizer.param_groups:
+    yield from masters(engine)
+    state = engine.optimizer.optimizer.state
+    for group in engine.optimizer.optimizer.param_groups:
         for parameter in group["params"]:
-            state = zero.optimizer.state[parameter]
-            yield state["exp_avg"]
-            yield state["exp_avg_sq"]
+            yield state[parameter]["exp_avg"]
+            yield state[parameter]["exp_avg_sq"]
     for parameter in engine.module.parameters():
         yield getattr(parameter, "ds_tensor", parameter)
+
+
+def forget(engine: Any) -> None:
+    """Makes the engine one that was just made, but for its weights, which are zero."""
+    engine.optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for master in masters(engine):
+            master.zero_()
+        for parameter in engine.module.parameters():
+            getattr(parameter, "ds_tensor", parameter).zero_()
+    gc.collect()
 
 
 def sum_of(engine: Any) -> int:
@@ -93,46 +111,71 @@ def sum_of(engine: Any) -> int:
 
 def restore(way: str, engine: Any, folder: str) -> None:
     if way == OURS:
-        from rankload.loader import State, load
-
         load(folder, State(engine), progress_bar=False)
     else:
         engine.load_checkpoint(folder)
+
+
+def in_turns(folder: str, stage: int, rounds: int, kind: str) -> dict[str, list[dict[str, float]]]:
+    engine = make_engine(stage, kind)
+    train(engine, kind)
+    engine.save_checkpoint(folder)
+    expected = sum_of(engine)
+    found: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
+    for at in range(rounds + 1):
+        for way, runs in found.items():
+            forget(engine)
+            torch.distributed.barrier()
+            began = time.process_time()
+            with measured() as result:
+                restore(way, engine, folder)
+                cpu = time.process_time() - began
+                torch.distributed.barrier()
+            if sum_of(engine) != expected:
+                raise SystemExit(f"{way} did not restore what was saved")
+            one = slowest(result.seconds, cpu, float(result.extra_bytes))
+            if at:
+                runs.append(one)
+    return found
+
+
+def fixed(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Loads of one layer: what a load costs whatever its size."""
+    torch.distributed.init_process_group("gloo")
+    model = nn.Linear(8, 8)
+    path = Path(folder, "one.pt")
+    if torch.distributed.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state": {"model": model.state_dict()}}, path)
+    runs = []
+    for _ in range(rounds + 1):
+        torch.distributed.barrier()
+        began = time.process_time()
+        with measured() as result:
+            load(str(path), State(model), progress_bar=False)
+            cpu = time.process_time() - began
+        runs.append(slowest(result.seconds, cpu, float(result.extra_bytes)))
+    return {OURS: runs[1:]}
 
 
 def main(folder: str, stage: str, rounds: str, kind: str, out: str) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    engine = make_engine(int(stage), kind, 0.5)
-    train(engine, kind)
-    engine.save_checkpoint(folder)
-    expected = sum_of(engine)
-    del engine
-    found: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-    for at in range(int(rounds) + 1):
-        for way, runs in found.items():
-            gc.collect()
-            engine = make_engine(int(stage), kind, 0.0)
-            torch.distributed.barrier()
-            with measured() as result:
-                restore(way, engine, folder)
-                torch.distributed.barrier()
-            if sum_of(engine) != expected:
-                raise SystemExit(f"{way} did not restore what was saved")
-            if at:
-                runs.append(slowest(result))
-            del engine
+    one = kind == "fixed"
+    found = fixed(folder, int(rounds)) if one else in_turns(folder, int(stage), int(rounds), kind)
     if torch.distributed.get_rank() == 0:
         nbytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         Path(out).write_text(json.dumps({"runs": found, "bytes": nbytes}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def slowest(result: Measured) -> dict[str, float]:
-    """The seconds of the slowest rank, and the memory of the one that took most."""
-    both = torch.tensor([result.seconds, float(result.extra_bytes)], dtype=torch.float64)
-    torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
-    return {"seconds": float(both[0]), "extra_bytes": float(both[1])}
+def slowest(seconds: float, cpu: float, extra: float) -> dict[str, float]:
+    """Each as the rank has it that has most."""
+    most = torch.tensor([seconds, cpu, extra], dtype=torch.float64)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(("seconds", "cpu", "extra_bytes"), most.tolist(), strict=True))
 
 
 if __name__ == "__main__":
