@@ -91,7 +91,7 @@ class TensorReader:
                     storage,
                     [
                         each
-                        for copy in by_storage[storage]
+                        for copy in _joined(by_storage[storage])
                         for each in _slices(
                             copy, places[copy.memory.key], sending, noted.get(copy.memory.key)
                         )
@@ -239,6 +239,39 @@ def _same_steps(planned: Memory, stride: Sequence[int]) -> bool:
 def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
     """The part of `memory` that `target` describes, as a tensor of its shape."""
     return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
+
+
+def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
+    """`copies` of one storage, with those as one that follow each other both there and in one memory: an engine's flat
+    memory takes thousands of parameters, which its file has side by side."""
+    last: Copy | None = None
+    source = target = stop = 0
+    for copy in copies:
+        n = copy.source.numel
+        if not (copy.source.is_contiguous and copy.target.is_contiguous):
+            yield copy
+            continue
+        if (
+            last is not None
+            and copy.memory is last.memory
+            and copy.dtype == last.dtype
+            and copy.source.offset == source + stop
+            and copy.target.offset == target + stop
+        ):
+            stop += n
+            continue
+        if last is not None:
+            yield _run_of(last, source, target, stop)
+        last, source, target, stop = copy, copy.source.offset, copy.target.offset, n
+    if last is not None:
+        yield _run_of(last, source, target, stop)
+
+
+def _run_of(copy: Copy, source: int, target: int, n: int) -> Copy:
+    """`copy`, of `n` elements from `source` on, in their order in both."""
+    if n == copy.source.numel:
+        return copy
+    return replace(copy, source=Layout((n,), (1,), source), target=Layout((n,), (1,), target))
 
 
 def _slices(

@@ -26,7 +26,7 @@ from rankload.loader.materialize.tensors import TensorReader, is_plain, read_ten
 from rankload.loader.ranges.destinations import FirstWrite
 from rankload.loader.saved.copies import Copy, Memory, copies_into
 from rankload.loader.saved.regions import Laid, Run
-from rankload.loader.saved.strided import Box
+from rankload.loader.saved.strided import Box, Layout
 from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread
 from region_cases import SHAPES, Shape, laid, partitions, places, regions
 from torch_files import as_bytes, read_whole
@@ -415,6 +415,50 @@ def test_one_memory_filled_by_many_copies_of_several_files(tmp_path: Path) -> No
     copies = list(copies_into(tensor, Laid(Run(90, 25), 0, (2,)), memory, name="t"))
     TensorReader().copy(copies, {"room": room})
     assert room.reshape(25, 2).tolist() == [[float(n), 0.0] for n in range(90, 115)]
+
+
+def test_copies_side_by_side_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file and in one memory, whatever their shapes; not over a gap, nor what is cast into what is not."""
+    values = torch.arange(60_000.0)
+    saved = save(tmp_path, t=values)["t"]
+    storage = storage_of(saved)
+    reads: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda *given: reads.append(given[2] - storage.offset) or preadv(*given)
+    )
+    flat, other, halves = torch.zeros(60_000), torch.zeros(60_000), torch.zeros(60_000, dtype=torch.float16)
+    memories = {name: memory_of(into, name) for name, into in (("a", flat), ("b", other), ("c", halves))}
+
+    def copy(key: str, first: int, shape: tuple[int, ...], at: int) -> Copy:
+        stride = (shape[1], 1) if len(shape) == 2 else (1,)
+        return Copy(
+            "t", storage, "float32", Layout(shape, stride, first), memories[key], Layout(shape, stride, at)
+        )
+
+    copies = [
+        *(copy("a", 100 * n, (10, 10) if n % 2 else (100,), 100 * n) for n in range(200)),
+        copy("a", 20_100, (100,), 20_100),  # after a gap
+        copy("a", 20_200, (100,), 30_000),  # elsewhere
+        copy("b", 20_300, (100,), 30_100),  # in another memory
+        *(copy("c", 40_000 + 100 * n, (100,), 100 * n) for n in range(10)),
+        Copy(
+            "t", storage, "float32", Layout((50,), (2,), 50_000), memories["a"], Layout((50,), (1,), 50_000)
+        ),
+    ]
+    TensorReader(verify="off").copy(copies, {"a": flat, "b": other, "c": halves})
+    assert reads == [4 * first for first in (0, 20_100, 20_200, 20_300, 40_000, 50_000)]
+    want = torch.zeros(60_000)
+    want[:20_000], want[20_100:20_200], want[30_000:30_100] = (
+        values[:20_000],
+        values[20_100:20_200],
+        values[20_200:20_300],
+    )
+    want[50_000:50_050] = values[50_000:50_100:2]
+    assert torch.equal(flat, want)
+    assert torch.equal(other[30_100:30_200], values[20_300:20_400])
+    assert torch.equal(halves[:1000], values[40_000:41_000].half())
+    assert not halves[1000:].any()
 
 
 def test_read_tensor(tmp_path: Path) -> None:
