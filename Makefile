@@ -14,7 +14,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-cuda bench-files bench-latency clean bench-local
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-local bench-cuda bench-files bench-latency clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
