@@ -309,8 +309,8 @@ def _fill(shared: SharedWeights, sharing: Sharing, image: SharedMemory, todo: Co
         # Not summed while it is read: all ranks of the node sum parts of the filled image.
         reader = sharing.reader.unsummed()
         memory = torch.frombuffer(image.memory, dtype=torch.uint8)
-        for name in todo:
-            provide(shared.step, shared.regions[name], shared.share.regions[name], memory, reader)
+        regions = [(shared.regions[name], shared.share.regions[name]) for name in todo]
+        provide(shared.step, regions, memory, reader)
 
 
 def _fetch_again(shared: SharedWeights, sharing: Sharing, damaged: Mapping[StorageId, str]) -> None:

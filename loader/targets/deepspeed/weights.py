@@ -7,7 +7,7 @@ the parts and `shared_weights` runs this; here is what is done to the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,28 +92,35 @@ def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[Storag
 
 
 def provide(
-    step: EngineStep, region: Region, share: RegionShare, image: torch.Tensor, reader: TensorReader
+    step: EngineStep,
+    regions: Sequence[tuple[Region, RegionShare]],
+    image: torch.Tensor,
+    reader: TensorReader,
 ) -> None:
-    """Puts this rank's part of `region` into the node's `image` (uint8): cast from its masters, or read.
+    """Puts this rank's parts of `regions` into the node's `image` (uint8): cast from its masters, or read, all at once.
 
     The masters must have been restored. Raises `CorruptError` where bytes are missing; what was read is compared with
     its checksum by `shared_weights`.
     """
-    memory = image[share.offset : share.offset + region.nbytes]
-    if share.source == MASTERS:
-        with torch.no_grad():
-            for weight in region.weights:
-                _cast_from_masters(step.live, weight, share, memory)
-        return
-    if region.storage is None:
-        raise InternalError("a region that is in no file can only come from masters")
-    name = f"model/{region.weights[0].name}"
-    into = memory_of("image", memory)
-    copies = [
-        Copy(name, region.storage, "uint8", bytes_there, into, bytes_there)
-        for bytes_there in (Layout((stop - start,), (1,), start) for start, stop in share.provide)
-    ]
-    reader.copy(copies, {"image": memory})
+    copies: list[Copy] = []
+    memories: dict[str, torch.Tensor] = {}
+    for number, (region, share) in enumerate(regions):
+        memory = image[share.offset : share.offset + region.nbytes]
+        if share.source == MASTERS:
+            with torch.no_grad():
+                for weight in region.weights:
+                    _cast_from_masters(step.live, weight, share, memory)
+            continue
+        if region.storage is None:
+            raise InternalError("a region that is in no file can only come from masters")
+        key, name = f"image {number}", f"model/{region.weights[0].name}"
+        into = memory_of(key, memory)
+        memories[key] = memory
+        for start, stop in share.provide:
+            bytes_there = Layout((stop - start,), (1,), start)
+            copies.append(Copy(name, region.storage, "uint8", bytes_there, into, bytes_there))
+    if copies:
+        reader.copy(copies, memories)
 
 
 def _cast_from_masters(live: LiveEngine, weight: Weight, share: RegionShare, memory: torch.Tensor) -> None:
