@@ -14,7 +14,7 @@ FUZZER := $(VENV)/.fuzzer
 AZURITE = azurite@$(shell sed -n 's/^azurite==//p' constraints.txt)
 RUN := PYTHONUNBUFFERED=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-local bench-cuda bench-files bench-latency clean
+.PHONY: composer demo docs-commands docs-errors faults frameworks fuzz kills test test-all test-composer test-frameworks test-launchers test-older test-pythons servers check bench bench-fetch bench-restore bench-restore-ratios bench-counts bench-checksums bench-dcp bench-export bench-tensors bench-local bench-cuda bench-files bench-latency clean
 
 demo: $(STAMP)
 	$(RUN) $(BIN)/python -m rankload demo
@@ -84,6 +84,9 @@ bench-fetch: $(SERVERS) $(CLIENTS)
 
 bench-restore: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --params 143 --write docs/benchmarks.md
+
+bench-restore-ratios: $(SERVERS)
+	$(RUN) $(BIN)/python -m benchmarks.fetch_restore --ratios --params 60 --rounds 7 --write docs/benchmarks.md
 
 bench-counts: $(SERVERS)
 	$(RUN) $(BIN)/python -m benchmarks.fetch_counts --params 143 --write docs/benchmarks.md

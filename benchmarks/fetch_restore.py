@@ -7,6 +7,11 @@ nginx and from SeaweedFS, with nginx before it that counts bytes. Ways take turn
 medians. Every rank's fp32 weights are compared with those that were saved. With the most ranks also over connections of
 90 MB/s each, which is about what object stores give. Beside them stands how long the server alone takes: a few threads
 that read the same bytes into memory, and no ranks. Nothing is asserted about speed.
+
+    python -m benchmarks.fetch_restore --ratios --params 60 --rounds 7 --write docs/benchmarks.md
+
+compares only two ways, rankload with default options and each rank fetching for itself: the same processes take turns,
+so that the ratio of each round is of two runs right after each other, and show the median ratio.
 """
 
 from __future__ import annotations
@@ -39,10 +44,10 @@ from benchmarks.tables import publish, table  # noqa: E402
 
 OURS: Mapping[str, Mapping[str, Any]] = {
     "**rankload**": {},
+    "**rankload**, node": {"mode": "node"},
     "**rankload**, direct": {"mode": "direct"},
-    "**rankload**, auto": {"mode": "auto"},
 }
-"""rankload's ways by name, each as options of its own; ``job`` is ``node`` where there is one node."""
+"""rankload's ways by name, each as options of its own, the default first; with one node, ``job`` is ``node``."""
 NAIVE = "each rank fetches its files, DeepSpeed loads"
 ONCE = "as Composer does: local rank 0 fetches, DeepSpeed loads"
 LIMIT = "the server's limit: the same bytes into memory, no ranks"
@@ -79,8 +84,12 @@ def main() -> None:
     parser.add_argument("--stages", default="1,3")
     parser.add_argument("--servers", default=",".join(SERVERS), help="capped ones with the most ranks alone")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ratios", action="store_true", help="compare two ways, in the same processes")
     parser.add_argument("--write", help="the page to write the table to")
     arguments = parser.parse_args()
+    if arguments.ratios:
+        ratios(arguments)
+        return
     rows: list[list[object]] = []
     header = (
         "server",
@@ -93,26 +102,11 @@ def main() -> None:
         "memory, MB",
     )
     saved_mb: set[int] = set()
-    with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankload-bench-")))
-        targets = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="rankload-bench-", dir="/dev/shm"))
-        )
-        n_ranks = [int(n) for n in arguments.ranks.split(",")]
-        for n in n_ranks:
-            for stage in arguments.stages.split(","):
-                served = work / f"stage{stage}-of-{n}"
-                folder = served / BUCKET
-                masters = [told["masters"] for told in job(n, "save", folder, stage, arguments.params)]
-                saved_mb.add(sum(path.stat().st_size for path in folder.rglob("*.pt")) // 1_000_000)
-                for name in arguments.servers.split(","):
-                    if name.endswith("-capped") and n != max(n_ranks):
-                        continue
-                    with SERVERS[name](served, work / "servers") as source:
-                        runs = compare(source, folder, stage, n, targets, arguments.rounds, masters)
-                    rows += summary(source.name, stage, n, runs)
-                    print(table(header, rows[-len(runs) :]), flush=True)
-                shutil.rmtree(served)
+    with tempfile.TemporaryDirectory(prefix="rankload-bench-", dir="/dev/shm") as targets:
+        for source, folder, stage, n, masters in cases(arguments, saved_mb):
+            runs = compare(source, folder, stage, n, Path(targets), arguments.rounds, masters)
+            rows += summary(source.name, stage, n, runs)
+            print(table(header, rows[-len(runs) :]), flush=True)
     rounds = "one round" if arguments.rounds == 1 else f"medians of {arguments.rounds} rounds"
     text = (
         f"{os.cpu_count()} CPUs, Python {platform.python_version()}; {arguments.params} million parameters, "
@@ -123,6 +117,61 @@ def main() -> None:
     print(f"\n{text}")
     if arguments.write:
         publish(arguments.write, "bench-restore", text)
+
+
+def ratios(arguments: argparse.Namespace) -> None:
+    """The command with ``--ratios``."""
+    rows: list[list[object]] = []
+    header = ("server", "stage", "ranks", "naive, s", "rankload, s", "median ratio", "lowest", "highest")
+    sizes: set[int] = set()
+    began, load = time.time(), os.getloadavg()[0]
+    for source, folder, stage, n, masters in cases(arguments, sizes):
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        with tempfile.TemporaryDirectory(prefix="rankload-bench-", dir="/dev/shm") as target:
+            told = job(
+                n, "take_turns", source.base, json.dumps(source.options), stage, target, json.dumps(files),
+                arguments.rounds, json.dumps(masters),
+            )  # fmt: skip
+        naive, ours = ([max(each[way][at] for each in told) for at in range(arguments.rounds)]
+                       for way in (NAIVE, next(iter(OURS))))  # fmt: skip
+        found = sorted(mine / other for mine, other in zip(ours, naive, strict=True))
+        seconds = (f"{median(one):.2f}" for one in (naive, ours))
+        edges = (f"{found[0]:.2f}", f"{found[-1]:.2f}")
+        rows.append([source.name, stage, n, *seconds, f"**{median(found):.2f}**", *edges])
+        print(table(header, rows[-1:]), flush=True)
+    text = (
+        f"{os.cpu_count()} CPUs, Python {platform.python_version()}; {arguments.params} million parameters, "
+        f"{min(sizes):,} to {max(sizes):,} MB of files; {arguments.rounds} rounds, in {time.time() - began:,.0f} s in "
+        f"all, on a machine whose load was {load:.1f} before. Seconds are medians; a ratio is of the two runs of one "
+        f"round, rankload's time to the naive way's.\n\n{table(header, rows)}"
+    )
+    print(f"\n{text}")
+    if arguments.write:
+        publish(arguments.write, "bench-restore-ratios", text)
+
+
+def cases(
+    arguments: argparse.Namespace, sizes: set[int]
+) -> Iterator[tuple[Source, Path, str, int, list[int]]]:
+    """Each server with each checkpoint in it: also its folder, its stage, its ranks, and their weights' checksums.
+
+    Adds the sizes of the checkpoints, in MB, to `sizes`. With the most ranks alone, connections are capped too.
+    """
+    n_ranks = [int(n) for n in arguments.ranks.split(",")]
+    with tempfile.TemporaryDirectory(prefix="rankload-bench-") as folder_name:
+        work = Path(folder_name)
+        for n in n_ranks:
+            for stage in arguments.stages.split(","):
+                served = work / f"stage{stage}-of-{n}"
+                folder = served / BUCKET
+                masters = [told["masters"] for told in job(n, "save", folder, stage, arguments.params)]
+                sizes.add(sum(path.stat().st_size for path in folder.rglob("*.pt")) // 1_000_000)
+                for name in arguments.servers.split(","):
+                    if name.endswith("-capped") and n != max(n_ranks):
+                        continue
+                    with SERVERS[name](served, work / "servers") as source:
+                        yield source, folder, stage, n, masters
+                shutil.rmtree(served)
 
 
 def compare(
@@ -311,9 +360,58 @@ def restore(way: str, base: str, options: str, stage: str, target: str, files: s
     print(json.dumps({"seconds": seconds, "peak": peak.above_start, "masters": after}))
 
 
+def take_turns(
+    base: str, options: str, stage: str, target: str, files: str, rounds: str, masters: str
+) -> None:
+    """Every rank: restores one engine by both ways in turns, and prints how long each took, by way."""
+    import torch
+
+    names: list[str] = json.loads(files)
+    rank, wanted = int(os.environ["RANK"]), json.loads(masters)
+    n_layers = next(int(Path(name).parent.name.removeprefix("step-")) for name in names if "/" in name)
+    engine = make(stage, n_layers, seed=1)
+    ways = [NAIVE, next(iter(OURS))]
+    given = json.loads(options)
+    into = Path(target, "fetched")
+    run = {way: prepare(way, engine, base, given, into, names, with_target=False) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    # The first round is not counted: memory that nobody has touched costs whoever is first more.
+    for at in range(-1, int(rounds)):
+        for way in ways if at % 2 else reversed(ways):
+            spoil(engine)
+            torch.distributed.barrier()
+            begin = time.perf_counter()
+            run[way]()
+            torch.distributed.barrier()
+            if at >= 0:
+                seconds[way].append(time.perf_counter() - begin)
+            if masters_of(engine) != wanted[rank]:
+                raise SystemExit(f"{way}: the weights are not those that were saved")
+            torch.distributed.barrier()
+            if int(os.environ["LOCAL_RANK"]) == 0:
+                shutil.rmtree(Path(target, "fetched"), ignore_errors=True)
+    print(json.dumps(seconds))
+
+
+def spoil(engine: Any) -> None:
+    """Overwrites this rank's fp32 weights."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for flat in getattr(engine.optimizer, name, None) or []:
+            flat.detach().fill_(0.5)
+
+
 def prepare(
-    way: str, engine: Any, base: str, options: dict[str, Any], target: Path, names: list[str]
+    way: str,
+    engine: Any,
+    base: str,
+    options: dict[str, Any],
+    target: Path,
+    names: list[str],
+    *,
+    with_target: bool = True,
 ) -> Callable[[], object]:
+    """What fetches and loads by `way`; what files it needs go into `target`, or `with_target` False where rankload
+    puts them by itself."""
     from fsspec.core import url_to_fs
 
     # Whoever fetches, its client is imported and set up before the clock starts.
@@ -321,7 +419,9 @@ def prepare(
     if way in OURS:
         from rankload.loader import State, load
 
-        given = {"storage_options": options, "cache_dir": str(target), **OURS[way]}
+        given = {"storage_options": options, **OURS[way]}
+        if with_target:
+            given["cache_dir"] = str(target)
         return lambda: load(base, State(engine), progress_bar=False, options=given)
     rank = int(os.environ["RANK"])
     own = [name for name in names if way == ONCE or is_of(rank, name)]
@@ -350,7 +450,7 @@ def is_of(rank: int, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in ("save", "restore"):
+    if len(sys.argv) > 1 and sys.argv[1] in ("save", "restore", "take_turns"):
         globals()[sys.argv[1]](*sys.argv[2:])
     else:
         main()
