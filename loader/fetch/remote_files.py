@@ -201,6 +201,7 @@ class RemoteFiles:
                 self.note_again(described, dropped, error.message.removeprefix(f"{described}: "))
             if in_parts is not None:
                 undoing.pop_all()
+                self.known.lend(info.name, source)
             return in_parts
 
     def _read_begin_again(
@@ -477,6 +478,7 @@ class KnownParts:
         self._known: dict[str, tuple[str, ObjectPart]] = {}
         self._path_of: dict[str, str] = {}
         self._sources: dict[str, RangeSource] = {}
+        self._lent: dict[str, RangeSource] = {}
         self._own_bytes: dict[str, int] = {}
         self._whole: dict[str, tuple[str, ObjectPart]] = {}
         self.load_id = ""
@@ -523,6 +525,11 @@ class KnownParts:
         """As `path_of`; None where this node does not have the file."""
         return self._path_of.get(name)
 
+    def lend(self, object_name: str, source: RangeSource) -> None:
+        """Gives `open_source` the source of an object that is open already, and that its owner closes."""
+        with self._lock:
+            self._lent[object_name] = source
+
     def open_source(self, store: Store, path: str) -> RangeSource:
         """The bytes of the file at `path`, from the store, for this rank to read itself; closed with `KnownParts`.
 
@@ -530,9 +537,9 @@ class KnownParts:
         """
         name, part = self._known[path]
         with self._lock:
-            if part.object_name not in self._sources:
-                self._sources[part.object_name] = self._open(store, name, part)
-            source = self._sources[part.object_name]
+            source = self._lent.get(part.object_name) or self._sources.get(part.object_name)
+            if source is None:
+                source = self._sources[part.object_name] = self._open(store, name, part)
         if part.nbytes is None:
             return source
         return WindowSource(source, part.base, part.nbytes, object_name=part.object_name, described=name)
