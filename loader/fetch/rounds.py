@@ -165,14 +165,12 @@ def plan_round(context: LoadContext, remote: RemoteFiles, parts: Parts, stage: s
     serves = mode == "job" and session.topology.n_nodes > 1 and session.topology.local_rank == 0
     # What is fetched directly goes into memory that has no place for what lies between two records.
     gap = 0 if context.direct else RECORD_GAP_BYTES
-    # What is on the node already, from a prefetch or an earlier load, is not fetched past it.
-    direct = {
-        path: list(Landed(path).missing(ranges))
-        for path, ranges in parts.direct.items()
-        if path in remote.known
-    }
+    wanted, direct = parts.wanted, parts.direct
+    if context.direct:
+        # What is on the node already, from a prefetch or an earlier load, is not fetched past it.
+        wanted, direct = _missing(remote, wanted), _missing(remote, direct)
     request = FetchRequest(
-        session.topology.node_rank, _by_name(remote, parts.wanted, gap), _by_name(remote, direct)
+        session.topology.node_rank, _by_name(remote, wanted, gap), _by_name(remote, direct)
     )
     address = remote.serve(session.channel.host, context.options.interface).as_record() if serves else None
 
@@ -237,6 +235,13 @@ def _by_name(remote: RemoteFiles, wanted: WantedRanges, max_gap: int = 0) -> Wan
         remote.known.name_of(path): list(with_gaps(ranges, max_gap))
         for path, ranges in wanted.items()
         if path in remote.known
+    }
+
+
+def _missing(remote: RemoteFiles, wanted: WantedRanges) -> WantedRanges:
+    """What of files that come in parts is not on this node yet."""
+    return {
+        path: list(Landed(path).missing(ranges)) for path, ranges in wanted.items() if path in remote.known
     }
 
 
