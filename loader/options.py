@@ -93,11 +93,12 @@ class LoadOptions:
         verify: when the stored checksums are compared. ``during`` (default): as the bytes are restored; a mismatch is
             then a `PartialRestoreError`. ``before``: all of them before the first change. ``off``: not at all. Where it
             is given, a file of checksums that may be there and cannot be read is an error, and else a note.
-        mode: how the bytes of remote torch files reach the ranks. ``node`` (default): each node fetches what its ranks
-            need once, into its cache. ``direct``: bytes that only one rank of its node needs go from the store into
-            that rank's tensors, the others as with ``node``; refused with ``verify="before"``. ``auto``: as
-            ``direct``, for long ranges, where it can be done and no `cache_size` asks for them. ``job``: bytes that
-            several nodes need leave the store once, and one node sends them to the others.
+        mode: how the bytes of remote files reach the ranks. ``auto`` (default): long ranges that only one rank of its
+            node needs go from the store into that rank's tensors, where that takes no more requests; all else, and
+            everything with a `cache_size` or with ``verify="before"``, as with ``node``. ``node``: each node fetches
+            what its ranks need once, into its cache, where a load goes on after a kill. ``direct``: as ``auto``, with
+            short ranges and a `cache_size` too; refused with ``verify="before"``. ``job``: as ``node``, and bytes that
+            several nodes need leave the store once: one node sends them to the others.
         interface: by which of its network interfaces a node sends bytes to others (``mode="job"``): a name (``eth1``),
             an address, or a network (``10.1.0.0/16``), several of them with commas. Default: others try the address
             from which the node reaches MASTER_ADDR, then those of its other interfaces.
@@ -214,7 +215,7 @@ def resolve_options(
         leave_out=_parts(given.leave_out),
         verify=given.verify or "during",
         asks_for_checksums=given.verify in ("during", "before"),
-        mode=given.mode or "node",
+        mode=given.mode or "auto",
         interface=given.interface,
         trace=given.trace,
     )

@@ -29,6 +29,7 @@ from ..byte_ranges import (
     union,
     with_gaps,
 )
+from ..materialize.storages import READY_BYTES
 from ..options import Mode
 
 AUTO_FROM_BYTES = 1 << 20
@@ -116,10 +117,13 @@ def _plan_direct(
 ) -> None:
     """Sets the `direct` of a node's `ranks`, what no other of them wants, and the `along` that one request reads too.
 
-    With ``auto`` only where enough bytes are together (`AUTO_FROM_BYTES`, `AUTO_BESIDE_BYTES`).
+    With ``auto`` only where enough bytes are together (`AUTO_FROM_BYTES`, `AUTO_BESIDE_BYTES`); and where other ranks
+    may have changed something by then, not for a rank that is to have all of its bytes before (`READY_BYTES`).
     """
     for rank in ranks:
         own = requests[rank]
+        if auto and len(requests) > 1 and sum(map(total_bytes, own.wanted.values())) <= READY_BYTES:
+            continue
         for file, ranges in own.direct.items():
             others = union(*(requests[other].wanted.get(file, ()) for other in ranks if other != rank))
             direct = subtract(ranges, others)

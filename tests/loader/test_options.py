@@ -26,7 +26,7 @@ def test_argument_comes_before_environment_before_default() -> None:
         leave_out=(),
         verify="during",
         asks_for_checksums=False,
-        mode="node",
+        mode="auto",
         interface=None,
         trace=None,
     )
@@ -50,7 +50,7 @@ def test_every_option_that_is_given_is_taken() -> None:
         "hyperparameters": "job",
         "leave_out": ("optimizers", "rng"),
         "verify": "before",
-        "mode": "auto",
+        "mode": "node",
         "trace": "trace.json",
     }
     assert set(given) == {one.name for one in fields(LoadOptions)}

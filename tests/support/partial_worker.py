@@ -14,7 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from rankload.distributed.changes import Changes
 from rankload.loader import PartialRestoreError, RankloadError, State, load
-from rankload.loader.fetch import parts
+from rankload.loader.fetch import parts, plan
 from rankload.loader.materialize import storages
 from rankload.loader.ranges import engine as range_engine
 from rankload.loader.targets.deepspeed.live import live_engine
@@ -115,7 +115,7 @@ def fail(cases: str, gates: str) -> None:
     jobs: dict[str, State] = {}
     for name, (kind, url, options, weights_only, small) in json.loads(Path(cases).read_text()).items():
         jobs[kind] = jobs.get(kind) or job_of(kind, seed=1)
-        storages.READY_BYTES = parts.READY_BYTES = small_bytes if small else 0
+        storages.READY_BYTES = parts.READY_BYTES = plan.READY_BYTES = small_bytes if small else 0
 
         def noted(changes: Changes, part: str, name: str = name) -> None:
             note(changes, part)

@@ -122,21 +122,31 @@ def test_what_another_rank_wants_too_comes_by_the_leader() -> None:
     assert plans[0].bring == {"a": [short]}
 
 
+def test_auto_leaves_all_to_the_leader_for_a_rank_that_is_to_have_all_before_any_changes() -> None:
+    """A rank that reads little has all of it before any rank changes anything; alone, it reads it apart."""
+    small, large = ByteRange(0, 60 * MIB), ByteRange(1 << 30, (1 << 30) + 65 * MIB)
+    plans = plan_fetch([one_file([small], [small]), one_file([large], [large])], "auto")
+    assert [plan.direct for plan in plans] == [{}, {"a": [large]}]
+    assert plans[0].bring == {"a": [small]}
+    (alone,) = plan_fetch([one_file([small], [small])], "auto")
+    assert alone.direct == {"a": [small]}
+
+
 def test_auto_leaves_short_direct_ranges_to_the_leader_where_it_reads_beside_them() -> None:
     """So no rank's requests come on top of those that the leader sends anyway."""
-    turns = [ByteRange(at * 4 * MIB, (at + 1) * 4 * MIB) for at in range(8)]
+    turns = [ByteRange(at * 4 * MIB, (at + 1) * 4 * MIB) for at in range(40)]
     told = [one_file(turns[rank::2], turns[rank::2]) for rank in range(2)]
     plans = plan_fetch(told, "auto")
     assert [plan.direct for plan in plans] == [{}, {}]
-    assert plans[0].bring == {"a": [ByteRange(0, 32 * MIB)]}
+    assert plans[0].bring == {"a": [ByteRange(0, 160 * MIB)]}
     # Large turns are read directly, unless many small ranges between them are left, which both want.
-    turns = [ByteRange(at * 17 * MIB, at * 17 * MIB + 16 * MIB) for at in range(8)]
+    turns = [ByteRange(at * 17 * MIB, at * 17 * MIB + 16 * MIB) for at in range(10)]
     both = [ByteRange(turn.stop, turn.stop + 1000) for turn in turns]
     for small, direct in (([], [turns[::2], turns[1::2]]), (both, [[], []])):
         plans = plan_fetch([one_file([*turns[rank::2], *small], turns[rank::2]) for rank in range(2)], "auto")
         assert [plan.direct.get("a", []) for plan in plans] == direct
         assert plans[0].bring.get("a", []) == ([*union(turns, both)] if small else [])
-    apart = [ByteRange(at * 10 * MIB, at * 10 * MIB + 4 * MIB) for at in range(8)]
+    apart = [ByteRange(at * 10 * MIB, at * 10 * MIB + 4 * MIB) for at in range(40)]
     plans = plan_fetch([one_file(apart[rank::2], apart[rank::2]) for rank in range(2)], "auto")
     assert [plan.direct["a"] for plan in plans] == [apart[::2], apart[1::2]]
 

@@ -212,7 +212,7 @@ def _layers(first: int, n_layers: int) -> list[ByteRange]:
 
 
 def test_auto_reads_small_ranges_with_the_large_ones_around_them() -> None:
-    mine, other = _layers(0, 10), _layers(1 << 30, 10)
+    mine, other = _layers(0, 40), _layers(1 << 30, 40)
     alone = [ByteRange(1 << 32, (1 << 32) + 1000)]
     plans = plan_fetch([_of_one(0, [*mine, *alone]), _of_one(0, other)], "auto")
     assert plans[0].direct["f"] == mine

@@ -236,7 +236,11 @@ def test_damage_and_ends_in_the_middle(saved: bytes, archive: bytes) -> None:
         assert server.sent_bytes < len(archive)
 
 
-def test_a_killed_load_of_an_archive_goes_on_where_it_was(archive: bytes) -> None:
+def test_a_killed_load_of_an_archive_goes_on_where_it_was(
+    archive: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What goes straight into a rank's tensors is fetched again.
+    monkeypatch.setenv("RANKLOAD_MODE", "node")
     code = (
         f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import wide_model; wide_model.alone(sys.argv[1])"
     )
