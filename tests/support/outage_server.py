@@ -106,7 +106,7 @@ class _Failing(_Handler):
         served = self.owner.objects.get(path)
         if match is not None and served is not None and len(self.owner.refused[self.owner.armed]) == 1:
             # The first one breaks off in the middle of its body.
-            start, stop = int(match[1]), int(match[2]) + 1
+            start, stop = int(match[1]), min(int(match[2]) + 1, len(served.body))
             size = len(served.body)
             told = {"Content-Range": f"bytes {start}-{stop - 1}/{size}", "Content-Length": str(stop - start)}
             self._head(206, {**told, "ETag": served.etag})
