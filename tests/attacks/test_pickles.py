@@ -445,7 +445,6 @@ print(",".join(ran))
 def test_the_calls_would_do_harm(tmp_path: Path) -> None:
     """A sample, run by Python's own unpickler: else a refusal would show nothing."""
     sample = (
-        "timeit:timeit",
         "profile:run",
         "cProfile:run",
         "pydoc:pipepager",
