@@ -91,7 +91,7 @@ class TensorReader:
                     storage,
                     [
                         each
-                        for copy in _joined(by_storage[storage])
+                        for copy in _joined(by_storage[storage], places, noted)
                         for each in _slices(
                             copy, places[copy.memory.key], sending, noted.get(copy.memory.key)
                         )
@@ -241,9 +241,14 @@ def _part(memory: torch.Tensor, target: Layout) -> torch.Tensor:
     return memory.as_strided(target.shape, target.stride, memory.storage_offset() + target.offset)
 
 
-def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
-    """`copies` of one storage, with those as one that follow each other both there and in one memory: an engine's flat
-    memory takes thousands of parameters, which its file has side by side."""
+def _joined(
+    copies: Iterable[Copy], places: Mapping[str, torch.Tensor], noted: Mapping[str, FirstWrite]
+) -> Iterator[Copy]:
+    """`copies` of one storage, with those as one that follow each other both there and in memory: an engine's flat
+    memory takes thousands of parameters, which its file has side by side.
+
+    One of several memories has the first one's name, and goes on in the storage beyond that memory.
+    """
     last: Copy | None = None
     source = target = stop = 0
     for copy in copies:
@@ -253,10 +258,14 @@ def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
             continue
         if (
             last is not None
-            and copy.memory is last.memory
             and copy.dtype == last.dtype
             and copy.source.offset == source + stop
-            and copy.target.offset == target + stop
+            and (
+                copy.target.offset == target + stop
+                if copy.memory is last.memory
+                else _goes_on(last, target + stop, copy, places)
+                and noted.get(last.memory.key) is noted.get(copy.memory.key)
+            )
         ):
             stop += n
             continue
@@ -265,6 +274,18 @@ def _joined(copies: Iterable[Copy]) -> Iterator[Copy]:
         last, source, target, stop = copy, copy.source.offset, copy.target.offset, n
     if last is not None:
         yield _run_of(last, source, target, stop)
+
+
+def _goes_on(before: Copy, stop: int, after: Copy, places: Mapping[str, torch.Tensor]) -> bool:
+    """Whether what `after` fills follows element `stop` of what `before` fills: both are parts of one tensor."""
+    if not (before.memory.plain and after.memory.plain) or before.memory.dtype != after.memory.dtype:
+        return False
+    one, other = places[before.memory.key], places[after.memory.key]
+    size = one.element_size()
+    return (
+        one.data_ptr() + stop * size == other.data_ptr() + after.target.offset * size
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    )
 
 
 def _run_of(copy: Copy, source: int, target: int, n: int) -> Copy:
@@ -292,7 +313,12 @@ def _slices_of(copy: Copy, memory: torch.Tensor, sending: DeviceCopies | None) -
         yield from _gathered(copy.source, _part(memory, copy.target), dtype, sending)
         return
     start = copy.source.offset * dtype.itemsize
-    is_all = copy.target.is_contiguous and copy.target.numel == memory.numel() and memory.is_contiguous()
+    is_all = (
+        copy.target.is_contiguous
+        and not copy.target.offset
+        and copy.target.numel == memory.numel()
+        and memory.is_contiguous()
+    )
     destination = memory if is_all else _part(memory, copy.target)
     if memory.dtype == dtype and is_plain(memory) and destination.is_contiguous():
         view = _bytes_of(destination)

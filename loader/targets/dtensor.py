@@ -7,6 +7,7 @@ there, as a plan needs them. For modules sharded with ``fully_shard`` (FSDP2): `
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -181,6 +182,7 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return None if lazy else tuple(tensor.shape)
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -274,6 +274,21 @@ def memory_of(key: str, tensor: torch.Tensor) -> Memory:
     return memory
 
 
+class Memories:
+    """Engine's tensors as a plan knows them, each made once: copies into one tensor share its `Memory`, by which a
+    restore tells that they go to one place."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Memory] = {}
+
+    def of(self, key: str, tensor: torch.Tensor) -> Memory:
+        """The `flat_view` of the `tensor` that `key` names."""
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = memory_of(key, flat_view(tensor))
+        return found
+
+
 def flat_memory(memory: Memory) -> Memory:
     """What `flat_view` gives of a tensor with this `memory`."""
     layout = Layout(memory.shape, memory.stride, 0)

@@ -22,7 +22,7 @@ from ...saved.tensor import SavedTensor, of_one_element
 from ..buffers import check_saved
 from ..dtensor import dtype_name, unfillable
 from ..module import rename_advice
-from .live import LiveEngine, flat_view, laid, memory_of
+from .live import LiveEngine, Memories, laid, memory_of
 from .parameter_sources import choose_sources
 
 
@@ -116,6 +116,7 @@ def plan_model(
         if name in saved_name:
             saved_names.setdefault(first, []).append(saved_name[name])
     cast: dict[str, str] = {}
+    memories = Memories()
     parameters: dict[str, ParameterPart] = {}
     for name in live.shapes:
         left = [one for one in saved_names.get(name, ()) if one in wanted]
@@ -132,7 +133,7 @@ def plan_model(
                 mismatch,
                 {} if value is master else cast,
             ):
-                parameters[name] = _plan_parameter(live, name, value, master)
+                parameters[name] = _plan_parameter(live, name, value, master, memories)
     buffers: dict[str, tuple[Copy, ...]] = {}
     unchecked: dict[str, tuple[SavedTensor, torch.Tensor]] = {}
     for name, buffer in live.buffers.items():
@@ -186,7 +187,7 @@ def _tied(saved: Saved, name: str) -> frozenset[str]:
 
 
 def _plan_parameter(
-    live: LiveEngine, name: str, value: SavedTensor, master: SavedTensor | None
+    live: LiveEngine, name: str, value: SavedTensor, master: SavedTensor | None, memories: Memories
 ) -> ParameterPart:
     """Plans parameter `name`, given its saved weights and, where the checkpoint has it, its saved master."""
     slots = live.slots_of.get(name, ())
@@ -196,7 +197,7 @@ def _plan_parameter(
     )
     masters: tuple[Copy, ...] = ()
     if chosen.masters is not None:
-        masters = tuple(_into_masters(live, name, chosen.masters, slots))
+        masters = tuple(_into_masters(live, name, chosen.masters, slots, memories))
     from_saved_masters = apart and master is not None and trained
     if chosen.low is None:
         return ParameterPart(
@@ -206,7 +207,7 @@ def _plan_parameter(
         )
     low: list[Copy] = []
     for one in live.low[name]:
-        memory = memory_of(one.key, one.flat)
+        memory = memories.of(one.key, one.flat)
         low += copies_into(chosen.low, laid(one.slot, memory), memory, name=f"model/{name}")
     whole = all(one.flat.dim() == 1 and one.slot.run.length == one.flat.numel() for one in live.low[name])
     return ParameterPart(
@@ -220,8 +221,12 @@ def _plan_parameter(
 
 
 def _into_masters(
-    live: LiveEngine, name: str, source: SavedTensor, slots: Sequence[tuple[int, Slot]]
+    live: LiveEngine,
+    name: str,
+    source: SavedTensor,
+    slots: Sequence[tuple[int, Slot]],
+    memories: Memories,
 ) -> Iterator[Copy]:
     for index, slot in slots:
-        memory = memory_of(f"fp32 of flat {index}", flat_view(live.flats[index].master))
+        memory = memories.of(f"fp32 of flat {index}", live.flats[index].master)
         yield from copies_into(source, laid(slot, memory), memory, name=f"fp32/{name}")

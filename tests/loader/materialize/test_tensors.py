@@ -461,6 +461,43 @@ def test_copies_side_by_side_are_read_as_one(tmp_path: Path, monkeypatch: pytest
     assert not halves[1000:].any()
 
 
+def test_parts_of_one_tensor_are_filled_by_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an engine's parameters are parts of its flat tensor; not where another part's change is noted, nor into
+    another tensor, another dtype or past a gap."""
+    values = torch.arange(60.0)
+    saved = save(tmp_path, t=values)["t"]
+    storage = storage_of(saved)
+    reads: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda *given: reads.append((given[2] - storage.offset) // 4) or preadv(*given)
+    )
+    flat, apart = torch.full((44,), -1.0), torch.full((10,), -1.0)
+    # The first copy fills the second half of a view that has as many elements as are read at once.
+    parts = [flat[0:20], flat[20:26].view(2, 3), flat[26:30], flat[30:34], flat[36:40], apart[:4], apart[4:5]]
+    parts.append(apart[5:9].view(torch.int32))
+    memories = {str(at): part for at, part in enumerate(parts)}
+    planned = {key: memory_of(part, key) for key, part in memories.items()}
+
+    def copy(key: str, first: int, count: int, at: int = 0) -> Copy:
+        source, target = Layout((count,), (1,), first), Layout((count,), (1,), at)
+        return Copy("t", storage, "float32", source, planned[key], target)
+
+    copies = [copy("0", 0, 10, 10), copy("1", 10, 6), copy("2", 16, 4), copy("3", 20, 4), copy("4", 24, 4)]
+    copies += [copy("5", 28, 4), copy("6", 32, 1), copy("7", 33, 4)]
+    notes: list[str] = []
+    one, other = FirstWrite(lambda: notes.append("one")), FirstWrite(lambda: notes.append("other"))
+    noted = {**dict.fromkeys("012", one), **dict.fromkeys("34567", other)}
+    TensorReader(verify="off").copy(copies, memories, noted)
+    assert reads == [0, 20, 24, 28, 33]
+    assert notes == ["one", "other"]
+    assert flat.tolist() == [
+        *[-1.0] * 10, *range(24), -1.0, -1.0, *range(24, 28), *[-1.0] * 4
+    ]  # fmt: skip
+    assert apart.tolist()[:5] == list(range(28, 33))
+    assert parts[7].tolist() == list(range(33, 37))
+
+
 def test_read_tensor(tmp_path: Path) -> None:
     expanded = torch.arange(3.0).expand(1000, 3)
     saved = {

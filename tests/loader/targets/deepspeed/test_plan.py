@@ -14,7 +14,7 @@ from rankload.loader.errors import LayoutError
 from rankload.loader.saved.contents import ENGINE, Saved
 from rankload.loader.saved.copies import Copy
 from rankload.loader.saved.model_parallel import ExpertLayer, ParallelLayout, Position
-from rankload.loader.saved.partitions import shares
+from rankload.loader.saved.partitions import Slot, shares
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread
 from rankload.loader.saved.values import InertObject
@@ -110,6 +110,32 @@ def test_what_was_frozen_when_it_was_saved_fills_the_weights_and_they_the_master
     assert part.master_from_low == live.slots_of["w"]
     assert part.low_from_master == ()
     assert part.masters == ()
+
+
+def test_masters_in_one_flat_are_planned_into_one_memory() -> None:
+    """By which a restore knows that they can be read at once."""
+    names = [f"w{n}" for n in range(8)]
+    slots = {name: Slot(0, n, Run(0, 1)) for n, name in enumerate(names)}
+    live = replace(
+        stage_3(2),
+        position=Position(0, 1),
+        shapes=dict.fromkeys(names, (1,)),
+        dtypes=dict.fromkeys(names, "bfloat16"),
+        flats=(MasterFlat(torch.zeros(8), 0, tuple(slots.items())),),
+        low={name: (LowSlot(torch.zeros(8), slot, "weights"),) for name, slot in slots.items()},
+        groups=(tuple(names),),
+        slots_of={name: ((0, slot),) for name, slot in slots.items()},
+    )
+    weights = {name: sharded(1, 1) for name in names}
+    from_masters = plan_model(live, saved_with(weights, masters=weights), {}).parameters
+    low = {name: sharded(1, 1, dtype="bfloat16") for name in names}
+    from_low = plan_model(live, saved_with(low), {}).parameters
+    for copies in (
+        [copy for part in from_masters.values() for copy in part.masters],
+        [copy for part in from_low.values() for copy in part.low],
+    ):
+        assert [copy.target.offset for copy in copies] == list(range(8))
+        assert len({id(copy.memory) for copy in copies}) == 1
 
 
 def test_elements_in_files_that_were_not_read_are_an_error_only_where_they_are_wanted() -> None:
