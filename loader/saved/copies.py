@@ -103,13 +103,15 @@ def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -
 
     Raises `LayoutError` where elements lie in files that were not read, or in no piece.
     """
-    piece = tensor.whole
-    if piece is not None and isinstance(piece.storage, StorageRef) and into.region == piece.region:
-        row_major = row_major_stride(tensor.shape)
-        if piece.stride == into.stride == row_major and (n := tensor.numel):
-            # What `fill` finds, for the tensors that a checkpoint has most of.
-            source, target = Layout((n,), (1,), piece.offset), Layout((n,), (1,), into.offset)
-            yield Copy(name, piece.storage, tensor.dtype, source, memory, target)
+    pieces = tensor.pieces
+    if len(pieces) == 1:
+        # What `fill` finds, for the tensors that a checkpoint has most of.
+        piece = pieces[0]
+        skipped = _elements_before(tensor.shape, piece, into)
+        if skipped is not None and isinstance(piece.storage, StorageRef):
+            shape, step = (into.region.numel,), (1,)
+            source = Layout(shape, step, piece.offset + skipped)
+            yield Copy(name, piece.storage, tensor.dtype, source, memory, Layout(shape, step, into.offset))
             return
     if isinstance(tensor.pieces, Shares):
         in_order = as_run(tensor.shape, into)
@@ -129,6 +131,28 @@ def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -
             yield Copy(name, piece.storage, tensor.dtype, source, memory, target)
     except CoverageError as error:
         raise LayoutError(f"{name}: {error}") from error
+
+
+def _elements_before(shape: tuple[int, ...], piece: Laid, into: Laid) -> int | None:
+    """How many elements of `piece` come before those of `into`, where it has all of these and both lie in row-major
+    order without gaps; None otherwise, and where `into` has no element.
+    """
+    have, want = piece.region, into.region
+    if isinstance(want, Run):
+        start, length = want.start, want.length
+        wanted_in_order = into.stride == (1,)
+    else:
+        start, length = 0, want.numel
+        wanted_in_order = into.stride == row_major_stride(shape) and want == whole_box(shape)
+    if isinstance(have, Run):
+        first, count = have.start, have.length
+        held_in_order = piece.stride == (1,)
+    else:
+        first, count = 0, have.numel
+        held_in_order = piece.stride == row_major_stride(shape) and have == whole_box(shape)
+    if not (length and wanted_in_order and held_in_order and first <= start):
+        return None
+    return start - first if start + length <= first + count else None
 
 
 def copies_of_tree(tree: Any, *, path: str = "", owner: str = "") -> list[Copy]:

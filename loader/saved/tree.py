@@ -28,6 +28,7 @@ BOUND = (
 """How a message goes on that says which bound a file exceeds."""
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
+_ENTERED = (*_CONTAINERS, InertObject)
 
 
 def check_tree(tree: Any, *, name: str) -> None:
@@ -46,7 +47,12 @@ def check_tree(tree: Any, *, name: str) -> None:
         if isinstance(root, InertObject):
             if id(root) not in seen_objects:
                 seen_objects.add(id(root))
-                roots.extend((root.args, root.kwargs, root.state, root.items, root.entries))
+                for part in (root.args, root.kwargs, root.state, root.items, root.entries):
+                    if isinstance(part, _ENTERED):
+                        roots.append(part)
+                    else:
+                        total += 1
+                        held += 1
             continue
         values, own = _measure(root, sizes, roots, name)
         total += values
@@ -68,7 +74,7 @@ def iterate(tree: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
     pending: list[tuple[str, Any]] = [(path, tree)]
     while pending:
         where, value = pending.pop()
-        if isinstance(value, (*_CONTAINERS, InertObject)):
+        if isinstance(value, _ENTERED):
             if id(value) in seen:
                 continue
             seen.add(id(value))
@@ -82,7 +88,7 @@ def values(tree: Any) -> Iterator[Any]:
     pending: list[Any] = [tree]
     while pending:
         value = pending.pop()
-        if isinstance(value, (*_CONTAINERS, InertObject)):
+        if isinstance(value, _ENTERED):
             if id(value) in seen:
                 continue
             seen.add(id(value))

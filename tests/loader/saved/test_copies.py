@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rankload.loader.byte_ranges import ByteRange
 from rankload.loader.errors import LayoutError
 from rankload.loader.saved.copies import (
@@ -18,6 +22,7 @@ from rankload.loader.saved.regions import Laid, Run, row_major_stride, whole_box
 from rankload.loader.saved.strided import Box, Layout
 from rankload.loader.saved.tensor import Piece, SavedTensor, StorageRef, Unread, fill
 from rankload.loader.saved.values import InertObject
+from region_cases import SHAPES, laid, regions
 
 ONE = StorageRef("f", "0", 64, 4000, 17)
 TWO = StorageRef("f", "1", 5000, 4000, None)
@@ -63,6 +68,43 @@ def test_all_of_a_tensor_in_order_is_what_its_pieces_fill(shape: tuple[int, ...]
     ((_, source, target),) = fill(tensor, into)
     (copy,) = copies_into(tensor, into, flat(50), name="w")
     assert (copy.storage, copy.source, copy.target) == (ONE, source, target)
+
+
+def test_a_run_of_one_row_is_planned_without_cutting_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What most of an engine's parameters are; the short way gives what the long one does."""
+    row_major = row_major_stride((2, 3))
+    whole = SavedTensor.in_storage(ONE, "float32", (2, 3), row_major, 7)
+    in_row = SavedTensor("float32", (2, 3), (Piece(Run(0, 6), 40, (1,), TWO),))
+    wanted = [Laid(Run(start, 3), 9, (1,)) for start in range(4)] + [Laid(whole_box((2, 3)), 9, row_major)]
+    expected = [next(fill(tensor, into)) for tensor in (whole, in_row) for into in wanted]
+    monkeypatch.setattr("rankload.loader.saved.copies.fill", None)
+    found = [
+        copy
+        for tensor in (whole, in_row)
+        for into in wanted
+        for copy in copies_into(tensor, into, flat(50), name="w")
+    ]
+    assert [(copy.storage, copy.source, copy.target) for copy in found] == [
+        (piece.storage, source, target) for piece, source, target in expected
+    ]
+
+
+@pytest.mark.parametrize("reach", [Run(4, 3), Run(0, 7)])
+def test_a_run_beyond_the_tensor_is_told(reach: Run) -> None:
+    tensor = SavedTensor("float32", (2, 3), (Piece(Run(0, 6), 40, (1,), TWO),))
+    with pytest.raises(LayoutError, match=f"w: {6 - reach.start} of {reach.length} wanted elements"):
+        list(copies_into(tensor, Laid(reach, 0, (1,)), flat(50), name="w"))
+
+
+@given(st.data())
+def test_a_part_of_one_piece_is_what_the_piece_fills(data: st.DataObject) -> None:
+    """Any part, laid in any way, of any tensor that is one piece."""
+    shape = data.draw(SHAPES)
+    whole = data.draw(st.sampled_from([Run(0, math.prod(shape)), whole_box(shape)]))
+    held, into = data.draw(laid(whole)), data.draw(regions(shape).flatmap(laid))
+    tensor = SavedTensor("float32", shape, (Piece(held.region, held.offset, held.stride, ONE),))
+    found = [(copy.source, copy.target) for copy in copies_into(tensor, into, flat(50), name="w")]
+    assert found == [(source, target) for _, source, target in fill(tensor, into)]
 
 
 def test_elements_that_no_file_read_has_are_told() -> None:
