@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ...errors import CorruptError, LayoutError
 from ...saved.partitions import padded_share
 from ...saved.shares import FlatShares
-from ...saved.tensor import SavedTensor
+from ...saved.tensor import Piece, SavedTensor
 from .layout import SavedParameter, ZeroCheckpoint, check_shares, zero_checkpoint
 from .model_states import ModelStates
 from .optim_states import OptimStates, read_whole_optimizer
@@ -28,6 +28,11 @@ class ZeroContents:
         default_factory=dict, repr=False, compare=False
     )
     """Stage 3: kept by `partitioned` for all parameters of a kind and subgroup."""
+    rows: dict[tuple[str, int], tuple[str | None, Mapping[int, Piece]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Kept by `partitioned` too, for all parameters of a kind and group: the dtype of the ranks' flat tensors, and each
+    of those that can be read as it is."""
 
     def model_of(self, rank: int) -> ModelStates:
         """The model file from which `rank` restores counters, buffers and client_state: its own, else rank 0's."""

@@ -6,7 +6,7 @@ that this rank has not read are in it too, as `Unread`: they are an error only w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...errors import CorruptError
 from ...saved.partitions import Slot, padded_share
@@ -48,15 +48,20 @@ def partitioned(
         ) from error
     tensors = {}
     for kind in kinds:
-        flats = (zero.flat(parameter, kind, rank) for rank in sorted(zero.holders(parameter)))
-        dtype = next(
-            (flat.dtype for flat in flats if flat is not None), "float32" if kind == FROZEN else None
-        )
+        dtype, rows = _rows(zero, parameter, kind)
         if dtype is None:
             continue
-        pieces = [
-            part if isinstance(part, Piece) else _piece(zero, parameter, kind, part, dtype) for part in parts
-        ]
+        pieces = []
+        for part in parts:
+            if isinstance(part, Piece):
+                pieces.append(part)
+                continue
+            row = rows.get(part.rank)
+            if row is None or part.start + part.run.length > row.region.numel:
+                pieces.append(_piece(zero, parameter, kind, part, dtype))
+            else:
+                (step,) = row.stride
+                pieces.append(Piece(part.run, row.offset + part.start * step, row.stride, row.storage))
         tensors[kind] = SavedTensor(dtype, parameter.shape, tuple(pieces))
     return tensors
 
@@ -113,6 +118,29 @@ def _all_alike(
         return None, ""
     shortest = min(tensor.numel for tensor in tensors if tensor is not None)
     return FlatShares(first, tuple(storages), offset, shortest), dtypes.pop()
+
+
+def _rows(zero: ZeroContents, parameter: SavedParameter, kind: str) -> tuple[str | None, Mapping[int, Piece]]:
+    """The dtype of the tensors with `parameter`'s elements, None where there are none, and by saved rank all of each
+    that is as it should be.
+
+    All parameters of a group lie in the same tensors, which are looked at once.
+    """
+    known = None if parameter.frozen else zero.rows.get((kind, parameter.group))
+    if known is not None:
+        return known
+    flats = {rank: zero.flat(parameter, kind, rank) for rank in sorted(zero.holders(parameter))}
+    dtype = next(
+        (flat.dtype for flat in flats.values() if flat is not None), "float32" if kind == FROZEN else None
+    )
+    rows = {
+        rank: flat.whole
+        for rank, flat in flats.items()
+        if flat is not None and flat.whole is not None and len(flat.shape) == 1 and flat.dtype == dtype
+    }
+    if not parameter.frozen:
+        zero.rows[kind, parameter.group] = dtype, rows
+    return dtype, rows
 
 
 def _parts(zero: ZeroContents, parameter: SavedParameter) -> Iterator[Slot | Piece]:

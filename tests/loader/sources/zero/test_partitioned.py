@@ -64,6 +64,25 @@ def test_pieces_begin_where_the_flat_tensors_do() -> None:
         assert piece.region is same.region
 
 
+def test_tensors_are_looked_at_once_for_all_the_parameters_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = contents_of(1, (2, 3), {0: optim_of(0), 1: optim_of(1)})
+    looked_at: list[tuple[str, int]] = []
+    flat = ZeroContents.flat
+
+    def count(self: ZeroContents, parameter: SavedParameter, kind: str, rank: int) -> SavedTensor | None:
+        looked_at.append((kind, rank))
+        return flat(self, parameter, kind, rank)
+
+    monkeypatch.setattr(ZeroContents, "flat", count)
+    parameters = [SavedParameter("x", (1,), 0, offset) for offset in range(8)]
+    zero.checkpoint.parameters.clear()
+    for parameter in parameters:
+        zero.checkpoint.parameters["x"] = parameter
+        found = partitioned(zero, parameter, ["fp32"])["fp32"]
+        assert places(found) == {0: ("nowhere", parameter.offset % 4)}
+    assert looked_at == [("fp32", 0), ("fp32", 1)]
+
+
 def test_what_is_not_all_of_a_parameter_is_an_error() -> None:
     optims = {0: optim_of(0, exp_avg={0: strided(0, 4)}), 1: optim_of(1, exp_avg={0: strided(1, 4)})}
     zero = contents_of(1, (8,), optims)
