@@ -146,8 +146,11 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
         elif step == Step.PUT or step == Step.MEMOIZE:
             if step == Step.MEMOIZE:
                 index = memo_length
+            elif width := argument_size[op]:
+                index = int.from_bytes(data[pos : pos + width], "little")
+                pos += width
             else:
-                index, pos = arguments.index(pos, argument_size[op])
+                index, pos = arguments.index(pos)
             if len(stack) <= fence:
                 faults.underflow(at)
             # A pickler numbers its memo from 0 upward, and every entry takes two bytes or more.
@@ -167,7 +170,11 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
                 memo_length += 1
 
         elif step == Step.GET:
-            index, pos = arguments.index(pos, argument_size[op])
+            if width := argument_size[op]:
+                index = int.from_bytes(data[pos : pos + width], "little")
+                pos += width
+            else:
+                index, pos = arguments.index(pos)
             if index >= len(memo) or memo[index] < 0:
                 faults.corrupt(at, f"memo entry {index:,} is read before it is set")
             stack.append(memo[index])
@@ -408,10 +415,8 @@ class _Arguments:
         """Bytes that a string takes in memory: one character beyond Latin-1 widens all of them."""
         return length if self.data[pos : pos + length].isascii() else 4 * length
 
-    def index(self, pos: int, width: int) -> tuple[int, int]:
-        """The memo index at `pos`, of that many bytes or, for 0, a line of text; and where it ends."""
-        if width:
-            return int.from_bytes(self.data[pos : pos + width], "little"), pos + width
+    def index(self, pos: int) -> tuple[int, int]:
+        """The memo index in the line of text at `pos`, and where it ends."""
         end = self.line(pos, 20)
         text = self.data[pos : end - 1]
         if not text.isdigit():
