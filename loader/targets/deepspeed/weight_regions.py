@@ -136,8 +136,12 @@ def lay_regions(
             where = one.dtype
             start = _aligned_end(spans.get(where, {}))
         else:
-            as_it_is = source.dtype == one.dtype and source.is_contiguous
-            if piece is None or not isinstance(piece.storage, StorageRef) or not as_it_is:
+            if piece is None or not isinstance(piece.storage, StorageRef):
+                continue
+            # Its region would be too small. Most are, where each of many weights has a storage of its own.
+            if piece.storage.nbytes < MIN_REGION_BYTES:
+                continue
+            if source.dtype != one.dtype or not source.is_contiguous:
                 continue
             where, start = piece.storage, piece.offset * size
         spans.setdefault(where, {})[one.name] = ByteRange(start, start + source.numel * size)
