@@ -27,12 +27,13 @@ def with_right_indexes(request: LoadRequest, load: Callable[[LoadRequest], T]) -
     """
     try:
         return load(request)
-    except RankloadError as first:
-        if not first.details.get(UNPROVED):
+    except RankloadError as error:
+        if not error.details.get(UNPROVED):
             raise
-        try:
-            return load(replace(request, renew_indexes=True))
-        except RankloadError as second:
-            if isinstance(first, PartialRestoreError) and not isinstance(second, PartialRestoreError):
-                raise first from second
-            raise second from None
+        first = error
+    try:
+        return load(replace(request, renew_indexes=True))
+    except RankloadError as second:
+        if isinstance(first, PartialRestoreError) and not isinstance(second, PartialRestoreError):
+            raise first from second
+        raise

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from bad_server import BadServer, Behaviour, bad_server
-from rankload.loader.right_indexes import RENEWED
+from rankload.loader.errors import UNPROVED, AccessError, CorruptError, PartialRestoreError, RankloadError
+from rankload.loader.options import resolve_options
+from rankload.loader.request import LoadRequest
+from rankload.loader.right_indexes import RENEWED, with_right_indexes
 from safetensors.torch import save
 from torch import nn
 
@@ -98,7 +102,7 @@ def test_what_came_right_and_does_not_fit_is_fetched_twice_and_not_more() -> Non
     with bad_server({"/m.safetensors": Behaviour(body)}) as server:
         for _ in range(2):
             before = requests(server)
-            with pytest.raises(MismatchError, match=r"4\.weight"):
+            with pytest.raises(MismatchError, match=r"4\.weight") as raised:
                 load(
                     server.url("/m.safetensors"),
                     State(model=nn.Sequential(*(nn.Linear(256, 256) for _ in range(5)))),
@@ -107,6 +111,8 @@ def test_what_came_right_and_does_not_fit_is_fetched_twice_and_not_more() -> Non
                 )
             headers = [one for one in server.asked[before:] if one.range.startswith("bytes=0-6")]
             assert len(headers) <= 2
+            # One error is told, and not that it was found twice.
+            assert not isinstance(raised.value.__context__, MismatchError)
 
 
 def test_what_lies_on_a_disk_is_not_read_twice(tmp_path: Path) -> None:
@@ -114,3 +120,33 @@ def test_what_lies_on_a_disk_is_not_read_twice(tmp_path: Path) -> None:
     with pytest.raises(MismatchError) as raised:
         load(tmp_path / "m.safetensors", State(model=nn.Linear(2, 2)), load_weights_only=True)
     assert not raised.value.details.get("unproved")
+
+
+def test_what_fails_the_second_time_keeps_its_cause_and_a_partial_restore_stays_one() -> None:
+    def suspected(error: RankloadError) -> RankloadError:
+        error.details[UNPROVED] = True
+        return error
+
+    def failing(*errors: RankloadError) -> Callable[[LoadRequest], None]:
+        left = list(errors)
+
+        def load_it(each: LoadRequest) -> None:
+            assert each.renew_indexes == (len(left) < len(errors))
+            raise left.pop(0) from OSError("its cause")
+
+        return load_it
+
+    request = LoadRequest("m.safetensors", None, resolve_options(None))
+    mismatch, partial = suspected(MismatchError("names")), suspected(PartialRestoreError("half"))
+    corrupt, access = CorruptError("bits"), AccessError("refused")
+    for errors, raised in (
+        ((mismatch, corrupt), corrupt),
+        ((partial, access), partial),
+        ((partial, PartialRestoreError("again")), None),
+        ((corrupt,), corrupt),
+    ):
+        with pytest.raises(RankloadError) as told:
+            with_right_indexes(request, failing(*errors))
+        assert raised is None or told.value is raised
+        assert isinstance(told.value, PartialRestoreError) == isinstance(errors[0], PartialRestoreError)
+        assert isinstance(told.value.__cause__, OSError | AccessError)
