@@ -157,6 +157,7 @@ print(torch.equal(saved.weight, fresh.weight), len(result.receipt.files))
     assert python(code, path=installed, cwd=tmp_path) == "True 1"
 
 
+@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
 def test_beside_an_installed_dask(wheel, tmp_path):
     target = tmp_path / "site"
     got = pip("install", "--no-deps", "--target", target, "distributed", "dask", wheel, cwd=tmp_path)

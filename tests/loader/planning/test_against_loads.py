@@ -105,8 +105,9 @@ def test_of_small_files_of_shards(tmp_path: Path) -> None:
         compare(plan.by_file, server.sent, server.url(""), whole=True)
 
 
+@LONG
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "nodes"), [pytest.param(1, (1, 1), marks=LONG), (3, (2,))])
+@pytest.mark.parametrize(("stage", "nodes"), [(1, (1, 1)), (3, (2,))])
 def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_path: Path) -> None:
     with tarfile.open(DATA / f"deepspeed-zero{stage}-w4.tar") as archive:
         archive.extractall(tmp_path, filter="data")

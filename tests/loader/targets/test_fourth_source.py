@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,6 @@ def test_a_state_that_loads_itself(folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2] if os.environ.get("TEST_ALL") else [2])
 def test_deepspeed_engines(folders: tuple[Path, Path], world_size: int) -> None:
     run("engines", world_size, *folders)

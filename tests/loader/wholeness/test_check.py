@@ -88,14 +88,14 @@ def test_each_flipped_bit_of_tensors_is_found_with_its_tensor(kind: str, tmp_pat
     assert check_whole(path).is_sound
 
 
-def test_two_hundred_flipped_bits_of_one_file_are_all_found(tmp_path: Path) -> None:
+def test_flipped_bits_of_one_file_are_all_found(tmp_path: Path) -> None:
     path = tmp_path / "many.pt"
     torch.manual_seed(1)
     tree = {f"layer{number}.weight": torch.rand(40, 10) for number in range(250)}
     torch.save(tree, path)
     with open_alone(path) as opened:
         by_name = dict(tensors(opened.saved.state["model"]))
-    names = random.Random(3).sample(sorted(tree), 200)
+    names = random.Random(3).sample(sorted(tree), 200 if os.environ.get("TEST_ALL") else 50)
     places = {}
     for name in names:
         (storage,) = by_name[name].storages
