@@ -186,6 +186,10 @@ class RemoteFiles:
             file = open_remote_file(objects, info, source, on_bytes)
             undoing.pop_all()
             undoing.callback(file.close)
+            head = file.read(0, HEAD_BYTES) if self.renew_indexes else b""
+            if sniff(head) == "safetensors":
+                # An earlier load left it.
+                file.forget([ByteRange(0, index_bytes(head, size))])
             for start, data in ahead.taken(objects.store, info.name):
                 on_bytes(file.put(start, data))
             if file.damaged_bytes:
@@ -229,10 +233,6 @@ class RemoteFiles:
         kind = sniff(file.read(0, HEAD_BYTES))
         if kind in ("torch-zip", "safetensors"):
             at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
-            if kind == "safetensors" and self.renew_indexes:
-                file.forget([at_start])
-                file.ensure([ByteRange(0, HEAD_AND_TAIL_BYTES)], on_bytes)
-                at_start = ByteRange(0, index_bytes(file.read(0, HEAD_BYTES), size))
             file.ensure([at_end if kind == "torch-zip" else at_start], on_bytes)
             index = read_index(file.path, name=described, open_file=file.opener(on_bytes), partial=True)
             with self._lock:
