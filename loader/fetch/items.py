@@ -51,10 +51,10 @@ def read_items(
         _check_sizes(wanted)
     fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
     with context.stages.announced(stage), _OpenFiles() as opened:
-        late = _read([item for item in wanted if not item.zstd], ends, again, opened, found)
-        found |= {item: _expanded(context, again, item) for item in wanted if item.zstd}
+        late = _read([item for item in wanted if not item.span.zstd], ends, again, opened, found)
+        found |= {item: _expanded(context, again, item) for item in wanted if item.span.zstd}
     if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
-        whole = {item: [ByteRange(item.start, item.stop)] for item in late}
+        whole = {item: [ByteRange(item.span.start, item.span.stop)] for item in late}
         fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
         with context.stages.announced(f"{stage} again"), _OpenFiles() as opened:
             _read(late, whole, again, opened, found)
@@ -64,14 +64,15 @@ def read_items(
 def _check_sizes(wanted: Sequence[FileItem]) -> None:
     last: dict[str, FileItem] = {}
     for item in wanted:
-        if item.file.path not in last or item.stop > last[item.file.path].stop:
+        if item.file.path not in last or item.span.stop > last[item.file.path].span.stop:
             last[item.file.path] = item
     for path, item in last.items():
         size = os.path.getsize(path)
-        if item.stop > size:
+        if item.span.stop > size:
             raise CorruptError(
-                f"{item.file.source} has {size:,} bytes, but {item.key} is to end at byte {item.stop:,}: the file was "
-                "cut short when it was saved or copied, or is of another save; take another copy of the whole folder",
+                f"{item.file.source} has {size:,} bytes, but {item.key} is to end at byte {item.span.stop:,}: the file "
+                "was cut short when it was saved or copied, or is of another save; take another copy of the whole "
+                "folder",
                 path=item.file.source,
             )
 
@@ -113,8 +114,8 @@ def _read(
                 partial(
                     read_item,
                     item.file.path,
-                    item.start,
-                    item.stop,
+                    item.span.start,
+                    item.span.stop,
                     name=name,
                     key=f"{item.key}:",
                     open_file=opened.opener(landed.get(item)),
@@ -136,7 +137,7 @@ def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileI
     path, name = item.file.path, f"{item.file.source}: {item.key}"
 
     def produce(target: str) -> dict[str, Any]:
-        span = [ByteRange(item.start, item.stop)]
+        span = [ByteRange(item.span.start, item.span.stop)]
         again.reading(path, name, lambda: expand(target), span)
         return {}
 
@@ -146,9 +147,9 @@ def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileI
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
         with open(path, "rb") as file, open(raw, "xb") as part:
-            file.seek(item.start)
-            for start in range(item.start, item.stop, _COPY_BYTES):
-                part.write(file.read(min(_COPY_BYTES, item.stop - start)))
+            file.seek(item.span.start)
+            for start in range(item.span.start, item.span.stop, _COPY_BYTES):
+                part.write(file.read(min(_COPY_BYTES, item.span.stop - start)))
         with (
             Expanded(raw, "zstd", name, context.cache.free_bytes(target)) as expanded,
             open(target, "xb") as made,
@@ -162,7 +163,7 @@ def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileI
             _check_storages(target, index, name)
 
     known = os.stat(path)
-    identity = (path, known.st_size, known.st_mtime_ns, item.start, item.stop)
+    identity = (path, known.st_size, known.st_mtime_ns, item.span.start, item.span.stop)
     entry = context.cache.entry(item.file.source, *map(str, identity), lasting=False)
     filled = entry.fill("item", item.file.source, on_disk(produce), lambda _: context.stages.count(0))
     return read_index(filled.path, name=name)
@@ -188,7 +189,7 @@ def _by_file(wanted: Sequence[FileItem], found: Mapping[FileItem, FileIndex]) ->
     files: dict[str, list[FileIndex]] = {}
     names = {item.file.path: item.file.source for item in wanted}
     for item in wanted:
-        if item.zstd:
+        if item.span.zstd:
             yield found[item]
             continue
         files.setdefault(item.file.path, []).append(found[item])

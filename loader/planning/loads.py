@@ -278,7 +278,7 @@ class _Seen:
         found: WantedRanges = {}
         for item in recorder.items_read:
             if item.file.path in known:
-                found.setdefault(item.file.path, []).append(ByteRange(item.start, item.stop))
+                found.setdefault(item.file.path, []).append(ByteRange(item.span.start, item.span.stop))
         return {path: list(overlap(items, _landed(path, self._sizes[path]))) for path, items in found.items()}
 
 

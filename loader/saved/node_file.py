@@ -25,28 +25,21 @@ class NodeFile:
 
 @dataclass(frozen=True, slots=True)
 class ItemSpan:
-    """Where a torch file lies inside a larger file; the fields are those of `FileItem`."""
+    """Where a torch file lies inside a larger file: its bytes ``[start, stop)``."""
 
     start: int
     stop: int
-    zstd: bool = False
-    whole: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FileItem:
-    """One torch file inside a larger file: its bytes ``[start, stop)``."""
-
-    file: NodeFile
-    start: int
-    stop: int
-    key: str
-    """What it holds, for messages; its own among the items of the file."""
     zstd: bool = False
     """Whether its bytes are compressed by zstd."""
     whole: bool = False
     """Whether this rank reads all of them."""
 
-    @property
-    def span(self) -> ItemSpan:
-        return ItemSpan(self.start, self.stop, self.zstd, self.whole)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileItem:
+    """One torch file inside a larger file."""
+
+    file: NodeFile
+    span: ItemSpan
+    key: str
+    """What it holds, for messages; its own among the items of the file."""

@@ -87,8 +87,8 @@ class LocalFiles:
         return [
             read_item(
                 item.file.path,
-                item.start,
-                item.stop,
+                item.span.start,
+                item.span.stop,
                 name=f"{item.file.source}: {item.key}",
                 key=f"{item.key}:",
             )

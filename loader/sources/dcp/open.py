@@ -65,17 +65,15 @@ class Dcp:
         with files.stage("read metadata"):
             folders = [_folder(files, file) for file in metadata]
             wanted = dict(_wanted(folders, beside, demand, files.name))
-        spans: dict[str, list[ItemSpan]] = {}
-        for (name, item), one in wanted.items():
-            zstd = item.transforms == _ZSTD
-            spans.setdefault(name, []).append(ItemSpan(item.offset, item.stop, zstd, one.whole))
-        held = files.fetch(sorted(spans), "fetch", items=spans)
-        items = [
-            FileItem(
-                held[name], item.offset, item.stop, one.key, zstd=item.transforms == _ZSTD, whole=one.whole
-            )
+        spans = {
+            (name, item): ItemSpan(item.offset, item.stop, item.transforms == _ZSTD, one.whole)
             for (name, item), one in wanted.items()
-        ]
+        }
+        by_file: dict[str, list[ItemSpan]] = {}
+        for (name, _), span in spans.items():
+            by_file.setdefault(name, []).append(span)
+        held = files.fetch(sorted(by_file), "fetch", items=by_file)
+        items = [FileItem(held[at[0]], spans[at], one.key) for at, one in wanted.items()]
         indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
             saved = _saved(files, folders, indexes, beside, demand)
