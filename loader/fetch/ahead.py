@@ -1,7 +1,7 @@
 """Asks for the beginning of a file, and where it needs it for the end, before anything is known of the file.
 
 These answers say whether it is there, how long it is and in which version, and mostly hold its index: so nothing else
-has to be asked for first. It is done over http(s) only; other stores are asked what there is of a file before.
+has to be asked for first. A store that signs no URLs is asked what there is of a file before (`stores.fsspec`).
 """
 
 from __future__ import annotations

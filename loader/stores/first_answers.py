@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..byte_ranges import ByteRange
 from ..errors import AccessError, CorruptError, NotFoundError
@@ -30,10 +30,12 @@ from ..http.answers import (
 )
 from ..http.exchange import Answer
 from ..http.redirects import Followed
-from ..retries import TryAgainError
+from ..retries import Outages, TryAgainError, until_done
 from ..workers import Stop, stopped_by
-from .base import ObjectInfo
+from .base import Heard, ObjectInfo
 from .sums import StoredSum, in_headers, in_linked
+
+T = TypeVar("T")
 
 WHOLE = frozenset({200, 203})
 """Answers to a GET that carry the object: any other says something else, or brings a part that was not asked for."""
@@ -302,6 +304,22 @@ class AsksFirst:
     """A store that can be asked for first bytes; its other methods answer by what came, until `forget`."""
 
     _first: FirstAnswers
+    heard: Heard
+    outages: Outages
+
+    def describe(self, name: str) -> str:
+        """As `Store.describe`."""
+        raise NotImplementedError
+
+    def waits(self, name: str) -> Arrived:
+        """What is called while a small answer about `name` is waited for."""
+        described = self.describe(name)
+        return lambda n_bytes: self.heard(n_bytes, described)
+
+    def until_done(self, name: str, work: Callable[[], T]) -> T:
+        """What `work` returns, begun anew as long as there is an outage."""
+        waits = self.waits(name)
+        return until_done(self.outages, self.describe(name), work, lambda: waits(0))
 
     def ask_ahead(
         self,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from ..byte_ranges import ByteRange
 from ..errors import AccessError, CorruptError, NotFoundError, OptionError, RankloadError, UnsafeError
 from ..http.addresses import origin_of
-from ..http.answers import Arrived, Pin
+from ..http.answers import Pin
 from ..http.connections import Connections
 from ..http.exchange import Request
 from ..http.redirects import Followed, follow
@@ -288,16 +288,6 @@ class FsspecStore(AsksFirst):
             self.outages.answered(self.identity)
         self.heard(1, described)
         return followed
-
-    def waits(self, name: str) -> Arrived:
-        """What is called while a small answer about `name` is waited for."""
-        described = self.describe(name)
-        return lambda n_bytes: self.heard(n_bytes, described)
-
-    def until_done(self, name: str, work: Callable[[], T]) -> T:
-        """What `work` returns, begun anew as long as there is an outage."""
-        described = self.describe(name)
-        return until_done(self.outages, described, work, lambda: self.heard(0, described))
 
     def add_sums(self, name: str, sums: tuple[StoredSum, ...], *, of_whole: bool) -> None:
         """Keeps the checksums that an answer stated."""

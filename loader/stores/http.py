@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from ..http.exchange import Method, Request
 from ..http.redirects import Followed, follow
 from ..http.settings import settings_of
 from ..redaction import redact_path
-from ..retries import Outages, until_done
+from ..retries import Outages
 from .base import Entry, Heard, ObjectInfo, OnBytes, unheard
 from .first_answers import WHOLE, AsksFirst, FirstAnswers, info_of, reading, sums_of
 from .local import within_limit
@@ -249,12 +249,3 @@ class HttpStore(AsksFirst):
             self.outages.answered(origin_of(url))
         self.heard(1, request.described)  # the head of an answer, which may be all of it
         return followed
-
-    def waits(self, name: str) -> Arrived:
-        """What is called while a small answer about `name` is waited for."""
-        described = self.describe(name)
-        return lambda n_bytes: self.heard(n_bytes, described)
-
-    def until_done(self, name: str, work: Callable[[], T]) -> T:
-        waits = self.waits(name)
-        return until_done(self.outages, self.describe(name), work, lambda: waits(0))
