@@ -77,7 +77,8 @@ def partial_restore(
         )
         partial.details["cause"] = type(error).__name__
         if isinstance(error, RankloadError):
-            partial.details[UNPROVED] = error.details.get(UNPROVED, False)
+            if error.details.get(UNPROVED):
+                partial.details[UNPROVED] = True
             partial.rank, partial.host = error.rank, error.host
     partial.details["changed"] = list(
         dict.fromkeys(part for parts in (partial.changed, *by_rank.values()) for part in parts)

@@ -251,7 +251,7 @@ def load(
         exclude_algorithms=exclude_algorithms,
         algorithm_passes=algorithm_passes,
     )
-    return with_right_indexes(request, lambda each: _load(each, problem))
+    return with_right_indexes(request, partial(_load, problem=problem))
 
 
 def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
@@ -276,7 +276,7 @@ def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
         if not_read is not None:
             saved = replace(saved, notes=(*saved.notes, not_read))
             if session.topology.rank == 0:
-                warn(not_read, stacklevel=5)
+                warn(not_read, stacklevel=4)
         if request.renew_indexes:
             saved = replace(saved, notes=(*saved.notes, RENEWED))
         saved, ignored = _leave_out(request, saved, stages)
@@ -332,7 +332,7 @@ def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
             log_receipt(receipt, request.logger)
         except Exception as error:
             # All ranks have restored: a tracker that is down is no reason for one of them to fail alone.
-            warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=5)
+            warn(f"the logger refused the receipt ({type(error).__name__}: {error})", stacklevel=4)
         _write_trace(request, receipt)
     step = saved.step_with(checked.extra)
     return LoadResult(rng_states, receipt, checked.extra, step, saved.epoch, saved.batch_size)
@@ -362,7 +362,7 @@ def _leave_out(request: LoadRequest, saved: Saved, stages: Stages) -> tuple[Save
         tree = saved.as_tree()
         ignored = ignore(tree, request.ignore_keys)
         for glob in ignored.unmatched:
-            warn(unmatched_glob(tree, glob, saved.name), stacklevel=6)
+            warn(unmatched_glob(tree, glob, saved.name), stacklevel=5)
         kept, left_out = saved.with_tree(ignored.tree), request.options.leave_out
         paths = (*saved.paths_of(left_out), *ignored.paths)
         return kept.without(left_out), replace(ignored, paths=tuple(dict.fromkeys(paths)))
@@ -432,7 +432,7 @@ def _check(
             rng, lost = _random_states(saved, ignored, reader, safe_types)
             plan = plan.joined(Plan(not_restored=lost))
             if lost and (saved.rng_per_rank or files.context.session.topology.rank == 0):
-                warn(f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=6)
+                warn(f"{saved.name}: random states that are not restored: {'; '.join(lost)}", stacklevel=5)
         extra = materialize(
             _extra(request, saved), reader=reader, safe_types=safe_types, file=saved.name, keep_unknown=True
         )
@@ -578,7 +578,7 @@ def _complete_rng(
         warn(
             f"{saved.name} has RNG states of {counted(len(states) - states.count(None), 'rank')}, this world has "
             f"{session.topology.world_size}; derived: {', '.join(derived)}",
-            stacklevel=6,
+            stacklevel=5,
         )
     return complete, derived
 
@@ -662,4 +662,4 @@ def _write_trace(request: LoadRequest, receipt: Receipt) -> None:
     try:
         write_trace(request.options.trace, trace_events(receipt.stages, receipt.hosts, receipt.nodes))
     except OSError as error:
-        warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=6)
+        warn(f"the trace could not be written to {request.options.trace}: {error}", stacklevel=5)

@@ -150,14 +150,14 @@ def _search(
 
     compares = context.options.verify != "off"
 
-    n_asked = 0
+    has_answered = False
 
     def ahead(names: Sequence[str]) -> None:
         """With what lies in a tag's folder, its manifests are looked for."""
-        nonlocal n_asked
+        nonlocal has_answered
         folder = folder_of(names[0])
         works: list[Callable[[], None]] = []
-        if n_asked:
+        if has_answered:
             # By now there are connections, so that all of them can be asked for at once.
             more = needed_with(store, names)
             works.append(partial(ask_all_ahead, context, names, at_once=len(names)))
@@ -167,7 +167,7 @@ def _search(
             if not isinstance(store, HttpStore) and LATEST in map(file_name, names):
                 # Of servers that may have a small backlog, no more is asked at first.
                 works.append(partial(ask_all_ahead, context, [store.join(folder, one) for one in DCP_PLACES]))
-        n_asked += 1
+        has_answered = True
         if compares and not store.is_local and folder not in (without_slash(name), folder_of(name)):
             works.append(partial(look, folder, is_file=False, at_once=len(NAMES)))
         _at_once(store, works)

@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..distributed.printable import warn
@@ -93,7 +94,7 @@ def read(
         progress_bar=progress_bar,
         ignore_keys=ignore_keys,
     )
-    return with_right_indexes(request, lambda each: _read(each, problem))
+    return with_right_indexes(request, partial(_read, problem=problem))
 
 
 def _read(request: LoadRequest, problem: OptionError | None) -> dict[Any, Any]:
@@ -118,10 +119,10 @@ def _wanted(request: LoadRequest, files: CheckpointFiles) -> dict[Any, Any]:
     whole, name = file_tree(files), files.first.source
     found = ignore(whole, request.ignore_keys)
     for glob in found.unmatched:
-        warn(unmatched_glob(whole, glob, name), stacklevel=6)
+        warn(unmatched_glob(whole, glob, name), stacklevel=5)
     if files.context.session.topology.rank == 0:
         for note in files.remote.checks.notes:
-            warn(note, stacklevel=6)
+            warn(note, stacklevel=5)
     require_safe({"": found.tree}, safe_types=request.options.safe_types, file=name)
     return found.tree
 

@@ -299,9 +299,9 @@ class CheckpointFiles:
         try:
             yield
         except (LayoutError, MismatchError) as error:
-            # A second load finds all that came damaged at once.
-            if not self.remote.renew_indexes:
-                error.details[UNPROVED] = self._has_unproved_indexes()
+            # A second load fetches all of them again.
+            if not self.remote.renew_indexes and self._has_unproved_indexes():
+                error.details[UNPROVED] = True
             raise
 
     def _has_unproved_indexes(self) -> bool:
