@@ -15,6 +15,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,6 +33,8 @@ from places import REPOSITORY, SUPPORT, TESTS
 from warm_ranks import WarmRank, end_at_once
 
 Process = subprocess.Popen[bytes] | WarmRank
+_OWN_PORTS = (20_000, 32_000)
+"""Below those that Linux gives to connections, and to servers that ask for any port."""
 INHERITED_LAUNCHERS = (
     "OMPI_", "PMIX_", "PMI_", "MV2_", "MPI_", "PALS_", "SLURM_", "TORCHELASTIC_", "CROSS_", "RANKLOAD_",
 )  # fmt: skip
@@ -146,10 +149,15 @@ def rank_environment(
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on at the moment.
+
+    It is none that the kernel gives by itself to connections and servers of other tests meanwhile, before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_OWN_PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def kill_session(process: Process) -> None:
