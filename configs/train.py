@@ -8,9 +8,11 @@ samples; the first time it starts cold. `--save` writes a DeepSpeed folder, or t
 """
 
 import argparse
+import atexit
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -70,6 +72,11 @@ def train_step(engine, batch):
     return total.item() / deepspeed.comm.get_world_size()
 
 
+def end_at_once():
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def main():
     args = arguments()
     logging.basicConfig(format="%(message)s")
@@ -108,9 +115,12 @@ def main():
                 save_checkpoint(args.save, state, extra={"sampler": sampler.state_dict()})
             if step == last:
                 break
-    # Ranks end together: gloo may abort one whose peer is gone while it takes its connections down.
+    # Ranks end together, and on CPU at once: DeepSpeed's groups outlive their end, and gloo's threads may abort a rank
+    # whose peer is gone, or whose interpreter is taken down under them.
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
+    if on_cpu:
+        atexit.register(end_at_once)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ Either way each rank writes its losses, its next random numbers and, after a loa
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import logging
 import os
 import random
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
@@ -172,6 +174,13 @@ def main() -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    # DeepSpeed's groups outlive that, and gloo's threads may abort a process that takes its interpreter down.
+    atexit.register(_end_at_once)
+
+
+def _end_at_once() -> None:
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run(arguments: argparse.Namespace) -> None:
