@@ -3,7 +3,7 @@
 `plan_weights` runs before the restore: rank 0's `_Dealer` assigns parts of them to ranks (`weight_regions`).
 `share_weights` runs after it: each rank fills its parts of the image, all sum them, rank 0 compares the checksums, and
 each rank copies the weights into its engine. Where cast masters turn out to be other bytes than the file's, those
-regions are assigned and filled again, from the file.
+regions are assigned and filled again, from the file. Of a local file that is in the page cache, nothing is shared.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from ....distributed.session import Session
 from ...byte_ranges import ByteRange
 from ...cache.memory import available_bytes
+from ...cache.page_cache import is_cached
 from ...checksums import crc32, crc32_joined
 from ...errors import AccessError, CorruptError, fetched_twice
 from ...materialize.tensors import TensorReader
@@ -188,6 +189,13 @@ class SharedWeights:
         return replace(self, share=decode(_Task, dealt).share)
 
 
+def _offer(region: Region, sharing: Sharing) -> RegionOffer:
+    offer, storage = region.laid.offer, region.storage
+    if storage is None or sharing.from_store:
+        return offer
+    return replace(offer, is_cached=is_cached(storage.file, storage.offset, storage.offset + storage.nbytes))
+
+
 def _deal(dealer: _Dealer | None) -> list[Json]:
     return [encode(task) for task in dealer.deal()] if dealer is not None else []
 
@@ -205,7 +213,7 @@ def plan_weights(plan: Plan, sharing: Sharing) -> tuple[Plan, SharedWeights | No
         offers: dict[StorageId, RegionOffer] = {}
         if step is not None and sharing.verify != "before":
             found = find_regions(step, sharing.name_of)
-            offers = {name: region.laid.offer for name, region in found.items()}
+            offers = {name: _offer(region, sharing) for name, region in found.items()}
     dealer: _Dealer | None = None
 
     def deal(records: Sequence[Json]) -> list[Json]:

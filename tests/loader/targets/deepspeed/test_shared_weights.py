@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from processes import run_ranks
 from rankload.loader.byte_ranges import union
 from rankload.loader.cache.memory import available_bytes
+from rankload.loader.cache.page_cache import is_cached
 from rankload.loader.targets.deepspeed import weight_regions
 from rankload.loader.targets.deepspeed.shared_memory import SharedMemory
 from rankload.loader.targets.deepspeed.weight_regions import (
@@ -71,6 +72,16 @@ def test_each_node_gets_every_byte_once(
         assert sorted(summed) == list(range(41))
 
 
+def test_a_region_that_is_cached_for_all_its_ranks_is_not_shared() -> None:
+    def source(*cached: bool) -> str:
+        offers = [{NAME: RegionOffer(5000, 1, True, (), (), is_cached=one)} for one in cached]
+        (found,) = {share.regions[NAME].source for share in deal_regions(offers, [0] * len(cached))}
+        return found
+
+    assert source(True, True) == APART
+    assert source(True, False) == FILE
+
+
 def test_regions_do_not_overlap_in_the_image() -> None:
     names = [("model.pt", f"data/{index}") for index in range(3)]
     offers = [{name: RegionOffer(5000, 1, True, (), ()) for name in names}]
@@ -102,12 +113,18 @@ def test_an_image_is_seen_by_another_process_and_leaves_nothing(tmp_path: Path) 
 
 
 def restore(root: str, *names: str) -> None:
-    """Every rank: restores each checkpoint into a new engine; tells notes, and whether the module is the file's."""
+    """Every rank: restores each checkpoint into a new engine; tells notes, and whether the module is the file's.
+
+    As if none of their files were in the page cache, but for that of ``cached``.
+    """
     import reshard_worker
     import torch
     from rankload.loader import RankloadError, State, load
+    from rankload.loader.targets.deepspeed import shared_weights
 
     reshard_worker.start_deepspeed()
+    is_cached = shared_weights.is_cached
+    shared_weights.is_cached = lambda path, start, stop: "cached" in path and is_cached(path, start, stop)
     for name in names:
         engine = reshard_worker.engine_of("1 bf16", seed=5)
         told: dict[str, Any]
@@ -153,6 +170,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shared")
     save(root, 2, ["1 bf16"])
     (root / "1-bf16-of-2").rename(root / "plain")
+    copytree(root / "plain", root / "cached")
     for name, change in (("changed", change_a_weight), ("flipped", flip_a_weight)):
         copytree(root / "plain", root / name)
         change(root / name)
@@ -166,19 +184,26 @@ def test_the_module_file_is_read_where_the_masters_do_not_tell(saved: Path, node
     finished = run_ranks(
         f"{__file__}:restore",
         2,
-        args=(saved, "plain", "changed", "flipped"),
+        args=(saved, "plain", "changed", "cached", "flipped"),
         deadline_s=200,
         env=ENVIRONMENT,
         nodes=nodes,
     )
     assert [rank.returncode for rank in finished] == [0, 0], finished
+    file = saved / "cached" / "global_step3" / "mp_rank_00_model_states.pt"
+    cached_here = is_cached(str(file), 0, file.stat().st_size)
     for rank in finished:
-        plain, changed, flipped = (json.loads(line) for line in rank.stdout.splitlines() if line[:1] == "{")
+        plain, changed, cached, flipped = (
+            json.loads(line) for line in rank.stdout.splitlines() if line[:1] == "{"
+        )
         assert plain["right"]
         assert changed["right"]
+        assert cached["right"]
         cast = [note for note in plain["notes"] if "cast from the fp32 masters" in note]
         read = [note for note in plain["notes"] if "from the module's file once per node" in note]
         assert (bool(cast), bool(read)) == ((True, True) if nodes == (2,) else (False, True))
+        if cached_here:
+            assert not [note for note in cached["notes"] if "weights were" in note]
         # One group's weights are the masters', the other's are the file's.
         assert any("from the module's file once per node" in note for note in changed["notes"])
         if nodes == (2,):
