@@ -102,8 +102,9 @@ WITH_TORCH = {
 LIGHT_IN_THERE = {
     "loader.verify.joint", "loader.targets.deepspeed.shared_memory", "loader.targets.deepspeed.weight_regions",
     "loader.targets.deepspeed.parameter_sources",
-    "loader.materialize.safe_types", "loader.materialize.slices", "loader.materialize.staging",
-    "loader.materialize.storages", "loader.targets.algorithms",
+    "loader.materialize.new_pages", "loader.materialize.placing", "loader.materialize.safe_types",
+    "loader.materialize.slices", "loader.materialize.staging", "loader.materialize.storages",
+    "loader.targets.algorithms",
     "loader.comparing.leaves", "loader.comparing.results",
 }  # fmt: skip
 """Modules of those rooms that load without it all the same."""

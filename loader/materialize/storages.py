@@ -1,9 +1,9 @@
 """Reads each storage once and in order, into the places of its slices, and sums it for its checksum. Free of torch.
 
 `StorageReader.place` comes first: it reads all slices that come directly from the store, over all storages at once
-(`_divide` finds them). `StorageReader.read_all` then makes one `_Pass` over each storage, from its first slice to its
-last; over all of it, where it is summed whole. Small storages beside each other are read together. A file that comes in
-parts may still be growing: a pass waits for its bytes.
+(`placing.divide` finds them). `StorageReader.read_all` then makes one `_Pass` over each storage, from its first slice
+to its last; over all of it, where it is summed whole. Small storages beside each other are read together. A file that
+comes in parts may still be growing: a pass waits for its bytes.
 
 With several threads, the large storages of whole files come before that: they are cut into segments, each a pass of its
 own, and the CRCs of a storage's segments are joined (`slices` says how). What does not go well there, because a file
@@ -15,10 +15,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 from ..byte_ranges import ByteRange, subtract
@@ -27,10 +25,11 @@ from ..checksums import RangeSums, crc32
 from ..errors import AccessError, CorruptError, InternalError, NotFoundError, fetched_twice
 from ..options import Verify
 from ..ranges.destinations import FirstWrite
-from ..ranges.direct import DirectReads, Placement
-from ..ranges.engine import OnLanded
+from ..ranges.direct import DirectReads
 from ..saved.tensor import StorageRef
 from ..workers import Stop, run_jobs
+from .new_pages import make_pages
+from .placing import divide, own_memory
 from .slices import SMALL_BYTES, CutStorage, Planned, Segment, StorageSlice, neighbours
 from .staging import SCRATCH_BYTES, HostStaging, Room, Staging
 
@@ -302,10 +301,10 @@ class StorageReader:
         owned: list[tuple[FirstWrite, memoryview, memoryview]] = []
         if self.direct.nbytes <= READY_BYTES:
             planned = [
-                (storage, [_apart(one, self.direct, storage, owned) for one in slices])
+                (storage, [own_memory(one, self.direct, storage, owned) for one in slices])
                 for storage, slices in planned
             ]
-        left, placements = _divide(self.direct, planned, self._shares, self.on_bytes)
+        left, placements = divide(self.direct, planned, self._shares, self.on_bytes)
         self.direct.place(placements)
         for first_write, view, landed in owned:
             first_write.before()
@@ -398,7 +397,7 @@ class _Pass:
             for one in slices:
                 self._pass_over(one.start)
                 if one.view is not None:
-                    self._fill(one.start, one.view, one.first_write)
+                    self._fill(one.start, one.view, one.first_write, is_new=one.first_write is None)
                 else:
                     view = self.room.staging.claim(one.nbytes)
                     self._fill(one.start, view)
@@ -424,10 +423,13 @@ class _Pass:
         while self.summed and self.frontier < position:
             self._fill(self.frontier, self.room.scratch[: position - self.frontier])
 
-    def _fill(self, start: int, view: memoryview, first_write: FirstWrite | None = None) -> None:
+    def _fill(
+        self, start: int, view: memoryview, first_write: FirstWrite | None = None, *, is_new: bool = False
+    ) -> None:
         """Reads the storage's bytes from ``start`` into all of ``view``, and sums them.
 
-        Until ``first_write`` is noted, bytes are read into a buffer first: a failed read is no change.
+        Until ``first_write`` is noted, bytes are read into a buffer first: a failed read is no change. `is_new` says
+        that ``view`` was most likely never written to.
         """
         step = _SUMMED_BYTES if self.summed or self.shared is not None else _READ_BYTES
         done = 0
@@ -440,6 +442,8 @@ class _Pass:
             part, count = self._direct(first, part)
             if count == 0:
                 self.reader.wait_for(self.storage.file, first, first + len(part))
+                if is_new:
+                    make_pages(part)
                 try:
                     count = os.preadv(self.file, [part], first)
                 except OSError as error:
@@ -500,97 +504,3 @@ def _open(storage: StorageRef) -> int:
         raise NotFoundError(f"{path} is gone since its index was read", path=path) from None
     except OSError as error:
         raise AccessError(f"{path} cannot be opened ({error.strerror})", path=path) from error
-
-
-def _apart(
-    wanted: StorageSlice,
-    direct: DirectReads,
-    storage: StorageRef,
-    owned: list[tuple[FirstWrite, memoryview, memoryview]],
-) -> StorageSlice:
-    """`wanted` with memory apart in place of memory that the caller of the load owns, where all of it comes directly;
-    adds both to `owned`."""
-    span = ByteRange(storage.offset + wanted.start, storage.offset + wanted.start + wanted.nbytes)
-    if wanted.first_write is None or wanted.view is None or direct.of(storage.file, *span) != (span,):
-        return wanted
-    landed = memoryview(bytearray(wanted.nbytes))
-    owned.append((wanted.first_write, wanted.view, landed))
-    return replace(wanted, view=landed, first_write=None)
-
-
-def _divide(
-    direct: DirectReads,
-    planned: Sequence[tuple[StorageRef, Sequence[StorageSlice]]],
-    shares: Mapping[StorageRef, RangeSums],
-    on_bytes: Callable[[int], None] | None,
-) -> tuple[Planned, dict[str, Placement]]:
-    """The slices that are left to read from files, and the `Placement` of what `direct` is to read, by path.
-
-    What lands is summed into `shares` and counted by `on_bytes`, in the reading threads, by one at a time.
-    """
-    left: Planned = []
-    placements: dict[str, Placement] = {}
-    storages: dict[str, list[StorageRef]] = {}
-    for storage, slices in planned:
-        kept: list[StorageSlice] = []
-        placement = placements.get(storage.file) or Placement()
-        before = len(placement.pieces)
-        for one in slices:
-            kept.extend(_place_direct(direct, storage, one, placement))
-        if len(placement.pieces) > before:
-            placements[storage.file] = placement
-            storages.setdefault(storage.file, []).append(storage)
-            if storage.header >= 0:
-                placement.headers.append(ByteRange(storage.header, storage.offset))
-        left.append((storage, kept))
-    for path, placement in placements.items():
-        placement.landed = _on_landed(storages[path], placement, shares, on_bytes)
-    return left, placements
-
-
-def _place_direct(
-    direct: DirectReads, storage: StorageRef, wanted: StorageSlice, placement: Placement
-) -> Iterator[StorageSlice]:
-    """Adds what of `wanted` comes directly to `placement`; yields the rest."""
-    first, view = storage.offset + wanted.start, wanted.view
-    spans = direct.of(storage.file, first, first + wanted.nbytes) if view is not None else ()
-    if not spans or view is None:
-        yield wanted
-        return
-    for start, stop in spans:
-        placement.pieces.append((start, view[start - first : stop - first]))
-        if wanted.first_write is not None:
-            placement.first_writes[start] = wanted.first_write
-    for start, stop in subtract([ByteRange(first, first + wanted.nbytes)], spans):
-        part = view[start - first : stop - first]
-        yield replace(wanted, start=start - storage.offset, nbytes=stop - start, view=part)
-
-
-def _on_landed(
-    storages: Sequence[StorageRef],
-    placement: Placement,
-    shares: Mapping[StorageRef, RangeSums],
-    on_bytes: Callable[[int], None] | None,
-) -> OnLanded:
-    """What to call as bytes of one file land in `placement`: sums those that `shares` has of its `storages`."""
-    in_order = sorted(storages, key=lambda storage: storage.offset)
-    offsets = [storage.offset for storage in in_order]
-    pieces = sorted(placement.pieces, key=lambda piece: piece[0])
-    starts = [start for start, _ in pieces]
-    one_at_a_time = threading.Lock()
-
-    def landed(start: int, stop: int) -> None:
-        with one_at_a_time:
-            at = max(bisect_right(starts, start) - 1, 0)
-            while at < len(pieces) and pieces[at][0] < stop:
-                first, view = pieces[at]
-                begin, end = max(first, start), min(first + view.nbytes, stop)
-                storage = in_order[bisect_right(offsets, first) - 1]
-                sums = shares.get(storage)
-                if begin < end and sums is not None:
-                    sums.update(begin - storage.offset, view[begin - first : end - first])
-                at += 1
-            if on_bytes is not None:
-                on_bytes(stop - start)
-
-    return landed
