@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
+from ..saved.division import Division
 from ..saved.strided import Box
 from ..saved.values import GlobalName, InertObject, kind_of
-from .dcp_pickle import STORAGE_DATA, Entry, read_usual
+from .dcp_pickle import STORAGE_DATA, Boxes, Entries, read_usual
 from .pickle.known import DTYPES
 from .pickle.read import read_pickle
 from .pickle.scan import scan_pickle
@@ -55,11 +59,39 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of a tensor, and the item that holds it."""
+class Items(Sequence[Item]):
+    """Items without an object for each: a list of each field."""
 
-    box: Box
-    item: Item
+    files: Sequence[str]
+    offsets: Sequence[int]
+    lengths: Sequence[int]
+    transforms: Sequence[tuple[str, ...]] = ()
+    """Empty where no item has any."""
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> Items:
+        """Those of `items`, in order."""
+        listed = list(items)
+        transforms = [one.transforms for one in listed]
+        return cls(
+            [one.file for one in listed],
+            array("q", [one.offset for one in listed]),
+            array("q", [one.length for one in listed]),
+            transforms if any(transforms) else (),
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        transforms = self.transforms[index] if self.transforms else ()
+        return Item(self.files[index], self.offsets[index], self.lengths[index], transforms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +99,18 @@ class ChunkedTensor:
     """A tensor as its chunks are listed: each lies inside it, but whether they cover it is not checked here."""
 
     dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    division: Division
+    """Its shape, and where its chunks lie in it; one object for the tensors that are cut alike."""
+    items: Items
+    """That hold the chunks, in the order of the division's boxes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.division.shape
+
+    def label(self, key: str, number: int) -> str:
+        """What messages call a chunk of the tensor `key`."""
+        return f"{key}{list(self.division.boxes[number].starts)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +125,21 @@ class Metadata:
 
     def items(self) -> Iterator[Item]:
         """All items, those that several keys share as often."""
-        yield from (chunk.item for tensor in self.tensors.values() for chunk in tensor.chunks)
+        yield from (item for tensor in self.tensors.values() for item in tensor.items)
         yield from self.objects.values()
+
+    def stops(self) -> dict[str, int]:
+        """How far the items reach in each file that has any of them, empty ones too."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            items = tensor.items
+            for file, offset, length in zip(items.files, items.offsets, items.lengths, strict=True):
+                stop = offset + length
+                if stop > found.get(file, -1):
+                    found[file] = stop
+        for item in self.objects.values():
+            found[item.file] = max(item.stop, found.get(item.file, -1))
+        return found
 
     def path_of(self, key: str) -> Path:
         """Where the value of `key` lay in the state dict."""
@@ -97,25 +152,35 @@ def read_metadata(path: str, *, name: str) -> Metadata:
     Raises `CorruptError` where it is truncated or contradicts itself, `UnsafeError` where it asks for more memory or
     work than it can need, or names files outside of its folder, `FormatError` where it is of another kind.
     """
-    with open(path, "rb") as file:
-        data = file.read(_LARGEST_FILE + 1)
-    if len(data) > _LARGEST_FILE:
-        raise FormatError(f"{name}: has more than {_LARGEST_FILE:,} bytes, which is not supported", path=name)
+    data = _all_of(path, name)
     limit = _SPARE_MEMORY + _MEMORY_PER_BYTE * len(data)
     with _without_collector():
         usual = read_usual(data, memory_limit=limit)
+        del data  # many megabytes, which are not needed beside what is made of them
         if usual is not None:
             # What is wrong with it, the other way tells.
             with contextlib.suppress(RankloadError, RecursionError):
                 return metadata_of(*usual)
     del usual
-    scan = scan_pickle(data, name=name, memory_limit=limit, inert=True)
+    again = bytes(_all_of(path, name))
+    scan = scan_pickle(again, name=name, memory_limit=limit, inert=True)
     with _without_collector():
-        tree = read_pickle(data, scan, name=name, memory_limit=limit, inert=True)
+        tree = read_pickle(again, scan, name=name, memory_limit=limit, inert=True)
         try:
             return metadata_of(tree)
         except (CorruptError, UnsafeError, FormatError) as error:
             raise type(error)(f"{name}: {error.message}", path=name) from None
+
+
+def _all_of(path: str, name: str) -> bytearray:
+    """The bytes of the file. Raises `FormatError` where they are more than is read at once."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _LARGEST_FILE:
+            data = bytearray(size)
+            del data[file.readinto(data) :]
+            return data
+    raise FormatError(f"{name}: has more than {_LARGEST_FILE:,} bytes, which is not supported", path=name)
 
 
 @contextlib.contextmanager
@@ -130,15 +195,16 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def metadata_of(tree: Any, more: Sequence[Entry] = ()) -> Metadata:
+def metadata_of(tree: Any, more: Mapping[str, Entries] | None = None) -> Metadata:
     """What the unpickled `tree` says, with `more` entries of its ``storage_data``. Raises as `read_metadata`."""
     if not isinstance(tree, InertObject):
         raise FormatError(f"holds a {kind_of(tree)}, expected the Metadata of torch.distributed.checkpoint")
     fields = _fields(tree)
     entries = _mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
-    items = _items(_mapping(fields.get(STORAGE_DATA), STORAGE_DATA), more)
+    stored = _stored(_mapping(fields.get(STORAGE_DATA), STORAGE_DATA), more or {})
     tensors: dict[str, ChunkedTensor] = {}
     objects: dict[str, Item] = {}
+    divisions = _Divisions()
     for key, entry in entries.items():
         if not isinstance(key, str) or not isinstance(entry, InertObject):
             raise CorruptError(
@@ -146,9 +212,10 @@ def metadata_of(tree: Any, more: Sequence[Entry] = ()) -> Metadata:
             )
         kind = entry.global_name.rpartition(".")[2]
         if kind == "TensorStorageMetadata":
-            tensors[key] = _tensor(key, _fields(entry), items)
+            tensors[key] = _tensor(key, _fields(entry), stored.get(key, _NOTHING), divisions)
         elif kind == "BytesStorageMetadata":
-            objects[key] = _item_of(items, key, None)
+            own = stored.get(key, _NOTHING)
+            objects[key] = own.items()[own.number(key, None)]
         else:
             raise FormatError(
                 f"{_short(key)} is a {entry.global_name[:80]}, expected a tensor or an object of bytes"
@@ -156,24 +223,47 @@ def metadata_of(tree: Any, more: Sequence[Entry] = ()) -> Metadata:
     return Metadata(tensors, objects, _paths(fields.get("planner_data"), entries))
 
 
-def _tensor(
-    key: str, fields: Mapping[str, Any], items: Mapping[tuple[str, tuple[int, ...] | None], Item]
-) -> ChunkedTensor:
+class _Divisions:
+    """Gives tensors that are cut alike one division."""
+
+    def __init__(self) -> None:
+        self._by_boxes: dict[tuple[Any, ...], tuple[Division, Sequence[Boxes]]] = {}
+        """By the shape and the ids of `Boxes`, which are kept so that no others get these ids."""
+        self._by_value: dict[tuple[Any, ...], Division] = {}
+
+    def of_boxes(self, shape: tuple[int, ...], listed: Sequence[Boxes]) -> Division | None:
+        known = self._by_boxes.get((shape, *map(id, listed)))
+        return None if known is None else known[0]
+
+    def add(self, shape: tuple[int, ...], listed: Sequence[Any], boxes: tuple[Box, ...]) -> Division:
+        division = self._by_value.setdefault((shape, boxes), Division(shape, boxes))
+        if all(type(one) is Boxes for one in listed):
+            self._by_boxes[(shape, *map(id, listed))] = division, listed
+        return division
+
+
+def _tensor(key: str, fields: Mapping[str, Any], stored: _Stored, divisions: _Divisions) -> ChunkedTensor:
     shape = _shape(fields.get("size"), "the size of", key)
     if math.prod(filter(None, shape)) > _LARGEST:  # torch counts the steps of a shape with a 0, too
         raise CorruptError(f"{_short(key)} has shape {shape}, which nothing can hold")
     listed = fields.get("chunks")
     if not isinstance(listed, list | tuple):
         raise CorruptError(f"the chunks of {_short(key)} are a {kind_of(listed)}, expected a list")
-    chunks = []
-    for one in listed:
-        box = one if type(one) is Box else _box(_fields(one), key)
-        if not _is_inside(box.starts, box.sizes, shape):
-            raise CorruptError(
-                f"a chunk of {_short(key)} at {box.starts} of sizes {box.sizes} is not inside its shape {shape}"
-            )
-        chunks.append(Chunk(box, _item_of(items, key, box.starts)))
-    return ChunkedTensor(_dtype(key, fields.get("properties")), shape, tuple(chunks))
+    division = divisions.of_boxes(shape, listed)
+    items = None if division is None else stored.items_of(division)
+    if division is None or items is None:
+        boxes, numbers = [], []
+        for one in itertools.chain.from_iterable(one if type(one) is Boxes else (one,) for one in listed):
+            box = one if type(one) is Box else _box(_fields(one), key)
+            if not _is_inside(box.starts, box.sizes, shape):
+                raise CorruptError(
+                    f"a chunk of {_short(key)} at {box.starts} of sizes {box.sizes} is not inside its shape {shape}"
+                )
+            boxes.append(box)
+            numbers.append(stored.number(key, box.starts))
+        division = divisions.add(shape, listed, tuple(boxes))
+        items = stored.chosen(numbers)
+    return ChunkedTensor(_dtype(key, fields.get("properties")), division, items)
 
 
 def _box(chunk: Mapping[str, Any], key: str) -> Box:
@@ -205,30 +295,86 @@ def _dtype(key: str, properties: Any) -> str:
     return DTYPES[found.name]
 
 
-def _items(
-    storage_data: Mapping[Any, Any], entries: Sequence[Entry]
-) -> dict[tuple[str, tuple[int, ...] | None], Item]:
-    """The items by key and, of a tensor's chunk, its offsets."""
-    found: dict[tuple[str, tuple[int, ...] | None], Item] = {}
+@dataclass
+class _Stored:
+    """The entries of ``storage_data`` that are of one key, each of another chunk."""
+
+    entries: Entries = field(default_factory=Entries)
+    transforms: list[tuple[str, ...]] = field(default_factory=list)
+    """Of the first of them; the others have none."""
+    _numbers: dict[tuple[int, ...] | None, int] = field(default_factory=dict)
+
+    def add(self, starts: tuple[int, ...] | None, item: Item) -> None:
+        self.entries.starts.append(starts)
+        self.entries.files.append(item.file)
+        self.entries.offsets.append(item.offset)
+        self.entries.lengths.append(item.length)
+        self.transforms.append(item.transforms)
+
+    def items(self) -> Items:
+        """All of them."""
+        own = self.entries
+        plain = [()] * (len(own.files) - len(self.transforms))
+        transforms = [*self.transforms, *plain] if any(self.transforms) else ()
+        return Items(own.files, own.offsets, own.lengths, transforms)
+
+    def items_of(self, division: Division) -> Items | None:
+        """All of them, where they are those of the division's boxes, in order."""
+        return self.items() if self.entries.starts == division.starts else None
+
+    def chosen(self, numbers: Sequence[int]) -> Items:
+        """Those of `numbers`, in their order."""
+        items = self.items()
+        if list(numbers) == list(range(len(items))):
+            return items
+        return Items.of(items[number] for number in numbers)
+
+    def number(self, key: str, starts: tuple[int, ...] | None) -> int:
+        """Which of them is of the chunk that begins at `starts`; of an object None. Raises `CorruptError` for none."""
+        if not self._numbers:
+            self._numbers = {one: number for number, one in enumerate(self.entries.starts)}
+        number = self._numbers.get(starts)
+        if number is None:
+            raise CorruptError(
+                f"storage_data does not say where {_short(key)}{f' at {starts}' if starts else ''} lies"
+            )
+        return number
+
+
+_NOTHING = _Stored()
+
+
+def _stored(storage_data: Mapping[Any, Any], more: Mapping[str, Entries]) -> dict[str, _Stored]:
+    """The entries of each key."""
+    found: dict[str, _Stored] = {}
+    places: set[tuple[str, tuple[int, ...] | None]] = set()
     strings: dict[str, str] = {}
     for index, info in storage_data.items():
         fields = _fields(index)
         key, offset = fields.get("fqn"), fields.get("offset")
         if not isinstance(key, str):
             raise CorruptError("storage_data has an entry without a key")
-        place = (key, None if offset is None else _shape(offset, "the offset of an item of", key))
-        if place in found:
-            raise CorruptError(f"storage_data has two entries for {_short(key)} at {place[1]}")
-        found[place] = _item(key, _fields(info), strings)
-    for key, starts, file, first, length in entries:
-        place = (key, starts)  # whose numbers those of a chunk must be
-        if place in found:
-            raise CorruptError(f"storage_data has two entries for {_short(key)} at {place[1]}")
-        if file not in strings:
+        starts = None if offset is None else _shape(offset, "the offset of an item of", key)
+        if (key, starts) in places:
+            raise CorruptError(f"storage_data has two entries for {_short(key)} at {starts}")
+        places.add((key, starts))
+        found.setdefault(key, _Stored()).add(starts, _item(key, _fields(info), strings))
+    for key, entries in more.items():
+        for file in {*entries.files} - strings.keys():
             strings[file] = _inside(file)
-        if not (0 <= first <= _LARGEST and 0 <= length <= _LARGEST):
-            raise CorruptError(f"the item of {_short(key)} has offset {first} and length {length}")
-        found[place] = Item(strings[file], first, length)
+        for numbers in (entries.offsets, entries.lengths):
+            if min(numbers) < 0 or max(numbers) > _LARGEST:
+                raise CorruptError(f"an item of {_short(key)} has an offset or a length that no file has")
+        own = found.get(key)
+        if own is None:
+            own = found[key] = _Stored(entries)
+        else:
+            own.entries.starts += entries.starts
+            own.entries.files += entries.files
+            own.entries.offsets += entries.offsets
+            own.entries.lengths += entries.lengths
+        if len({*own.entries.starts}) < len(own.entries.starts):
+            raise CorruptError(f"storage_data has two entries for {_short(key)} at one place")
     return found
 
 
@@ -245,17 +391,6 @@ def _item(key: str, fields: Mapping[str, Any], strings: dict[str, str]) -> Item:
     if not _is_count(offset) or not _is_count(length):
         raise CorruptError(f"the item of {_short(key)} has offset {offset!r:.40} and length {length!r:.40}")
     return Item(strings[file], offset, length, tuple(transforms))  # type: ignore[arg-type]
-
-
-def _item_of(
-    items: Mapping[tuple[str, tuple[int, ...] | None], Item], key: str, starts: tuple[int, ...] | None
-) -> Item:
-    item = items.get((key, starts))
-    if item is None:
-        raise CorruptError(
-            f"storage_data does not say where {_short(key)}{f' at {starts}' if starts else ''} lies"
-        )
-    return item
 
 
 def _inside(file: str) -> str:

@@ -7,7 +7,8 @@ In the order of a load:
    refuses a tree that no walk gets through; `tree.iterate` and `tree.tensors` walk one.
 2. A target says what it wants: a `demand.Demand`. By it, `sources` read files (each a `node_file.NodeFile`), and put
    what they hold together as `contents.Saved`. A tensor that lies in several partitions has a piece in each
-   (`partitions`, `model_parallel`, `shards`; where they are millions, `shares` makes them as they are asked for);
+   (`partitions`, `model_parallel`, `shards`; where they are millions, `shares` makes them as they are asked for, and
+   tensors that are cut alike share a `division.Division`);
    `regions.check_cover` tells whether they hold each element once.
 3. `ignore.ignore` leaves out what ``ignore_keys`` names.
 4. `targets` match names (`names.match_names`), collect what does not fit (`mismatch.Mismatch`), and plan copies:

@@ -95,9 +95,9 @@ def items_of(files: CheckpointFiles) -> dict[str, list[Item]]:
         metadata, prefix = read_metadata(file.path, name=file.source), file.name.removesuffix(DCP_METADATA)
         named = [
             *(
-                (f"{key}{list(chunk.box.starts)}", chunk.item)
+                (tensor.label(key, number), item)
                 for key, tensor in metadata.tensors.items()
-                for chunk in tensor.chunks
+                for number, item in enumerate(tensor.items)
             ),
             *metadata.objects.items(),
         ]

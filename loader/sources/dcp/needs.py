@@ -6,48 +6,52 @@ state the same; of everything else it needs all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ...formats.dcp_metadata import ChunkedTensor, Item, Metadata
+from ...formats.dcp_metadata import Metadata
 from ...saved.contents import Saved
 from ...saved.demand import Demand
 from ...saved.names import match_names
-from ...saved.regions import Laid, Region, extent, intersect, row_major_stride
-from ...saved.strided import Box
+from ...saved.regions import Region
 from ...saved.tensor import same_shape
 from ...saved.tree import iterate
 from .layout import tensors_by_role
 
 Keys = Mapping[int, str]
 """The keys of an outline's tensors and objects, by ``id``."""
+Numbers = Sequence[tuple[int, bool]]
+"""Of the items of one key: the numbers of those that are read (of an object 0), each with whether all of it is."""
 SMALL_BYTES = 16 << 10
 """Up to this size, values that are no part of the state are read with the weights alone, too."""
 STEP = "step"
 """The key of an optimizer's state that never lies along a parameter, whatever shapes the two have."""
 
 
-def wanted_items(metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand) -> dict[Item, bool]:
-    """The items that hold anything this rank reads, each with whether it reads all of it.
+def wanted_items(
+    metadata: Metadata, outline: Saved | None, key_of: Keys, demand: Demand
+) -> dict[str, Numbers]:
+    """The items that hold anything this rank reads, by their keys; the keys are in the order of `metadata`.
 
     `outline` is the checkpoint's parts before anything of them was read, None where they show only in the items: then
     the indexes of all are read. A job that is not sharded reads all of them whole.
     """
     if demand.outline:
-        return {item: True for item in metadata.objects.values() if item.length <= SMALL_BYTES}
+        return {key: [(0, True)] for key, item in metadata.objects.items() if item.length <= SMALL_BYTES}
+    everything = (*metadata.tensors, *metadata.objects)
     if outline is None:
         whole = not (demand.parameters or demand.shards or demand.weights_only)
-        return {item: whole for key in (*metadata.tensors, *metadata.objects) for item in _all(metadata, key)}
-    kept = dict(_kept(outline, key_of, demand))
-    wanted = {*metadata.tensors, *metadata.objects}
+        return {key: _all(metadata, key, whole) for key in everything}
+    wanted = {*everything}
     if not demand.optimizer:
         wanted -= _keys(outline.state.get("optimizers"), key_of)
     if demand.weights_only:
         # Extra state may be a dict, which has keys of its own.
         wanted = _keys(outline.state.get("model"), key_of)
         wanted |= {key for key in _keys(outline.extra, key_of) if _is_small(metadata, key)}
-    return {item: whole for key in wanted for item, whole in _met(metadata, key, kept.get(key))}
+    kept = dict(_kept(outline, key_of, demand))
+    met: dict[tuple[int, tuple[Region, ...]], Numbers] = {}
+    return {key: _met(metadata, key, kept.get(key), met) for key in everything if key in wanted}
 
 
 def _kept(outline: Saved, key_of: Keys, demand: Demand) -> Iterator[tuple[str, Sequence[Region]]]:
@@ -75,45 +79,30 @@ def _keys(tree: Any, key_of: Keys) -> set[str]:
 
 def _is_small(metadata: Metadata, key: str) -> bool:
     """Whether it costs little to read all of it: counters and settings, which are worth having beside the weights."""
-    return sum(item.length for item in _all(metadata, key)) <= SMALL_BYTES
-
-
-def _all(metadata: Metadata, key: str) -> Iterator[Item]:
     if key in metadata.objects:
-        yield metadata.objects[key]
-    else:
-        yield from (chunk.item for chunk in metadata.tensors[key].chunks)
+        return metadata.objects[key].length <= SMALL_BYTES
+    return sum(metadata.tensors[key].items.lengths) <= SMALL_BYTES
 
 
-def _met(metadata: Metadata, key: str, kept: Sequence[Region] | None) -> Iterator[tuple[Item, bool]]:
+def _all(metadata: Metadata, key: str, whole: bool) -> Numbers:
+    count = 1 if key in metadata.objects else len(metadata.tensors[key].items)
+    return [(number, whole) for number in range(count)]
+
+
+def _met(
+    metadata: Metadata,
+    key: str,
+    kept: Sequence[Region] | None,
+    known: dict[tuple[int, tuple[Region, ...]], Numbers],
+) -> Numbers:
     """The items of `key` that hold elements of `kept`, each with whether one region has all of it.
 
-    Where `kept` is None, all items, and all of each.
+    Where `kept` is None, all items, and all of each. `known` keeps what was found for tensors that are cut alike.
     """
     if kept is None or key in metadata.objects:
-        yield from ((item, True) for item in _all(metadata, key))
-        return
-    tensor = metadata.tensors[key]
-    for chunk in tensor.chunks:
-        common = max((_common(tensor, chunk.box, region) for region in kept), default=0)
-        if common:
-            yield chunk.item, common == chunk.box.numel
-
-
-def _common(tensor: ChunkedTensor, box: Box, region: Region) -> int:
-    """How many elements the two have in common."""
-    if isinstance(region, Box):
-        common = 1
-        for start, size, other, other_size in zip(
-            box.starts, box.sizes, region.starts, region.sizes, strict=True
-        ):
-            common *= max(0, min(start + size, other + other_size) - max(start, other))
-        return common
-    if not box.numel or not region.numel:
-        return 0
-    first, stop = extent(tensor.shape, box)
-    other_first, other_stop = extent(tensor.shape, region)
-    if stop <= other_first or other_stop <= first:
-        return 0
-    here, there = Laid(box, 0, row_major_stride(box.sizes)), Laid(region, 0, (1,))
-    return sum(math.prod(layout.shape) for layout, _ in intersect(tensor.shape, here, there))
+        return _all(metadata, key, True)
+    division = metadata.tensors[key].division
+    at = id(division), tuple(kept)
+    if at not in known:
+        known[at] = division.meeting(kept)
+    return known[at]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ....distributed.printable import warn
@@ -16,7 +16,7 @@ from ...saved.demand import Demand
 from ...saved.node_file import FileItem, ItemSpan, NodeFile
 from ..base import Files
 from .layout import parts_of
-from .needs import wanted_items
+from .needs import Numbers, wanted_items
 from .tree import nested
 from .values import blank, values
 
@@ -40,8 +40,33 @@ class _Folder:
     """Its ``.metadata``."""
     metadata: Metadata
 
-    def name_of(self, item: Item) -> str:
-        return f"{self.prefix}{item.file}"
+    def item(self, key: str, number: int) -> Item:
+        tensor = self.metadata.tensors.get(key)
+        return self.metadata.objects[key] if tensor is None else tensor.items[number]
+
+    def label(self, key: str, number: int) -> str:
+        """What messages call an item: its key, and of a chunk its place in the tensor."""
+        tensor = self.metadata.tensors.get(key)
+        return key if tensor is None else tensor.label(key, number)
+
+
+@dataclass
+class _Reading:
+    """The items that this rank reads, each once; several keys may have one of them."""
+
+    spans: dict[tuple[str, int, int, bool], ItemSpan] = field(default_factory=dict)
+    """By the file's name, the first byte and the last, and whether it is compressed."""
+    labels: dict[tuple[str, int, int, bool], str] = field(default_factory=dict)
+    """What messages call them."""
+    places: list[dict[str, dict[int, tuple[str, int, int, bool]]]] = field(default_factory=list)
+    """For each folder, by key: the item of each number, as `spans` has it."""
+
+    @property
+    def by_file(self) -> dict[str, list[ItemSpan]]:
+        found: dict[str, list[ItemSpan]] = {}
+        for (name, *_), span in self.spans.items():
+            found.setdefault(name, []).append(span)
+        return found
 
 
 class Dcp:
@@ -64,19 +89,17 @@ class Dcp:
                     beside = _beside(files, fetched[META])
         with files.stage("read metadata"):
             folders = [_folder(files, file) for file in metadata]
-            wanted = dict(_wanted(folders, beside, demand, files.name))
-        spans = {
-            (name, item): ItemSpan(item.offset, item.stop, item.transforms == _ZSTD, one.whole)
-            for (name, item), one in wanted.items()
-        }
-        by_file: dict[str, list[ItemSpan]] = {}
-        for (name, _), span in spans.items():
-            by_file.setdefault(name, []).append(span)
+            reading = _reading(folders, _wanted(folders, beside, demand, files.name))
+        by_file = reading.by_file
         held = files.fetch(sorted(by_file), "fetch", items=by_file)
-        items = [FileItem(held[at[0]], spans[at], one.key) for at, one in wanted.items()]
-        indexes = dict(zip(wanted, files.items(items, "read items"), strict=True))
+        items = [FileItem(held[at[0]], span, reading.labels[at]) for at, span in reading.spans.items()]
+        indexes = dict(zip(reading.spans, files.items(items, "read items"), strict=True))
         with files.stage("read states"):
-            saved = _saved(files, folders, indexes, beside, demand)
+            read = [
+                {key: {number: indexes[at] for number, at in own.items()} for key, own in places.items()}
+                for places in reading.places
+            ]
+            saved = _saved(files, folders, read, beside, demand)
         set_files = (*_set_of(folders), *map(SetFile, more))
         unfinished = _without_meta(files) if demand.outline and META not in more else ()
         notes = _notes(files, folders[0], held)
@@ -94,10 +117,8 @@ def _set_of(folders: list[_Folder]) -> Iterator[SetFile]:
     """The folders' files, each at least as long as its last item needs."""
     for folder in folders:
         yield SetFile(folder.file.name)
-        stops: dict[str, int] = {}
-        for item in folder.metadata.items():
-            stops[item.file] = max(item.stop, stops.get(item.file, 1))
-        yield from (SetFile(f"{folder.prefix}{name}", stop) for name, stop in sorted(stops.items()))
+        stops = folder.metadata.stops()
+        yield from (SetFile(f"{folder.prefix}{name}", max(1, stop)) for name, stop in sorted(stops.items()))
 
 
 def _notes(files: Files, folder: _Folder, held: Mapping[str, NodeFile]) -> tuple[str, ...]:
@@ -150,31 +171,10 @@ def _folder(files: Files, file: NodeFile) -> _Folder:
     return _Folder(prefix, file, files.parsed(file, lambda path, name: read_metadata(path, name=name)))
 
 
-def _places(metadata: Metadata, items: Container[Item]) -> Iterator[tuple[Item, str]]:
-    """Those of `items`, each with what messages call it: its key, and of a chunk its place in the tensor."""
-    for key, tensor in metadata.tensors.items():
-        for chunk in tensor.chunks:
-            if chunk.item in items:
-                yield chunk.item, f"{key}{list(chunk.box.starts)}"
-    for key, item in metadata.objects.items():
-        if item in items:
-            yield item, key
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What is wanted of one item."""
-
-    key: str
-    """What messages call it."""
-    whole: bool
-    """Whether this rank reads all of it."""
-
-
 def _wanted(
     folders: list[_Folder], beside: Mapping[str, Any], demand: Demand, name: str
-) -> Iterator[tuple[tuple[str, Item], _Wanted]]:
-    """The items that this rank reads, each with the name of its file."""
+) -> list[dict[str, Numbers]]:
+    """The items that this rank reads, of each folder by key."""
     stand_ins = [blank(folder.metadata) for folder in folders]
     outline = None
     if demand.weights_only or demand.parameters or demand.shards or not demand.optimizer:
@@ -184,13 +184,29 @@ def _wanted(
         # Where its parts show only in the items, or not at all, reading them says so.
         with contextlib.suppress(FormatError):
             outline = parts_of(tree, demand, name=name)
-    for folder, stands_in in zip(folders, stand_ins, strict=True):
-        key_of = {id(value): key for key, value in stands_in.items()}
-        items = wanted_items(folder.metadata, outline, key_of, demand)
-        keys = dict(_places(folder.metadata, items))
-        for item, whole in items.items():
-            _check(item, folder)
-            yield (folder.name_of(item), item), _Wanted(keys[item], whole)
+    return [
+        wanted_items(folder.metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
+        for folder, stands_in in zip(folders, stand_ins, strict=True)
+    ]
+
+
+def _reading(folders: list[_Folder], wanted: list[dict[str, Numbers]]) -> _Reading:
+    """How the items are read that are `wanted` of each folder. Raises `FormatError` where one is stored in a form that
+    is not known."""
+    reading = _Reading()
+    for folder, own in zip(folders, wanted, strict=True):
+        places: dict[str, dict[int, tuple[str, int, int, bool]]] = {}
+        for key, numbers in own.items():
+            of_key = places[key] = {}
+            for number, whole in numbers:
+                item = folder.item(key, number)
+                _check(item, folder)
+                zstd = item.transforms == _ZSTD
+                at = of_key[number] = (f"{folder.prefix}{item.file}", item.offset, item.stop, zstd)
+                reading.spans[at] = ItemSpan(item.offset, item.stop, zstd, whole)
+                reading.labels[at] = folder.label(key, number)
+        reading.places.append(places)
+    return reading
 
 
 def _nested(folder: _Folder, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,12 +229,11 @@ def _check(item: Item, folder: _Folder) -> None:
 def _saved(
     files: Files,
     folders: list[_Folder],
-    indexes: Mapping[tuple[str, Item], FileIndex],
+    read: list[dict[str, dict[int, FileIndex]]],
     beside: Mapping[str, Any],
     demand: Demand,
 ) -> Saved:
     tree: dict[str, Any] = dict(beside)
-    for folder in folders:
-        own = {item: index for (name, item), index in indexes.items() if name == folder.name_of(item)}
+    for folder, own in zip(folders, read, strict=True):
         tree.update(_nested(folder, values(folder.metadata, own, name=folder.file.source)))
     return parts_of(tree, demand, name=files.name)

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import CorruptError, FormatError
-from ...formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata
+from ...formats.dcp_metadata import ChunkedTensor, Metadata
 from ...formats.torch_file import FileIndex
-from ...saved.regions import CoverageError, row_major_stride
+from ...saved.division import Division
+from ...saved.regions import row_major_stride
+from ...saved.strided import Box
 from ...saved.tensor import Piece, SavedTensor, StorageRef, Unread
 from ...saved.values import InertObject, kind_of
 
-Indexes = Mapping[Item, FileIndex]
+Indexes = Mapping[int, FileIndex]
+"""Of the items of one key: by their numbers, of an object under 0."""
 
 _MOST_DIMENSIONS = 16
 """Of a tensor: whether chunks cover it takes a step for each corner of each."""
@@ -25,39 +28,54 @@ def blank(metadata: Metadata) -> dict[str, Any]:
     return {**tensors, **{key: InertObject("an item that was not read") for key in metadata.objects}}
 
 
-def values(metadata: Metadata, indexes: Indexes, *, name: str) -> dict[str, Any]:
+def values(metadata: Metadata, read: Mapping[str, Indexes], *, name: str) -> dict[str, Any]:
     """The values by key. Objects whose items were not read are left out; `name` is what messages call the metadata.
 
     Raises `CorruptError` where the chunks of a tensor do not cover it, or an item holds something else than a chunk.
     """
-    tensors = {key: _tensor(key, one, indexes, name) for key, one in metadata.tensors.items()}
-    objects = {key: indexes[item].tree for key, item in metadata.objects.items() if item in indexes}
-    return {**tensors, **objects}
+    unread: dict[int, list[Piece]] = {}
+    tensors: dict[str, Any] = {}
+    for key, tensor in metadata.tensors.items():
+        division = tensor.division
+        if id(division) not in unread:
+            _check_dimensions(key, division, name)
+            unread[id(division)] = _unread(division)
+        tensors[key] = _tensor(key, tensor, read.get(key, {}), unread[id(division)], name)
+    return {**tensors, **{key: read[key][0].tree for key in metadata.objects if key in read}}
 
 
-def _tensor(key: str, tensor: ChunkedTensor, indexes: Indexes, name: str) -> SavedTensor:
-    # A chunk that several ranks had may be listed for each.
-    chunks = {chunk.box: chunk for chunk in tensor.chunks}
-    if len(tensor.shape) > _MOST_DIMENSIONS:
+def _check_dimensions(key: str, division: Division, name: str) -> None:
+    if len(division.shape) > _MOST_DIMENSIONS:
         raise FormatError(
-            f"{name}: {key} has {len(tensor.shape)} dimensions; at most {_MOST_DIMENSIONS} are supported",
+            f"{name}: {key} has {len(division.shape)} dimensions; at most {_MOST_DIMENSIONS} are supported",
             path=name,
         )
-    pieces = [_piece(key, tensor.dtype, chunk, indexes.get(chunk.item)) for chunk in chunks.values()]
-    try:
-        return SavedTensor.in_pieces(tensor.dtype, tensor.shape, pieces)
-    except CoverageError as error:
+
+
+def _unread(division: Division) -> list[Piece]:
+    """A piece for each box, of which nothing was read; tensors that are cut alike share them."""
+    boxes = [division.boxes[number] for number in division.order]
+    return [Piece(box, 0, row_major_stride(box.sizes), _NOT_READ) for box in boxes]
+
+
+def _tensor(key: str, tensor: ChunkedTensor, indexes: Indexes, unread: list[Piece], name: str) -> SavedTensor:
+    division = tensor.division
+    pieces = unread.copy()
+    for number, index in indexes.items():
+        piece = _piece(tensor.dtype, division.boxes[number], index)
+        # A chunk that several ranks had may be listed for each, and one without elements is no piece.
+        if division.place[number] >= 0:
+            pieces[division.place[number]] = piece
+    if division.problem:
         raise CorruptError(
-            f"{name}: the chunks of {key} do not make a tensor of shape {tensor.shape}: {error}. The save was not "
-            "finished, or the file is damaged; take another checkpoint",
+            f"{name}: the chunks of {key} do not make a tensor of shape {tensor.shape}: {division.problem}. The save "
+            "was not finished, or the file is damaged; take another checkpoint",
             path=name,
-        ) from error
+        )
+    return SavedTensor(tensor.dtype, tensor.shape, tuple(pieces))
 
 
-def _piece(key: str, dtype: str, chunk: Chunk, index: FileIndex | None) -> Piece:
-    box = chunk.box
-    if index is None:
-        return Piece(box, 0, row_major_stride(box.sizes), _NOT_READ)
+def _piece(dtype: str, box: Box, index: FileIndex) -> Piece:
     saved = index.tree
     whole = saved.whole if isinstance(saved, SavedTensor) else None
     if (

@@ -73,8 +73,8 @@ def test_all_that_torch_reads(name: str) -> None:
         assert f"torch.{one.dtype}" == str(kinds[key].properties.dtype)
         assert one.shape == tuple(kinds[key].size)
         boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in kinds[key].chunks]
-        assert [chunk.box for chunk in one.chunks] == boxes
-        found |= {(key, chunk.box.starts): chunk.item for chunk in one.chunks}
+        assert list(one.division.boxes) == boxes
+        found |= {(key, box.starts): item for box, item in zip(boxes, one.items, strict=True)}
     assert found.keys() == stored.keys()
     for index, item in found.items():
         info = stored[index]
@@ -199,7 +199,7 @@ def test_many_entries_are_no_attack(tmp_path: Path) -> None:
     made.state_dict_metadata["many"] = tensor((12_000, 4), *chunks)
     for starts, _ in chunks:
         made.storage_data[place("many", starts)] = _StorageInfo("__0_0.distcp", 0, 1)
-    assert len(read(made, tmp_path).tensors["many"].chunks) == 12_000
+    assert len(read(made, tmp_path).tensors["many"].items) == 12_000
 
 
 def test_a_file_that_asks_for_more_than_it_is_worth(tmp_path: Path) -> None:

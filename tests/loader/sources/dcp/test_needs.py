@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_files import LocalFiles
 from places import DATA
-from rankload.loader.formats.dcp_metadata import Chunk, ChunkedTensor, Item, Metadata, read_metadata
+from rankload.loader.formats.dcp_metadata import ChunkedTensor, Item, Items, Metadata, read_metadata
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.demand import Demand, ParameterDemand, ShardDemand
+from rankload.loader.saved.division import Division
 from rankload.loader.saved.model_parallel import Position
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.strided import Box
@@ -28,9 +29,9 @@ def test_of_files_those_that_have_what_this_rank_keeps() -> None:
     folder = DATA / "dcp-fsdp2-w2/ckpt"
     listed = read_metadata(str(folder / ".metadata"), name="it").tensors
     chunks = {
-        key.removeprefix("model."): (one.shape, one.chunks[1].box)
+        key.removeprefix("model."): (one.shape, one.division.boxes[1])
         for key, one in listed.items()
-        if key.startswith("model.") and len(one.chunks) == 2
+        if key.startswith("model.") and len(one.items) == 2
     }
     demand = Demand(
         Position(1, 2),
@@ -58,11 +59,17 @@ def chunked(draw: st.DrawFn, key: str = "w") -> ChunkedTensor:
     """A tensor in a grid of chunks, each an item of its own."""
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
     axes = [cuts(size, draw(st.lists(st.integers(0, 5), max_size=2))) for size in shape]
-    chunks = []
-    for index, one in enumerate(itertools.product(*axes)):
-        box = Box(tuple(start for start, _ in one), tuple(size for _, size in one))
-        chunks.append(Chunk(box, Item(f"{key}.distcp", 10 * index, 10)))
-    return ChunkedTensor("float32", shape, tuple(chunks))
+    boxes = [
+        Box(tuple(start for start, _ in one), tuple(size for _, size in one))
+        for one in itertools.product(*axes)
+    ]
+    return in_items(Division(shape, tuple(boxes)), f"{key}.distcp")
+
+
+def in_items(division: Division, file: str) -> ChunkedTensor:
+    """Chunks that lie so, each an item of its own of the file."""
+    items = Items.of(Item(file, 10 * number, 10) for number in range(len(division.boxes)))
+    return ChunkedTensor("float32", division, items)
 
 
 def elements(shape: Place, box: Box) -> set[int]:
@@ -86,8 +93,12 @@ def asked_of(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> di
     }
     outline = Saved("it", "dcp", "", state)
     found = wanted_items(metadata, outline, {id(value): key for key, value in stands_in.items()}, demand)
-    found.pop(metadata.objects["lr"], None)
-    return found
+    return {
+        metadata.tensors[key].items[number]: whole
+        for key, numbers in found.items()
+        if key != "lr"
+        for number, whole in numbers
+    }
 
 
 def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tuple[set[Item], set[Item]]:
@@ -97,7 +108,11 @@ def wanted(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> tupl
 
 
 def holding(tensor: ChunkedTensor, kept: set[int]) -> set[Item]:
-    return {one.item for one in tensor.chunks if elements(tensor.shape, one.box) & kept}
+    return {
+        item
+        for box, item in zip(tensor.division.boxes, tensor.items, strict=True)
+        if elements(tensor.shape, box) & kept
+    }
 
 
 @given(st.data())
@@ -108,19 +123,15 @@ def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
         data.draw(st.integers(0, size - start)) for start, size in zip(starts, weight.shape, strict=True)
     ]
     box = Box(tuple(starts), tuple(sizes))
-    moment = ChunkedTensor(
-        "float32",
-        weight.shape,
-        tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
-    )
+    moment = in_items(weight.division, "m.distcp")
     demand = Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)})
     of_weight, of_moment = wanted(weight, moment, demand)
     kept = elements(weight.shape, box)
     assert of_weight == holding(weight, kept)
     assert of_moment == holding(moment, kept)
     for item, whole in asked_of(weight, moment, demand).items():
-        (chunk,) = (one for one in (*weight.chunks, *moment.chunks) if one.item == item)
-        assert whole == (elements(weight.shape, chunk.box) <= kept)
+        box = weight.division.boxes[item.offset // 10]
+        assert whole == (elements(weight.shape, box) <= kept)
     without = Demand(Position(0, 1), optimizer=False, shards=demand.shards)
     assert wanted(weight, moment, without) == (of_weight, set())
 
@@ -134,11 +145,7 @@ def test_runs_of_an_engines_parameter(data: st.DataObject) -> None:
         start = data.draw(st.integers(0, numel))
         runs.append(Run(start, data.draw(st.integers(0, numel - start))))
     updated, computed = runs
-    moment = ChunkedTensor(
-        "float32",
-        weight.shape,
-        tuple(Chunk(one.box, Item("m.distcp", one.item.offset, 10)) for one in weight.chunks),
-    )
+    moment = in_items(weight.division, "m.distcp")
     asked = ParameterDemand(weight.shape, "float32", (updated,), (computed,))
     of_weight, of_moment = wanted(weight, moment, Demand(Position(0, 1), parameters={"w": asked}))
     its = set(range(updated.start, updated.stop))
@@ -148,7 +155,7 @@ def test_runs_of_an_engines_parameter(data: st.DataObject) -> None:
 
 @given(chunked(), chunked("m"))
 def test_all_where_it_is_not_known(weight: ChunkedTensor, moment: ChunkedTensor) -> None:
-    all_of = [{one.item for one in tensor.chunks} for tensor in (weight, moment)]
+    all_of = [set(tensor.items) for tensor in (weight, moment)]
     assert list(wanted(weight, moment, Demand(Position(0, 1)))) == all_of
     assert list(wanted(weight, moment, Demand(Position(0, 1), weights_only=True))) == [all_of[0], set()]
     if weight.shape and moment.shape != weight.shape:
