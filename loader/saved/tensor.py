@@ -202,7 +202,17 @@ def _near(tensor: SavedTensor, into: Laid) -> Sequence[Piece]:
     bounds = hull(shape, into.region)
     if bounds.numel == tensor.numel:
         return pieces[low:high]
-    return [piece for piece in pieces[low:high] if _meet(hull(shape, piece.region), bounds)]
+    # Most pieces are another part of the first dimension, which is told without a call for each.
+    begin, end = bounds.starts[0], bounds.starts[0] + bounds.sizes[0]
+    return [
+        piece
+        for piece in pieces[low:high]
+        if not (
+            isinstance(box := piece.region, Box)
+            and (box.starts[0] >= end or box.starts[0] + box.sizes[0] <= begin)
+        )
+        and _meet(hull(shape, box), bounds)
+    ]
 
 
 def _meet(one: Box, other: Box) -> bool:
