@@ -1,10 +1,11 @@
 """Reads the indexes of torch files that lie end to end in larger files, as in those of a DCP folder.
 
-A local file is read where it lies. Of a file that comes in parts, the ends of the items are fetched first, of all
-items in one round: mostly they hold the whole index, and the end of one item and the beginning of the next are one
-range. Items up to `WHOLE_ITEM_BYTES` of which a rank reads all are fetched whole in that round, so that many of them
-are one request. Items whose index is longer are fetched whole in a second round, and compressed ones in the first:
-those are expanded into the node's cache, a file for each, and compared with the checksums that they hold.
+A local file is read where it lies, small items that follow each other at once. Of a file that comes in parts, the ends
+of the items are fetched first, of all items in one round: mostly they hold the whole index, and the end of one item and
+the beginning of the next are one range. Items up to `WHOLE_ITEM_BYTES` of which a rank reads all are fetched whole in
+that round, so that many of them are one request. Items whose index is longer are fetched whole in a second round, and
+compressed ones in the first: those are expanded into the node's cache, a file for each, and compared with the checksums
+that they hold. Of items that are alike but for their values, one is taken apart (`ItemForms`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..byte_ranges import ByteRange, subtract
 from ..checksums import crc32_in_file
 from ..context import LoadContext
 from ..errors import CorruptError
-from ..formats.torch_file import ITEM_END_BYTES, SMALL_ITEM_BYTES, FileIndex, read_index, read_item
+from ..formats.torch_file import FileIndex, read_index
+from ..formats.torch_items import ITEM_END_BYTES, SMALL_ITEM_BYTES, ItemForms, item_ends, read_item
 from ..saved.node_file import FileItem, ItemSpan
 from .again import SecondFetch
 from .decompress import Expanded
@@ -29,6 +31,7 @@ from .rounds import WantedRanges, fetch_now
 from .whole import on_disk
 
 _COPY_BYTES = 1 << 20
+_READ_AT_ONCE_BYTES = 1 << 20
 WHOLE_ITEM_BYTES = 4 << 20
 """Up to this size, two requests for the ends of an item and one for the rest cost more than what they save."""
 
@@ -47,17 +50,18 @@ def read_items(
     """
     ends = {item: ends_of(context, item.span) for item in wanted if item.file.path in remote.known}
     found: dict[FileItem, FileIndex] = {}
+    forms = ItemForms()
     with context.stages.announced(f"{stage}: sizes"):
         _check_sizes(wanted)
     fetch_now(context, remote, _by_path(ends), f"{stage}: ends")
-    with context.stages.announced(stage), _OpenFiles() as opened:
-        late = _read([item for item in wanted if not item.span.zstd], ends, again, opened, found)
+    with context.stages.announced(stage), _OpenFile() as opened:
+        late = _read([item for item in wanted if not item.span.zstd], ends, again, opened, forms, found)
         found |= {item: _expanded(context, again, item) for item in wanted if item.span.zstd}
     if not context.store.is_local and context.session.channel.decide(f"{stage}: longer", bool(late), any):
         whole = {item: [ByteRange(item.span.start, item.span.stop)] for item in late}
         fetch_now(context, remote, _by_path(whole), f"{stage}: longer ones")
-        with context.stages.announced(f"{stage} again"), _OpenFiles() as opened:
-            _read(late, whole, again, opened, found)
+        with context.stages.announced(f"{stage} again"), _OpenFile() as opened:
+            _read(late, whole, again, opened, forms, found)
     return [found[item] for item in wanted], list(_by_file(wanted, found))
 
 
@@ -100,25 +104,32 @@ def _read(
     wanted: Sequence[FileItem],
     landed: Mapping[FileItem, Sequence[ByteRange]],
     again: SecondFetch,
-    opened: _OpenFiles,
+    opened: _OpenFile,
+    forms: ItemForms,
     found: dict[FileItem, FileIndex],
 ) -> list[FileItem]:
     """Adds the indexes to `found`; items of which more is needed than has `landed` are returned."""
     late = []
-    for item in wanted:
+    for item, ends in _ends(wanted, opened):
+        path, start, stop = item.file.path, item.span.start, item.span.stop
+        name = f"{item.file.source}: {item.key}"
+        alike = forms.index(path, start, stop - start, ends, name, f"{item.key}:")
+        if alike is not None:
+            found[item] = alike
+            continue
         try:
-            name = f"{item.file.source}: {item.key}"
             found[item] = again.reading(
-                item.file.path,
+                path,
                 name,
                 partial(
                     read_item,
-                    item.file.path,
-                    item.span.start,
-                    item.span.stop,
+                    path,
+                    start,
+                    stop,
                     name=name,
                     key=f"{item.key}:",
                     open_file=opened.opener(landed.get(item)),
+                    forms=forms,
                 ),
                 landed.get(item, ()),
             )
@@ -130,6 +141,41 @@ def _read(
                 path=item.file.source,
             ) from error
     return late
+
+
+def _ends(wanted: Sequence[FileItem], opened: _OpenFile) -> Iterator[tuple[FileItem, bytes]]:
+    """The items in the order of their files, each with its ends (`item_ends`); fewer bytes where a file has not all."""
+    files: dict[str, list[FileItem]] = {}
+    for item in wanted:
+        files.setdefault(item.file.path, []).append(item)
+    for path, items in files.items():
+        items.sort(key=lambda item: item.span.start)
+        for together in _adjacent(items):
+            start, stop = together[0].span.start, together[-1].span.stop
+            if len(together) == 1:
+                ends = [opened.read(path, start + at, length) for at, length in item_ends(stop - start)]
+                yield together[0], b"".join(ends)
+                continue
+            data = opened.read(path, start, stop - start)
+            for item in together:
+                yield item, data[item.span.start - start : item.span.stop - start]
+
+
+def _adjacent(items: Sequence[FileItem]) -> Iterator[list[FileItem]]:
+    """Items of one file in its order, in groups that are read at once: small ones without any bytes between them."""
+    group: list[FileItem] = []
+    for item in items:
+        span = item.span
+        if group and not (
+            span.start == group[-1].span.stop
+            and span.stop - group[0].span.start <= _READ_AT_ONCE_BYTES
+            and max(span.stop - span.start, group[-1].span.stop - group[-1].span.start) <= SMALL_ITEM_BYTES
+        ):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def _expanded(context: LoadContext, again: SecondFetch, item: FileItem) -> FileIndex:
@@ -209,25 +255,35 @@ class _NotThereError(Exception):
     """Bytes are read that were not fetched."""
 
 
-class _OpenFiles(contextlib.ExitStack):
-    """Files that are each opened once; those that its openers return share them, and close nothing.
+class _OpenFile(contextlib.ExitStack):
+    """The file that is read, open once; what its openers return shares it, and closes nothing.
 
-    They have no buffers, which would read several times what an item's index has.
+    It has no buffer, which would read several times what an item's index has. Another file takes its place: a rank may
+    read thousands.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._files: dict[str, BinaryIO] = {}
+        self._path = ""
+        self._file: BinaryIO | None = None
 
     def opener(self, landed: Sequence[ByteRange] | None) -> Callable[[str], BinaryIO]:
         """A function like ``open``; reading outside of what has `landed` raises `_NotThereError`."""
+        return lambda path: cast(BinaryIO, _Shared(self._at(path), landed))
 
-        def open_file(path: str) -> BinaryIO:
-            if path not in self._files:
-                self._files[path] = cast(BinaryIO, self.enter_context(io.FileIO(path)))
-            return cast(BinaryIO, _Shared(self._files[path], landed))
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """Bytes of the file at `path`; fewer where it ends before, or cannot be read."""
+        try:
+            return os.pread(self._at(path).fileno(), length, start)
+        except OSError:
+            return b""
 
-        return open_file
+    def _at(self, path: str) -> BinaryIO:
+        if self._file is None or path != self._path:
+            self.close()
+            self._file = cast(BinaryIO, self.enter_context(io.FileIO(path)))
+            self._path = path
+        return self._file
 
 
 class _Shared(io.RawIOBase):

@@ -10,6 +10,7 @@
    tensor a `SavedTensor` that lies inside it.
 5. `saved.tree.check_tree` refuses a tree that contains itself, or is too large to walk.
 
+`torch_items` reads the indexes of torch files inside of larger files, of many that are alike by the bytes of one.
 `plain_pickle` reads what ``pickle.dump`` wrote, whose pickle is its whole index. `dcp_metadata` reads the ``.metadata``
 of a DCP folder, by `dcp_pickle` where it is as torch writes it. `model_index` reads the index of a model in several
 files; `strict_json` parses JSON for it and for `safetensors`.

@@ -7,12 +7,10 @@ header, never a storage: `materialize.tensors` reads those, once it is known whi
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ..errors import AccessError, CorruptError, FormatError, NotFoundError, UnsafeError
 from ..plurals import counted
@@ -37,10 +35,6 @@ It counts 19 to 22 for what ``torch.save`` writes of AdamW's or SGD's state of v
 takes 12 to 14 while it is read; 4 to 12 for names, numbers and larger tensors.
 """
 _LARGEST_PICKLE = 1 << 30
-ITEM_END_BYTES = 2 << 10
-"""Bytes that are read at once of each end of a torch file inside of a larger one; its index takes half of that."""
-SMALL_ITEM_BYTES = 16 << 10
-"""Bytes up to which such a file is read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ def read_index(
         raise CorruptError(f"{name}: {path} cannot be read ({error.strerror}).", path=name) from error
     if kind == "torch-zip":
         archive = read_zip(path, name=name, open_file=open_file, derive=partial)
-        return _read_zip_index(archive, path, name, size, _ZipStorages(archive))
+        return read_zip_index(archive, path, name, size, ZipStorages(archive))
     if kind == "torch-legacy" and not partial:
         limit = _memory_limit(size, min(size, _LARGEST_PICKLE))
         tree, storages = read_legacy(path, name=name, memory_limit=limit)
@@ -123,7 +117,7 @@ def read_index(
         return FileIndex(
             path, name, header.tensors, size, False, header.storages, "safetensors", metadata=header.metadata
         )
-    raise _other_kind(kind, name, size)
+    raise other_kind(kind, name, size)
 
 
 def check_records(path: str, *, name: str) -> None:
@@ -140,89 +134,7 @@ def check_records(path: str, *, name: str) -> None:
             archive.read(record, limit=place.size)
 
 
-def read_item(
-    path: str, start: int, stop: int, *, name: str, key: str, open_file: OpenFile = open_local
-) -> FileIndex:
-    """The index of the torch zip that is bytes ``[start, stop)`` of the file at `path`, one of several in it.
-
-    Its storages lie in that file; their keys there begin with `key`, which is this item's own. The same promises and
-    errors as `read_index`, of which `FormatError` where those bytes are no torch zip.
-    """
-    size = stop - start
-    with open_file(path) as file:
-        if size <= SMALL_ITEM_BYTES:
-            ends = {0: _bytes(file, start, size)}
-        else:
-            last = size - ITEM_END_BYTES
-            ends = {0: _bytes(file, start, ITEM_END_BYTES), last: _bytes(file, start + last, ITEM_END_BYTES)}
-
-    def open_part(path: str) -> BinaryIO:
-        if len(ends[0]) == size:
-            return io.BytesIO(ends[0])
-        return cast(BinaryIO, _PartOfFile(open_file(path), start, stop, ends))
-
-    try:
-        archive = read_zip(path, name=name, open_file=open_part, size=size)
-    except CorruptError:
-        with open_part(path) as part:
-            kind = sniff(part.read(HEAD_BYTES))
-        if kind != "torch-zip":
-            raise _other_kind(kind, name, size) from None
-        raise
-    # All headers were compared; the directories of many items would take more memory than all the rest of them.
-    return replace(
-        _read_zip_index(archive, path, name, size, _ZipStorages(archive, start, key)), archive=None
-    )
-
-
-def _bytes(file: BinaryIO, start: int, size: int) -> bytes:
-    file.seek(start)
-    return file.read(size)
-
-
-class _PartOfFile(io.RawIOBase):
-    """Bytes ``[start, stop)`` of a file, as a file of their own. `known`, by where they begin, were read before."""
-
-    def __init__(self, file: BinaryIO, start: int, stop: int, known: Mapping[int, bytes]) -> None:
-        super().__init__()
-        self._file = file
-        self._start = start
-        self._size = stop - start
-        self._known = known
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence] + offset
-        if position < 0:
-            raise OSError(errno.EINVAL, "a position before the beginning")
-        self._position = position
-        return position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        size = left if size < 0 else min(size, left)
-        for first, held in self._known.items():
-            at = self._position - first
-            if at >= 0 and at + size <= len(held):
-                data = held[at : at + size]
-                break
-        else:
-            data = _bytes(self._file, self._start + self._position, size)
-        self._position += len(data)
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int, finder: _ZipStorages) -> FileIndex:
+def read_zip_index(archive: ZipRecords, path: str, name: str, size: int, finder: ZipStorages) -> FileIndex:
     if "byteorder" in archive.records:
         order = archive.read("byteorder", limit=64)
         if order != b"little":
@@ -248,7 +160,7 @@ def _read_zip_index(archive: ZipRecords, path: str, name: str, size: int, finder
     return FileIndex(path, name, tree, size, archive.verifiable, storages, "zip", archive)
 
 
-class _ZipStorages:
+class ZipStorages:
     """Finds the zip's records by the keys that its pickle names; each storage becomes one `StorageRef`."""
 
     def __init__(self, archive: ZipRecords, base: int = 0, key: str = "") -> None:
@@ -297,7 +209,7 @@ def _memory_limit(file_size: int, pickle_size: int) -> int:
     return max(_LEAST_MEMORY, _MEMORY_RATIO * pickle_size) + 2 * max(0, file_size - pickle_size)
 
 
-def _other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
+def other_kind(kind: str, name: str, size: int) -> CorruptError | FormatError:
     described = KINDS[kind]
     if kind == "lfs":
         return CorruptError(f"{name} is {described}: run `git lfs pull` in the clone.", path=name)

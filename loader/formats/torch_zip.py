@@ -175,7 +175,7 @@ def read_zip(
 def ends_whole(tail: bytes, size: int) -> bool:
     """Whether a file of `size` bytes that ends in `tail` (`END_BYTES` of it at least) is one zip from its first byte to
     its last, as far as its end shows: the directory lies right before its last record, at the byte that this names."""
-    place = _directory_place(tail, size)
+    place = directory_place(tail, size)
     return place is not None and place[0] + place[1] == place[2]
 
 
@@ -186,7 +186,7 @@ def check_end(file: BinaryIO, size: int, name: str) -> None:
     """
     _directory_size(file, size, name)
     file.seek(max(0, size - END_BYTES))
-    place = _directory_place(file.read(), size)
+    place = directory_place(file.read(), size)
     if place is not None and place[0] + place[1] > place[2]:
         raise CorruptError(
             f"{name}: its zip directory claims bytes {place[0]:,} to {place[0] + place[1]:,}, but it ends before byte "
@@ -195,7 +195,7 @@ def check_end(file: BinaryIO, size: int, name: str) -> None:
         )
 
 
-def _directory_place(tail: bytes, size: int) -> tuple[int, int, int] | None:
+def directory_place(tail: bytes, size: int) -> tuple[int, int, int] | None:
     """Where the directory begins as the record at the file's end has it, its size, and where it ends in truth.
 
     None where there is no such record, or a comment follows it, which torch does not write.

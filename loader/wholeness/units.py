@@ -20,7 +20,7 @@ from ..fetch.checkpoint_files import CheckpointFiles
 from ..fetch.decompress import COMPRESSED
 from ..formats.dcp_metadata import read_metadata
 from ..formats.sniff import HEAD_BYTES, KINDS, sniff
-from ..formats.torch_file import read_item
+from ..formats.torch_items import read_item
 from ..formats.torch_zip import Record, ZipRecords, read_zip
 from ..ranges.objects import ObjectBytes
 from ..saved.tree import iterate, tensors

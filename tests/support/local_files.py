@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rankload.loader.errors import LayoutError, NotFoundError
-from rankload.loader.formats.torch_file import FileIndex, read_index, read_item
+from rankload.loader.formats.torch_file import FileIndex, read_index
+from rankload.loader.formats.torch_items import read_item
 from rankload.loader.saved.node_file import FileItem, ItemSpan, NodeFile
 from rankload.loader.stores.locate import MODEL_STATES
 

@@ -127,6 +127,12 @@ class PickledTensor(SavedTensor):
             self.storage, self.dtype, self.shape, self._stride, self._offset, requires_grad=requires_grad
         )
 
+    def moved_to(self, storage: StorageRef) -> PickledTensor:
+        """The same in another storage of that size."""
+        return PickledTensor(
+            storage, self.dtype, self.shape, self._stride, self._offset, requires_grad=self.requires_grad
+        )
+
     @property
     def repeats(self) -> bool:
         """Whether it has more elements than its storage, some of them several times (``expand``)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from many_files import write_dcp, write_zero
-from rankload.loader.alone import OUTLINE, open_alone
+from rankload.loader.alone import EVERYTHING, OUTLINE, open_alone
+from rankload.loader.fetch import items
+from rankload.loader.formats import torch_items
 from rankload.loader.planning.jobs import TargetName, job_of
 from rankload.loader.planning.recording import RankFiles
 from rankload.loader.planning.restores import restore_of
@@ -125,3 +128,29 @@ def test_one_rank_of_8_opens_each_file_of_its_chunks_of_dcp(dcp: Path) -> None:
     # To know it by its first bytes, and for all of its items.
     assert max(Counter(found.opened).values()) == 2
     assert found.copies == found.reads == 3 * PARAMETERS * 4
+
+
+def test_of_items_that_are_alike_one_is_taken_apart(dcp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the items of a file that follow each other are one read."""
+    taken, read = [], []
+    read_zip, read_file = torch_items.read_zip, items._OpenFile.read
+    monkeypatch.setattr(torch_items, "read_zip", lambda *a, **b: taken.append(a) or read_zip(*a, **b))
+    monkeypatch.setattr(items._OpenFile, "read", lambda *a: read.append(a[1]) or read_file(*a))
+    found = planned(dcp, "fsdp2", 8, 3)
+    files = {name for name in found.asked if name.endswith("_0.distcp")}
+    assert len(files) == 32
+    times = Counter(map(os.path.basename, read))
+    assert {times[name] for name in files} == {1}
+    # One of the tensors, and each of the objects: twice, as they are read for the outline too.
+    assert len(taken) <= 1 + 2 * 5
+
+
+def test_all_files_are_read_with_few_of_them_open(dcp: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + FILES // 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        with open_alone(dcp, EVERYTHING) as opened:
+            assert len(opened.files.fetched) > FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
