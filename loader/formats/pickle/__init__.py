@@ -1,7 +1,8 @@
 """Turns a pickle into plain values, saved tensors and inert objects; imports and calls nothing that the pickle names.
 
 1. `scan.scan_pickle` follows the opcodes (tables: `opcodes`) before any object exists. It refuses a pickle that would
-   take undue memory, nesting or hashing, or that uses opcodes which reach outside the file.
+   take undue memory, nesting or hashing, or that uses opcodes which reach outside the file. Of what a checkpoint says
+   of each of its tensors, it follows the opcodes once (`repeats`).
 2. `read.read_pickle` runs Python's unpickler with a ``find_class`` of its own: each global (a class or function that
    the pickle names) becomes a `PickledGlobal`, which is its name and whether the allow-list in `known` has it.
 3. Where the pickle calls a global, `build.make` finds a stand-in for it by name: `tensors` for torch's functions,

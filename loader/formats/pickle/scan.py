@@ -40,6 +40,7 @@ from .opcodes import (
     TUPLE,
     Step,
 )
+from .repeats import Repeats, Scanned
 
 MAX_NUMBER_TEXT = 4300
 """Characters in a number written as text; Python's own limit for conversions."""
@@ -110,23 +111,52 @@ def scan_beginning(data: bytes, *, name: str, start: int = 0, memory_limit: int)
 
 
 def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by_call: int) -> PickleScan:
-    # One long loop, since a call for each opcode would take longer than the opcode itself.
+    scanned = Scanned([], [], [], [])
     entries = _Entries(faults)
+
+    def scan_part(part: Scanned, pos: int, stop: int) -> None:
+        alone = _Entries(faults)
+        _follow_from(data, start, pos, stop, part, None, alone, memory_limit, made_by_call)
+        part.hashed = bool(alone.hash_work or alone.crafted_keys)
+
+    repeats = Repeats(data, scanned, memory_limit, scan_part) if len(data) > _REMEMBERED_BYTES else None
+    end, frames = _follow_from(
+        data, start, start, None, scanned, repeats, entries, memory_limit, made_by_call
+    )
+    return PickleScan(end, tuple(scanned.new_calls), tuple(frames), scanned.memory)
+
+
+def _follow_from(
+    data: bytes,
+    start: int,
+    pos: int,
+    stop: int | None,
+    scanned: Scanned,
+    repeats: Repeats | None,
+    entries: _Entries,
+    memory_limit: int,
+    made_by_call: int,
+) -> tuple[int, list[int]]:
+    """Follows the opcodes of the pickle that begins at `start`, from `pos` on: up to `stop`, else past its STOP.
+
+    Returns where it ended, and the offsets of the frames. The memo in `scanned` must have no gaps.
+    """
+    # One long loop, since a call for each opcode would take longer than the opcode itself.
+    faults = entries.faults
     arguments = _Arguments(data, faults)
-    size = len(data)
-    pos = start
-    stack: list[int] = []
-    marks: list[int] = []
-    fence = 0
-    memo: list[int] = []
-    memo_length = 0
-    new_calls: list[int] = []
+    size = len(data) if stop is None else stop
+    stack, marks, memo, new_calls = scanned.stack, scanned.marks, scanned.memo, scanned.new_calls
+    fence = marks[-1] if marks else 0
+    gaps = 0
     frames: list[int] = []
-    memory = 0
+    memory = scanned.memory
     step_of, pushed, argument_size, cost = STEPS, PUSHED, ARGUMENT_SIZE, COST
 
     while True:
         if pos >= size:
+            if pos == stop:
+                scanned.memory = memory
+                return pos, frames
             faults.truncated(pos)
         at = pos
         op = data[pos]
@@ -145,7 +175,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
 
         elif step == Step.PUT or step == Step.MEMOIZE:
             if step == Step.MEMOIZE:
-                index = memo_length
+                index = len(memo) - gaps
             elif width := argument_size[op]:
                 index = int.from_bytes(data[pos : pos + width], "little")
                 pos += width
@@ -158,7 +188,9 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
                 faults.unsafe(at, f"memo index {index:,} lies beyond the number of bytes so far")
             if index < len(memo):
                 if memo[index] < 0:
-                    memo_length += 1
+                    gaps -= 1
+                elif repeats is not None and memo[index] != stack[-1]:
+                    repeats.forget()
                 memo[index] = stack[-1]
             else:
                 grown = index + 1 - len(memo)
@@ -167,7 +199,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
                     faults.beyond(at, f"memo index {index:,} would take more than {memory_limit:,} bytes")
                 memo.extend([-1] * grown)
                 memo[index] = stack[-1]
-                memo_length += 1
+                gaps += grown - 1
 
         elif step == Step.GET:
             if width := argument_size[op]:
@@ -199,6 +231,12 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
             # Integers hash to themselves modulo a prime of 61 bits: more than a few collide only where they are longer.
             stack.append(CRAFTED if op in b"\x8a\x8b" and length > 8 else pushed[op])
             pos += length
+            if repeats is not None and not gaps:
+                stretch = repeats.follow(pos, memory)
+                if stretch is not None:
+                    pos += stretch.size
+                    memory += stretch.memory
+                    fence = marks[-1] if marks else 0
 
         elif step == Step.TUPLE:
             if op == 0x74:  # t: everything above the mark
@@ -324,7 +362,8 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
         elif step == Step.STOP:
             if len(stack) != 1 or marks:
                 faults.corrupt(at, f"it ends with {len(stack)} objects on its stack; expected one")
-            return PickleScan(pos, tuple(new_calls), tuple(frames), memory)
+            scanned.memory = memory
+            return pos, frames
 
         elif step == Step.REFUSED:
             faults.unsafe(at, f"opcode 0x{op:02x} takes something from outside the file")

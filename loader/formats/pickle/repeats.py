@@ -1,0 +1,254 @@
+"""Recognises stretches of a pickle that repeat, so that the scan follows each kind of them once. Free of torch.
+
+A checkpoint's pickle says the same of each of a hundred thousand tensors. Between one text and the next, such as names
+and the keys of storages, the opcodes are the same, and so is what they read of the memo; numbers differ, which the scan
+does not look at, and the index at which the memo goes on. So what the scan finds of such a stretch is the same too:
+which entries it takes off the stack and puts there, what it adds to the memo, and how much memory that takes.
+
+`Repeats.follow` is called after each text. Where the bytes that follow, and the top of the stack, are those of a
+`Stretch` that is known, it does at once what the scan would do opcode by opcode. What is new is scanned by itself, by
+the very function of the scan, with the top of the stack alone; a stretch is known from then on if that finds no fault.
+It is not one where an opcode takes more text, or anything that depends on what came before the top of the stack.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import RankloadError
+from .opcodes import ARGUMENT_SIZE, STEPS, Step
+
+_LONGEST = 512
+"""Bytes of a stretch, at most."""
+_LEAST_OPCODES = 6
+"""Of fewer, the scan takes no longer than a comparison."""
+_MOST_MEMORY = 320
+"""More bytes of memory than any byte of a stretch is counted as."""
+_KNOWN = 8
+"""How many stretches are known at most; those that were met last."""
+_DEPTHS = (1, 2, 4, 8, 16)
+"""How much of the stack is tried as what a stretch begins with."""
+_FREE_TRIES = 64
+_HITS_A_TRY = 64
+"""Stretches are looked for `_FREE_TRIES` times in vain, and once more for each `_HITS_A_TRY` that were met again."""
+_PLAIN = frozenset(
+    {
+        Step.MARK,
+        Step.TUPLE,
+        Step.CALL,
+        Step.PERSISTENT,
+        Step.FILL,
+        Step.FILL_ONE,
+        Step.BUILD,
+        Step.POP,
+        Step.DUP,
+        Step.STACK_GLOBAL,
+    }
+)
+"""What opcodes do that have no argument; a stretch has these, and those that push, and read or fill the memo."""
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What the scan keeps while it follows the opcodes. All of it changes as it goes on."""
+
+    stack: list[int]
+    marks: list[int]
+    memo: list[int]
+    new_calls: list[int]
+    memory: int = 0
+    hashed: bool = False
+    """Whether keys were met that take work to hash."""
+
+
+Scan = Callable[[Scanned, int, int], None]
+"""Scans the bytes from one position up to another, as the part of the pickle that it is in. Raises `RankloadError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Opcodes that repeat, and what the scan finds of them. Positions on the stack count from where `before` begins."""
+
+    size: int
+    """Of all its bytes."""
+    memory: int
+    opcodes: struct.Struct
+    """Reads the opcodes, and the arguments of those that read the memo."""
+    read: tuple[bytes, ...]
+    """What `opcodes` must read."""
+    places: struct.Struct | None
+    """Reads the indices in the memo that it fills; None where its opcodes state none."""
+    before: list[int]
+    """What is on top of the stack."""
+    marks_before: tuple[int, ...]
+    after: list[int]
+    marks_after: tuple[int, ...]
+    memo: list[int]
+    """What it adds to the memo."""
+    new_calls: tuple[int, ...]
+    """Offsets in it of the opcodes that ask for ``cls.__new__``."""
+
+
+class Repeats:
+    """The stretches of one pickle that are known so far."""
+
+    def __init__(self, data: bytes, scanned: Scanned, memory_limit: int, scan: Scan) -> None:
+        self._data = data
+        self._scanned = scanned
+        self._limit = memory_limit
+        self._scan = scan
+        self._known: list[Stretch] = []
+        self._hits = 0
+        self._tries = 0
+
+    def forget(self) -> None:
+        """To be called where an entry of the memo changes, which stretches may read."""
+        self._known.clear()
+
+    def follow(self, pos: int, memory: int) -> Stretch | None:
+        """Follows the stretch at `pos`, given the bytes of `memory` that were counted so far, and returns it.
+
+        None where none is known that fits. The memo must have no gaps.
+        """
+        data, known = self._data, self._known
+        stack, memo = self._scanned.stack, self._scanned.memo
+        for at, one in enumerate(known):
+            size = one.size
+            if pos + size > len(data) or memory + _MOST_MEMORY * size > self._limit:
+                continue
+            if one.opcodes.unpack_from(data, pos) != one.read:
+                continue
+            first = len(memo)
+            if one.places is not None and one.places.unpack_from(data, pos) != tuple(
+                range(first, first + len(one.memo))
+            ):
+                continue
+            base = len(stack) - len(one.before)
+            if base < 0 or stack[base:] != one.before or not self._has_marks(one.marks_before, base):
+                continue
+            stack[base:] = one.after
+            memo += one.memo
+            if one.marks_before != one.marks_after:
+                marks = self._scanned.marks
+                del marks[len(marks) - len(one.marks_before) :]
+                marks.extend(base + each for each in one.marks_after)
+            if one.new_calls:
+                self._scanned.new_calls.extend(pos + each for each in one.new_calls)
+            if at:
+                known.insert(0, known.pop(at))
+            self._hits += 1
+            return one
+        if self._tries < _FREE_TRIES + self._hits // _HITS_A_TRY:
+            self._tries += 1
+            self._learn(pos)
+        return None
+
+    def _has_marks(self, wanted: tuple[int, ...], base: int) -> bool:
+        """Whether the marks at `base` and above are those `wanted`."""
+        marks = self._scanned.marks
+        others = len(marks) - len(wanted)
+        if others < 0 or (others and marks[others - 1] >= base):
+            return False
+        return all(mark == base + each for mark, each in zip(marks[others:], wanted, strict=True))
+
+    def _learn(self, pos: int) -> None:
+        """Looks for a stretch at `pos`, as if nothing were known of it."""
+        outline = _outline(self._data, pos, len(self._scanned.memo))
+        if outline is None:
+            return
+        stack, marks = self._scanned.stack, self._scanned.marks
+        for depth in _DEPTHS:
+            base = len(stack) - depth
+            if base < 0:
+                return
+            # More marks than that have nothing between them.
+            own = tuple(mark - base for mark in marks[-_DEPTHS[-1] :] if mark >= base)
+            found = self._scanned_alone(pos, outline, stack[base:], own)
+            if found is not None:
+                self._known.insert(0, found)
+                del self._known[_KNOWN:]
+                return
+
+    def _scanned_alone(
+        self, pos: int, outline: _Outline, before: list[int], marks: tuple[int, ...]
+    ) -> Stretch | None:
+        """The stretch at `pos`, where scanning it with the stack and marks `before` alone finds no fault."""
+        memo = self._scanned.memo
+        first = len(memo)
+        # It only adds to the memo, which is long: what it adds is taken off again.
+        alone = Scanned(list(before), list(marks), memo, [])
+        try:
+            self._scan(alone, pos, pos + outline.size)
+            added = memo[first:]
+        except RankloadError:
+            return None
+        finally:
+            del memo[first:]
+        if alone.hashed or len(added) != outline.puts:
+            return None
+        return Stretch(
+            outline.size,
+            alone.memory,
+            outline.opcodes,
+            outline.opcodes.unpack_from(self._data, pos),
+            outline.places,
+            before,
+            marks,
+            alone.stack,
+            tuple(alone.marks),
+            added,
+            tuple(each - pos for each in alone.new_calls),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """Where the opcodes of a stretch are."""
+
+    size: int
+    puts: int
+    """How many entries it adds to the memo."""
+    opcodes: struct.Struct
+    places: struct.Struct | None
+
+
+def _outline(data: bytes, pos: int, index: int) -> _Outline | None:
+    """The outline of the stretch that begins at `pos`, where the memo has `index` entries; None where there is none."""
+    opcodes, places = ["<"], ["<"]
+    begin, count, puts, stated = pos, 0, 0, 0
+    stop = min(len(data), pos + _LONGEST)
+    while pos < stop:
+        op = data[pos]
+        step, width = STEPS[op], ARGUMENT_SIZE[op]
+        if pos + 1 + width > stop:
+            break
+        if step == Step.PUSH:
+            opcodes.append(f"c{width}x")
+            places.append(f"{1 + width}x")
+        elif step == Step.PUT and width:
+            if int.from_bytes(data[pos + 1 : pos + 1 + width], "little") != index + puts:
+                break
+            opcodes.append(f"c{width}x")
+            places.append("xB" if width == 1 else "xI")
+            puts += 1
+            stated += 1
+        elif step == Step.MEMOIZE:
+            opcodes.append("c")
+            places.append("x")
+            puts += 1
+        elif step == Step.GET and width:
+            opcodes.append(f"{1 + width}s")
+            places.append(f"{1 + width}x")
+        elif step in _PLAIN:
+            opcodes.append("c")
+            places.append("x")
+        else:
+            break
+        pos += 1 + width
+        count += 1
+    if count < _LEAST_OPCODES or (stated and stated != puts):
+        return None
+    stating = struct.Struct("".join(places)) if stated else None
+    return _Outline(pos - begin, puts, struct.Struct("".join(opcodes)), stating)
