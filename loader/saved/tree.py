@@ -29,6 +29,9 @@ BOUND = (
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _ENTERED = (*_CONTAINERS, InertObject)
+_TEXT = frozenset({str})
+_LEAVES = frozenset({int, str, float, bool, type(None)})
+"""Some of the types of values that hold no others."""
 
 
 def check_tree(tree: Any, *, name: str) -> None:
@@ -47,9 +50,15 @@ def check_tree(tree: Any, *, name: str) -> None:
         if isinstance(root, InertObject):
             if id(root) not in seen_objects:
                 seen_objects.add(id(root))
-                for part in (root.args, root.kwargs, root.state, root.items, root.entries):
-                    if isinstance(part, _ENTERED):
+                for part in (root.args, root.kwargs, root.state):
+                    if isinstance(part, _ENTERED) and part:
                         roots.append(part)
+                    else:
+                        total += 1
+                        held += _note_flat(part, sizes) if isinstance(part, _CONTAINERS) else 1
+                for of_its_own in (root.items, root.entries):
+                    if of_its_own:
+                        roots.append(of_its_own)
                     else:
                         total += 1
                         held += 1
@@ -151,6 +160,8 @@ def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], n
         return 1, 1
     if id(root) in sizes:
         return 1, 0
+    if _is_flat(root):
+        return 1 + len(root), _note_flat(root, sizes)
     held = 1
     stack: list[tuple[Any, Iterator[Any]]] = [(root, _children(root))]
     sizes[id(root)] = (0, 0)
@@ -163,6 +174,11 @@ def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], n
                 if known is None:
                     if len(stack) > MAX_DEPTH:
                         raise _too_deep(name)
+                    if _is_flat(child):
+                        held += _note_flat(child, sizes) - 1
+                        counts[-1][0] += 1 + len(child)
+                        counts[-1][1] = max(counts[-1][1], 2)
+                        continue
                     sizes[id(child)] = (0, 0)
                     stack.append((child, _children(child)))
                     counts.append([1, 1])
@@ -186,6 +202,24 @@ def _measure(root: Any, sizes: dict[int, tuple[int, int]], objects: list[Any], n
                 return values, held
             counts[-1][0] += values
             counts[-1][1] = max(counts[-1][1], depth + 1)
+
+
+def _is_flat(node: Any) -> bool:
+    """Whether a container holds neither containers nor objects, and no key of a dict counts as a value of its own."""
+    kinds = set(map(type, node))
+    if isinstance(node, dict):
+        if not kinds <= _TEXT:
+            return False
+        kinds = set(map(type, node.values()))
+    return kinds <= _LEAVES or not any(issubclass(kind, _ENTERED) for kind in kinds)
+
+
+def _note_flat(node: Any, sizes: dict[int, tuple[int, int]]) -> int:
+    """Adds the size of a flat container to `sizes`, as `_measure` does; returns how many values it holds."""
+    if id(node) in sizes:
+        return 0
+    sizes[id(node)] = (1 + len(node), 1)
+    return 1 + len(node)
 
 
 def _too_deep(name: str) -> UnsafeError:
