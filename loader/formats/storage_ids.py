@@ -68,6 +68,21 @@ def read_storage_id(pid: tuple[Any, ...]) -> PersistentId:
     return PersistentId("uint8", key, numel, view, unknown=name)
 
 
+def same_storage_id(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether `one` names the same as `other`, of which `read_storage_id` has found that it is of its form."""
+    if len(one) != 5 or len(other) != 5:
+        return False
+    _, kind, key, _, numel = one
+    _, other_kind, other_key, _, other_numel = other
+    return (
+        kind is other_kind
+        and type(key) is type(other_key)
+        and key == other_key
+        and type(numel) is int
+        and numel == other_numel
+    )
+
+
 def tensor_over(named: PersistentId, storage: StorageRef, numel: int) -> PickledTensor:
     """The one-dimensional tensor over `storage`, of `numel` elements of the dtype that it was named with."""
     if named.quantized:

@@ -22,7 +22,7 @@ from .pickle.scan import scan_pickle
 from .plain_pickle import read_plain
 from .safetensors import read_safetensors
 from .sniff import HEAD_BYTES, KINDS, sniff
-from .storage_ids import read_storage_id, tensor_over, unknown_storage
+from .storage_ids import read_storage_id, same_storage_id, tensor_over, unknown_storage
 from .torch_legacy import read_legacy
 from .torch_zip import OpenFile, ZipRecords, open_local, read_zip
 
@@ -172,8 +172,12 @@ class ZipStorages:
         self.base = base
         self.key = key
         self.found: dict[str, StorageRef] = {}
+        self._last: tuple[tuple[Any, ...], PickledTensor] | None = None
 
     def find(self, pid: tuple[Any, ...]) -> PickledTensor | PickledInertTensor:
+        if self._last is not None and same_storage_id(pid, self._last[0]):
+            # Of an engine, all parameters of a group lie in one storage.
+            return self._last[1]
         named = read_storage_id(pid)
         if named.unknown:
             return unknown_storage(named)
@@ -198,7 +202,9 @@ class ZipStorages:
                 f"storage {named.key!r} is used as {named.numel:,} elements of {named.dtype}, but has "
                 f"{storage.nbytes:,} bytes"
             )
-        return tensor_over(named, storage, named.numel)
+        made = tensor_over(named, storage, named.numel)
+        self._last = pid, made
+        return made
 
 
 def _memory_limit(file_size: int, pickle_size: int) -> int:

@@ -105,7 +105,8 @@ def _reconstructor(budget: Budget, kind: Any, base: Any, state: Any = None) -> P
 
 
 def _ordered(budget: Budget, pairs: Any = ()) -> Ordered:
-    return Ordered(_pairs(budget, pairs))
+    # Every tensor comes with an empty one.
+    return Ordered(_pairs(budget, pairs)) if pairs != () else Ordered()
 
 
 def _dict(budget: Budget, pairs: Any = ()) -> dict[Any, Any]:

@@ -310,13 +310,15 @@ def lay_out(
         raise CorruptError(f"a tensor of {len(sizes)} dimensions with {len(steps)} strides")
     itemsize = ITEMSIZE[dtype]
     if 0 not in sizes:
-        last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        last = start
+        for size, step in zip(sizes, steps):  # noqa: B905  # as many: compared above
+            last += (size - 1) * step
         if (last + 1) * itemsize > storage.nbytes:
             raise CorruptError(
                 f"a {dtype} tensor of shape {sizes} reaches byte {(last + 1) * itemsize:,} of storage "
                 f"{storage.key!r}, which has {storage.nbytes:,}"
             )
-    if math.prod(filter(None, sizes)) > _LARGEST:
+    if len(sizes) > 1 and math.prod(filter(None, sizes)) > _LARGEST:
         raise CorruptError(f"a tensor of shape {sizes}, which nothing can hold")
     return PickledTensor(storage, dtype, sizes, steps, start, requires_grad=_requires(dtype, requires_grad))
 
@@ -325,7 +327,8 @@ def _integers(budget: Budget, value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
         raise CorruptError(f"a tensor whose {what} is no tuple of at most {MAX_DIMENSIONS} integers")
     for item in value:
-        _integer(item, what)
+        if type(item) is not int or not 0 <= item <= _LARGEST:
+            raise _no_number(what)
     if type(value) is tuple:
         # The pickle's own, which it may use for many tensors: a copy for each would take memory that nothing counts.
         return value
@@ -335,8 +338,12 @@ def _integers(budget: Budget, value: Any, what: str) -> tuple[int, ...]:
 
 def _integer(value: Any, what: str) -> int:
     if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise CorruptError(f"a tensor whose {what} is no number of elements")
+        raise _no_number(what)
     return value
+
+
+def _no_number(what: str) -> CorruptError:
+    return CorruptError(f"a tensor whose {what} is no number of elements")
 
 
 TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
