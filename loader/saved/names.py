@@ -93,6 +93,8 @@ def match_names(
     unmatched. Raises `OptionError` where `rename` makes two of the checkpoint's names one of the model's.
     """
     sources, targets = list(dict.fromkeys(source)), list(dict.fromkeys(target))
+    if not rename and not _may_be_wrapped(sources) and not _may_be_wrapped(targets):
+        return _by_equal_names(sources, targets)
     renamed = _renamed(sources, rename or {})
     classes: dict[str, tuple[list[str], list[str]]] = {}
     for name in sources:
@@ -115,6 +117,22 @@ def match_names(
         {name: found[name] for name in sources if name in found},
         tuple(name for name in targets if name not in taken),
         tuple(name for name in sources if name not in found),
+    )
+
+
+def _may_be_wrapped(names: Sequence[str]) -> bool:
+    """Whether the `canonical_name` of any of `names` may be another name."""
+    together = "\n".join(names)
+    return WRAPPER in together or "_orig_mod" in together
+
+
+def _by_equal_names(sources: Sequence[str], targets: Sequence[str]) -> NameMatch:
+    """The match of names each of which is its own `canonical_name`."""
+    wanted, held = set(targets), set(sources)
+    return NameMatch(
+        {name: name for name in sources if name in wanted},
+        tuple(name for name in targets if name not in held),
+        tuple(name for name in sources if name not in wanted),
     )
 
 
@@ -248,6 +266,8 @@ def _key_for(name: str, keys: Mapping[str, str]) -> str | None:
 
 def unused_renames(names: Iterable[str], rename: Mapping[str, str]) -> list[str]:
     """The keys of `rename` that fit none of `names`, with or without wrappers' prefixes."""
+    if not rename:
+        return []
     all_names = set(names)
     fitting = {_key_for(name, rename) for name in all_names}
     plain_names = {_plain(name) for name in all_names}
