@@ -251,7 +251,9 @@ def load(
         exclude_algorithms=exclude_algorithms,
         algorithm_passes=algorithm_passes,
     )
-    return with_right_indexes(request, partial(_load, problem=problem))
+    with without_collector():
+        # What the load made is gone when the collector comes back, which would visit each of it.
+        return with_right_indexes(request, partial(_load, problem=problem))
 
 
 def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
@@ -259,7 +261,6 @@ def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
     verify = request.options.verify
     with (
         default_modes(),
-        without_collector(),
         partial_once_changed() as restoring,
         open_session(stall_timeout_s=request.options.stall_timeout_s) as session,
         contextlib.ExitStack() as leaving,
