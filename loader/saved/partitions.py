@@ -8,13 +8,12 @@ element of its own on. Both a saved checkpoint and a live engine are laid out by
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .regions import CoverageError, Run
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A run of a parameter's elements, and where a partition has them: on a rank, from element ``start`` on."""
 
     rank: int

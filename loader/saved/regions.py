@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from .strided import Box, Layout, row_major_boxes
 
@@ -20,8 +21,7 @@ class CoverageError(ValueError):
     """Regions overlap, or a wanted element lies in none of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """``length`` elements of a flattened tensor, from ``start`` on."""
 
     start: int

@@ -11,11 +11,22 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..plurals import counted
 from .dtypes import ITEMSIZE
-from .regions import CoverageError, Laid, Run, as_run, check_cover, extent, hull, intersect, whole_box
+from .regions import (
+    CoverageError,
+    Laid,
+    Run,
+    as_run,
+    check_cover,
+    extent,
+    hull,
+    intersect,
+    row_major_stride,
+    whole_box,
+)
 from .strided import Box, Layout
 
 if TYPE_CHECKING:
@@ -131,6 +142,25 @@ class SavedTensor:
         return piece if known else None
 
     @property
+    def row(self) -> tuple[StorageRef, int] | None:
+        """The storage that has all elements, in row-major order without gaps, and the place of the first one there.
+
+        None for any other tensor, and for some that repeat dimensions of one element.
+        """
+        pieces = self.pieces
+        if len(pieces) != 1:
+            return None
+        piece = pieces[0]
+        region = piece.region
+        if not isinstance(piece.storage, StorageRef):
+            return None
+        if isinstance(region, Run):
+            in_order = piece.stride == (1,) and region == Run(0, self.numel)
+        else:
+            in_order = piece.stride == row_major_stride(self.shape) and region == whole_box(self.shape)
+        return (piece.storage, piece.offset) if in_order else None
+
+    @property
     def storages(self) -> tuple[StorageRef, ...]:
         """The storages of its pieces that are known, each once."""
         known = (piece.storage for piece in self.pieces)
@@ -143,6 +173,40 @@ class SavedTensor:
             return True
         piece = self.whole
         return piece is not None and Layout(self.shape, piece.stride, 0).is_contiguous
+
+
+class RowTensor(SavedTensor):
+    """A tensor whose elements follow each other in one storage, as a run: those of a parameter in a partition.
+
+    Its one piece is made when it is asked for: there are several of these for each parameter.
+    """
+
+    __slots__ = ("_offset", "_storage")
+    _storage: StorageRef
+    _offset: int
+
+    def __init__(self, storage: StorageRef, dtype: str, shape: tuple[int, ...], offset: int) -> None:
+        keep = object.__setattr__
+        keep(self, "_storage", storage)
+        keep(self, "dtype", dtype)
+        keep(self, "shape", shape)
+        keep(self, "_offset", offset)
+        keep(self, "requires_grad", False)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (Piece(Run(0, self.numel), self._offset, (1,), self._storage),)
+
+    @property
+    def whole(self) -> None:
+        return None
+
+    @property
+    def row(self) -> tuple[StorageRef, int]:
+        return self._storage, self._offset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SavedTensor, (self.dtype, self.shape, self.pieces, self.requires_grad)
 
 
 def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from ...errors import UnsafeError
-from ...saved.regions import whole_box
+from ...saved.regions import row_major_stride, whole_box
 from ...saved.tensor import Piece, SavedTensor, StorageRef
 from ...saved.values import GlobalName, InertArray, InertObject, InertShard, InertTensor
 
@@ -120,6 +120,11 @@ class PickledTensor(SavedTensor):
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return (Piece(whole_box(self.shape), self._offset, self._stride, self.storage),)
+
+    @property
+    def row(self) -> tuple[StorageRef, int] | None:
+        in_order = self._stride == row_major_stride(self.shape)
+        return (self.storage, self._offset) if in_order else None
 
     def requiring_grad(self, requires_grad: bool) -> PickledTensor:
         """The same with that ``requires_grad``."""

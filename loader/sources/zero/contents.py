@@ -16,6 +16,15 @@ from .optim_states import OptimStates, read_whole_optimizer
 
 
 @dataclass(frozen=True)
+class LaidOut:
+    """A layout, and the files that it was found in."""
+
+    model: ModelStates
+    optim: OptimStates
+    checkpoint: ZeroCheckpoint
+
+
+@dataclass(frozen=True)
 class ZeroContents:
     """The layout, and the contents of the files that this rank has read, by saved rank."""
 
@@ -55,9 +64,15 @@ class ZeroContents:
 
 
 def zero_contents(
-    models: Mapping[int, ModelStates], optims: Mapping[int, OptimStates], *, weights_only: bool
+    models: Mapping[int, ModelStates],
+    optims: Mapping[int, OptimStates],
+    *,
+    weights_only: bool,
+    laid_out: LaidOut | None = None,
 ) -> ZeroContents:
     """The checkpoint that the files make, by saved rank; rank 0's model file must be among them.
+
+    `laid_out` is what is known of the layout already.
 
     Raises `CorruptError` where they were not saved together, and as `zero_checkpoint`.
     """
@@ -65,8 +80,13 @@ def zero_contents(
     if first.param_shapes is None and not weights_only and first.optimizer is not None:
         optims = {0: read_whole_optimizer(first.optimizer, file=first.optimizer_file or first.file)}
     one = optims[min(optims)] if optims else None
-    checkpoint = zero_checkpoint(first, one)
+    if laid_out is not None and laid_out.model is first and laid_out.optim is one:
+        checkpoint = laid_out.checkpoint
+    else:
+        checkpoint = zero_checkpoint(first, one)
     for rank, model in models.items():
+        if model is first and not checkpoint.partitioned:
+            continue
         _same(first, model, model.world_size == first.world_size, "world size")
         _same(first, model, model.param_shapes == first.param_shapes, "parameters")
         _same(first, model, model.frozen_shapes == first.frozen_shapes, "frozen parameters")
@@ -78,7 +98,7 @@ def zero_contents(
             # Where the parameters lie does not depend on it.
             check_shares(first, optim, checkpoint.partition_numel)
             _same(first, optim, tuple(optim.tensors) == checkpoint.kinds, "optimizer state")
-        elif checkpoint.stage:
+        elif checkpoint.stage and optim is not one:
             other = zero_checkpoint(first, optim)
             _same(first, optim, other.kinds == checkpoint.kinds, "optimizer state")
             _same(first, optim, other.parameters == checkpoint.parameters, "places of parameters")

@@ -63,6 +63,13 @@ def a_name(value: Any, place: Field) -> str:
     return str(value)
 
 
+def named(value: Mapping[Any, Any], place: Field) -> dict[str, Any]:
+    """`value` as a dict, each of whose keys is `a_name`."""
+    if set(map(type, value)) <= {str} and "" not in value:
+        return dict(value)
+    return {a_name(name, place): item for name, item in value.items()}
+
+
 def a_tensor(value: Any, place: Field) -> SavedTensor:
     if not isinstance(value, SavedTensor):
         raise place.wrong("a tensor", value)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ...errors import CorruptError, LayoutError
 from ...plurals import counted
@@ -36,8 +37,7 @@ FROZEN_GROUP = -1
 """`SavedParameter.group` of a parameter that no optimizer owns."""
 
 
-@dataclass(frozen=True)
-class SavedParameter:
+class SavedParameter(NamedTuple):
     """A parameter as the checkpoint has it."""
 
     name: str
@@ -102,7 +102,7 @@ class ZeroCheckpoint:
                 found.numel, self.world_size, found.offset, None if ranks is None else sorted(ranks)
             )
         else:
-            over = self._ranks_of(found)
+            over = self.ranks_of(found)
             slots = cut(found.offset, found.numel, self.partition_numel[found.group], len(over), over)
         return slots if ranks is None else [slot for slot in slots if slot.rank in ranks]
 
@@ -124,7 +124,7 @@ class ZeroCheckpoint:
             over: Sequence[int] = range(self.world_size)
             first, size = run.start, padded_share(found.numel, self.world_size)
         else:
-            over = self._ranks_of(found)
+            over = self.ranks_of(found)
             first, size = found.offset + run.start, self.partition_numel[found.group]
         last = first + run.length - 1
         if last >= size * len(over):
@@ -137,7 +137,8 @@ class ZeroCheckpoint:
             raise KeyError(name)
         return found
 
-    def _ranks_of(self, parameter: SavedParameter) -> Sequence[int]:
+    def ranks_of(self, parameter: SavedParameter) -> Sequence[int]:
+        """Stages 1, 2: the saved ranks that its group is cut over, in order."""
         return self.group_ranks[parameter.group] if self.group_ranks else range(self.world_size)
 
 

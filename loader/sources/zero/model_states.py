@@ -6,16 +6,16 @@ files of their own (`experts`), and so are the layers of a pipeline (`layers`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import FormatError, LayoutError
+from ...formats.pickle.inert import TorchSize
 from ...saved.demand import Shape
 from ...saved.model_parallel import EXPERTS, UNSPLIT, ExpertLayer, ParallelLayout
 from ...saved.tensor import SavedTensor
-from .fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor
+from .fields import Field, a_count, a_mapping, a_name, a_sequence, a_shape, a_tensor, named
 from .model_parallel import saved_layout
 
 OWN_KEYS = frozenset(
@@ -28,6 +28,9 @@ OWN_KEYS = frozenset(
     }
 )  # fmt: skip
 """Keys that are DeepSpeed's; the rest of the top level is the caller's client_state."""
+
+_SHAPES_KNOWN = 64
+"""How many shapes are compared with those that follow; a bound, since a file chooses their hashes."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def read_model_states(tree: Any, *, file: str) -> ModelStates:
     top = Field(file)
     layout = saved_layout(tree, top)
     own = {} if layout.pipeline else a_mapping(tree["module"], top.at("module"))
-    module = {a_name(k, top.at("module")): v for k, v in own.items()}
+    module = named(own, top.at("module"))
     buffers = frozenset(
         a_name(name, top.at("buffer_names"))
         for name in a_sequence(tree.get("buffer_names") or [], top.at("buffer_names"))
@@ -176,10 +179,17 @@ def _param_shapes(value: Any, place: Field) -> tuple[dict[str, Shape], ...] | No
 
 
 def _shapes(value: Any, place: Field) -> dict[str, Shape]:
-    return {
-        a_name(name, place): a_shape(shape, place.at(name))
-        for name, shape in a_mapping({} if value is None else value, place).items()
-    }
+    found: dict[str, Shape] = {}
+    known: dict[TorchSize, Shape] = {}
+    for name, shape in named(a_mapping({} if value is None else value, place), place).items():
+        # A checkpoint has many parameters of few shapes.
+        checked = known.get(shape) if type(shape) is TorchSize else None
+        if checked is None:
+            checked = a_shape(shape, place.at(name))
+            if type(shape) is TorchSize and len(known) < _SHAPES_KNOWN:
+                known[shape] = checked
+        found[name] = checked
+    return found
 
 
 def _names(value: Any, place: Field) -> dict[str, str]:
@@ -204,13 +214,15 @@ def _is_partitioned(
         for name, shape in group.items():
             if EXPERTS in name and name not in module:
                 continue
-            place = top.at("module").at(name)
-            tensor = a_tensor(module.get(name), place)
+            tensor = module.get(name)
+            if not isinstance(tensor, SavedTensor):
+                raise top.at("module").at(name).wrong("a tensor", tensor)
             if tensor.shape == shape:
-                whole += bool(math.prod(shape))
+                whole += 0 not in shape
             elif tensor.numel == 0:
                 empty += 1
             else:
+                place = top.at("module").at(name)
                 raise place.wrong(f"a tensor of shape {shape}, as param_shapes tells", tensor)
     if empty and whole:
         raise top.at("module").wrong("either all parameters or none", f"{whole} of {empty + whole}")

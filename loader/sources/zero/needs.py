@@ -15,7 +15,7 @@ from ...saved.names import match_names
 from ...saved.regions import CoverageError, Run
 from ...saved.tensor import SavedTensor, same_shape
 from .file_names import Needed
-from .layout import ZeroCheckpoint
+from .layout import FROZEN_GROUP, ZeroCheckpoint
 from .model_states import ModelStates
 
 
@@ -56,8 +56,9 @@ def wanted_runs(demand: Demand, checkpoint: ZeroCheckpoint, model: ModelStates) 
     )
     match = match_names([*model.module, *in_no_layer], demand.names, demand.rename)
     wanted: dict[str, list[Run]] = {}
+    parameters, aliases = demand.parameters or {}, demand.aliases
     for saved_name, name in match.target_of.items():
-        asked = (demand.parameters or {}).get(demand.aliases.get(name, name))
+        asked = parameters.get(aliases.get(name, name))
         parameter = checkpoint.find(saved_name)
         if parameter is None or asked is None or not same_shape(parameter.shape, asked.shape):
             continue
@@ -80,13 +81,24 @@ def files_of_runs(checkpoint: ZeroCheckpoint, wanted: Mapping[str, Iterable[Run]
     """
     models: set[int] = set()
     optims: set[int] = set()
+    # A group, and where the partition that was found last begins and ends in its row: the next run is mostly there too.
+    near = (FROZEN_GROUP, 0, 0)
     for name, runs in wanted.items():
         parameter = checkpoint.find(name)
         if parameter is None or checkpoint.stage == 0 or (parameter.frozen and not checkpoint.partitioned):
             continue
+        group, begin, numel = parameter.group, parameter.offset, parameter.numel
         try:
             for run in runs:
-                (models if parameter.frozen else optims).update(checkpoint.holders(name, run))
+                start, stop = begin + run.start, begin + run.stop
+                if group == near[0] and near[1] <= start and stop <= near[2] and run.stop <= numel:
+                    continue
+                holders = checkpoint.holders(name, run)
+                (models if parameter.frozen else optims).update(holders)
+                if len(holders) == 1 and not checkpoint.partitioned:
+                    size = checkpoint.partition_numel[group]
+                    low = start // size * size
+                    near = group, low, low + size
         except CoverageError as error:
             raise LayoutError(f"{name}: {error}") from error
     return Needed(frozenset(models), frozenset(optims))

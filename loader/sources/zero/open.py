@@ -17,7 +17,7 @@ from ...saved.model_parallel import Position
 from ...stores.locate import MODEL_STATES
 from ..base import Files
 from ..single_file import COMPOSER_STATES, read_layout
-from .contents import zero_contents
+from .contents import LaidOut, zero_contents
 from .experts import check_experts, expert_files, optimizer_file, with_experts
 from .file_names import ZERO_FOLDER, Needed, expert_file, model_file, optim_namings
 from .files import ArchiveSource, FolderSource, ZeroSource
@@ -45,7 +45,9 @@ class Zero:
             zero = ZeroFiles.begin(source, demand, name=files.name)
         gather_files(files, zero)
         with files.stage("read states"):
-            contents = zero_contents(zero.models, zero.optims, weights_only=demand.weights_only)
+            contents = zero_contents(
+                zero.models, zero.optims, weights_only=demand.weights_only, laid_out=zero.laid_out
+            )
             saved = replace(
                 zero_saved(contents, zero.demand, name=files.name), files=_set_of_files(zero, demand)
             )
@@ -102,6 +104,8 @@ class ZeroFiles:
     """Experts' files that were read: name to (tree, what messages call it)."""
     layers: frozenset[str] = frozenset()
     """Names of the layer files that were read."""
+    laid_out: LaidOut | None = None
+    """The layout, once `gather_files` has looked for the files that this rank needs."""
 
     @classmethod
     def begin(cls, source: ZeroSource, demand: Demand, *, name: str) -> ZeroFiles:
@@ -244,7 +248,9 @@ def gather_files(files: Files, zero: ZeroFiles) -> None:
     with files.stage("read"):
         zero.read(needed)
         if with_optimizer and demand.in_parts:
-            layout = zero_checkpoint(zero.first, zero.optims[min(zero.optims)])
+            first, optim = zero.first, zero.optims[min(zero.optims)]
+            layout = zero_checkpoint(first, optim)
+            zero.laid_out = LaidOut(first, optim, layout)
             if demand.layers and not demand.rename:
                 check_layers(zero.first, demand.trained)
             rest = files_of_runs(layout, wanted_runs(demand, layout, zero.first)) - zero.held

@@ -7,12 +7,13 @@ that this rank has not read are in it too, as `Unread`: they are an error only w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from ...errors import CorruptError
 from ...saved.partitions import Slot, padded_share
 from ...saved.regions import CoverageError, Run
 from ...saved.shares import FlatShares, Shares
-from ...saved.tensor import Piece, SavedTensor, StorageRef, Unread
+from ...saved.tensor import Piece, RowTensor, SavedTensor, StorageRef, Unread
 from .contents import ZeroContents
 from .layout import SavedParameter
 
@@ -21,6 +22,66 @@ FROZEN = "frozen"
 
 _SHOWN = 8
 """How many ranks that do not follow each other a message lists."""
+
+
+def all_partitioned(zero: ZeroContents, kinds: Sequence[str]) -> dict[str, Mapping[str, SavedTensor]]:
+    """As `partitioned`, for every parameter that an optimizer updates, by its name."""
+    partitions: dict[int, _Partitions | None] = {}
+    found: dict[str, Mapping[str, SavedTensor]] = {}
+    for name, parameter in zero.checkpoint.parameters.items():
+        if parameter.frozen:
+            continue
+        group = parameter.group
+        if group not in partitions:
+            partitions[group] = _partitions(zero, parameter, kinds)
+        own = partitions[group]
+        tensors = None if own is None else _in_a_partition(own, parameter)
+        found[name] = partitioned(zero, parameter, kinds) if tensors is None else tensors
+    return found
+
+
+class _Partitions(NamedTuple):
+    """The partitions of a group that were read, of stages 1 and 2."""
+
+    size: int
+    """Elements of each."""
+    ranks: Sequence[int]
+    """The saved ranks that have them, in order."""
+    rows: tuple[tuple[str, str, Mapping[int, Piece]], ...]
+    """For each kind that the files have: its dtype, and by saved rank all of its partition."""
+
+
+def _partitions(zero: ZeroContents, parameter: SavedParameter, kinds: Sequence[str]) -> _Partitions | None:
+    """The partitions of `parameter`'s group; None where its parameters do not lie in partitions."""
+    checkpoint = zero.checkpoint
+    if checkpoint.partitioned or not checkpoint.stage or not checkpoint.partition_numel:
+        return None
+    rows = ((kind, *_rows(zero, parameter, kind)) for kind in kinds)
+    return _Partitions(
+        checkpoint.partition_numel[parameter.group],
+        checkpoint.ranks_of(parameter),
+        tuple((kind, dtype, row) for kind, dtype, row in rows if dtype is not None),
+    )
+
+
+def _in_a_partition(partitions: _Partitions, parameter: SavedParameter) -> dict[str, SavedTensor] | None:
+    """The tensors of a parameter that lies in one partition as a whole; None where it does not, or was not read."""
+    numel, size = parameter.numel, partitions.size
+    index = parameter.offset // size if size else 0
+    start = parameter.offset - index * size
+    if not numel or start + numel > size or index >= len(partitions.ranks):
+        return None
+    rank = partitions.ranks[index]
+    tensors: dict[str, SavedTensor] = {}
+    for kind, dtype, rows in partitions.rows:
+        row = rows.get(rank)
+        if row is None or row.stride != (1,) or start + numel > row.region.numel:
+            return None
+        storage = row.storage
+        if not isinstance(storage, StorageRef):
+            return None
+        tensors[kind] = RowTensor(storage, dtype, parameter.shape, row.offset + start)
+    return tensors
 
 
 def partitioned(

@@ -18,7 +18,7 @@ from .contents import ZeroContents
 from .layout import named_by_optimizer
 from .model_states import ModelStates
 from .optim_states import MASTER, OptimStates
-from .partitioned import FROZEN, partitioned
+from .partitioned import FROZEN, all_partitioned, partitioned
 
 Kinds = Mapping[str, SavedTensor]
 """The tensors of one parameter: the fp32 masters and the optimizer's element-wise state."""
@@ -97,13 +97,9 @@ def _named(zero: ZeroContents, demand: Demand) -> ZeroContents:
 
 def _partitioned(zero: ZeroContents, *, weights_only: bool) -> dict[str, Kinds]:
     """The tensors of each parameter that the optimizer updates, by its name; none where its files were not read."""
-    checkpoint = zero.checkpoint
-    kinds = [MASTER] if weights_only else checkpoint.kinds
-    return {
-        name: partitioned(zero, parameter, kinds)
-        for name, parameter in checkpoint.parameters.items()
-        if zero.optims and not parameter.frozen
-    }
+    if not zero.optims:
+        return {}
+    return all_partitioned(zero, (MASTER,) if weights_only else zero.checkpoint.kinds)
 
 
 def _model(zero: ZeroContents, model: ModelStates, made: Mapping[str, Kinds]) -> dict[str, Any]:
@@ -143,13 +139,13 @@ def _masters(
     zero: ZeroContents, model: Mapping[str, Any], made: Mapping[str, Kinds]
 ) -> dict[str, SavedTensor]:
     """The fp32 master of each saved weight that has one, by its names in the saved `model`."""
-    known = {name: zero.checkpoint.find(name) for name in model}
-    of = {name: made.get(parameter.name, {}).get(MASTER) for name, parameter in known.items() if parameter}
-    return {
-        name: master
-        for name, master in of.items()
-        if master is not None and isinstance(model[name], SavedTensor) and model[name].shape == master.shape
-    }
+    aliases = zero.checkpoint.aliases
+    found: dict[str, SavedTensor] = {}
+    for name, value in model.items():
+        master = made.get(aliases.get(name, name), {}).get(MASTER)
+        if master is not None and isinstance(value, SavedTensor) and value.shape == master.shape:
+            found[name] = master
+    return found
 
 
 def _unnamed_masters(zero: ZeroContents) -> tuple[tuple[SavedTensor, ...], ...]:
@@ -189,10 +185,12 @@ def _optimizer(zero: ZeroContents, optim: OptimStates, made: Mapping[str, Kinds]
     for name, kinds in made.items():
         group = checkpoint.parameters[name].group
         members.setdefault(optim.group_of[group], []).append(name)
-        states[name] = {
-            **optim.scalars.get(group, {}),
-            **{kind: tensor for kind, tensor in kinds.items() if kind != MASTER},
-        }
+        scalars = optim.scalars.get(group, {})
+        states[name] = state = {**scalars, **kinds}
+        if MASTER in scalars:
+            state[MASTER] = scalars[MASTER]
+        else:
+            state.pop(MASTER, None)
     count = len(optim.groups) if optim.groups is not None else max(members, default=-1) + 1
     groups = [
         {**(optim.groups[index] if optim.groups is not None else {}), "params": members.get(index, [])}

@@ -17,7 +17,7 @@ from rankload.loader.sources.zero.contents import ZeroContents, zero_contents
 from rankload.loader.sources.zero.layout import SavedParameter, ZeroCheckpoint
 from rankload.loader.sources.zero.model_states import read_model_states
 from rankload.loader.sources.zero.optim_states import OptimStates, read_optim_states
-from rankload.loader.sources.zero.partitioned import FROZEN, partitioned
+from rankload.loader.sources.zero.partitioned import FROZEN, all_partitioned, partitioned
 from zero_trees import model_tree, optim_tree, tensor
 
 
@@ -62,6 +62,44 @@ def test_pieces_begin_where_the_flat_tensors_do() -> None:
     # All kinds are cut alike.
     for piece, same in zip(found["exp_avg"].pieces, found["fp32"].pieces, strict=True):
         assert piece.region is same.region
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.sampled_from([1, 2]), st.data())
+def test_all_at_once_are_as_each_by_itself(numels: list[int], step: int, data: st.DataObject) -> None:
+    """Also where a parameter lies in two partitions, its rank's file was not read, or has no such state."""
+    size = -(-sum(numels) // 3) + data.draw(st.integers(0, 2))
+    read = data.draw(st.sets(st.integers(0, 2), min_size=1))
+    lacks = data.draw(st.sampled_from([-1, *read]))
+    optims = {
+        rank: replace(
+            optim_of(rank),
+            tensors={
+                "fp32": {0: strided(rank, size, offset=7)},
+                "exp_avg": {} if rank == lacks else {0: strided(rank, size, offset=2, step=step)},
+            },
+        )
+        for rank in sorted(read)
+    }
+    starts = [sum(numels[:index]) for index in range(len(numels))]
+    parameters = {
+        f"p{index}": SavedParameter(f"p{index}", (numel,), 0, start)
+        for index, (numel, start) in enumerate(zip(numels, starts, strict=True))
+    }
+    checkpoint = ZeroCheckpoint(1, 3, parameters, {}, (size,), {0: 0}, ("fp32", "exp_avg"))
+    model = read_model_states(model_tree([{"x": (1,)}], 3), file="model.pt")
+    zero = ZeroContents(checkpoint, {0: model}, optims)
+    together = all_partitioned(zero, checkpoint.kinds)
+    assert list(together) == list(parameters)
+    for name, parameter in parameters.items():
+        alone = partitioned(zero, parameter, checkpoint.kinds)
+        assert list(together[name]) == list(alone)
+        for kind, own in alone.items():
+            other = together[name][kind]
+            assert (other.dtype, other.shape, other.whole) == (own.dtype, own.shape, own.whole)
+            assert [(one.region, one.offset, one.stride, one.storage) for one in other.pieces] == [
+                (one.region, one.offset, one.stride, one.storage) for one in own.pieces
+            ]
+            assert other.row == own.row
 
 
 def test_tensors_are_looked_at_once_for_all_the_parameters_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
