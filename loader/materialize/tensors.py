@@ -24,7 +24,7 @@ from ..errors import FormatError, InternalError
 from ..options import Verify
 from ..ranges.destinations import FirstWrite
 from ..ranges.direct import DirectReads
-from ..saved.copies import Copy, Memory, copies_into
+from ..saved.copies import Copy, Memory, NamesOf, copies_into
 from ..saved.regions import Run, row_major_stride
 from ..saved.strided import Box, Layout, bounded_boxes, row_major_boxes
 from ..saved.tensor import SavedTensor, StorageRef
@@ -100,7 +100,7 @@ class TensorReader:
                 for storage in _in_file_order(by_storage)
             ]
             left = self._storages.place(planned)
-            self._storages.read_all(left, lambda storage: [copy.name for copy in by_storage[storage]])
+            self._storages.read_all(left, lambda storage: NamesOf(by_storage[storage]))
 
     def verify(self, storages: Iterable[StorageRef]) -> None:
         """Compares all of `storages` with their checksums now; `copy` will not do so again.

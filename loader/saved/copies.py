@@ -7,9 +7,10 @@ fill a region of a saved tensor, `copies_of_tree` those that make a tree of save
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, overload
 
 from ..byte_ranges import ByteRange, once, overlap, union
 from ..errors import LayoutError
@@ -58,11 +59,14 @@ class Copy:
     memory: Memory
     target: Layout
     """Where they go in the memory, in its elements from its first one on."""
+    names: Sequence[str] = ()
+    """Of the tensors that it is for, `name` first, where it is for several (`runs`)."""
 
     def __str__(self) -> str:
         start, stop = self.span
         how = "as they are" if self.as_it_is else f"as {self.memory.dtype} {self.target.shape}"
-        return f"{self.name}: bytes {start:,} to {stop:,} of {self.storage.key} into {self.memory.key}, {how}"
+        more = f" and {len(self.names) - 1:,} more" if len(self.names) > 1 else ""
+        return f"{self.name}{more}: bytes {start:,} to {stop:,} of {self.storage.key} into {self.memory.key}, {how}"
 
     @property
     def span(self) -> ByteRange:
@@ -96,6 +100,27 @@ class StorageReads:
     def nbytes(self) -> int:
         """How many bytes are read."""
         return sum(stop - start for start, stop in self.ranges)
+
+
+class NamesOf(Sequence[str]):
+    """The names of all tensors that `copies` are for, which are made when they are asked for."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = copies
+
+    def __len__(self) -> int:
+        return sum(len(copy.names) or 1 for copy in self._copies)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        for copy in self._copies:
+            yield from copy.names or (copy.name,)
 
 
 def copies_into(tensor: SavedTensor, into: Laid, memory: Memory, *, name: str) -> Iterator[Copy]:
@@ -243,8 +268,9 @@ class _Reads:
                 edges[-1] = stop
             else:
                 edges += (start, stop)
-        if len(self._names) < _NAMES_SHOWN and copy.name and copy.name not in self._names:
-            self._names = (*self._names, copy.name)
+        if len(self._names) < _NAMES_SHOWN and copy.name:
+            new = dict.fromkeys((*self._names, copy.name, *copy.names[:_NAMES_SHOWN]))
+            self._names = tuple(islice(new, _NAMES_SHOWN))
 
     def finished(self) -> StorageReads:
         ranges, direct = (

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from ...saved.copies import Memory
 from ...saved.demand import Shape
 from ...saved.model_parallel import ExpertLayer, Position
 from ...saved.partitions import Slot, shares
-from ...saved.regions import Laid, Run
+from ...saved.regions import Run
 from ...saved.strided import Layout
 from ..dtensor import dtype_name, kept_part
 from ..module import extra_states
@@ -31,15 +31,25 @@ Kind = Literal["zero", "zero3", "bf16", "unfused", "plain", "none"]
 in bf16 or fp16), torch's own (stage 0 in fp32), none."""
 
 
-@dataclass(frozen=True, eq=False)
-class LowSlot:
+class LowSlot(NamedTuple):
     """Where elements of a parameter lie that the module computes with, on this rank."""
 
     flat: torch.Tensor
-    """One-dimensional, or the whole parameter where its memory is not contiguous."""
+    """One-dimensional: the row of weights that the parameter lies in; or the whole parameter, where its memory is not
+    contiguous."""
     slot: Slot
     key: str
     """Names ``flat`` among the engine's tensors (`Memory.key`)."""
+
+    @property
+    def elements(self) -> torch.Tensor:
+        """Those of the parameter alone."""
+        start, length = self.slot.start, self.slot.run.length
+        return self.flat if length == self.flat.numel() else self.flat[start : start + length]
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""The classes of tensors that are nothing but their memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +222,8 @@ def _low(
     world_size: int,
 ) -> dict[str, tuple[LowSlot, ...]]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
-        return {name: (_whole_slot(name, parameter),) for name, parameter in parameters.items()}
+        rows = tuple(_rows_of_weights(kind, optimizer))
+        return {name: (_in_a_row(name, parameter, rows),) for name, parameter in parameters.items()}
     found: dict[str, tuple[LowSlot, ...]] = {}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     if kind == "zero3":
@@ -240,6 +251,45 @@ def _share(name: str, parameter: Any, rank: int, world_size: int) -> Iterator[Lo
     for slot in shares(parameter.ds_numel, world_size, 0):
         if slot.rank == rank:
             yield LowSlot(share.data.view(-1), slot, f"model/{name}")
+
+
+class _Row(NamedTuple):
+    """A tensor in which an optimizer keeps the weights of a parameter group side by side."""
+
+    flat: torch.Tensor
+    key: str
+    start: int
+    """Address of its first byte."""
+    stop: int
+
+
+def _rows_of_weights(kind: Kind, optimizer: Any) -> Iterator[_Row]:
+    """The rows of weights of DeepSpeed's stages 1 and 2, and of BF16_Optimizer."""
+    found = {"zero": "bit16_groups_flat", "bf16": "bf16_groups_flat"}.get(kind)
+    flats = getattr(optimizer, found, None) if found is not None else None
+    for index, flat in enumerate(flats if isinstance(flats, list | tuple) else ()):
+        if type(flat) in _PLAIN and flat.dim() == 1 and flat.is_contiguous() and flat.numel():
+            start = flat.data_ptr()
+            stop = start + flat.numel() * flat.element_size()
+            yield _Row(flat_view(flat), f"weights of group {index}", start, stop)
+
+
+def _in_a_row(name: str, parameter: torch.Tensor, rows: Sequence[_Row]) -> LowSlot:
+    """Where a whole parameter lies: in one of `rows`, where it is a part of that, else by itself."""
+    start = parameter.data_ptr() if rows and type(parameter) in _PLAIN else 0
+    for row in rows:
+        if row.start <= start < row.stop:
+            size, numel = row.flat.element_size(), parameter.numel()
+            first, more = divmod(start - row.start, size)
+            if (
+                parameter.dtype == row.flat.dtype
+                and parameter.device == row.flat.device
+                and parameter.is_contiguous()
+                and not more
+                and first + numel <= row.flat.numel()
+            ):
+                return LowSlot(row.flat, Slot(0, first, Run(0, numel)), row.key)
+    return _whole_slot(name, parameter)
 
 
 def _whole_slot(name: str, parameter: torch.Tensor) -> LowSlot:
@@ -293,11 +343,3 @@ def flat_memory(memory: Memory) -> Memory:
     """What `flat_view` gives of a tensor with this `memory`."""
     layout = Layout(memory.shape, memory.stride, 0)
     return replace(memory, shape=(layout.numel,), stride=(1,)) if layout.is_contiguous else memory
-
-
-def laid(slot: Slot, memory: Memory) -> Laid:
-    """The elements of `slot`, where they lie in `memory`, which is a `flat_view`: in a row, or a whole parameter."""
-    if len(memory.shape) != 1:
-        return memory.whole
-    (step,) = memory.stride
-    return Laid(slot.run, slot.start * step, (step,))

@@ -6,9 +6,9 @@ so any two layouts fit as long as the files that it leads to were read. Words ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,36 +18,36 @@ from ...saved.dtypes import keeps_values
 from ...saved.mismatch import Mismatch, fits
 from ...saved.names import match_names
 from ...saved.partitions import Slot
+from ...saved.runs import Runs
 from ...saved.tensor import SavedTensor, of_one_element
 from ..buffers import check_saved
 from ..dtensor import dtype_name, unfillable
 from ..module import rename_advice
-from .live import LiveEngine, Memories, laid, memory_of
+from .live import LiveEngine, Memories, memory_of
 from .parameter_sources import choose_sources
 
 
-@dataclass(frozen=True)
-class ParameterPart:
+class ParameterPart(NamedTuple):
     """What one parameter's weights and masters are filled from on this rank."""
 
-    low: tuple[Copy, ...] = ()
-    """Into the weights that the module computes with."""
-    masters: tuple[Copy, ...] = ()
+    low: SavedTensor | None = None
+    """What fills this rank's elements of the weights that the module computes with; None where it has none, or casts
+    them from masters."""
+    masters: SavedTensor | None = None
+    """What fills this rank's elements of the masters; None where it has none, or casts them from the weights."""
     low_from_master: tuple[tuple[int, Slot], ...] = ()
     """Stage 3: (index of the flat, slot in it) of shares that are cast from this rank's own masters."""
     master_from_low: tuple[tuple[int, Slot], ...] = ()
     """(index of the flat, slot in it) of masters that are cast from the module's weights."""
-    source: SavedTensor | None = None
-    """What all of the weights are filled from, where this rank computes with all of them and they lie in a row."""
     from_saved_masters: bool = False
     """Whether saved masters fill the masters."""
     low_is_master: bool = False
-    """Whether ``source`` is a saved master."""
+    """Whether ``low`` is a saved master."""
 
     @property
     def restored(self) -> bool:
         """Whether weights change."""
-        return bool(self.low or self.low_from_master)
+        return self.low is not None or bool(self.low_from_master)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class ModelPart:
     """What a module's state and the masters of its parameters are filled from; by the engine's names."""
 
     parameters: Mapping[str, ParameterPart] = field(default_factory=dict)
+    low: tuple[Copy, ...] = ()
+    """Into the weights that the module computes with, of all parameters."""
+    masters: tuple[Copy, ...] = ()
+    """Into the masters."""
     buffers: Mapping[str, tuple[Copy, ...]] = field(default_factory=dict)
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Saved values."""
@@ -75,8 +79,17 @@ class ModelPart:
         return bool(
             self.buffers
             or self.extra_state
-            or any(part.restored or part.masters for part in self.parameters.values())
+            or self.masters
+            or any(part.restored for part in self.parameters.values())
         )
+
+    def low_of(self, live: LiveEngine, names: Collection[str]) -> tuple[Copy, ...]:
+        """Those copies of `low` that are into the weights of the parameters `names`."""
+        runs, memories = Runs("model"), Memories()
+        for name, part in self.parameters.items():
+            if name in names and part.low is not None:
+                _add_low(live, name, part.low, runs, memories)
+        return runs.copies
 
 
 def plan_model(
@@ -116,24 +129,18 @@ def plan_model(
         if name in saved_name:
             saved_names.setdefault(first, []).append(saved_name[name])
     cast: dict[str, str] = {}
-    memories = Memories()
-    parameters: dict[str, ParameterPart] = {}
-    for name in live.shapes:
-        left = [one for one in saved_names.get(name, ()) if one in wanted]
-        if left:
-            value, master = whole[left[0]], saved.masters.get(left[0])
-            problem = next((found for low in live.low[name] if (found := unfillable(low.flat))), None)
+    planned = _Planned(live)
+    for name, shape in live.shapes.items():
+        left = next((one for one in saved_names.get(name, ()) if one in wanted), None)
+        if left is not None:
+            value, master, dtype = whole[left], saved.masters.get(left), live.dtypes[name]
+            problem = planned.problem(name)
             if problem:
                 mismatch.wrong.append(f"model/{name}: {problem}")
-            elif fits(
-                value,
-                f"model/{name}",
-                live.shapes[name],
-                live.dtypes[name],
-                mismatch,
-                {} if value is master else cast,
+            elif (isinstance(value, SavedTensor) and value.shape == shape and value.dtype == dtype) or fits(
+                value, f"model/{name}", shape, dtype, mismatch, {} if value is master else cast
             ):
-                parameters[name] = _plan_parameter(live, name, value, master, memories)
+                planned.add(name, value, master)
     buffers: dict[str, tuple[Copy, ...]] = {}
     unchecked: dict[str, tuple[SavedTensor, torch.Tensor]] = {}
     for name, buffer in live.buffers.items():
@@ -152,7 +159,9 @@ def plan_model(
                     else:
                         unchecked[name] = value, buffer
     return ModelPart(
-        parameters,
+        planned.parameters,
+        planned.low.copies,
+        planned.masters.copies,
         buffers,
         {name: whole[saved_name[name]] for name in live.extra_state if saved_name.get(name) in wanted},
         unchecked,
@@ -186,47 +195,52 @@ def _tied(saved: Saved, name: str) -> frozenset[str]:
     return frozenset((owner, *(alias for alias, one in saved.aliases.items() if one == owner)))
 
 
-def _plan_parameter(
-    live: LiveEngine, name: str, value: SavedTensor, master: SavedTensor | None, memories: Memories
-) -> ParameterPart:
-    """Plans parameter `name`, given its saved weights and, where the checkpoint has it, its saved master."""
-    slots = live.slots_of.get(name, ())
-    apart, trained = name not in live.shared_memory, name in live.owned
-    chosen = choose_sources(
-        value, master, live.dtypes[name], apart=apart, trained_in_shares=trained and live.kind == "zero3"
-    )
-    masters: tuple[Copy, ...] = ()
-    if chosen.masters is not None:
-        masters = tuple(_into_masters(live, name, chosen.masters, slots, memories))
-    from_saved_masters = apart and master is not None and trained
-    if chosen.low is None:
-        return ParameterPart(
-            masters=masters,
-            low_from_master=slots if apart else (),
-            from_saved_masters=from_saved_masters,
+class _Planned:
+    """Collects what fills the parameters, one after another."""
+
+    def __init__(self, live: LiveEngine) -> None:
+        self._live = live
+        self._memories = Memories()
+        self._problems: dict[str, str | None] = {}
+        self.parameters: dict[str, ParameterPart] = {}
+        self.low = Runs("model")
+        self.masters = Runs("fp32")
+
+    def problem(self, name: str) -> str | None:
+        """Why the weights of parameter `name` cannot be filled; None where they can be."""
+        for low in self._live.low[name]:
+            if low.key not in self._problems:
+                self._problems[low.key] = unfillable(low.flat)
+            if self._problems[low.key]:
+                return self._problems[low.key]
+        return None
+
+    def add(self, name: str, value: SavedTensor, master: SavedTensor | None) -> None:
+        """Plans parameter `name`, given its saved weights and, where the checkpoint has it, its saved master."""
+        live = self._live
+        slots = live.slots_of.get(name, ())
+        apart, trained = name not in live.shared_memory, name in live.owned
+        chosen = choose_sources(
+            value, master, live.dtypes[name], apart=apart, trained_in_shares=trained and live.kind == "zero3"
         )
-    low: list[Copy] = []
+        if chosen.masters is not None:
+            for index, slot in slots:
+                memory = self._memories.of(f"fp32 of flat {index}", live.flats[index].master)
+                self.masters.add(name, chosen.masters, slot, memory)
+        if chosen.low is not None:
+            _add_low(live, name, chosen.low, self.low, self._memories)
+        filled = any(slot.run.length for _, slot in slots)
+        computed = any(one.slot.run.length for one in live.low[name])
+        self.parameters[name] = ParameterPart(
+            chosen.low if computed else None,
+            chosen.masters if filled else None,
+            slots if apart and chosen.low is None else (),
+            slots if apart and chosen.low is not None and chosen.masters is None else (),
+            apart and master is not None and trained,
+            chosen.low is not None and chosen.low is master,
+        )
+
+
+def _add_low(live: LiveEngine, name: str, source: SavedTensor, runs: Runs, memories: Memories) -> None:
     for one in live.low[name]:
-        memory = memories.of(one.key, one.flat)
-        low += copies_into(chosen.low, laid(one.slot, memory), memory, name=f"model/{name}")
-    whole = all(one.flat.dim() == 1 and one.slot.run.length == one.flat.numel() for one in live.low[name])
-    return ParameterPart(
-        tuple(low),
-        masters,
-        master_from_low=slots if apart and chosen.masters is None else (),
-        source=chosen.low if whole else None,
-        from_saved_masters=from_saved_masters,
-        low_is_master=chosen.low is master,
-    )
-
-
-def _into_masters(
-    live: LiveEngine,
-    name: str,
-    source: SavedTensor,
-    slots: Sequence[tuple[int, Slot]],
-    memories: Memories,
-) -> Iterator[Copy]:
-    for index, slot in slots:
-        memory = memories.of(f"fp32 of flat {index}", live.flats[index].master)
-        yield from copies_into(source, laid(slot, memory), memory, name=f"fp32/{name}")
+        runs.add(name, source, one.slot, memories.of(one.key, one.flat))

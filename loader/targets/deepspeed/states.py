@@ -8,9 +8,9 @@ numbers that are saved as tensors are read, to compare them, or where they are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,11 +18,12 @@ from ...byte_ranges import subtract
 from ...errors import LayoutError
 from ...materialize.tensors import read_tensor, torch_dtype
 from ...saved.contents import Saved
-from ...saved.copies import Copy, Memory, copies_into
+from ...saved.copies import Copy, Memory
 from ...saved.demand import Shape
 from ...saved.mismatch import Mismatch
 from ...saved.partitions import Slot
 from ...saved.regions import Run
+from ...saved.runs import Runs
 from ...saved.strided import Layout
 from ...saved.tensor import SavedTensor, StorageRef, same_shape
 from ..dtensor import kept_part
@@ -36,7 +37,7 @@ from ..optimizer_kinds import (
     value_problems,
 )
 from ..parts import missing_part
-from .live import LiveEngine, flat_memory, flat_view, laid, memory_of
+from .live import LiveEngine, flat_memory, flat_view, memory_of
 from .plan import ModelPart
 
 
@@ -133,7 +134,7 @@ def plan_states(
             if name in states:
                 planned.add(index, name, slot, states[name])
     return OptimizerPart(
-        tuple(planned.copies),
+        planned.copies,
         tuple(planned.filled),
         planned.made,
         planned.numbers,
@@ -145,8 +146,7 @@ def plan_states(
     )
 
 
-@dataclass(frozen=True)
-class _State:
+class _State(NamedTuple):
     """What the checkpoint's optimizer has for one parameter."""
 
     owner: str
@@ -154,7 +154,7 @@ class _State:
     tensors: Mapping[str, SavedTensor]
     """Those that lie element by element along the parameter."""
     numbers: Mapping[str, Any]
-    kept: frozenset[str]
+    kept: Set[str]
     """The keys that ``ignore_keys`` left."""
 
 
@@ -166,16 +166,17 @@ def _match(
     kept = _mapping(_first(saved.state.get("optimizers")).get("state"))
     weights = _mapping(saved.whole.state.get("model"))
     found: dict[str, _State] = {}
+    owned = live.owned
     for name, shape in live.shapes.items():
         saved_name = model.saved_names.get(name, "")
         owner = saved.aliases.get(saved_name, saved_name)
         if owner not in whole:
-            if name in live.owned:
+            if name in owned:
                 mismatch.missing.append(f"{at}/{name}")
             continue
         saved_shape = getattr(weights.get(saved_name), "shape", None)
         state = _state(owner, _mapping(whole[owner]), _mapping(kept.get(owner)), saved_shape)
-        if name not in live.owned:
+        if name not in owned:
             if not state.kept.isdisjoint(state.tensors):
                 mismatch.unexpected.append(f"{at}/{owner}")
         elif saved_shape is not None and same_shape(saved_shape, shape):
@@ -190,14 +191,17 @@ def _match(
 
 
 def _state(owner: str, entries: Mapping[str, Any], kept: Mapping[str, Any], shape: Shape | None) -> _State:
-    tensors = {
-        key: value
-        for key, value in entries.items()
+    tensors: dict[str, SavedTensor] = {}
+    numbers: dict[str, Any] = {}
+    for key, value in entries.items():
         # What ZeRO partitioned lies along the parameter; an ordinary tensor does where it has the same shape.
-        if isinstance(value, SavedTensor) and key != "step" and (value.whole is None or value.shape == shape)
-    }
-    numbers = {key: value for key, value in entries.items() if key not in tensors}
-    return _State(owner, tensors, numbers, frozenset(kept).intersection(entries))
+        along = (
+            isinstance(value, SavedTensor) and key != "step" and (value.shape == shape or value.whole is None)
+        )
+        (tensors if along else numbers)[key] = value
+    return _State(
+        owner, tensors, numbers, frozenset(kept) if kept is entries else kept.keys() & entries.keys()
+    )
 
 
 def _padding(live: LiveEngine, index: int, states: Mapping[str, _State]) -> Iterator[tuple[str, Slot]]:
@@ -224,10 +228,16 @@ class _Planned:
         self.unchecked: dict[str, tuple[Any, Any]] = {}
         self._known: dict[int, dict[str, Any]] = {}
         """Flat to all of its numbers, ignored ones too."""
-        self.copies: list[Copy] = []
+        self._runs: dict[str, Runs] = {}
+        """Key of the state to the copies that fill it."""
         self.filled: dict[tuple[int, str], Memory] = {}
         self.made: dict[int, dict[str, str]] = {}
         self.numbers: dict[int, dict[str, Any]] = {}
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """What fills the state tensors."""
+        return tuple(copy for runs in self._runs.values() for copy in runs.copies)
 
     @property
     def ignored_numbers(self) -> dict[int, dict[str, Any]]:
@@ -244,13 +254,14 @@ class _Planned:
                 made.setdefault(key, tensor.dtype)
         for key, tensor in state.tensors.items():
             if key in state.kept and slot.run.length:
-                memory = self._memory(index, key)
-                self.copies += copies_into(tensor, laid(slot, memory), memory, name=f"{key}/{name}")
+                if key not in self._runs:
+                    self._runs[key] = Runs(key)
+                self._runs[key].add(name, tensor, slot, self._memory(index, key))
         for key, value in state.numbers.items():
             known = self._known.setdefault(index, {})
             before = known.get(key, value)
-            place = f"{self._at}/{name}/{key}"
             if before is not value and not _surely_same(before, value):
+                place = f"{self._at}/{name}/{key}"
                 if all(self._readable(one) for one in (before, value) if isinstance(one, SavedTensor)):
                     self._mismatch.wrong += number_problem(place, _number(before), _number(value))
                 else:

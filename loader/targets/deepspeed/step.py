@@ -61,11 +61,9 @@ class EngineStep:
     @cached_property
     def copies(self) -> tuple[Copy, ...]:
         """Into weights, masters, buffers, and the optimizer's state."""
-        found: list[Copy] = []
-        for name, part in self.model.parameters.items():
-            found += part.masters
-            if name not in self.shared:
-                found += part.low
+        model = self.model
+        low = model.low_of(self.live, model.parameters.keys() - self.shared) if self.shared else model.low
+        found = [*model.masters, *low]
         for copies in self.model.buffers.values():
             found += copies
         return (*found, *self.optimizer.copies)
@@ -221,7 +219,7 @@ class EngineStep:
             restored.append(
                 f"model ({counted(weights, 'parameter')}, {counted(buffers, 'buffer')} on this rank)"
             )
-        if any(part.masters or part.master_from_low for part in parts):
+        if self.model.masters or any(part.master_from_low for part in parts):
             restored.append("fp32 masters")
         if self.optimizer.filled:
             restored.append(

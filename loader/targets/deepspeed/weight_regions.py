@@ -164,6 +164,12 @@ def lay_regions(
     return {name: region for name, region in found.items() if region.nbytes >= MIN_REGION_BYTES}
 
 
+def in_small_storage(source: SavedTensor) -> bool:
+    """Whether `source` certainly lies in a storage that is too small for a region, as most of many weights do."""
+    row = source.row
+    return row is not None and row[0].nbytes < MIN_REGION_BYTES
+
+
 def _aligned_end(spans: dict[str, ByteRange]) -> int:
     """Where the next weight begins in a region that only masters give, after those of `spans`, in their order."""
     last = next(reversed(spans.values()), ByteRange(0, 0))
@@ -174,6 +180,8 @@ def _tensors_in(
     model: Mapping[str, Any], storages: Collection[StorageRef]
 ) -> dict[StorageRef, list[SavedTensor]]:
     """The tensors of the module's file that lie in each of `storages`."""
+    if not storages:
+        return {}
     found: dict[StorageRef, list[SavedTensor]] = {storage: [] for storage in storages}
     for value in model.values():
         piece = value.whole if isinstance(value, SavedTensor) and value.numel else None

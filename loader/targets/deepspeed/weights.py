@@ -24,7 +24,7 @@ from ..base import NoteChange
 from ..dtensor import dtype_name
 from .live import LiveEngine, flat_view, memory_of
 from .step import EngineStep
-from .weight_regions import MASTERS, LaidRegion, RegionShare, WholeWeight, lay_regions
+from .weight_regions import MASTERS, LaidRegion, RegionShare, WholeWeight, in_small_storage, lay_regions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,20 +72,22 @@ def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[Storag
     weights = (
         WholeWeight(
             name,
-            part.source,
+            part.low,
             dtype_name(live.low[name][0].flat.dtype),
             part.low_is_master,
             tuple(slot.run for _, slot in live.slots_of.get(name, ())) if part.from_saved_masters else (),
         )
         for name, part in step.model.parameters.items()
-        if part.source is not None
+        if part.low is not None
+        and (part.low_is_master or not in_small_storage(part.low))
+        and live.low[name][0].flat.dim() == 1
     )
     by_masters = f"weights of {saved.name}, part {live.position.part}"
     laid = lay_regions(weights, saved.whole.state["model"], name_of, by_masters)
     return {
         region_id: Region(
             one,
-            tuple(Weight(name, live.low[name][0].flat, span.start) for name, span in one.spans.items()),
+            tuple(Weight(name, live.low[name][0].elements, span.start) for name, span in one.spans.items()),
         )
         for region_id, one in laid.items()
     }
@@ -148,7 +150,7 @@ def take(region: Region, share: RegionShare, image: torch.Tensor) -> None:
 
 def low_copies(step: EngineStep) -> list[Copy]:
     """The copies that fill the shared weights of `step` where no memory is shared."""
-    return [copy for name in sorted(step.shared) for copy in step.model.parameters[name].low]
+    return list(step.model.low_of(step.live, step.shared))
 
 
 def read_apart(step: EngineStep, reader: TensorReader, note_change: NoteChange) -> None:

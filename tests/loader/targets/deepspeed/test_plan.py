@@ -89,27 +89,34 @@ def planned(live: LiveEngine, saved: Saved) -> OptimizerPart:
 
 def test_shares_are_cast_from_masters_that_three_ranks_files_fill() -> None:
     live, weights = stage_3(), sharded(5, 3)
-    part = plan_model(live, saved_with({"w": weights}, masters={"w": weights}), {}).parameters["w"]
+    model = plan_model(live, saved_with({"w": weights}, masters={"w": weights}), {})
+    part = model.parameters["w"]
     # Of five elements three ranks had two, two and one; this rank has the last two.
-    assert where(part.masters) == [
+    assert where(model.masters) == [
         ("fp32/w", "rank1", 101, "fp32 of flat 0", 4, 1),
         ("fp32/w", "rank2", 100, "fp32 of flat 0", 5, 1),
     ]
-    assert part.low == ()
+    assert (model.low, part.low) == ((), None)
     assert part.low_from_master == live.slots_of["w"]
     assert part.restored
 
 
 def test_what_was_frozen_when_it_was_saved_fills_the_weights_and_they_the_masters() -> None:
     live = stage_3()
-    part = plan_model(live, saved_with({"w": sharded(5, 3, dtype="bfloat16")}), {}).parameters["w"]
-    assert where(part.low) == [
-        ("model/w", "rank1", 101, "weights of flat 0", 4, 1),
-        ("model/w", "rank2", 100, "weights of flat 0", 5, 1),
-    ]
+    model = plan_model(live, saved_with({"w": sharded(5, 3, dtype="bfloat16")}), {})
+    part = model.parameters["w"]
+    assert (
+        where(model.low)
+        == where(model.low_of(live, {"w"}))
+        == [
+            ("model/w", "rank1", 101, "weights of flat 0", 4, 1),
+            ("model/w", "rank2", 100, "weights of flat 0", 5, 1),
+        ]
+    )
     assert part.master_from_low == live.slots_of["w"]
     assert part.low_from_master == ()
-    assert part.masters == ()
+    assert (model.masters, part.masters) == ((), None)
+    assert model.low_of(live, set()) == ()
 
 
 def test_masters_in_one_flat_are_planned_into_one_memory() -> None:
@@ -127,13 +134,11 @@ def test_masters_in_one_flat_are_planned_into_one_memory() -> None:
         slots_of={name: ((0, slot),) for name, slot in slots.items()},
     )
     weights = {name: sharded(1, 1) for name in names}
-    from_masters = plan_model(live, saved_with(weights, masters=weights), {}).parameters
+    from_masters = plan_model(live, saved_with(weights, masters=weights), {})
     low = {name: sharded(1, 1, dtype="bfloat16") for name in names}
-    from_low = plan_model(live, saved_with(low), {}).parameters
-    for copies in (
-        [copy for part in from_masters.values() for copy in part.masters],
-        [copy for part in from_low.values() for copy in part.low],
-    ):
+    from_low = plan_model(live, saved_with(low), {})
+    for copies in (from_masters.masters, from_low.low):
+        # Their files have each at the same place.
         assert [copy.target.offset for copy in copies] == list(range(8))
         assert len({id(copy.memory) for copy in copies}) == 1
 
@@ -141,7 +146,7 @@ def test_masters_in_one_flat_are_planned_into_one_memory() -> None:
 def test_elements_in_files_that_were_not_read_are_an_error_only_where_they_are_wanted() -> None:
     live = stage_3()
     first = sharded(5, 3, unread=(0,))
-    assert plan_model(live, saved_with({"w": first}, masters={"w": first}), {}).parameters["w"].masters
+    assert plan_model(live, saved_with({"w": first}, masters={"w": first}), {}).masters
     last = sharded(5, 3, unread=(2,))
     with pytest.raises(
         LayoutError, match="fp32/w lies partly in the files of saved rank 2, which were not read"
@@ -154,11 +159,11 @@ def test_a_module_of_another_dtype_is_filled_from_masters_and_says_so() -> None:
     low = tensor(5, dtype="bfloat16", file="model")
     model = plan_model(live, saved_with({"w": low}, masters={"w": sharded(5, 3)}), {})
     part = model.parameters["w"]
-    assert {copy.storage.file for copy in part.low} == {"rank1", "rank2"}
+    assert {copy.storage.file for copy in model.low} == {"rank1", "rank2"}
     assert part.from_saved_masters
     assert model.cast == {"model/w": "bfloat16 -> float16"}
     same = plan_model(live, saved_with({"w": tensor(5, dtype="float16", file="model")}), {})
-    assert {copy.storage.file for copy in same.parameters["w"].low} == {"model"}
+    assert {copy.storage.file for copy in same.low} == {"model"}
     assert same.cast == {}
 
 
