@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -26,8 +27,12 @@ from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
-PRELOADED = ("numpy", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo")
-"""None of them starts a thread while it is imported with one OpenMP thread, and none reads what a job may set."""
+PRELOADED = (
+    "numpy", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo",
+    "torch._inductor.compile_fx",
+)  # fmt: skip
+"""What ranks import; torch.compile, of which DeepSpeed's optimizers make use, brings the last. None of them starts a
+thread while it is imported with one OpenMP thread, and none reads what a job may set."""
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -79,6 +84,8 @@ def installed_path() -> tuple[str, ...]:
 def become(argv: list[str], env: dict[str, str], path: list[str], cwd: str, out: str, err: str) -> None:
     """Is the process that `argv`, a script with its arguments, would be in a Python of its own; never returns."""
     os.setsid()
+    # What is shared with the Python that this is a fork of is not looked through for garbage: it would be copied.
+    gc.freeze()
     for fd, file, flags in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         opened = os.open(file, flags)
         os.dup2(opened, fd)
