@@ -47,7 +47,7 @@ test-composer: $(COMPOSER)/.installed
 # Whole jobs under torchrun, deepspeed, mpirun and Slurm, which are killed and restarted; those that are not installed
 # are skipped.
 test-launchers: $(STAMP)
-	$(RUN) TEST_LAUNCHERS=1 $(BIN)/python -m pytest -q tests/launch/test_run.py tests/test_configs.py tests/loader/test_killed_saves.py
+	$(RUN) TEST_LAUNCHERS=1 $(BIN)/python -m pytest -q -m whole_jobs tests
 
 # With the DeepSpeed of a year before, and with each version's checkpoints in the other's engines.
 test-older: $(OLDER)/.installed

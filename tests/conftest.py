@@ -41,8 +41,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SKIPPED = {
+    "whole_jobs": (("TEST_LAUNCHERS", "TEST_ALL"), "takes minutes with the others: make test-launchers"),
+    "takes_long": (("TEST_ALL",), "takes long: make test-all"),
+}
+"""By their mark, the tests that are skipped unless one of these variables is set, and the reason."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files first whose tests run ranks: they take longest, and begun last they would leave workers idle."""
+    """Skips what is `SKIPPED`, and puts the files first whose tests run ranks: those take longest, and begun last they
+    would leave workers idle."""
+    for mark, (variables, reason) in SKIPPED.items():
+        if not any(map(os.environ.get, variables)):
+            for item in items:
+                if item.get_closest_marker(mark) is not None:
+                    item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: not (isinstance(item, pytest.Function) and _runs_ranks(item.module)))
 
 

@@ -6,7 +6,6 @@ import ast
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -77,7 +76,7 @@ def test_every_source_meets_every_target() -> None:
 GOOD = {"problems": [], "tensors": 1, "seconds": 0.5, "apart": 0.0}
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 @needs_deepspeed
 def test_sources_are_restored_into_targets(tmp_path: Path) -> None:
     """Most sources into a few targets each, on two ranks; and the comparison finds what differs."""

@@ -85,12 +85,6 @@ def losses(said: str) -> dict[int, str]:
     return {int(step): loss for step, loss in re.findall(r"step (\d+) loss (\S+)", said)}
 
 
-whole_jobs = pytest.mark.skipif(
-    not (os.environ.get("TEST_LAUNCHERS") or os.environ.get("TEST_ALL")),
-    reason="takes minutes with the others: make test-launchers",
-)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder saved after `STEPS` steps under torchrun, and the losses of a run that went two further.
@@ -110,21 +104,21 @@ def check(said: str, whole: dict[int, str]) -> None:
     assert "restored " in said  # the receipt
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_torchrun(trained, tmp_path):
     saved, whole = trained
     check(run("torchrun.sh", "--until", STEPS + 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_one_checkpoint_by_its_path(trained, tmp_path):
     saved, whole = trained
     check(run("torchrun.sh", "--steps", 2, "--seed", 5, "--load", saved, cwd=tmp_path), whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_one_checkpoint_by_its_url(trained, published, tmp_path):
     saved, whole = trained
@@ -133,7 +127,7 @@ def test_one_checkpoint_by_its_url(trained, published, tmp_path):
     check(said, whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_a_run_in_a_bucket(trained, published, tmp_path):
     """It goes on from what lies there, and saves there."""
@@ -147,14 +141,14 @@ def test_a_run_in_a_bucket(trained, published, tmp_path):
     assert losses(second) == {STEPS + 2: whole[STEPS + 2]}
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_deepspeed_launcher(trained, tmp_path):
     saved, whole = trained
     check(run("deepspeed.sh", "--steps", 2, "--seed", 5, cwd=tmp_path, RESUME=str(saved)), whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 def test_mpirun(trained, tmp_path):
@@ -164,7 +158,7 @@ def test_mpirun(trained, tmp_path):
     check(said, whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_slurm(trained, tmp_path):
     saved, whole = trained
@@ -186,12 +180,9 @@ def test_slurm(trained, tmp_path):
     check(said, whole)
 
 
-longest = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="stages 2 and 3 run with make test-all")
-
-
 @pytest.fixture(
     scope="module",
-    params=[1, pytest.param(2, marks=longest), pytest.param(3, marks=longest)],
+    params=[1, pytest.param(2, marks=pytest.mark.takes_long), pytest.param(3, marks=pytest.mark.takes_long)],
     ids="stage-{}".format,
 )
 def followed(request, tmp_path_factory):
@@ -223,7 +214,7 @@ def follow(folder: Path, cwd: Path, ranks: int, *arguments: object, **extra: str
     return samples, {int(step): (float(loss), float(rate)) for step, loss, rate in numbers}
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, tmp_path):
@@ -239,7 +230,7 @@ def test_another_number_of_ranks_goes_on_with_the_next_samples(followed, ranks, 
 
 
 @needs_deepspeed
-@longest
+@pytest.mark.takes_long
 @pytest.mark.parametrize("stage", [2, 3])
 def test_other_stages(stage, tmp_path):
     config = {"CONFIG": str(CONFIGS / f"zero{stage}.json")}

@@ -157,7 +157,7 @@ print(torch.equal(saved.weight, fresh.weight), len(result.receipt.files))
     assert python(code, path=installed, cwd=tmp_path) == "True 1"
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 def test_beside_an_installed_dask(wheel, tmp_path):
     target = tmp_path / "site"
     got = pip("install", "--no-deps", "--target", target, "distributed", "dask", wheel, cwd=tmp_path)
@@ -185,7 +185,7 @@ def test_a_clone_of_any_name_runs_its_tests(tmp_path):
     assert " passed" in done.stdout
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 def test_a_clone_of_any_name_collects_every_test(tmp_path):
     there = clone(tmp_path / "my clone-1.0")
     done = run(*PYTEST, "--collect-only", "tests", cwd=there)

@@ -63,6 +63,7 @@ def _number(text: str) -> int:
 
 
 @needs_deepspeed
+@pytest.mark.whole_jobs
 def test_demo_continues_exactly_from_zero_stage_1(tmp_path):
     done = run_demo(tmp_path)
     check(done, "tar", 4)
@@ -72,12 +73,12 @@ def test_demo_continues_exactly_from_zero_stage_1(tmp_path):
 
 
 @needs_deepspeed
-@pytest.mark.skipif("RANKLOAD_TEST_ALL" not in os.environ, reason="stage 3 runs with make test-all")
+@pytest.mark.takes_long
 def test_demo_continues_exactly_from_zero_stage_3(tmp_path):
     check(run_demo(tmp_path, "--stage", "3"), "tar", 4)
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 def test_demo_continues_exactly_without_deepspeed(tmp_path):
     done = run_demo(tmp_path, "--plain")
     check(done, "pt", 1)

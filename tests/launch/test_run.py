@@ -39,10 +39,6 @@ OPEN_MPI = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
-whole_jobs = pytest.mark.skipif(
-    not (os.environ.get("TEST_LAUNCHERS") or os.environ.get("TEST_ALL")),
-    reason="takes minutes with the others: make test-launchers",
-)
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 
 
@@ -155,7 +151,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return {step: one[0] for step, one in losses(folder).items()}
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_torchrun_restarts_and_the_losses_go_on(whole: dict[int, float], tmp_path: Path) -> None:
     saved = tmp_path / "run"
     code, job = run(
@@ -175,7 +171,7 @@ def test_torchrun_restarts_and_the_losses_go_on(whole: dict[int, float], tmp_pat
     assert job.report[1] == "torchrun ended with exit code 0"
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_torchrun_goes_on_at_a_smaller_size(tmp_path: Path) -> None:
     steps = ("--steps", STEPS, "--dropout", 0)
     code, job = run(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "one", *steps, name="one")
@@ -207,7 +203,7 @@ def test_torchrun_goes_on_at_a_smaller_size(tmp_path: Path) -> None:
         assert one == pytest.approx(expected[step] * len(one), abs=1e-5)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_ranks(number: signal.Signals, tmp_path: Path) -> None:
     with started(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1) as job:
@@ -219,7 +215,7 @@ def test_a_signal_ends_all_ranks(number: signal.Signals, tmp_path: Path) -> None
     assert job.report == [f"{number.name} was passed to torchrun", "torchrun ended with exit code 1"]
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_what_ignores_the_signal_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     script = tmp_path / "stubborn.py"
     script.write_text(
@@ -235,7 +231,7 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_period(tmp_path: Path
     assert job.report[0] == "SIGTERM was passed to torchrun"
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_sigusr1_reaches_the_ranks(tmp_path: Path) -> None:
     with started(tmp_path, "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1) as job:
         job.wait_until(lambda: job.said.count("waits, pid") == 2)
@@ -247,7 +243,9 @@ def test_sigusr1_reaches_the_ranks(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpi", marks=[needs_mpirun, whole_jobs])])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("mpi", marks=[needs_mpirun, pytest.mark.whole_jobs])]
+)
 def test_the_rank_that_failed_first_is_named(launcher: str, tmp_path: Path) -> None:
     options = OPEN_MPI if launcher == "mpi" and is_open_mpi() else ()
     code, job = run(
@@ -268,7 +266,7 @@ def test_the_rank_that_failed_first_is_named(launcher: str, tmp_path: Path) -> N
     assert "runpy" not in job.said
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_the_report_as_json(tmp_path: Path) -> None:
     code, job = run(
         tmp_path, "--json", "--nproc-per-node", 2, JOB, tmp_path / "run", "--steps", 2, "--raise-at", 1
@@ -285,7 +283,7 @@ def test_the_report_as_json(tmp_path: Path) -> None:
     assert report["restarts"] == []
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_a_module_and_its_arguments(tmp_path: Path) -> None:
     (tmp_path / "job_of_tests.py").write_text(
         "import os, sys\nprint('seen', os.environ['RANK'], __name__, sys.argv[1:], sys.path[0], flush=True)\n"
@@ -296,7 +294,7 @@ def test_a_module_and_its_arguments(tmp_path: Path) -> None:
         assert f"seen {rank} __main__ ['--json', '--', 'x'] {tmp_path}" in job.said
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_what_a_job_resumes_from_is_fetched_before_it_loads(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -330,7 +328,7 @@ def test_what_a_job_resumes_from_is_fetched_before_it_loads(
         server.communicate(timeout=20)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_a_fetch_that_fails_is_told_and_nothing_else(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(
@@ -372,7 +370,7 @@ def test_wrong_command_lines(tmp_path: Path) -> None:
     assert "NotFoundError: the command srun is not on this node's PATH" in job.said
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_deepspeed
 def test_deepspeed_on_two_nodes_goes_on(tmp_path: Path) -> None:
     """Two made-up nodes on this machine, a launcher on each, as without ssh."""
@@ -446,7 +444,7 @@ def is_rank(pid: int, rank: str) -> bool:
     return False
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @needs_mpirun
 def test_mpirun_goes_on(whole: dict[int, float], tmp_path: Path) -> None:
     options = OPEN_MPI if is_open_mpi() else ()
@@ -476,7 +474,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment(SLURM_CONF=variables["SLURM_CONF"])
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_srun_goes_on(whole: dict[int, float], slurm: dict[str, str], tmp_path: Path) -> None:
     saved = tmp_path / "run"
     words = (
@@ -490,7 +488,7 @@ def test_srun_goes_on(whole: dict[int, float], slurm: dict[str, str], tmp_path: 
     check_gone_on(tmp_path, whole)
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_tasks(number: signal.Signals, slurm: dict[str, str], tmp_path: Path) -> None:
     words = ("--launcher", "slurm", "-n", 2, JOB, tmp_path / "run", "--steps", 2, "--wait-at", 1)
@@ -501,7 +499,7 @@ def test_a_signal_ends_all_tasks(number: signal.Signals, slurm: dict[str, str], 
     assert f"{number.name} was passed to srun" in job.report
 
 
-@whole_jobs
+@pytest.mark.whole_jobs
 def test_a_job_of_slurms_that_is_requeued_goes_on(
     whole: dict[int, float], slurm: dict[str, str], tmp_path: Path
 ) -> None:

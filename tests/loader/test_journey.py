@@ -70,6 +70,7 @@ def test_composers_archives_over_http_are_fetched_once(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
+@pytest.mark.whole_jobs
 def test_composers_archives_under_two_torchrun_agents(tmp_path: Path) -> None:
     """Two nodes of one rank, each with a cache of its own: each fetches the first rank's archive too."""
     port = free_port()
@@ -90,6 +91,7 @@ def test_composers_archives_under_two_torchrun_agents(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
+@pytest.mark.whole_jobs
 def test_composers_archives_under_the_deepspeed_launcher(tmp_path: Path) -> None:
     output = deepspeed_launcher(2, tmp_path, "composer_zero", str(DATA), str(DATA))
     # The ranks share one output, so that two of them may print on one line.
@@ -158,7 +160,7 @@ def test_a_deepspeed_folder_bit_for_bit_and_training_goes_on(stage: int, tmp_pat
 
 
 @needs_deepspeed
-@pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
+@pytest.mark.takes_long
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_deepspeed_folder_under_the_deepspeed_launcher(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")

@@ -6,7 +6,6 @@ A few points of each writer; `make kills` takes fifty of each, Trainer's too, fo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -42,10 +41,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return json.loads(told.read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.skipif(
-    not (os.environ.get("TEST_LAUNCHERS") or os.environ.get("TEST_ALL")),
-    reason="takes a minute: make test-launchers",
-)
+@pytest.mark.whole_jobs
 @pytest.mark.parametrize(
     "writer", ["dcp", "save_checkpoint", pytest.param("deepspeed-1", marks=needs_deepspeed)]
 )

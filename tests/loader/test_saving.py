@@ -19,8 +19,6 @@ from saving_worker import check, job, train, values
 
 from rankload import LayoutError, LoadOptions, OptionError, State, TemplateError, load, save_checkpoint
 
-LONG = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
-
 WORKER = str(SUPPORT / "saving_worker.py")
 
 
@@ -193,7 +191,7 @@ def resumed_from(folder: Path, stage: int, point: str, world_size: int = 1) -> i
 
 
 @needs_deepspeed
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes minutes: set TEST_ALL")
+@pytest.mark.takes_long
 @pytest.mark.parametrize("stage", [1, 3])
 def test_sigkill_of_all_ranks_at_random_times(tmp_path: Path, stage: int):
     assert resumed_from(tmp_path, stage, "", 2) == 0
@@ -217,7 +215,7 @@ def test_sigkill_of_all_ranks_at_random_times(tmp_path: Path, stage: int):
     "stage",
     [
         1,
-        pytest.param(3, marks=LONG),
+        pytest.param(3, marks=pytest.mark.takes_long),
     ],
 )
 def test_sigkill_in_an_engines_save_leaves_the_newest_whole_one_at_latest(tmp_path: Path, stage: int):

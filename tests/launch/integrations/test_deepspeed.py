@@ -26,10 +26,9 @@ def run(function: str, world_size: int, *args: object, **env: str) -> None:
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 
-LONG = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
-
-
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=LONG), 3], ids=["stage-2", "stage-3"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.takes_long), 3], ids=["stage-2", "stage-3"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("run")
     run("save", 2, folder, request.param)

@@ -522,7 +522,7 @@ def test_an_export_in_a_store_is_replaced_whole(tmp_path: Path) -> None:
         memory.rm("/export", recursive=True)
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes a minute: set TEST_ALL")
+@pytest.mark.takes_long
 @pytest.mark.parametrize(
     ("replaces", "scheme", "to"),
     [

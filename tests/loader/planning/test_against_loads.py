@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ from deepspeed_ranks import needs_deepspeed
 from places import DATA, SUPPORT
 from processes import run_ranks
 from rankload.loader.planning.loads import plan_load
-
-LONG = pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
 
 WORKER = SUPPORT / "plan_worker.py"
 ENGINES = SUPPORT / "fetch_engine_worker.py"
@@ -105,7 +102,7 @@ def test_of_small_files_of_shards(tmp_path: Path) -> None:
         compare(plan.by_file, server.sent, server.url(""), whole=True)
 
 
-@LONG
+@pytest.mark.takes_long
 @needs_deepspeed
 @pytest.mark.parametrize(("stage", "nodes"), [(1, (1, 1)), (3, (2,))])
 def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_path: Path) -> None:
@@ -126,7 +123,7 @@ def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_pat
         pytest.param(
             "1",
             ((2,), (1, 1)),
-            marks=LONG,
+            marks=pytest.mark.takes_long,
         ),
         ("3", ((1, 1),)),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -274,7 +273,7 @@ def copied(tensor: SavedTensor, targets: Sequence[Region]) -> tuple[int, int]:
     return count, numel
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 def test_a_hundred_thousand_pieces_take_as_many_copies_as_they_must() -> None:
     shape = (100_000, 16)
     numel = math.prod(shape)

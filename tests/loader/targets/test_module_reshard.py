@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_fully_sharded_modules(folders: Mapping[int, Path], tmp_path: Path, worl
     assert len(set(printed)) == 1
 
 
-@pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
+@pytest.mark.takes_long
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_other_stages_that_deepspeed_saves(tmp_path: Path) -> None:
     run("save_with_deepspeed", 2, tmp_path)

@@ -20,7 +20,6 @@ from processes import Finished, run_ranks
 from rankload.loader import State, load
 from safetensors_files import as_safetensors
 
-ALL = pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
 WIDE = 1024
 
 
@@ -177,10 +176,10 @@ def from_server(url: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "nodes", "times"),
     [
-        pytest.param("plain", (2,), 1, marks=ALL),
+        pytest.param("plain", (2,), 1, marks=pytest.mark.takes_long),
         ("plain", (1, 1), 2),
         ("FSDP2", (1, 1), 1),
-        pytest.param("FSDP2", (2, 1), 1, marks=ALL),
+        pytest.param("FSDP2", (2, 1), 1, marks=pytest.mark.takes_long),
         ("ZeRO-3", (1, 1), 1),
     ],
 )

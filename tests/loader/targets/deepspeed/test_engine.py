@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def test_stages_1_and_3_restore_bit_for_bit_on_four_ranks(checkpoints: Path) -> 
     assert "stage 3: ok" in said
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_ALL"), reason="takes long: set TEST_ALL")
+@pytest.mark.takes_long
 def test_every_stage_and_option_on_two_ranks(checkpoints: Path, tmp_path: Path) -> None:
     said = run(
         2,

@@ -4,7 +4,6 @@ held."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from processes import run_ranks
 pytestmark = needs_deepspeed
 
 WORKER = SUPPORT / "moe_worker.py"
-ALL = pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
-
 Case = tuple[str, int, str]
 """Setting that saved, by how many ranks, setting that restores."""
 
@@ -158,7 +155,7 @@ def test_over_http_each_node_fetches_its_own_experts(
     assert shares == [1, 2, 2, 1]
 
 
-@ALL
+@pytest.mark.takes_long
 def test_every_kind_of_engine_at_other_sizes(saved_by_2: Path) -> None:
     settings = (*CORE, *OTHERS)
     turned = [(source, settings[index - 1]) for index, source in enumerate(settings)]
@@ -171,7 +168,7 @@ def test_every_kind_of_engine_at_other_sizes(saved_by_2: Path) -> None:
         assert_restored(told, len(cases))
 
 
-@ALL
+@pytest.mark.takes_long
 @pytest.mark.parametrize(
     ("setting", "saved", "sizes"),
     [("1 bf16 ep 1", 2, (1, 2, 3)), ("2 fp32 ep 4", 4, (4, 8)), ("1 fp32 ep 2 and 4", 4, (4, 8))],
@@ -184,7 +181,7 @@ def test_other_expert_parallel_sizes(
         assert_restored(run(world_size, restoring(saved_by_2, [(setting, saved, setting)])), 1)
 
 
-@ALL
+@pytest.mark.takes_long
 def test_groups_of_experts_that_another_rank_had_in_another_order(tmp_path: Path) -> None:
     """Several ep_size in one module: DeepSpeed's order of groups is that of a set of strings on each rank."""
     setting = "1 fp32 ep 2 and 4"

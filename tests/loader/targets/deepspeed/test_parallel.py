@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,6 @@ from zero_folders import unpack_zero
 from zero_trees import tensor
 
 WORKER = SUPPORT / "parallel_worker.py"
-ALL = pytest.mark.skipif("TEST_ALL" not in os.environ, reason="make test-all runs it")
-
 CORE = ("pipeline 1 bf16", "tensor 2 bf16", "tensor 3 bf16")
 FURTHER = (
     "pipeline 0 fp32", "pipeline 1 fp32", "pipeline 1 BF16_Optimizer", "pipeline and tensor 1 bf16", "tensor 0 fp32",
@@ -303,7 +300,7 @@ def test_at_another_data_parallel_size_each_node_fetches_its_part_once(saved: Pa
     assert partly["steps"] == 0
 
 
-@ALL
+@pytest.mark.takes_long
 @needs_deepspeed
 def test_further_settings_and_sizes(saved: Path) -> None:
     cases = [[one, 4, one] for one in FURTHER] + [[source, 4, target] for source, target in OTHER_SETTINGS]
@@ -323,7 +320,7 @@ def test_further_settings_and_sizes(saved: Path) -> None:
     assert not wrong(run(6, "restore", {**request, "cases": more}, deadline_s=500))
 
 
-@ALL
+@pytest.mark.takes_long
 @needs_deepspeed
 def test_three_stages(tmp_path: Path) -> None:
     setting = "pipeline 1 bf16 of 3"
@@ -332,7 +329,7 @@ def test_three_stages(tmp_path: Path) -> None:
     assert not wrong(run(6, "restore", {**request, "cases": [[setting, 3, setting]]}))
 
 
-@ALL
+@pytest.mark.takes_long
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeeds_own_tensor_parallelism(stage: int, tmp_path: Path) -> None:
