@@ -131,7 +131,7 @@ class CheckpointFiles:
         parts = {
             objects[name]: [part for one in spans for part in ends_of(self.context, one)]
             for name, spans in (items or {}).items()
-            if name in objects
+            if name in objects and not store.is_local
         }
         fetched = self._fetch([FileNeed(path, optional) for path in objects.values()], stage, parts=parts)
         self._fetched.update({name: fetched[path] for name, path in objects.items() if path in fetched})

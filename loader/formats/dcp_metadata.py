@@ -360,8 +360,9 @@ def _stored(storage_data: Mapping[Any, Any], more: Mapping[str, Entries]) -> dic
         places.add((key, starts))
         found.setdefault(key, _Stored()).add(starts, _item(key, _fields(info), strings))
     for key, entries in more.items():
-        for file in {*entries.files} - strings.keys():
-            strings[file] = _inside(file)
+        for file in {*entries.files}:
+            if file not in strings:
+                strings[file] = _inside(file)
         for numbers in (entries.offsets, entries.lengths):
             if min(numbers) < 0 or max(numbers) > _LARGEST:
                 raise CorruptError(f"an item of {_short(key)} has an offset or a length that no file has")

@@ -273,6 +273,10 @@ class _Reads:
             self._names = tuple(islice(new, _NAMES_SHOWN))
 
     def finished(self) -> StorageReads:
+        if len(self._ranges) == 2 and self._direct in ([], self._ranges):
+            # One range, as of most storages of a file with one for each tensor.
+            one = ByteRange(self._ranges[0], self._ranges[1])
+            return StorageReads([one], self._names, [one] if self._direct else [])
         ranges, direct = (
             [ByteRange(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
             for edges in (self._ranges, self._direct)

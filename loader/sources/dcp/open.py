@@ -200,10 +200,11 @@ def _reading(folders: list[_Folder], wanted: list[dict[str, Numbers]]) -> _Readi
             of_key = places[key] = {}
             for number, whole in numbers:
                 item = folder.item(key, number)
-                _check(item, folder)
-                zstd = item.transforms == _ZSTD
-                at = of_key[number] = (f"{folder.prefix}{item.file}", item.offset, item.stop, zstd)
-                reading.spans[at] = ItemSpan(item.offset, item.stop, zstd, whole)
+                if item.transforms:
+                    _check(item, folder)
+                start, stop, zstd = item.offset, item.offset + item.length, item.transforms == _ZSTD
+                at = of_key[number] = (folder.prefix + item.file, start, stop, zstd)
+                reading.spans[at] = ItemSpan(start, stop, zstd, whole)
                 reading.labels[at] = folder.label(key, number)
         reading.places.append(places)
     return reading

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from local_files import LocalFiles
 from places import DATA
 from rankload.loader.formats.dcp_metadata import ChunkedTensor, Item, Items, Metadata, read_metadata
+from rankload.loader.formats.torch_file import FileIndex
 from rankload.loader.saved.contents import Saved
 from rankload.loader.saved.demand import Demand, ParameterDemand, ShardDemand
 from rankload.loader.saved.division import Division
 from rankload.loader.saved.model_parallel import Position
+from rankload.loader.saved.node_file import FileItem
 from rankload.loader.saved.regions import Run
 from rankload.loader.saved.strided import Box
 from rankload.loader.saved.tensor import Unread
@@ -47,6 +50,33 @@ def test_of_files_those_that_have_what_this_rank_keeps() -> None:
     assert [isinstance(piece.storage, Unread) for piece in weight.pieces] == [True, False]
     everything = Dcp().open(LocalFiles(folder, first=[".metadata"]), Demand(Position(1, 2)))
     assert len(everything.state["model"]["wte.weight"].storages) == 2
+
+
+@pytest.mark.parametrize("name", ["dcp-fsdp2-w2", "dcp-tp-fsdp-w4", "lightning-mp-w2"])
+def test_of_an_optimizer_that_is_left_out_no_item_is_read(name: str) -> None:
+    """Neither its tensors' nor its settings'; all others are."""
+    folder = DATA / name / "ckpt"
+    metadata = read_metadata(str(folder / ".metadata"), name="it")
+    asked = {}
+    for optimizer in (True, False):
+        files = ItemsAsked(folder, first=[".metadata"])
+        Dcp().open(files, Demand(Position(0, 1), optimizer=optimizer))
+        asked[optimizer] = files.keys
+    everything = {*metadata.tensors, *metadata.objects}
+    of_optimizer = {key for key in everything if key.startswith("optim")}
+    assert asked == {True: everything, False: everything - of_optimizer}
+    assert len(of_optimizer) > 30
+
+
+class ItemsAsked(LocalFiles):
+    """Keeps the keys of the items that are read."""
+
+    keys: frozenset[str] = frozenset()
+
+    def items(self, wanted: Sequence[FileItem], stage: str) -> list[FileIndex]:
+        # Of a chunk, its place in the tensor follows the key.
+        self.keys = frozenset(one.key.partition("[")[0] for one in wanted)
+        return super().items(wanted, stage)
 
 
 def cuts(size: int, at: Sequence[int]) -> list[tuple[int, int]]:
