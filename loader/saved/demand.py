@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .model_parallel import ExpertLayer, LayerFile, Position
 from .regions import Run
@@ -15,8 +16,7 @@ from .strided import Box
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ParameterDemand:
+class ParameterDemand(NamedTuple):
     """What this rank keeps of one parameter."""
 
     shape: Shape

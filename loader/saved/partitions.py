@@ -33,6 +33,11 @@ def cut(
         raise CoverageError(
             f"elements [{row_start}, {row_start + length}) do not lie in {count} partitions of {partition}"
         )
+    index = row_start // partition if partition else 0
+    if length and row_start + length <= (index + 1) * partition:
+        # As nearly all parameters lie.
+        rank = index if ranks is None else ranks[index]
+        return [Slot(rank, row_start - index * partition, Run(0, length))]
     slots = []
     position, stop = row_start, row_start + length
     while position < stop:

@@ -39,20 +39,27 @@ class Runs:
         Raises as `copies_into`.
         """
         run = slot.run
+        start, numel = run
         row = tensor.row
-        if row is None or memory.stride != (1,) or run.stop > tensor.numel:
+        if row is None or memory.stride != (1,) or start + numel > tensor.numel:
             self._found += copies_into(tensor, laid(slot, memory), memory, name=f"{self._kind}/{name}")
             return
-        if not run.length:
+        if not numel:
             return
         storage, first = row
-        source = first + run.start
+        source = first + start
         last = self._last.get(id(memory))
-        if last is not None and last.goes_on(storage, tensor.dtype, source, slot.start):
-            last.numel += run.length
+        if (
+            last is not None
+            and source == last.source + last.numel
+            and slot.start == last.target + last.numel
+            and tensor.dtype == last.dtype
+            and (storage is last.storage or storage == last.storage)
+        ):
+            last.numel += numel
             last.names.append(name)
             return
-        new = _Run(storage, tensor.dtype, source, memory, slot.start, run.length, name)
+        new = _Run(storage, tensor.dtype, source, memory, slot.start, numel, name)
         self._last[id(memory)] = new
         self._found.append(new)
 
@@ -84,15 +91,6 @@ class _Run:
         self.target = target
         self.numel = numel
         self.names = [name]
-
-    def goes_on(self, storage: StorageRef, dtype: str, source: int, target: int) -> bool:
-        """Whether elements that begin at `source` of `storage`, and at `target` of the memory, follow its last one."""
-        return (
-            source == self.source + self.numel
-            and target == self.target + self.numel
-            and dtype == self.dtype
-            and (storage is self.storage or storage == self.storage)
-        )
 
     def copy(self, kind: str) -> Copy:
         shape = (self.numel,)

@@ -53,9 +53,7 @@ def make(
         return _attribute(budget, builders, *args)
     if name in TENSOR_BUILDERS or rebuilds_tensors(name):
         return rebuilt_by(name)
-    return PickledObject(
-        global_name=name, args=args, kwargs=kwargs, known=name in KNOWN_OBJECTS, via_new=via_new
-    )
+    return PickledObject(name, args, kwargs, None, [], {}, name in KNOWN_OBJECTS, via_new)
 
 
 def _attribute(
@@ -79,7 +77,7 @@ def new_object(kind: Any, args: Any, kwargs: Any) -> Any:
     """The value that stands for ``kind.__new__(kind, *args, **kwargs)``. Raises `CorruptError` for no such call."""
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise CorruptError("an object whose arguments are no tuple")
-    if not all(isinstance(key, str) for key in kwargs):
+    if kwargs and not all(isinstance(key, str) for key in kwargs):
         raise CorruptError("an object whose keyword arguments are not named by text")
     if isinstance(kind, PickledGlobal):
         return kind.make_new(args, kwargs)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from ...errors import UnsafeError
+from ...errors import CorruptError, UnsafeError
 from ...saved.regions import row_major_stride, whole_box
 from ...saved.tensor import Piece, SavedTensor, StorageRef
 from ...saved.values import GlobalName, InertArray, InertObject, InertShard, InertTensor
@@ -22,17 +22,29 @@ from ...saved.values import GlobalName, InertArray, InertObject, InertShard, Ine
 class PickledGlobal(GlobalName):
     """A class or function by name. Calling it, as the unpickler does, gives what `build.make` makes of the call."""
 
-    __slots__ = ("_make",)
+    __slots__ = ("_build", "_make")
     _make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]
+    _build: Callable[..., Any] | None
 
     def __init__(
-        self, name: str, known: bool, make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]
+        self,
+        name: str,
+        known: bool,
+        make: Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any],
+        build: Callable[..., Any] | None = None,
     ) -> None:
+        """`build` is what `make` calls first, with the arguments alone."""
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "known", known)
         object.__setattr__(self, "_make", make)
+        object.__setattr__(self, "_build", build)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._build is not None and not kwargs:
+            try:
+                return self._build(*args)
+            except (CorruptError, TypeError):
+                pass  # what that means, `make` knows
         return self._make(self.name, args, kwargs, False)
 
     def make_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -106,6 +106,7 @@ class _InertUnpickler(pickle.Unpickler):
         load_storage: StorageLoader | None,
     ) -> None:
         super().__init__(source, fix_imports=False, encoding="utf-8")
+        self._budget, self._builders = budget, builders
         self._make = functools.partial(make, budget, builders)
         self._find_storage = find_storage
         self._load_storage = load_storage
@@ -119,7 +120,9 @@ class _InertUnpickler(pickle.Unpickler):
                 raise UnsafeError(f"a class or function whose name has {len(module) + len(name)} characters")
             full = canonical(module, name)
             make_it = self._make_storage if full == _LOAD_STORAGE and self._load_storage else self._make
-            found = PickledGlobal(full, full in KNOWN_VALUES, make_it)
+            builder = self._builders.get(full) if make_it is self._make else None
+            build = None if builder is None else functools.partial(builder, self._budget)
+            found = PickledGlobal(full, full in KNOWN_VALUES, make_it, build)
             self._globals[module, name] = found
         return found
 

@@ -13,7 +13,6 @@ It is not one where an opcode takes more text, or anything that depends on what 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,12 +73,14 @@ class Stretch:
     size: int
     """Of all its bytes."""
     memory: int
-    opcodes: struct.Struct
-    """Reads the opcodes, and the arguments of those that read the memo."""
-    read: tuple[bytes, ...]
-    """What `opcodes` must read."""
-    places: struct.Struct | None
-    """Reads the indices in the memo that it fills; None where its opcodes state none."""
+    mask: int
+    """Which of its bytes count, as a number whose first byte is the lowest: all but those of numbers."""
+    bytes: int
+    """Those bytes, where the memo is empty before it."""
+    places: int
+    """Has a 1 where it states the index in the memo at which something is put, which grows with the memo."""
+    most_places: int
+    """How long the memo can be before it, so that the last index still has room in its bytes."""
     before: list[int]
     """What is on top of the stack."""
     marks_before: tuple[int, ...]
@@ -118,12 +119,10 @@ class Repeats:
             size = one.size
             if pos + size > len(data) or memory + _MOST_MEMORY * size > self._limit:
                 continue
-            if one.opcodes.unpack_from(data, pos) != one.read:
-                continue
             first = len(memo)
-            if one.places is not None and one.places.unpack_from(data, pos) != tuple(
-                range(first, first + len(one.memo))
-            ):
+            if first > one.most_places:
+                continue
+            if int.from_bytes(data[pos : pos + size], "little") & one.mask != one.bytes + first * one.places:
                 continue
             base = len(stack) - len(one.before)
             if base < 0 or stack[base:] != one.before or not self._has_marks(one.marks_before, base):
@@ -191,9 +190,10 @@ class Repeats:
         return Stretch(
             outline.size,
             alone.memory,
-            outline.opcodes,
-            outline.opcodes.unpack_from(self._data, pos),
+            outline.mask,
+            outline.bytes,
             outline.places,
+            outline.most_places,
             before,
             marks,
             alone.stack,
@@ -205,50 +205,48 @@ class Repeats:
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """Where the opcodes of a stretch are."""
+    """The bytes of a stretch, as `Stretch` has them."""
 
     size: int
     puts: int
     """How many entries it adds to the memo."""
-    opcodes: struct.Struct
-    places: struct.Struct | None
+    mask: int
+    bytes: int
+    places: int
+    most_places: int
 
 
 def _outline(data: bytes, pos: int, index: int) -> _Outline | None:
     """The outline of the stretch that begins at `pos`, where the memo has `index` entries; None where there is none."""
-    opcodes, places = ["<"], ["<"]
     begin, count, puts, stated = pos, 0, 0, 0
+    mask = places = 0
+    widest = 4
     stop = min(len(data), pos + _LONGEST)
     while pos < stop:
         op = data[pos]
         step, width = STEPS[op], ARGUMENT_SIZE[op]
         if pos + 1 + width > stop:
             break
-        if step == Step.PUSH:
-            opcodes.append(f"c{width}x")
-            places.append(f"{1 + width}x")
-        elif step == Step.PUT and width:
+        at = 8 * (pos - begin)
+        if step == Step.PUT and width:
             if int.from_bytes(data[pos + 1 : pos + 1 + width], "little") != index + puts:
                 break
-            opcodes.append(f"c{width}x")
-            places.append("xB" if width == 1 else "xI")
-            puts += 1
+            places |= 1 << (at + 8)
+            widest = min(widest, width)
             stated += 1
-        elif step == Step.MEMOIZE:
-            opcodes.append("c")
-            places.append("x")
-            puts += 1
-        elif step == Step.GET and width:
-            opcodes.append(f"{1 + width}s")
-            places.append(f"{1 + width}x")
-        elif step in _PLAIN:
-            opcodes.append("c")
-            places.append("x")
-        else:
+        elif (
+            step != Step.PUSH
+            and step != Step.MEMOIZE
+            and step not in _PLAIN
+            and not (step == Step.GET and width)
+        ):
             break
+        puts += step == Step.PUT or step == Step.MEMOIZE
+        counted = 1 if step == Step.PUSH else 1 + width
+        mask |= ((1 << 8 * counted) - 1) << at
         pos += 1 + width
         count += 1
     if count < _LEAST_OPCODES or (stated and stated != puts):
         return None
-    stating = struct.Struct("".join(places)) if stated else None
-    return _Outline(pos - begin, puts, struct.Struct("".join(opcodes)), stating)
+    read = int.from_bytes(data[begin:pos], "little") & mask
+    return _Outline(pos - begin, puts, mask, read - index * places, places, (1 << 8 * widest) - puts)

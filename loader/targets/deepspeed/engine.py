@@ -63,6 +63,7 @@ class EngineTarget:
         """
         live, options = self._live, self._options
         optimizer, scheduler = engine_classes(self._engine)
+        dtypes, slots_of, low = live.dtypes, live.slots_of, live.low
         return Demand(
             live.position,
             weights_only=options.weights_only,
@@ -75,9 +76,9 @@ class EngineTarget:
             parameters={
                 name: ParameterDemand(
                     shape,
-                    live.dtypes[name],
-                    updated=tuple(slot.run for _, slot in live.slots_of.get(name, ())),
-                    computed=tuple(low.slot.run for low in live.low[name]),
+                    dtypes[name],
+                    tuple([slot.run for _, slot in slots_of.get(name, ())]),
+                    tuple([one.slot.run for one in low[name]]),
                 )
                 for name, shape in live.shapes.items()
             },

@@ -128,7 +128,11 @@ def live_engine(engine: Any) -> LiveEngine:
     name_of = {id(parameter): name for parameter, name in first}
     position = engine_position(engine)
     place = position.rank, position.world_size
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    in_shares = any(hasattr(parameter, "ds_shape") for parameter in parameters.values())
+    shapes = {
+        name: tuple(getattr(p, "ds_shape", p.shape) if in_shares else p.shape)
+        for name, p in parameters.items()
+    }
     build = {
         "zero": zero_flats,
         "bf16": bf16_flats,

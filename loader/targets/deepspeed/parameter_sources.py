@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...saved.tensor import SavedTensor
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterSources:
+class ParameterSources(NamedTuple):
     """What a parameter is filled from."""
 
     low: SavedTensor | None

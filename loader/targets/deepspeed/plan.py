@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...saved.contents import Saved
-from ...saved.copies import Copy, copies_into
+from ...saved.copies import Copy, Memory, copies_into
 from ...saved.dtypes import keeps_values
 from ...saved.mismatch import Mismatch, fits
 from ...saved.names import match_names
@@ -131,16 +131,19 @@ def plan_model(
     cast: dict[str, str] = {}
     planned = _Planned(live)
     for name, shape in live.shapes.items():
-        left = next((one for one in saved_names.get(name, ()) if one in wanted), None)
-        if left is not None:
-            value, master, dtype = whole[left], saved.masters.get(left), live.dtypes[name]
-            problem = planned.problem(name)
-            if problem:
-                mismatch.wrong.append(f"model/{name}: {problem}")
-            elif (isinstance(value, SavedTensor) and value.shape == shape and value.dtype == dtype) or fits(
-                value, f"model/{name}", shape, dtype, mismatch, {} if value is master else cast
-            ):
-                planned.add(name, value, master)
+        for left in saved_names.get(name, ()):
+            if left in wanted:
+                break
+        else:
+            continue
+        value, master, dtype = whole[left], saved.masters.get(left), live.dtypes[name]
+        problem = planned.problem(name)
+        if problem:
+            mismatch.wrong.append(f"model/{name}: {problem}")
+        elif (isinstance(value, SavedTensor) and value.shape == shape and value.dtype == dtype) or fits(
+            value, f"model/{name}", shape, dtype, mismatch, {} if value is master else cast
+        ):
+            planned.add(name, value, master)
     buffers: dict[str, tuple[Copy, ...]] = {}
     unchecked: dict[str, tuple[SavedTensor, torch.Tensor]] = {}
     for name, buffer in live.buffers.items():
@@ -201,6 +204,7 @@ class _Planned:
     def __init__(self, live: LiveEngine) -> None:
         self._live = live
         self._memories = Memories()
+        self._masters: dict[int, Memory] = {}
         self._problems: dict[str, str | None] = {}
         self.parameters: dict[str, ParameterPart] = {}
         self.low = Runs("model")
@@ -225,12 +229,15 @@ class _Planned:
         )
         if chosen.masters is not None:
             for index, slot in slots:
-                memory = self._memories.of(f"fp32 of flat {index}", live.flats[index].master)
-                self.masters.add(name, chosen.masters, slot, memory)
+                if index not in self._masters:
+                    key = f"fp32 of flat {index}"
+                    self._masters[index] = self._memories.of(key, live.flats[index].master)
+                self.masters.add(name, chosen.masters, slot, self._masters[index])
         if chosen.low is not None:
             _add_low(live, name, chosen.low, self.low, self._memories)
-        filled = any(slot.run.length for _, slot in slots)
-        computed = any(one.slot.run.length for one in live.low[name])
+        # No slot is empty but those of a parameter without elements.
+        is_empty = 0 in live.shapes[name]
+        filled, computed = bool(slots) and not is_empty, bool(live.low[name]) and not is_empty
         self.parameters[name] = ParameterPart(
             chosen.low if computed else None,
             chosen.masters if filled else None,

@@ -181,7 +181,7 @@ def _match(
                 mismatch.unexpected.append(f"{at}/{owner}")
         elif saved_shape is not None and same_shape(saved_shape, shape):
             for key, value in state.numbers.items():
-                if isinstance(value, SavedTensor) and value.numel != 1:
+                if isinstance(value, SavedTensor) and value.shape and value.numel != 1:
                     raise LayoutError(
                         f"{at}/{owner}/{key} has shape {value.shape}, and its parameter {shape}: only numbers and "
                         "state that lies element by element along the parameters can be restored"
@@ -248,12 +248,14 @@ class _Planned:
 
     def add(self, index: int, name: str, slot: Slot, state: _State) -> None:
         """Plans what the slot of parameter `name` in a flat gets."""
-        if state.kept:
+        kept, filled = state.kept, slot.run.length > 0
+        if kept:
             made = self.made.setdefault(index, {})
             for key, tensor in state.tensors.items():
-                made.setdefault(key, tensor.dtype)
+                if key not in made:
+                    made[key] = tensor.dtype
         for key, tensor in state.tensors.items():
-            if key in state.kept and slot.run.length:
+            if filled and key in kept:
                 if key not in self._runs:
                     self._runs[key] = Runs(key)
                 self._runs[key].add(name, tensor, slot, self._memory(index, key))
@@ -386,7 +388,7 @@ def _first(parts: Any) -> Mapping[str, Any]:
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
-    return value if isinstance(value, Mapping) else {}
+    return value if type(value) is dict or isinstance(value, Mapping) else {}
 
 
 def _list(value: Any) -> Sequence[Any]:
