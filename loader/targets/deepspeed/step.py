@@ -27,6 +27,7 @@ from ..buffers import check_read, values_place
 from ..module import extra_states
 from ..optimizer_kinds import value_problems
 from ..parts import with_empty
+from .links import link_state
 from .live import LiveEngine, flat_view
 from .plan import ModelPart
 from .states import OptimizerPart, new_state, number_problem, state_memory_key
@@ -113,7 +114,8 @@ class EngineStep:
         _set_extra_state(self, real, work.note_change)
         _set_numbers(self, real, work.note_change)
         _set_groups(self, real, work.note_change)
-        _relink(self)
+        if self.optimizer.made:
+            link_state(self.live)
         return [*self._restored(), *_set_engine(self, real, work.note_change)]
 
     def _check_buffers(self, real: Mapping[str, Any], file: str) -> None:
@@ -302,16 +304,6 @@ def _set_groups(step: EngineStep, real: Mapping[str, Any], note_change: NoteChan
                 own[key].fill_(float(value))
             else:
                 own[key] = value
-
-
-def _relink(step: EngineStep) -> None:
-    """Links DeepSpeed's per-parameter views (``safe_get_full_*``) to state tensors that were made here."""
-    live, optimizer = step.live, step.live.engine.optimizer
-    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if live.kind in ("zero", "bf16") and link is not None and step.optimizer.made:
-        optimizer._hp_optimizer_states_linked = False
-        if all(flat.master in live.optimizer.state for flat in live.flats):
-            link()
 
 
 def objects_of(engine: Any) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_a_module_of_another_dtype_takes_its_weights_from_the_masters(
     whole = Zero().open(LocalFiles(folder), EVERYTHING)
     demand = engine_demand(whole, lambda numel: (Run(0, numel),), dtype, position=Position(0, 4))
     parameters = {
-        name: replace(one, updated=(Run(0, 1),) if name == "wte.weight" else ())
+        name: one._replace(updated=(Run(0, 1),) if name == "wte.weight" else ())
         for name, one in (demand.parameters or {}).items()
     }
     files = LocalFiles(folder)
