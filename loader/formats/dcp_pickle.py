@@ -32,7 +32,7 @@ _SIZE = "torch.Size"
 
 _REFERENCE = rb"(?:h.|j.{4})"
 _INT = rb"(?:K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6}|\x8a\x07.{7}|\x8a\x08.{8})"
-_TEXT = rb"(?:" + _REFERENCE + rb"|\x8c.[ -~]*\x94)"
+_TEXT = rb"(?:" + _REFERENCE + rb"|\x8c.[ -~]{0,255}\x94)"
 """A text that there was before, or one of printable ASCII."""
 _NEW_SIZE = (
     _REFERENCE + rb"(?:" + _INT + rb"{1,3}[\x85-\x87]\x94|\)|\(" + _INT + rb"{4,64}t\x94)\x85\x94R\x94"
