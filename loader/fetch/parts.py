@@ -110,7 +110,7 @@ class Coming:
         self._ended = threading.Event()
         self._settled = False
         self._failure: list[BaseException] = []
-        self._thread = threading.Thread(target=self._work, name="rankload-fetch", daemon=True)
+        self._thread: threading.Thread | None = None
         if not files.context.store.is_local:
             self._round = plan_round(files.context, files.remote, parts, stage)
 
@@ -121,6 +121,8 @@ class Coming:
         self._reader.waiting(self._wait, self._wanted)
         self._reader.reading_direct(self._round.direct)
         if self._round:
+            # Not before it runs: until then it would keep alive what refers to it, all that was read of the files.
+            self._thread = threading.Thread(target=self._work, name="rankload-fetch", daemon=True)
             self._thread.start()
         else:
             self._ended.set()
@@ -188,7 +190,8 @@ class Coming:
         self._files.remote.known.add_fetched(self._round.direct.fetched_bytes)
         if not self._ended.is_set():
             self._files.remote.stop()
-            self._thread.join(10)
+            if self._thread is not None:
+                self._thread.join(10)
 
     def _work(self) -> None:
         try:
