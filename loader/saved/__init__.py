@@ -13,7 +13,8 @@ In the order of a load:
 3. `ignore.ignore` leaves out what ``ignore_keys`` names.
 4. `targets` match names (`names.match_names`), collect what does not fit (`mismatch.Mismatch`), and plan copies:
    `copies.copies_into` asks `tensor.fill` which elements of which pieces fill a part of a tensor, and that asks
-   `regions.intersect` for each piece. `copies.reads_of` gives the bytes that the copies read: these are fetched.
+   `regions.intersect` for each piece. `runs` makes one copy of many parameters that a file and an engine's memory
+   have side by side. `copies.reads_of` gives the bytes that the copies read: these are fetched.
 5. `strided` cuts a tensor into boxes that `materialize` reads one after another. `dtypes` has the size of each dtype.
 
 Not guaranteed: that the bytes of a storage are there, or right. Nothing here reads a file or waits for other ranks.

@@ -56,18 +56,21 @@ def wanted_runs(demand: Demand, checkpoint: ZeroCheckpoint, model: ModelStates) 
     )
     match = match_names([*model.module, *in_no_layer], demand.names, demand.rename)
     wanted: dict[str, list[Run]] = {}
-    parameters, aliases = demand.parameters or {}, demand.aliases
+    asked_of, aliases = demand.parameters or {}, demand.aliases
+    partitioned, module = checkpoint.partitioned, model.module
     for saved_name, name in match.target_of.items():
-        asked = parameters.get(aliases.get(name, name))
+        asked = asked_of.get(aliases.get(name, name))
         parameter = checkpoint.find(saved_name)
-        if parameter is None or asked is None or not same_shape(parameter.shape, asked.shape):
+        if parameter is None or asked is None:
+            continue
+        if parameter.shape != asked.shape and not same_shape(parameter.shape, asked.shape):
             continue
         runs = wanted.setdefault(parameter.name, [])
         runs += asked.updated
-        saved = model.module.get(saved_name)
+        saved = module.get(saved_name)
         # A module of another dtype than saved gets its weights cast from the fp32 masters.
         whole = isinstance(saved, SavedTensor) and saved.dtype == asked.dtype
-        if checkpoint.partitioned or not whole:
+        if partitioned or not whole:
             runs += asked.computed
     return wanted
 

@@ -6,6 +6,7 @@ that this rank has not read are in it too, as `Unread`: they are an error only w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ...saved.regions import CoverageError, Run
 from ...saved.shares import FlatShares, Shares
 from ...saved.tensor import Piece, RowTensor, SavedTensor, StorageRef, Unread
 from .contents import ZeroContents
-from .layout import SavedParameter
+from .layout import FROZEN_GROUP, SavedParameter
 
 FROZEN = "frozen"
 """The kind of a frozen parameter at stage 3, whose shares are in the model files: it has no other."""
@@ -29,9 +30,9 @@ def all_partitioned(zero: ZeroContents, kinds: Sequence[str]) -> dict[str, Mappi
     partitions: dict[int, _Partitions | None] = {}
     found: dict[str, Mapping[str, SavedTensor]] = {}
     for name, parameter in zero.checkpoint.parameters.items():
-        if parameter.frozen:
-            continue
         group = parameter.group
+        if group == FROZEN_GROUP:
+            continue
         if group not in partitions:
             partitions[group] = _partitions(zero, parameter, kinds)
         own = partitions[group]
@@ -66,9 +67,10 @@ def _partitions(zero: ZeroContents, parameter: SavedParameter, kinds: Sequence[s
 
 def _in_a_partition(partitions: _Partitions, parameter: SavedParameter) -> dict[str, SavedTensor] | None:
     """The tensors of a parameter that lies in one partition as a whole; None where it does not, or was not read."""
-    numel, size = parameter.numel, partitions.size
-    index = parameter.offset // size if size else 0
-    start = parameter.offset - index * size
+    _, shape, _, offset = parameter
+    numel, size = math.prod(shape), partitions.size
+    index = offset // size if size else 0
+    start = offset - index * size
     if not numel or start + numel > size or index >= len(partitions.ranks):
         return None
     rank = partitions.ranks[index]
@@ -80,7 +82,7 @@ def _in_a_partition(partitions: _Partitions, parameter: SavedParameter) -> dict[
         storage = row.storage
         if not isinstance(storage, StorageRef):
             return None
-        tensors[kind] = RowTensor(storage, dtype, parameter.shape, row.offset + start)
+        tensors[kind] = RowTensor(storage, dtype, shape, row.offset + start)
     return tensors
 
 

@@ -13,7 +13,8 @@ a run of a parameter's elements lies in it. A "share" is a rank's part of a para
    intersected with the engine's slots, for any two world sizes.
 4. `shared_weights.plan_weights` takes out of the plan those weights that a node reads once and its ranks share: the
    ranks offer what they can cast or read (`weights`), and rank 0 assigns it to them (`weight_regions`).
-5. `step.EngineStep.apply` reads into the engine's tensors, and sets counters, scaler and scheduler.
+5. `step.EngineStep.apply` reads into the engine's tensors, and sets counters, scaler and scheduler; `links` renews
+   DeepSpeed's own views of state that was made.
 6. `shared_weights.share_weights` brings the shared weights to each node once, through `shared_memory`.
 7. The plan's ``finish``, on every rank once all have agreed that they applied: the only collectives.
 

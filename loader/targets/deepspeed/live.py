@@ -265,6 +265,9 @@ class _Row(NamedTuple):
     start: int
     """Address of its first byte."""
     stop: int
+    itemsize: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def _rows_of_weights(kind: Kind, optimizer: Any) -> Iterator[_Row]:
@@ -273,9 +276,10 @@ def _rows_of_weights(kind: Kind, optimizer: Any) -> Iterator[_Row]:
     flats = getattr(optimizer, found, None) if found is not None else None
     for index, flat in enumerate(flats if isinstance(flats, list | tuple) else ()):
         if type(flat) in _PLAIN and flat.dim() == 1 and flat.is_contiguous() and flat.numel():
-            start = flat.data_ptr()
-            stop = start + flat.numel() * flat.element_size()
-            yield _Row(flat_view(flat), f"weights of group {index}", start, stop)
+            start, size = flat.data_ptr(), flat.element_size()
+            stop = start + flat.numel() * size
+            key = f"weights of group {index}"
+            yield _Row(flat_view(flat), key, start, stop, size, flat.dtype, flat.device)
 
 
 def _in_a_row(name: str, parameter: torch.Tensor, rows: Sequence[_Row]) -> LowSlot:
@@ -283,14 +287,14 @@ def _in_a_row(name: str, parameter: torch.Tensor, rows: Sequence[_Row]) -> LowSl
     start = parameter.data_ptr() if rows and type(parameter) in _PLAIN else 0
     for row in rows:
         if row.start <= start < row.stop:
-            size, numel = row.flat.element_size(), parameter.numel()
-            first, more = divmod(start - row.start, size)
+            numel = parameter.numel()
+            first, more = divmod(start - row.start, row.itemsize)
             if (
-                parameter.dtype == row.flat.dtype
-                and parameter.device == row.flat.device
+                parameter.dtype == row.dtype
+                and parameter.device == row.device
                 and parameter.is_contiguous()
                 and not more
-                and first + numel <= row.flat.numel()
+                and start + numel * row.itemsize <= row.stop
             ):
                 return LowSlot(row.flat, Slot(0, first, Run(0, numel)), row.key)
     return _whole_slot(name, parameter)
