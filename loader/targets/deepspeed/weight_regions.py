@@ -9,6 +9,7 @@ the node's page cache has is not shared: each rank reads it from there as fast.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -191,12 +192,21 @@ def _tensors_in(
 
 
 def _holds_all(spans: Sequence[ByteRange], tensors: Iterable[SavedTensor]) -> bool:
-    """Whether `tensors`, which lie in the storage that `spans` are ranges of, have no byte outside of these."""
+    """Whether `tensors`, which lie in the storage that `spans` are ranges of, have no byte outside of these.
+
+    `spans` are in order, and do not touch each other.
+    """
+    starts = [start for start, _ in spans]
     for tensor in tensors:
-        first = tensor.whole.offset * tensor.itemsize if tensor.whole is not None else 0
-        if not tensor.is_contiguous or not any(
-            start <= first and first + tensor.nbytes <= stop for start, stop in spans
-        ):
+        row, piece = tensor.row, None
+        if row is None:
+            piece = tensor.whole
+            if not tensor.is_contiguous:
+                return False
+        place = row[1] if row is not None else piece.offset if piece is not None else 0
+        first = place * tensor.itemsize
+        at = bisect_right(starts, first) - 1
+        if at < 0 or first + tensor.nbytes > spans[at].stop:
             return False
     return True
 
