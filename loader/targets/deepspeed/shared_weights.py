@@ -189,11 +189,9 @@ class SharedWeights:
         return replace(self, share=decode(_Task, dealt).share)
 
 
-def _offer(region: Region, sharing: Sharing) -> RegionOffer:
-    offer, storage = region.laid.offer, region.storage
-    if storage is None or sharing.from_store:
-        return offer
-    return replace(offer, is_cached=is_cached(storage.file, storage.offset, storage.offset + storage.nbytes))
+def _is_near(storage: StorageRef) -> bool:
+    """Whether the node's page cache has a storage of a local file: every rank reads it from there as fast."""
+    return is_cached(storage.file, storage.offset, storage.offset + storage.nbytes)
 
 
 def _deal(dealer: _Dealer | None) -> list[Json]:
@@ -212,8 +210,9 @@ def plan_weights(plan: Plan, sharing: Sharing) -> tuple[Plan, SharedWeights | No
         found: dict[StorageId, Region] = {}
         offers: dict[StorageId, RegionOffer] = {}
         if step is not None and sharing.verify != "before":
-            found = find_regions(step, sharing.name_of)
-            offers = {name: _offer(region, sharing) for name, region in found.items()}
+            is_apart = (lambda storage: False) if sharing.from_store else _is_near
+            found = find_regions(step, sharing.name_of, is_apart)
+            offers = {name: region.laid.offer for name, region in found.items()}
     dealer: _Dealer | None = None
 
     def deal(records: Sequence[Json]) -> list[Json]:

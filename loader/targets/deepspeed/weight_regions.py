@@ -3,8 +3,7 @@
 A region is one storage of a module file, or weights that can only be cast from fp32 masters (`lay_regions`). The
 regions of a node lie one after another in its image, the memory that its ranks share. `deal_regions` assigns to each
 rank a part to provide: to be cast from its masters, where the node's ranks hold all of them and, for a storage of a
-file, a checksum can prove that the cast gives the same bytes; to be read from the module file otherwise. A storage that
-the node's page cache has is not shared: each rank reads it from there as fast.
+file, a checksum can prove that the cast gives the same bytes; to be read from the module file otherwise.
 """
 
 from __future__ import annotations
@@ -86,8 +85,6 @@ class RegionOffer:
     """The bytes of weights, where these and zeros between them are the whole region; else empty."""
     masters: tuple[ByteRange, ...]
     """The bytes that this rank can cast from masters that it restores."""
-    is_cached: bool = False
-    """Whether this rank's node has the storage in its page cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +248,6 @@ def _provided(
 ) -> tuple[Provider, dict[int, list[ByteRange]]]:
     """A region's source, and the bytes that each of the node's `holders` provides, by rank."""
     first = next(iter(holders.values()))
-    if all(offer.is_cached for offer in holders.values()):
-        return APART, {rank: [] for rank in holders}
     if from_masters and first.weights and (first.crc32 is not None or not first.in_file):
         provided: dict[int, list[ByteRange]] = {rank: [] for rank in holders}
         covered: tuple[ByteRange, ...] = ()

@@ -19,7 +19,7 @@ from ...materialize.tensors import TensorReader
 from ...ranges.destinations import FirstWrite
 from ...saved.copies import Copy
 from ...saved.strided import Layout
-from ...saved.tensor import StorageId, StorageRef
+from ...saved.tensor import SavedTensor, StorageId, StorageRef
 from ..base import NoteChange
 from ..dtensor import dtype_name
 from .live import LiveEngine, flat_view, memory_of
@@ -60,15 +60,19 @@ class Region:
         return self.laid.storage
 
 
-def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[StorageId, Region]:
+def find_regions(
+    step: EngineStep, name_of: Callable[[str], str], is_apart: Callable[[StorageRef], bool]
+) -> dict[StorageId, Region]:
     """The regions of `step`, by names that are the same on all ranks with this part of the model; {} at stage 3, at
     stage 0 in fp32, and for a single file.
 
-    `name_of(path)` is the name, the same on all ranks, of the file at a local path.
+    `name_of(path)` is the name, the same on all ranks, of the file at a local path. `is_apart` says of a storage
+    whether this rank reads it by itself: it has no region then.
     """
     live, saved = step.live, step.saved
     if saved.data_parallel_size is None or live.kind not in ("zero", "bf16", "unfused"):
         return {}
+    apart = _Apart(is_apart)
     weights = (
         WholeWeight(
             name,
@@ -79,7 +83,7 @@ def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[Storag
         )
         for name, part in step.model.parameters.items()
         if part.low is not None
-        and (part.low_is_master or not in_small_storage(part.low))
+        and (part.low_is_master or not (in_small_storage(part.low) or apart.has(part.low)))
         and live.low[name][0].flat.dim() == 1
     )
     by_masters = f"weights of {saved.name}, part {live.position.part}"
@@ -91,6 +95,24 @@ def find_regions(step: EngineStep, name_of: Callable[[str], str]) -> dict[Storag
         )
         for region_id, one in laid.items()
     }
+
+
+class _Apart:
+    """Asks once of each storage whether it `is_apart`: the tensors in it mostly have one object for it."""
+
+    def __init__(self, is_apart: Callable[[StorageRef], bool]) -> None:
+        self._is_apart = is_apart
+        self._found: dict[int, tuple[StorageRef, bool]] = {}
+
+    def has(self, source: SavedTensor) -> bool:
+        row = source.row
+        if row is None:
+            return False
+        storage, _ = row
+        found = self._found.get(id(storage))
+        if found is None:
+            found = self._found[id(storage)] = storage, self._is_apart(storage)
+        return found[1]
 
 
 def provide(

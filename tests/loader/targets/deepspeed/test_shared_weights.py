@@ -72,16 +72,6 @@ def test_each_node_gets_every_byte_once(
         assert sorted(summed) == list(range(41))
 
 
-def test_a_region_that_is_cached_for_all_its_ranks_is_not_shared() -> None:
-    def source(*cached: bool) -> str:
-        offers = [{NAME: RegionOffer(5000, 1, True, (), (), is_cached=one)} for one in cached]
-        (found,) = {share.regions[NAME].source for share in deal_regions(offers, [0] * len(cached))}
-        return found
-
-    assert source(True, True) == APART
-    assert source(True, False) == FILE
-
-
 def test_regions_do_not_overlap_in_the_image() -> None:
     names = [("model.pt", f"data/{index}") for index in range(3)]
     offers = [{name: RegionOffer(5000, 1, True, (), ()) for name in names}]
