@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -182,6 +183,7 @@ def named(path: Path) -> str:
 MODULES = [pytest.param(package, path, id=label(path)) for package, path in modules()]
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 

@@ -243,9 +243,8 @@ def test_sigusr1_reaches_the_ranks(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", pytest.param("mpi", marks=[needs_mpirun, pytest.mark.whole_jobs])]
-)
+@pytest.mark.whole_jobs
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpi", marks=needs_mpirun)])
 def test_the_rank_that_failed_first_is_named(launcher: str, tmp_path: Path) -> None:
     options = OPEN_MPI if launcher == "mpi" and is_open_mpi() else ()
     code, job = run(

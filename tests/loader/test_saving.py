@@ -211,6 +211,7 @@ def test_sigkill_of_all_ranks_at_random_times(tmp_path: Path, stage: int):
 
 
 @needs_deepspeed
+@pytest.mark.whole_jobs
 @pytest.mark.parametrize(
     "stage",
     [
