@@ -9,7 +9,6 @@ writes is an error.
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import math
 import os
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+from ..collector import without_collector
 from ..errors import CorruptError, FormatError, RankloadError, UnsafeError
 from ..saved.division import Division
 from ..saved.strided import Box
@@ -154,7 +154,7 @@ def read_metadata(path: str, *, name: str) -> Metadata:
     """
     data = _all_of(path, name)
     limit = _SPARE_MEMORY + _MEMORY_PER_BYTE * len(data)
-    with _without_collector():
+    with without_collector():
         usual = read_usual(data, memory_limit=limit)
         del data  # many megabytes, which are not needed beside what is made of them
         if usual is not None:
@@ -164,7 +164,7 @@ def read_metadata(path: str, *, name: str) -> Metadata:
     del usual
     again = bytes(_all_of(path, name))
     scan = scan_pickle(again, name=name, memory_limit=limit, inert=True)
-    with _without_collector():
+    with without_collector():
         tree = read_pickle(again, scan, name=name, memory_limit=limit, inert=True)
         try:
             return metadata_of(tree)
@@ -181,18 +181,6 @@ def _all_of(path: str, name: str) -> bytearray:
             del data[file.readinto(data) :]
             return data
     raise FormatError(f"{name}: has more than {_LARGEST_FILE:,} bytes, which is not supported", path=name)
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Leaves the garbage collector off: it would go through a million new objects again and again, and find nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def metadata_of(tree: Any, more: Mapping[str, Entries] | None = None) -> Metadata:

@@ -24,6 +24,11 @@ def elements(shape: Shape, region: Region) -> np.ndarray:
     return np.asarray(numbers.reshape(shape)[parts])
 
 
+def positions(shape: Shape, region: Region) -> set[int]:
+    """The same as a set."""
+    return set(elements(shape, region).reshape(-1).tolist())
+
+
 def offsets(shape: Shape, stride: Shape, offset: int) -> np.ndarray:
     """Where the elements of a layout lie."""
     found = np.full(shape, offset)

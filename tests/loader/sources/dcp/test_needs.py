@@ -17,12 +17,12 @@ from rankload.loader.saved.demand import Demand, ParameterDemand, ShardDemand
 from rankload.loader.saved.division import Division
 from rankload.loader.saved.model_parallel import Position
 from rankload.loader.saved.node_file import FileItem
-from rankload.loader.saved.regions import Run
 from rankload.loader.saved.strided import Box
 from rankload.loader.saved.tensor import Unread
 from rankload.loader.sources.dcp.needs import wanted_items
 from rankload.loader.sources.dcp.open import Dcp
 from rankload.loader.sources.dcp.values import blank
+from region_cases import boxes, positions, runs
 
 Place = tuple[int, ...]
 
@@ -102,18 +102,6 @@ def in_items(division: Division, file: str) -> ChunkedTensor:
     return ChunkedTensor("float32", division, items)
 
 
-def elements(shape: Place, box: Box) -> set[int]:
-    """The row-major positions of a box's elements."""
-    found = set()
-    ranges = [range(start, start + size) for start, size in zip(box.starts, box.sizes, strict=True)]
-    for place in itertools.product(*ranges):
-        position = 0
-        for index, size in zip(place, shape, strict=True):
-            position = position * size + index
-        found.add(position)
-    return found
-
-
 def asked_of(weight: ChunkedTensor, moment: ChunkedTensor, demand: Demand) -> dict[Item, bool]:
     metadata = Metadata({"w": weight, "m": moment}, {"lr": Item("w.distcp", 9999, 1)}, {})
     stands_in = blank(metadata)
@@ -141,27 +129,23 @@ def holding(tensor: ChunkedTensor, kept: set[int]) -> set[Item]:
     return {
         item
         for box, item in zip(tensor.division.boxes, tensor.items, strict=True)
-        if elements(tensor.shape, box) & kept
+        if positions(tensor.shape, box) & kept
     }
 
 
 @given(st.data())
 def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
     weight = data.draw(chunked())
-    starts = [data.draw(st.integers(0, size)) for size in weight.shape]
-    sizes = [
-        data.draw(st.integers(0, size - start)) for start, size in zip(starts, weight.shape, strict=True)
-    ]
-    box = Box(tuple(starts), tuple(sizes))
+    box = data.draw(boxes(weight.shape))
     moment = in_items(weight.division, "m.distcp")
     demand = Demand(Position(0, 1), shards={"w": ShardDemand(weight.shape, box)})
     of_weight, of_moment = wanted(weight, moment, demand)
-    kept = elements(weight.shape, box)
+    kept = positions(weight.shape, box)
     assert of_weight == holding(weight, kept)
     assert of_moment == holding(moment, kept)
     for item, whole in asked_of(weight, moment, demand).items():
         box = weight.division.boxes[item.offset // 10]
-        assert whole == (elements(weight.shape, box) <= kept)
+        assert whole == (positions(weight.shape, box) <= kept)
     without = Demand(Position(0, 1), optimizer=False, shards=demand.shards)
     assert wanted(weight, moment, without) == (of_weight, set())
 
@@ -169,12 +153,7 @@ def test_a_box_of_a_sharded_parameter(data: st.DataObject) -> None:
 @given(st.data())
 def test_runs_of_an_engines_parameter(data: st.DataObject) -> None:
     weight = data.draw(chunked())
-    numel = len(elements(weight.shape, Box((0,) * len(weight.shape), weight.shape)))
-    runs = []
-    for _ in range(2):
-        start = data.draw(st.integers(0, numel))
-        runs.append(Run(start, data.draw(st.integers(0, numel - start))))
-    updated, computed = runs
+    updated, computed = (data.draw(runs(weight.shape)) for _ in range(2))
     moment = in_items(weight.division, "m.distcp")
     asked = ParameterDemand(weight.shape, "float32", (updated,), (computed,))
     of_weight, of_moment = wanted(weight, moment, Demand(Position(0, 1), parameters={"w": asked}))
