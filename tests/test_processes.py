@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from deepspeed_ranks import ENVIRONMENT, WITHOUT, needs_deepspeed
 from places import SUPPORT, TESTS
 from processes import run_ranks
 
@@ -40,7 +41,7 @@ def tell(*arguments: str) -> None:
         "streams": [stream.encoding for stream in (sys.stdout, sys.stderr)],
         "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
         "threads": threading.active_count(),
-        "loaded": [name for name in ("deepspeed", "rankload.loader", "pytest") if name in sys.modules],
+        "loaded": [name for name in ("deepspeed", "pytest") if name in sys.modules],
     }
     print(json.dumps([told, [random.random(), float(np.random.rand())]]))
 
@@ -62,6 +63,17 @@ def test_each_finds_what_it_would_find_in_a_python_of_its_own(monkeypatch: pytes
     assert len(set(path)) == len(path)
     drawn = [tuple(drawn) for ranks in told for _, drawn in ranks]
     assert len(set(drawn)) == 4
+
+
+@needs_deepspeed
+def test_deepspeed_is_there_from_the_start_for_a_job_that_says_so() -> None:
+    for env, there in ((ENVIRONMENT, True), (WITHOUT, False)):
+        (finished,) = run_ranks(f"{THIS}:tell", 1, deadline_s=60, env=env, fork=True)
+        assert finished.returncode == 0, finished
+        told = json.loads(finished.stdout)[0]
+        assert ("deepspeed" in told["loaded"]) == there
+        assert told["threads"] == 1
+        assert told["session"]
 
 
 def end(how: str) -> None:

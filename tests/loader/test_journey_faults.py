@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_ranks import ENVIRONMENT, needs_deepspeed
+from deepspeed_ranks import WITHOUT, needs_deepspeed
 from http_server import Served, counting_server
 from journey_runs import WORKER, run
 from places import DATA
@@ -175,7 +175,7 @@ def test_a_hostile_part_that_is_ignored_or_not_restored_does_no_harm(plain: Path
 
 
 def test_ranks_that_ask_for_different_things(plain: Path) -> None:
-    finished = run_ranks(f"{WORKER}:disagreeing", 2, args=(plain,), deadline_s=90, env=ENVIRONMENT)
+    finished = run_ranks(f"{WORKER}:disagreeing", 2, args=(plain,), deadline_s=90, env=WITHOUT)
     assert [rank.returncode for rank in finished] == [0, 0], finished
 
 
@@ -271,7 +271,7 @@ def test_faults_of_a_folder_and_another_world_size(tmp_path: Path) -> None:
 
 def test_a_rank_that_dies_in_the_restore_leaves_the_others_told(tmp_path: Path) -> None:
     finished = run_ranks(
-        f"{WORKER}:a_peer_dies_in_the_restore", 3, args=(tmp_path,), deadline_s=60, env=ENVIRONMENT
+        f"{WORKER}:a_peer_dies_in_the_restore", 3, args=(tmp_path,), deadline_s=60, env=WITHOUT
     )
     assert [rank.returncode for rank in finished] == [0, 7, 0], finished
 
@@ -288,7 +288,7 @@ def test_an_interrupted_rank_ends_all_and_leaves_nothing(plain: Path, tmp_path: 
             3,
             args=(server.url("/step1.pt"), int(number)),
             deadline_s=60,
-            env={**ENVIRONMENT, "RANKLOAD_CACHE_DIR": str(cache)},
+            env={**WITHOUT, "RANKLOAD_CACHE_DIR": str(cache)},
         )
     assert finished[0].returncode == (-number if number == signal.SIGTERM else 130), finished
     assert [rank.returncode for rank in finished[1:]] == [0, 0], finished

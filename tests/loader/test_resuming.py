@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_ranks import ENVIRONMENT
+from deepspeed_ranks import WITHOUT
 from places import DATA, SUPPORT
 from processes import run_ranks
 from rankload.loader import (
@@ -36,7 +36,7 @@ def run(
         world_size,
         args=args,
         deadline_s=120,
-        env={**ENVIRONMENT, **(env or {})},
+        env={**WITHOUT, **(env or {})},
         **more,
     )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
@@ -128,7 +128,7 @@ def test_a_pointer_goes_first_and_a_newer_one_is_told(folder: Path) -> None:
 
 
 def test_a_cold_start_is_loud_and_may_be_forbidden(tmp_path: Path) -> None:
-    finished = run_ranks(f"{WORKER}:resume", 2, args=(tmp_path,), deadline_s=60, env=ENVIRONMENT)
+    finished = run_ranks(f"{WORKER}:resume", 2, args=(tmp_path,), deadline_s=60, env=WITHOUT)
     assert [json.loads(rank.stdout.splitlines()[-1])["step"] for rank in finished] == [None, None]
     assert [rank.stderr.count("COLD START") for rank in finished] == [1, 0]
     (tmp_path / "step1.pt").write_bytes(b"PK\3\4 cut")

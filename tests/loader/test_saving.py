@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from deepspeed_ranks import ENVIRONMENT, needs_deepspeed
+from deepspeed_ranks import ENVIRONMENT, WITHOUT, needs_deepspeed
 from places import SUPPORT
 from processes import run_ranks
 from rankload.distributed.watchdog import EXIT_CODE
@@ -23,7 +23,8 @@ WORKER = str(SUPPORT / "saving_worker.py")
 
 
 def ranks(function: str, world_size: int, *args: object, **more: Any) -> list:
-    more = {"deadline_s": 120, "env": ENVIRONMENT, **more}
+    of_modules = {"plain", "ddp", "fsdp2"} & {*map(str, args)}
+    more = {"deadline_s": 120, "env": WITHOUT if of_modules else ENVIRONMENT, **more}
     return run_ranks(f"{WORKER}:{function}", world_size, args=args, **more)
 
 

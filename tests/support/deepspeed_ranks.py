@@ -1,4 +1,4 @@
-"""What every test needs whose ranks make engines of DeepSpeed."""
+"""What tests need whose ranks make engines of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib.util
 import pytest
 from places import SUPPORT
 
-ENVIRONMENT = {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+WITHOUT = {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+"""The environment of the jobs beside them that make none."""
+ENVIRONMENT = {**WITHOUT, "DS_ACCELERATOR": "cpu"}
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"

@@ -6,11 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deepspeed_ranks import ENVIRONMENT
+from deepspeed_ranks import ENVIRONMENT, WITHOUT
 from places import SUPPORT
 from processes import Finished, run_ranks
 
 WORKER = str(SUPPORT / "journey_worker.py")
+_OF_ENGINES = frozenset(
+    {
+        "composer_zero", "deepspeed_folder", "failing_archives", "failing_folder", "left_out_of_engine",
+        "saves_and_restores",
+    }
+)  # fmt: skip
 
 
 def run(
@@ -18,9 +24,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """Runs a function of the worker on every rank, which must all end well; what each printed last, as JSON."""
     env = options.pop("env", None)
+    common = ENVIRONMENT if function in _OF_ENGINES else WITHOUT
 
     def environment(rank: int) -> Mapping[str, str | None]:
-        return {**ENVIRONMENT, **(env(rank) if env else {})}
+        return {**common, **(env(rank) if env else {})}
 
     finished = run_ranks(
         f"{WORKER}:{function}", world_size, args=args, deadline_s=deadline_s, env=environment, **options

@@ -4,8 +4,8 @@
     assert [rank.returncode for rank in finished] == [0, 0], finished
 
 Each rank gets the environment that torchrun would give it, in a session of its own. It is a fork of a Python that has
-imported torch; with TEST_ALL set, a Python of its own from the start. ``nodes=(2, 2)`` plays
-two nodes of two ranks each on this machine.
+imported torch and rankload, and DeepSpeed where the job's own environment names the accelerator; with TEST_ALL set, a
+Python of its own from the start. ``nodes=(2, 2)`` plays two nodes of two ranks each on this machine.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def run_ranks(
         args: command line of each rank.
         deadline_s: seconds after which what still runs is killed (``returncode`` None).
         env: variables to add, or, where the value is None, to remove; or a function of the rank that gives
-            them.
+            them. Where they say DS_ACCELERATOR=cpu, forks begin with DeepSpeed imported.
         nodes: sizes of the nodes; one node of all ranks by default.
         kill_once_others_end: ranks that are not expected to end (stopped ones): killed when all others have
             ended.
         python: the interpreter, and with it the packages, that the ranks have.
-        fork: whether ranks are forks of a Python that has imported torch. By default they are, unless TEST_ALL is
-            set; what `fork` cannot do, as another interpreter, starts as a Python of its own.
+        fork: whether ranks are forks, as this module says. By default they are, unless TEST_ALL is set; what `fork`
+            cannot do, as another interpreter, starts as a Python of its own.
     """
     sizes = tuple(nodes) if nodes is not None else (world_size,)
     if sum(sizes) != world_size:
@@ -103,7 +103,9 @@ def run_ranks(
                 extra = env(rank) if callable(env) else env
                 _override(variables, extra or {})
                 command = [*_command(target), *map(str, args)]
-                started.append(_start(python, command, variables, os.path.join(folder, str(rank)), fork))
+                streams = os.path.join(folder, str(rank))
+                imports = ("deepspeed",) if (extra or {}).get("DS_ACCELERATOR") == "cpu" else ()
+                started.append(_start(python, command, variables, streams, fork, imports))
             _wait(started, begin, deadline_s, frozenset(kill_once_others_end), seconds)
         finally:
             for process in started:
@@ -168,7 +170,12 @@ def kill_session(process: Process) -> None:
 
 
 def _start(
-    python: str, command: Sequence[str], variables: Mapping[str, str], streams: str, fork: bool | None
+    python: str,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    streams: str,
+    fork: bool | None,
+    imports: tuple[str, ...],
 ) -> Process:
     out, err, folder = f"{streams}.out", f"{streams}.err", os.path.dirname(streams)
     if fork is None:
@@ -176,7 +183,7 @@ def _start(
     fork &= python == sys.executable and command[0].endswith(".py") and variables["OMP_NUM_THREADS"] == "1"
     with open(out, "wb") as out_file, open(err, "wb") as err_file:
         if fork:
-            return WarmRank(command, env=variables, cwd=folder, out=out, err=err)
+            return WarmRank(command, env=variables, cwd=folder, out=out, err=err, imports=imports)
         return subprocess.Popen(
             [python, *command],
             stdin=subprocess.DEVNULL,

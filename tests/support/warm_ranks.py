@@ -3,8 +3,9 @@
     rank = WarmRank(["job.py", "argument"], env=..., cwd=..., out=..., err=...)
     while rank.poll() is None: ...
 
-Otherwise they are as fresh as a Python of their own: environment, arguments, import path, streams, session, random
-generators, and how they end.
+A job that says it uses other modules too, such as DeepSpeed, has forks of a fork that has imported them. Otherwise
+ranks are as fresh as a Python of their own: environment, arguments, import path, streams, session, random generators,
+and how they end.
 """
 
 from __future__ import annotations
@@ -18,37 +19,51 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 from unittest import mock
 
 PRELOADED = (
     "numpy", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo",
-    "torch._inductor.compile_fx",
+    "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict",
+    "rankload.loader.journey", "rankload.loader.reading", "rankload.loader.saving", "rankload.loader.resuming",
 )  # fmt: skip
-"""What ranks import; torch.compile, of which DeepSpeed's optimizers make use, brings the last. None of them starts a
-thread while it is imported with one OpenMP thread, and none reads what a job may set."""
+"""What ranks import; torch.compile, of which DeepSpeed's optimizers make use, brings torch._inductor. None of them
+starts a thread while it is imported with one OpenMP thread, and none reads what a job may set."""
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _context = multiprocessing.get_context("forkserver")
+_starting = threading.Lock()
 
 
 class WarmRank:
     """What `subprocess.Popen` is for a rank that starts cold; the first one starts the Python that all are forks of."""
 
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        out: str,
+        err: str,
+        imports: tuple[str, ...] = (),
+    ) -> None:
         warm_up()
         path = [os.path.dirname(argv[0]), *env.get("PYTHONPATH", "").split(os.pathsep), *installed_path()]
         self._process = _context.Process(
             target=become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
         )
-        self._process.start()
+        connect = _connect_to(imports) if imports else forkserver.connect_to_new_process
+        with _starting, mock.patch.object(forkserver, "connect_to_new_process", connect):
+            self._process.start()
         self.pid: int = self._process.pid or 0
 
     def poll(self) -> int | None:
@@ -69,6 +84,40 @@ def warm_up(*more: str) -> None:
     with mock.patch.dict(os.environ, dict.fromkeys(THREADS, "1")):
         _context.set_forkserver_preload([*PRELOADED, *more])
         forkserver.ensure_running()
+
+
+@cache
+def _connect_to(imports: tuple[str, ...]) -> Callable[[list[int]], tuple[int, int]]:
+    """Asks a fork that has imported these modules, too, for forks of it; it ends with this process."""
+    address = connection.arbitrary_address("AF_UNIX")
+    alive_read, alive = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        serving = _context.Process(
+            target=_serve,
+            args=(listener, connection.Connection(alive_read, writable=False), imports),
+            daemon=True,
+        )
+        serving.start()
+    server = _Further(address, alive)
+    return server.connect_to_new_process
+
+
+class _Further(forkserver.ForkServer):
+    """A server that runs already."""
+
+    def __init__(self, address: str, alive: int) -> None:
+        super().__init__()
+        self._forkserver_address, self._forkserver_alive_fd = address, alive
+
+    def ensure_running(self) -> None:
+        resource_tracker.ensure_running()
+
+
+def _serve(listener: socket.socket, alive: connection.Connection, imports: tuple[str, ...]) -> None:
+    with mock.patch.dict(os.environ, {**dict.fromkeys(THREADS, "1"), "DS_ACCELERATOR": "cpu"}):
+        forkserver.main(listener.detach(), os.dup(alive.fileno()), list(imports))
 
 
 @cache

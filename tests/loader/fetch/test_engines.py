@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bad_server import Behaviour, bad_server
+from deepspeed_ranks import ENVIRONMENT
 from places import SUPPORT
 from processes import run_ranks
 from real_servers import nginx
@@ -28,8 +29,7 @@ def job(
     finished = run_ranks(
         f"{WORKER}:{function}", world_size, args=arguments, deadline_s=200, nodes=nodes or None,
         env=lambda rank: {
-            "PYTHONPATH": str(SUPPORT),
-            "OMP_NUM_THREADS": "1",
+            **ENVIRONMENT,
             "RANKLOAD_CACHE_DIR": str(cache / str(node_of[rank])) if cache else None,
         },
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bad_server import BadServer, Behaviour, bad_server
-from deepspeed_ranks import needs_deepspeed
+from deepspeed_ranks import ENVIRONMENT, WITHOUT, needs_deepspeed
 from places import DATA, SUPPORT
 from processes import run_ranks
 from rankload.loader.planning.loads import plan_load
@@ -34,18 +34,14 @@ def served(folder: Path) -> Iterator[BadServer]:
 def run(function: str, world_size: int, *args: object, nodes: tuple[int, ...] = (), cache: Path) -> None:
     sizes = nodes or (world_size,)
     node_of = [node for node, size in enumerate(sizes) for _ in range(size)]
+    common = ENVIRONMENT if function.startswith(str(ENGINES)) or function.endswith("_engine") else WITHOUT
     finished = run_ranks(
         function,
         world_size,
         args=args,
         deadline_s=200,
         nodes=nodes or None,
-        env=lambda rank: {
-            "PYTHONPATH": str(SUPPORT),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "RANKLOAD_CACHE_DIR": str(cache / str(node_of[rank])),
-        },
+        env=lambda rank: {**common, "RANKLOAD_CACHE_DIR": str(cache / str(node_of[rank]))},
     )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toy_source
+from deepspeed_ranks import ENVIRONMENT, WITHOUT
 from modules_worker import optimizer_for, plain_job, train
 from places import SUPPORT
 from processes import run_ranks
@@ -32,9 +33,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run(function: str, world_size: int, *args: object) -> None:
-    finished = run_ranks(
-        f"{WORKER}:{function}", world_size, args=args, deadline_s=180, env={"PYTHONPATH": str(SUPPORT)}
-    )
+    env = ENVIRONMENT if function == "engines" else WITHOUT
+    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=180, env=env)
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_ranks import ENVIRONMENT, WITHOUT
 from modules_worker import (
     Classifier,
     by_hand,
@@ -49,7 +50,7 @@ def run(function: str, world_size: int, *args: object) -> list[str]:
         world_size,
         args=args,
         deadline_s=180,
-        env={"PYTHONPATH": str(SUPPORT)},
+        env=ENVIRONMENT if function == "save_with_deepspeed" else WITHOUT,
     )
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
     return [rank.stdout for rank in finished]

@@ -14,8 +14,7 @@ import pytest
 import torch
 from awkward_model import EXTRAS, FOLDERS, Awkward, check, checkpoint, oracle
 from bad_server import Behaviour, bad_server
-from deepspeed_ranks import ENVIRONMENT
-from places import SUPPORT
+from deepspeed_ranks import ENVIRONMENT, WITHOUT
 from processes import Finished, run_ranks
 from rankload.loader import State, load
 from safetensors_files import as_safetensors
@@ -31,7 +30,7 @@ def run(
 
     def environment(rank: int) -> Mapping[str, str | None]:
         own = {"RANKLOAD_CACHE_DIR": f"{cache}{node_of[rank]}"} if cache else {}
-        return {**ENVIRONMENT, "PYTHONPATH": str(SUPPORT), **own}
+        return {**(WITHOUT if function == "modules" else ENVIRONMENT), **own}
 
     finished: list[Finished] = run_ranks(
         f"{__file__}:{function}", world_size, args=args, deadline_s=200, nodes=nodes or None, env=environment

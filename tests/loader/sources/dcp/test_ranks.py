@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bad_server import Behaviour, bad_server
 from dcp_worker import check
-from deepspeed_ranks import ENVIRONMENT, needs_deepspeed
+from deepspeed_ranks import ENVIRONMENT, WITHOUT, needs_deepspeed
 from modules_worker import plain_job
 from places import SUPPORT
 from processes import Finished, run_ranks
@@ -19,9 +19,8 @@ WORKER = str(SUPPORT / "dcp_worker.py")
 
 
 def run(function: str, world_size: int, *args: object, nodes: Sequence[int] | None = None) -> list[Finished]:
-    finished = run_ranks(
-        f"{WORKER}:{function}", world_size, args=args, deadline_s=240, env=ENVIRONMENT, nodes=nodes
-    )
+    env = ENVIRONMENT if function == "engines" else WITHOUT
+    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=240, env=env, nodes=nodes)
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
     return finished
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rank_shards_worker
 import torch
-from deepspeed_ranks import ENVIRONMENT
+from deepspeed_ranks import ENVIRONMENT, WITHOUT
 from modules_worker import plain_job
 from places import SUPPORT
 from processes import run_ranks
@@ -19,7 +19,8 @@ KINDS = ("fsdp2", "hsdp", "tp")
 
 
 def run(function: str, world_size: int, *args: object) -> None:
-    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=180, env=ENVIRONMENT)
+    env = ENVIRONMENT if function == "engines" else WITHOUT
+    finished = run_ranks(f"{WORKER}:{function}", world_size, args=args, deadline_s=180, env=env)
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 
