@@ -26,9 +26,7 @@ def run(function: str, world_size: int, *args: object, **env: str) -> None:
     assert [rank.returncode for rank in finished] == [0] * world_size, finished
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(2, marks=pytest.mark.takes_long), 3], ids=["stage-2", "stage-3"]
-)
+@pytest.fixture(scope="module", params=[2, 3], ids=["stage-2", "stage-3"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("run")
     run("save", 2, folder, request.param)

@@ -302,7 +302,7 @@ def test_what_keeps_bytes_from_coming_ends_the_load_everywhere(
         assert one["left"] == [], told
 
 
-@pytest.mark.parametrize("home", [pytest.param("given", marks=pytest.mark.takes_long), "memory"])
+@pytest.mark.parametrize("home", ["given", "memory"])
 def test_a_killed_load_goes_on_where_it_was(
     saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:

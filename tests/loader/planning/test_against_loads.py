@@ -98,7 +98,6 @@ def test_of_small_files_of_shards(tmp_path: Path) -> None:
         compare(plan.by_file, server.sent, server.url(""), whole=True)
 
 
-@pytest.mark.takes_long
 @needs_deepspeed
 @pytest.mark.parametrize(("stage", "nodes"), [(1, (1, 1)), (3, (2,))])
 def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_path: Path) -> None:
@@ -116,11 +115,7 @@ def test_of_small_files_of_an_engine(stage: int, nodes: tuple[int, ...], tmp_pat
 @pytest.mark.parametrize(
     ("stage", "ways"),
     [
-        pytest.param(
-            "1",
-            ((2,), (1, 1)),
-            marks=pytest.mark.takes_long,
-        ),
+        ("1", ((2,), (1, 1))),
         ("3", ((1, 1),)),
     ],
 )

@@ -92,7 +92,6 @@ def test_fully_sharded_modules(folders: Mapping[int, Path], tmp_path: Path, worl
     assert len(set(printed)) == 1
 
 
-@pytest.mark.takes_long
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_other_stages_that_deepspeed_saves(tmp_path: Path) -> None:
     run("save_with_deepspeed", 2, tmp_path)

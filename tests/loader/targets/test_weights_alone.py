@@ -175,10 +175,10 @@ def from_server(url: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "nodes", "times"),
     [
-        pytest.param("plain", (2,), 1, marks=pytest.mark.takes_long),
+        ("plain", (2,), 1),
         ("plain", (1, 1), 2),
         ("FSDP2", (1, 1), 1),
-        pytest.param("FSDP2", (2, 1), 1, marks=pytest.mark.takes_long),
+        ("FSDP2", (2, 1), 1),
         ("ZeRO-3", (1, 1), 1),
     ],
 )

@@ -168,7 +168,6 @@ def test_every_kind_of_engine_at_other_sizes(saved_by_2: Path) -> None:
         assert_restored(told, len(cases))
 
 
-@pytest.mark.takes_long
 @pytest.mark.parametrize(
     ("setting", "saved", "sizes"),
     [("1 bf16 ep 1", 2, (1, 2, 3)), ("2 fp32 ep 4", 4, (4, 8)), ("1 fp32 ep 2 and 4", 4, (4, 8))],
@@ -181,7 +180,6 @@ def test_other_expert_parallel_sizes(
         assert_restored(run(world_size, restoring(saved_by_2, [(setting, saved, setting)])), 1)
 
 
-@pytest.mark.takes_long
 def test_groups_of_experts_that_another_rank_had_in_another_order(tmp_path: Path) -> None:
     """Several ep_size in one module: DeepSpeed's order of groups is that of a set of strings on each rank."""
     setting = "1 fp32 ep 2 and 4"
@@ -191,6 +189,7 @@ def test_groups_of_experts_that_another_rank_had_in_another_order(tmp_path: Path
         ("save", {"root": str(tmp_path), "settings": [setting]}),
         ("refuse", {"root": str(tmp_path), "cases": [[setting, 4, setting, None]]}),
         env=lambda rank: {"PYTHONHASHSEED": seeds[rank]},
+        fork=False,
     )
     (errors,) = (one["errors"] for one in told if "errors" in one)
     assert {tuple(error) for error in errors} == {tuple(errors[0])}

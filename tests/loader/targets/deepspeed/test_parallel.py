@@ -320,7 +320,6 @@ def test_further_settings_and_sizes(saved: Path) -> None:
     assert not wrong(run(6, "restore", {**request, "cases": more}, deadline_s=500))
 
 
-@pytest.mark.takes_long
 @needs_deepspeed
 def test_three_stages(tmp_path: Path) -> None:
     setting = "pipeline 1 bf16 of 3"
@@ -329,7 +328,6 @@ def test_three_stages(tmp_path: Path) -> None:
     assert not wrong(run(6, "restore", {**request, "cases": [[setting, 3, setting]]}))
 
 
-@pytest.mark.takes_long
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeeds_own_tensor_parallelism(stage: int, tmp_path: Path) -> None:

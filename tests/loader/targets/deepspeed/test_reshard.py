@@ -90,7 +90,6 @@ def test_on_one_rank_and_back_at_the_own_size(saved: Path) -> None:
     check(2, saved, (("2 bf16 elastic", 2, "3 bf16"), ("3 fp32", 2, "3 fp32"), ("3 fp32", 2, "1 fp32")))
 
 
-@pytest.mark.takes_long
 def test_on_three_ranks(saved: Path) -> None:
     check(3, saved, possible((*FROM_4, *FROM_2)))
 
@@ -124,7 +123,7 @@ def test_over_http_each_node_fetches_what_its_ranks_need_once(saved: Path, tmp_p
         assert shares[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] == (2 if rank < 2 else 1), shares
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.takes_long), 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_composers_archives_at_another_world_size(world_size: int) -> None:
     (told,) = run(world_size, "composer", DATA)
     assert told["saved"] == [2, 2]
