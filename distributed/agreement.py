@@ -56,7 +56,8 @@ class Agreement:
         index = self._store_thread.index
         self._store_thread.move()
         post = name.encode() + b"\0" + part
-        self._store_thread.call(lambda key_value: key_value.put(_post_key(index, self._rank), post))
+        # What comes of it shows when this rank looks for the outcome, which the same thread does after it.
+        self._store_thread.call_later(lambda key_value: key_value.put(_post_key(index, self._rank), post))
         result = self._lead(index, name, combine) if self._rank == 0 else self._follow(index, name, combine)
         self._store_thread.index = index + 1
         self._store_thread.move()
@@ -72,10 +73,10 @@ class Agreement:
     def _lead(self, index: int, name: str, combine: Combine | None) -> bytes:
         keys = self._post_keys(index)
 
-        def posts(key_value: KeyValue, outcome: str | None) -> list[bytes | None] | None:
-            return key_value.peek_all(keys) if outcome is None and key_value.has_all(keys) else None
+        def posts(key_value: KeyValue, outcome: str | None) -> list[bytes] | None:
+            return key_value.all_there(keys) if outcome is None else None
 
-        parts = _matching(name, [post or b"\0" for post in self._await(index, name, posts)])
+        parts = _matching(name, self._await(index, name, posts))
         made = None if combine is None else combine(parts)
 
         def conclude(key_value: KeyValue) -> str | None:
@@ -124,6 +125,8 @@ class Agreement:
             common = key_value.peek(_result_key(index))
             return common if common is not None else key_value.peek(_result_key(index, self._rank)) or b""
 
+        # Rank 0 cannot have combined yet what this rank has just posted.
+        time.sleep(POLL_S[0])
         return self._await(index, name, result)
 
     def _await(self, index: int, name: str, find: Callable[[KeyValue, str | None], T | None]) -> T:

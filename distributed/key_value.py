@@ -49,15 +49,19 @@ class KeyValue:
         self.address = address
         self.connection = connection or {}
         self._batched = bool(store.has_extended_api())
+        self._parts: dict[str, int] = {}
+        """How many parts a value has that was put or read here."""
         self.call = call
         self.roster = roster
 
     def put(self, key: str, value: bytes) -> None:
         """Sets a value; a reader sees all of it or none."""
         if len(value) <= VALUE_BYTES:
+            self._parts[key] = 0
             self._store.set(key, _WHOLE + value)
             return
         parts = range(0, len(value), VALUE_BYTES)
+        self._parts[key] = len(parts)
         for number, start in enumerate(parts):
             self._store.set(_part(key, number), value[start : start + VALUE_BYTES])
         self._store.set(key, _SPLIT + str(len(parts)).encode())
@@ -72,11 +76,19 @@ class KeyValue:
         values: list[bytes | None] = []
         for start in range(0, len(keys), BATCH_KEYS):
             batch = list(keys[start : start + BATCH_KEYS])
-            if self._batched and len(batch) > 1 and self._store.check(batch):
-                raws = self._store.multi_get(batch)
-                values += [self._whole(key, raw) for key, raw in zip(batch, raws, strict=True)]
-            else:
-                values += [self.peek(key) for key in batch]
+            found = self.all_there(batch) if self._batched and len(batch) > 1 else None
+            values += [self.peek(key) for key in batch] if found is None else found
+        return values
+
+    def all_there(self, keys: Sequence[str]) -> list[bytes] | None:
+        """The values of many keys, as `peek_all` has them; None, by one message, where a key is not there."""
+        if not self.has_all(keys):
+            return None
+        values: list[bytes] = []
+        for start in range(0, len(keys), BATCH_KEYS):
+            batch = list(keys[start : start + BATCH_KEYS])
+            raws = self._store.multi_get(batch) if self._batched else [self._store.get(key) for key in batch]
+            values += [self._whole(key, raw) for key, raw in zip(batch, raws, strict=True)]
         return values
 
     def has_all(self, keys: Sequence[str]) -> bool:
@@ -85,6 +97,7 @@ class KeyValue:
 
     def settle(self, key: str, outcome: str) -> str:
         """Sets ``key`` unless it is set, in one atomic step; returns the value that stands, ours or the earlier one."""
+        self._parts[key] = 0
         return bytes(self._store.compare_set(key, "", outcome)).decode()
 
     def settled(self, key: str) -> str | None:
@@ -99,12 +112,13 @@ class KeyValue:
     def forget(self, keys: Sequence[str]) -> None:
         """Removes keys that no rank reads any more, where the store can."""
         for key in keys:
-            raw = self._peek_raw(key)
-            if raw is None:
-                continue
-            split = raw[:1] == _SPLIT and raw[1:].isdigit()
-            parts = [_part(key, number) for number in range(int(raw[1:]))] if split else []
-            for name in (key, *parts):
+            n_parts = self._parts.pop(key, None)
+            if n_parts is None:
+                raw = self._peek_raw(key)
+                if raw is None:
+                    continue
+                n_parts = int(raw[1:]) if raw[:1] == _SPLIT and raw[1:].isdigit() else 0
+            for name in (key, *(_part(key, number) for number in range(n_parts))):
                 with contextlib.suppress(NotImplementedError):
                     self._store.delete_key(name)
 
@@ -115,10 +129,11 @@ class KeyValue:
 
     def _whole(self, key: str, raw: bytes) -> bytes:
         raw = bytes(raw)
-        if raw[:1] != _SPLIT:
+        self._parts[key] = n_parts = int(raw[1:]) if raw[:1] == _SPLIT else 0
+        if not n_parts:
             return raw[1:]
         # Parts are set before their key, so they are all there.
-        return b"".join(bytes(self._store.get(_part(key, number))) for number in range(int(raw[1:])))
+        return b"".join(bytes(self._store.get(_part(key, number))) for number in range(n_parts))
 
 
 def _part(key: str, number: int) -> str:

@@ -427,15 +427,15 @@ class StoreThread:
 
     def _dead_siblings(self, key_value: KeyValue) -> Iterator[tuple[PeerWatch, str]]:
         """Until all have come: the ranks of this machine whose processes have ended before they told that they came."""
+        if self.index > 0:
+            self._siblings = None
         if self._siblings is None or self._looks < 2:
             return
         for rank, process in self._siblings.ended().items():
             watch = PeerWatch(rank)
             watch.expected = Enrolled(process, 0)
-            if self.index == 0 and key_value.peek(heartbeat_key(rank)) is None:
+            if key_value.peek(heartbeat_key(rank)) is None:
                 yield watch, how_ended(process) or "its process is gone"
-        if self.index > 0:
-            self._siblings = None
 
     def _notice(self, outcome: str | None) -> None:
         """Keeps the first error that was settled as an outcome, for the main thread to raise."""
