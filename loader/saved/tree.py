@@ -51,7 +51,10 @@ def check_tree(tree: Any, *, name: str) -> None:
             if id(root) not in seen_objects:
                 seen_objects.add(id(root))
                 for part in (root.args, root.kwargs, root.state):
-                    if isinstance(part, _ENTERED) and part:
+                    if type(part) is dict and part and id(part) not in sizes and _is_flat(part):
+                        total += 1 + len(part)  # as `_measure` counts it: the state of most objects
+                        held += _note_flat(part, sizes)
+                    elif isinstance(part, _ENTERED) and part:
                         roots.append(part)
                     else:
                         total += 1

@@ -19,7 +19,7 @@ from ...errors import CorruptError, UnsafeError
 from ...saved.values import GlobalName, InertObject, kind_of
 from .arrays import NUMPY_BUILDERS
 from .budget import Budget
-from .inert import Ordered, PickledGlobal, PickledObject, Text
+from .inert import NO_ENTRIES, NO_ITEMS, Ordered, PickledGlobal, PickledObject, Text
 from .known import KNOWN_OBJECTS, KNOWN_VALUES
 from .opcodes import MAX_NAME
 from .tensors import TENSOR_BUILDERS, rebuilds_tensors, rebuilt_by, torch_size
@@ -53,7 +53,7 @@ def make(
         return _attribute(budget, builders, *args)
     if name in TENSOR_BUILDERS or rebuilds_tensors(name):
         return rebuilt_by(name)
-    return PickledObject(name, args, kwargs, None, [], {}, name in KNOWN_OBJECTS, via_new)
+    return PickledObject(name, args, kwargs, None, NO_ITEMS, NO_ENTRIES, name in KNOWN_OBJECTS, via_new)
 
 
 def _attribute(

@@ -64,6 +64,11 @@ class PickledGlobal(GlobalName):
         return hash(self.name)
 
 
+NO_ITEMS: list[Any] = []
+NO_ENTRIES: dict[Any, Any] = {}
+"""What all objects that `build.make` makes begin with, which most keep: nobody changes these two."""
+
+
 class PickledObject(InertObject):
     """An object as its pickle describes it; records calls, state and items, and runs nothing."""
 
@@ -76,16 +81,20 @@ class PickledObject(InertObject):
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if self.entries is NO_ENTRIES:
+            self.entries = {}
         self.entries[key] = value
 
     def append(self, item: Any) -> None:
-        self.items.append(item)
+        self.extend([item])
 
     def extend(self, items: list[Any]) -> None:
+        if self.items is NO_ITEMS:
+            self.items = []
         self.items.extend(items)
 
     def add(self, item: Any) -> None:
-        self.items.append(item)
+        self.extend([item])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return InertObject, (

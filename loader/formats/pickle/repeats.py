@@ -150,7 +150,7 @@ class Repeats:
         others = len(marks) - len(wanted)
         if others < 0 or (others and marks[others - 1] >= base):
             return False
-        return all(mark == base + each for mark, each in zip(marks[others:], wanted, strict=True))
+        return marks[others:] == [base + each for each in wanted]
 
     def _learn(self, pos: int) -> None:
         """Looks for a stretch at `pos`, as if nothing were known of it."""
