@@ -266,7 +266,7 @@ def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
         contextlib.ExitStack() as leaving,
     ):
         stages = Stages(session.channel)
-        agree_on_arguments(request, problem, session, stages)
+        may_have_engines = agree_on_arguments(request, problem, session, stages)
         files = open_files(request, session, stages, leaving)
         restore = _restore_options(request, files)
         with stages.announced("target"):
@@ -297,7 +297,8 @@ def _load(request: LoadRequest, problem: OptionError | None) -> LoadResult:
             session.channel.changes.note,
             from_store,
         )
-        plan, weights = plan_weights(checked.plan, sharing)
+        # Only engines share weights: without any, no rank waits for what others would share.
+        plan, weights = plan_weights(checked.plan, sharing) if may_have_engines else (checked.plan, None)
         unplanned = (
             storages([saved.state, saved.masters, saved.unnamed_masters]) if plan.rest is not None else []
         )

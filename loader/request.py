@@ -93,9 +93,10 @@ def settle_options(
 
 def agree_on_arguments(
     request: LoadRequest, problem: OptionError | None, session: Session, stages: Stages
-) -> None:
-    """Raises `OptionError` on all ranks where one has arguments that do not fit, or where they differ between ranks.
+) -> bool:
+    """Whether any rank has imported DeepSpeed, the same on all: if none has, no rank's model is an engine.
 
+    Raises `OptionError` on all ranks where one has arguments that do not fit, or where they differ between ranks.
     `problem` is what this rank found before it entered the session. Every rank must call.
     """
     with stages.announced("arguments"):
@@ -109,7 +110,13 @@ def agree_on_arguments(
                 "there, and load or save outside of it"
             )
         check_arguments(request)
-    session.channel.decide("same arguments", request.comparable(), check_same)
+
+    def compare(told: Sequence[tuple[Mapping[str, str], bool]]) -> bool:
+        check_same([arguments for arguments, _ in told])
+        return any(imported for _, imported in told)
+
+    own = request.comparable(), "deepspeed" in sys.modules
+    return bool(session.channel.decide("same arguments", own, compare))
 
 
 def as_path(path: Any) -> str:

@@ -14,22 +14,22 @@ from rankload.distributed.agreement import Agreement
 from rankload import State, load
 
 MOST = {
-    "composer": 10,
-    "composer-tar": 10,
-    "safetensors": 10,
-    "composer-zero1": 13,
-    "composer-zero3": 13,
-    "sharded": 13,
-    "slices": 13,
-    "accelerate": 14,
-    "trainer": 14,
-    "zero1": 15,
-    "zero3": 16,
-    "dcp": 15,
-    "dcp-tp": 15,
-    "rank-shards": 15,
-    "lightning": 17,
-    "accelerate-zero": 18,
+    "composer": 9,
+    "composer-tar": 9,
+    "safetensors": 9,
+    "composer-zero1": 12,
+    "composer-zero3": 12,
+    "sharded": 12,
+    "slices": 12,
+    "accelerate": 13,
+    "trainer": 13,
+    "zero1": 14,
+    "zero3": 15,
+    "dcp": 14,
+    "dcp-tp": 14,
+    "rank-shards": 14,
+    "lightning": 16,
+    "accelerate-zero": 17,
 }
 """Agreements of a load from a local disk into a module, at any number of ranks; further files take some."""
 
