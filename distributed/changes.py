@@ -26,7 +26,10 @@ from .store_thread import AGREED, StoreLostError, StoreThread, decision_key
 BEGUN, OVER = "begun", "over"
 """What stands at `_FIRST`."""
 TOLD_WITHIN_S = 2.0
-"""How long rank 0 waits for the lists of all ranks; a rank notices the failure of another within about a second."""
+"""How long rank 0 waits for the lists of all ranks, from when it heard of the failure: a rank notices the failure of
+another within about a second."""
+_LEAST_S = 1.0
+"""How long it waits at least: where all were in a collective until now, they leave it together."""
 _PATIENCE_S = 2.0
 """How long a failed channel waits for one answer of the store."""
 _POLL_S = 0.02
@@ -122,7 +125,9 @@ class Changes:
         call(lambda key_value: key_value.put(_post_key(self._rank), mine), _PATIENCE_S)
         if not waits:
             return {self._rank: self.own}
-        until = time.monotonic() + TOLD_WITHIN_S * (1 if self._rank == 0 else 2)
+        now, heard = time.monotonic(), self._store_thread.announced_at
+        least = max(now + _LEAST_S, (now if heard is None else heard) + TOLD_WITHIN_S)
+        until = least if self._rank == 0 else least + TOLD_WITHIN_S
         while True:
             joined = call(lambda key_value: key_value.settled(_JOINED), _PATIENCE_S)
             if joined is not None:

@@ -97,6 +97,7 @@ class StoreThread:
         counters: the latest of `Channel.progress`; set by the main thread.
         waiting_for: what this rank waits for outside of the channel; "" if nothing.
         announced: the failure that all ranks raise, once one was settled.
+        announced_at: when this rank heard of it, on the monotonic clock.
         lost: why the connection ended, once it did.
         still_s: seconds for which no watched peer, and not this rank either, made progress.
         waited_s: seconds for which this rank has waited, by `wait`, without a step of its own.
@@ -125,7 +126,8 @@ class StoreThread:
         self.index = 0
         self.stage = ""
         self.counters: dict[str, float] = {}
-        self.announced: RankloadError | None = None
+        self._announced: RankloadError | None = None
+        self.announced_at: float | None = None
         self.lost: Exception | None = None
         self.waiting_for = ""
         self.still_s = 0.0
@@ -144,6 +146,16 @@ class StoreThread:
         self._due = self._last_look
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="rankload-store", daemon=True)
+
+    @property
+    def announced(self) -> RankloadError | None:
+        return self._announced
+
+    @announced.setter
+    def announced(self, error: RankloadError | None) -> None:
+        if error is not None and self.announced_at is None:
+            self.announced_at = time.monotonic()
+        self._announced = error
 
     def start(self) -> None:
         """Starts the thread, which opens the connection."""

@@ -118,13 +118,12 @@ class _Watch:
 
     def _standstill(self) -> RankloadError | None:
         now = time.monotonic()
-        if now - self._looked < HEARTBEAT_S:
-            return None
-        self._looked = now
-        n_bytes, cpu_s = _bytes_moved(), time.process_time()
-        if n_bytes - self._seen[0] >= _MOVED_BYTES or cpu_s - self._seen[1] >= _MOVED_CPU_S:
-            self._channel.moved()
-        self._seen = n_bytes, cpu_s
+        if now - self._looked >= HEARTBEAT_S:
+            self._looked = now
+            n_bytes, cpu_s = _bytes_moved(), time.process_time()
+            if n_bytes - self._seen[0] >= _MOVED_BYTES or cpu_s - self._seen[1] >= _MOVED_CPU_S:
+                self._channel.moved()
+            self._seen = n_bytes, cpu_s
         return self._channel.announce_standstill(f"in {self._what}")
 
     def _is_still_inside(self) -> bool:
