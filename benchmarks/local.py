@@ -3,7 +3,8 @@
     python -m benchmarks.local --write docs/benchmarks.md
 
 - engines (`local_engines`): DeepSpeed engines of 100 million parameters, and one of many small tensors, restored by
-  rankload and by ``engine.load_checkpoint``; and the fixed cost of a load of one layer.
+  rankload and by ``engine.load_checkpoint``; the fixed cost of a load of one layer; and a module that 1 to 8 ranks
+  restore whole, by rankload and each for itself.
 - one file: a module restored in one process by several ways, from the page cache, and from the disk where the file's
   pages can be dropped, which is looked at. Plain reads fill memory of the file's size that was touched before.
 
@@ -39,7 +40,7 @@ from rankload.loader import State, load
 from torch import nn
 
 from .gauge import io_bytes
-from .local_engines import OURS, TENSORS
+from .local_engines import OURS, TENSORS, WHOLE_MB
 from .measure import drop_from_page_cache, make_model, measured
 from .tables import publish, table
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.local", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1_000, help="the size of the one file")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("engines", "file", "fixed"))
+    parser.add_argument("--only", choices=("engines", "file", "fixed", "ranks"))
     parser.add_argument("--write", metavar="PAGE", help="replaces the page's tables of them")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -72,6 +73,7 @@ def main() -> None:
         "engines": lambda folder: engines(folder, arguments.rounds),
         "file": lambda folder: one_file(folder, arguments.megabytes, arguments.rounds),
         "fixed": fixed_cost,
+        "ranks": lambda folder: growth_with_ranks(folder, arguments.rounds),
     }
     for name, part in parts.items():
         if arguments.only in (None, name):
@@ -115,6 +117,18 @@ def fixed_cost(folder: Path) -> str:
         (runs,) = of_ranks(folder, 0, ranks, "fixed", rounds=7)["runs"].values()
         rows.append((str(ranks), *columns(runs)[:2]))
     return f"A load of one layer, medians of 7, after a first one.\n\n{table(('ranks', 'seconds', 'CPU s'), rows)}"
+
+
+def growth_with_ranks(folder: Path, rounds: int) -> str:
+    rows = []
+    for ranks in (1, 2, 4, 8):
+        runs = of_ranks(folder, 0, ranks, "whole", rounds=rounds)["runs"]
+        rows += [(str(ranks), *row) for row in rows_of(runs, against=OURS)]
+    text = (
+        f"A module of {WHOLE_MB} MB of float32 that every rank restores whole from one file, page cache warm; medians of "
+        f"{rounds} rounds; of the rank that took most."
+    )
+    return f"{text}\n\n{table(('ranks', 'way', *COLUMNS, 'x time of rankload'), rows)}"
 
 
 def of_ranks(folder: Path, stage: int, ranks: int, kind: str, *, rounds: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.local_engines FOLDER STAGE ROUNDS KIND OUT
 
-``large`` is an engine of 100 million parameters, ``many`` one of many small tensors; ``fixed`` is a module of one
-layer, and no engine. The files are in the page cache. Before each restore the engine is as a new one: its optimizer has
+``large`` is an engine of 100 million parameters, ``many`` one of many small tensors. ``fixed`` is a module of one layer,
+and ``whole`` one of 400 MB that every rank restores whole; neither is an engine. The files are in the page cache. Before each restore the engine is as a new one: its optimizer has
 no state, its masters are zero. The first round is thrown away, and what an engine holds afterwards is compared with
 what the engine that saved held. Plain reads of a large engine's files are the least that a restore costs: each rank
 reads the bytes that it keeps into memory, a third of its optimizer's file into memory that was there before. Rank 0
@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ import torch.distributed
 from rankload.loader import State, load
 from torch import nn
 
-from .measure import measured
+from .measure import make_model, measured
 
 OURS, THEIRS, PLAIN = "**rankload**", "`engine.load_checkpoint`", "plain reads, nothing restored"
+BY_TORCH = "each rank by `torch.load(mmap=True)`, `load_state_dict`"
 _CHUNK_BYTES = 1 << 20
+WHOLE_MB = 400
 WIDTH, LAYERS = 2048, 24
 ELEMENTS, TENSORS = 16, 20_000
 
@@ -105,8 +107,12 @@ def forget(engine: Any) -> None:
 
 
 def sum_of(engine: Any) -> int:
+    return sum_of_all(held(engine))
+
+
+def sum_of_all(tensors: Iterable[torch.Tensor]) -> int:
     value = 0
-    for tensor in held(engine):
+    for tensor in tensors:
         flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
         value = zlib.crc32(flat, value)
     return value
@@ -188,12 +194,48 @@ def fixed(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
     return {OURS: runs[1:]}
 
 
+def whole(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Loads of a module by all ranks, from one file."""
+    torch.distributed.init_process_group("gloo")
+    model = make_model(WHOLE_MB, seed=0)
+    path = Path(folder, "whole.pt")
+    if torch.distributed.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state": {"model": model.state_dict()}}, path)
+    expected = sum_of_all(model.parameters())
+    found: dict[str, list[dict[str, float]]] = {OURS: [], BY_TORCH: []}
+    for at in range(rounds + 1):
+        for way, runs in found.items():
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            torch.distributed.barrier()
+            began = time.process_time()
+            with measured() as result:
+                if way == OURS:
+                    load(str(path), State(model), progress_bar=False)
+                else:
+                    saved = torch.load(path, mmap=True, weights_only=True)
+                    model.load_state_dict(saved["state"]["model"])
+                    del saved
+                cpu = time.process_time() - began
+                torch.distributed.barrier()
+            if sum_of_all(model.parameters()) != expected:
+                raise SystemExit(f"{way} did not restore what was saved")
+            one = slowest(result.seconds, cpu, float(result.extra_bytes))
+            if at:
+                runs.append(one)
+    return found
+
+
 def main(folder: str, stage: str, rounds: str, kind: str, out: str) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    one = kind == "fixed"
-    found = fixed(folder, int(rounds)) if one else in_turns(folder, int(stage), int(rounds), kind)
+    if kind in ("fixed", "whole"):
+        found = {"fixed": fixed, "whole": whole}[kind](folder, int(rounds))
+    else:
+        found = in_turns(folder, int(stage), int(rounds), kind)
     if torch.distributed.get_rank() == 0:
         nbytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         Path(out).write_text(json.dumps({"runs": found, "bytes": nbytes}))
