@@ -114,9 +114,9 @@ def engines(folder: Path, rounds: int) -> str:
 def fixed_cost(folder: Path) -> str:
     rows = []
     for ranks in (1, 2, 4, 8):
-        (runs,) = of_ranks(folder, 0, ranks, "fixed", rounds=7)["runs"].values()
+        (runs,) = of_ranks(folder, 0, ranks, "fixed", rounds=15)["runs"].values()
         rows.append((str(ranks), *columns(runs)[:2]))
-    return f"A load of one layer, medians of 7, after a first one.\n\n{table(('ranks', 'seconds', 'CPU s'), rows)}"
+    return f"A load of one layer, medians of 15, after a first one.\n\n{table(('ranks', 'seconds', 'CPU s'), rows)}"
 
 
 def growth_with_ranks(folder: Path, rounds: int) -> str:
