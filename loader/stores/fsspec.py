@@ -52,7 +52,7 @@ from .transfer import (
     Meter,
     Reports,
     awaited,
-    bytes_on_disk,
+    bytes_arrived,
     callback_of,
     receive,
     run_watched,
@@ -333,7 +333,7 @@ class FsspecStore(AsksFirst):
                 def poll() -> None:
                     # Where a backend never calls back, the bytes on the disk are counted.
                     if not callback.called:
-                        meter.reach(min(bytes_on_disk(part), size if size is not None else 1 << 62))
+                        meter.reach(min(bytes_arrived(part), size if size is not None else 1 << 62))
 
                 def get(files: Any) -> None:
                     run_watched(lambda: files.get_file(name, part, callback=callback), meter, poll)

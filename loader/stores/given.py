@@ -19,7 +19,7 @@ from .transfer import (
     Meter,
     Reports,
     awaited,
-    bytes_on_disk,
+    bytes_arrived,
     receive_through_folder,
     run_watched,
     until_received,
@@ -99,7 +99,7 @@ class GivenStore:
             def write(part: str) -> None:
                 def poll() -> None:
                     if not has_called_back:
-                        on_disk = bytes_on_disk(os.path.dirname(part))
+                        on_disk = bytes_arrived(os.path.dirname(part))
                         meter.reach(on_disk if size is None else min(on_disk, size))
 
                 run_watched(lambda: self._once(name, lambda: self._fetch(name, part, callback)), meter, poll)

@@ -230,16 +230,29 @@ def _in_thread(work: Callable[[], T], tick: Callable[[], None]) -> T:
 
 def bytes_on_disk(path: str) -> int:
     """Bytes of disk that the files at `path` (a file, or a folder of them) take, holes left out; 0 where none are."""
+    return _sum_of(path, _blocks)
+
+
+def bytes_arrived(path: str) -> int:
+    """Bytes of the files at `path` that are there by now: of a file that was made large enough first, what is on the
+    disk, and never more than its size, although the disk has whole blocks."""
+    return _sum_of(path, lambda found: min(_blocks(found), found.st_size))
+
+
+def _sum_of(path: str, count: Callable[[os.stat_result], int]) -> int:
     total = 0
     try:
         if not os.path.isdir(path):
-            return os.stat(path).st_blocks * 512
+            return count(os.stat(path))
         for entry in os.scandir(path):
-            total += bytes_on_disk(entry.path) if entry.is_dir(follow_symlinks=False) else _blocks(entry)
+            if entry.is_dir(follow_symlinks=False):
+                total += _sum_of(entry.path, count)
+            else:
+                total += count(entry.stat(follow_symlinks=False))
     except FileNotFoundError:
         pass
     return total
 
 
-def _blocks(entry: os.DirEntry[str]) -> int:
-    return entry.stat(follow_symlinks=False).st_blocks * 512
+def _blocks(found: os.stat_result) -> int:
+    return found.st_blocks * 512
