@@ -66,7 +66,7 @@ class _Offers:
 
     node: int
     available: int
-    """Bytes of memory that the node has left; 0 on a rank without an engine, which cannot make the node's image."""
+    """Bytes of memory that the node has left."""
     regions: dict[StorageId, RegionOffer]
 
 
@@ -220,7 +220,7 @@ def plan_weights(plan: Plan, sharing: Sharing) -> tuple[Plan, SharedWeights | No
         dealer = _Dealer([decode(_Offers, one) for one in records])
         return _deal(dealer)
 
-    own = _Offers(session.topology.node_rank, 0 if step is None else available_bytes(), offers)
+    own = _Offers(session.topology.node_rank, available_bytes(), offers)
     task = decode(_Task, session.channel.deal("weights", encode(own), deal))
     if not task.some:
         return plan, None
