@@ -41,6 +41,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _context = multiprocessing.get_context("forkserver")
 _starting = threading.Lock()
+"""Held while one rank is started: the way to its server stands where multiprocessing looks for the only one."""
 
 
 class WarmRank:
@@ -61,9 +62,10 @@ class WarmRank:
         self._process = _context.Process(
             target=become, args=(list(argv), dict(env), list(filter(None, path)), cwd, out, err)
         )
-        connect = _connect_to(imports) if imports else forkserver.connect_to_new_process
-        with _starting, mock.patch.object(forkserver, "connect_to_new_process", connect):
-            self._process.start()
+        with _starting:
+            connect = _connect_to(imports) if imports else forkserver.connect_to_new_process
+            with mock.patch.object(forkserver, "connect_to_new_process", connect):
+                self._process.start()
         self.pid: int = self._process.pid or 0
 
     def poll(self) -> int | None:

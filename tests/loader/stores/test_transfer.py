@@ -41,5 +41,8 @@ def test_a_backend_that_says_nothing_is_told_to_the_byte(tmp_path: Path) -> None
     filesystem = Silent()
     filesystem.pipe_file("/transfer/odd", b"x" * ODD)
     told: list[int] = []
-    FsspecStore(filesystem).download("/transfer/odd", str(tmp_path / "odd"), told.append)
+    try:
+        FsspecStore(filesystem).download("/transfer/odd", str(tmp_path / "odd"), told.append)
+    finally:
+        filesystem.rm_file("/transfer/odd")
     assert sum(told) == ODD
