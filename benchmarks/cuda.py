@@ -29,6 +29,7 @@ from rankload.loader.materialize.slices import reading_threads
 from rankload.loader.materialize.staging import STAGING_BYTES
 from torch import nn
 
+from .measure import zero
 from .tables import publish, table
 
 PINNED, READ = "pinned copy, no file", "plain read into pinned memory, no copy"
@@ -71,9 +72,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> str:
     locked = 0
     for at in range(rounds + 1):
         for way, restore in ways.items():
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.zero_()
+            zero(model)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             held, locked_before = torch.cuda.memory_allocated(), locked_bytes()

@@ -40,8 +40,8 @@ from rankload.loader import State, load
 from torch import nn
 
 from .gauge import io_bytes
-from .local_engines import OURS, TENSORS, WHOLE_MB
-from .measure import drop_from_page_cache, make_model, measured
+from .local_engines import OURS, TENSORS, WHOLE_MB, Runs
+from .measure import drop_from_page_cache, make_model, measured, zero
 from .tables import publish, table
 
 DEADLINE_S = 400.0
@@ -57,7 +57,6 @@ CHUNK_BYTES = 8 << 20
 COLUMNS = ("seconds", "CPU s", "peak memory above, MB")
 Restore = Callable[[Any], object]
 """Restores into a module; what is `PLAIN`, into memory."""
-Runs = dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
@@ -292,9 +291,7 @@ def ways_of(folder: Path, megabytes: int) -> tuple[dict[str, Restore], list[Path
 def blank(like: nn.Module) -> nn.Module:
     """A module of the same shapes, all zero, whose memory was touched."""
     made = copy.deepcopy(like)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.zero_()
+    zero(made)
     return made
 
 

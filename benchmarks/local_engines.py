@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch.distributed
 from rankload.loader import State, load
 from torch import nn
 
-from .measure import make_model, measured
+from .measure import make_model, measured, zero
 
 OURS, THEIRS, PLAIN = "**rankload**", "`engine.load_checkpoint`", "plain reads, nothing restored"
 BY_TORCH = "each rank by `torch.load(mmap=True)`, `load_state_dict`"
@@ -38,6 +38,8 @@ _CHUNK_BYTES = 1 << 20
 WHOLE_MB = 400
 WIDTH, LAYERS = 2048, 24
 ELEMENTS, TENSORS = 16, 20_000
+Runs = dict[str, list[dict[str, float]]]
+"""By way: seconds, processor time and memory of each restore."""
 
 
 class Many(nn.Module):
@@ -147,36 +149,52 @@ def fill(path: Path, *memories: memoryview) -> None:
                 file.readinto(memory[at : at + _CHUNK_BYTES])
 
 
-def in_turns(folder: str, stage: int, rounds: int, kind: str) -> dict[str, list[dict[str, float]]]:
+def in_turns(folder: str, stage: int, rounds: int, kind: str) -> Runs:
     engine = make_engine(stage, kind)
     train(engine, kind)
     engine.save_checkpoint(folder)
     expected = sum_of(engine)
-    found: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
+    found: Runs = {OURS: [], THEIRS: []}
     kept = bytearray()
     if kind == "large":
         found[PLAIN] = []
         kept = bytearray(
             b"x" * max(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         )
-    for at in range(rounds + 1):
-        for way, runs in found.items():
-            forget(engine)
-            torch.distributed.barrier()
-            began = time.process_time()
-            with measured() as result:
-                restore(way, engine, folder, kept)
-                cpu = time.process_time() - began
-                torch.distributed.barrier()
-            if way != PLAIN and sum_of(engine) != expected:
-                raise SystemExit(f"{way} did not restore what was saved")
-            one = slowest(result.seconds, cpu, float(result.extra_bytes))
-            if at:
-                runs.append(one)
+
+    def check(way: str) -> None:
+        if way != PLAIN and sum_of(engine) != expected:
+            raise SystemExit(f"{way} did not restore what was saved")
+
+    take_turns(found, rounds, lambda: forget(engine), lambda way: restore(way, engine, folder, kept), check)
     return found
 
 
-def fixed(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+def take_turns(
+    found: Runs,
+    rounds: int,
+    forget: Callable[[], object],
+    restore: Callable[[str], object],
+    check: Callable[[str], object],
+) -> None:
+    """Adds to each way's runs: all ranks forget, restore by that way at the same time, and check what they have. The
+    first round is not counted."""
+    for at in range(rounds + 1):
+        for way, runs in found.items():
+            forget()
+            torch.distributed.barrier()
+            began = time.process_time()
+            with measured() as result:
+                restore(way)
+                cpu = time.process_time() - began
+                torch.distributed.barrier()
+            check(way)
+            one = slowest(result.seconds, cpu, float(result.extra_bytes))
+            if at:
+                runs.append(one)
+
+
+def fixed(folder: str, rounds: int) -> Runs:
     """Loads of one layer: what a load costs whatever its size."""
     torch.distributed.init_process_group("gloo")
     model = nn.Linear(8, 8)
@@ -195,7 +213,7 @@ def fixed(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
     return {OURS: runs[1:]}
 
 
-def whole(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
+def whole(folder: str, rounds: int) -> Runs:
     """Loads of a module by all ranks, from one file."""
     torch.distributed.init_process_group("gloo")
     model = make_model(WHOLE_MB, seed=0)
@@ -204,28 +222,20 @@ def whole(folder: str, rounds: int) -> dict[str, list[dict[str, float]]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"state": {"model": model.state_dict()}}, path)
     expected = sum_of_all(model.parameters())
-    found: dict[str, list[dict[str, float]]] = {OURS: [], BY_TORCH: []}
-    for at in range(rounds + 1):
-        for way, runs in found.items():
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.zero_()
-            torch.distributed.barrier()
-            began = time.process_time()
-            with measured() as result:
-                if way == OURS:
-                    load(str(path), State(model), progress_bar=False)
-                else:
-                    saved = torch.load(path, mmap=True, weights_only=True)
-                    model.load_state_dict(saved["state"]["model"])
-                    del saved
-                cpu = time.process_time() - began
-                torch.distributed.barrier()
-            if sum_of_all(model.parameters()) != expected:
-                raise SystemExit(f"{way} did not restore what was saved")
-            one = slowest(result.seconds, cpu, float(result.extra_bytes))
-            if at:
-                runs.append(one)
+    found: Runs = {OURS: [], BY_TORCH: []}
+
+    def restore_whole(way: str) -> None:
+        if way == OURS:
+            load(str(path), State(model), progress_bar=False)
+        else:
+            saved = torch.load(path, mmap=True, weights_only=True)
+            model.load_state_dict(saved["state"]["model"])
+
+    def check(way: str) -> None:
+        if sum_of_all(model.parameters()) != expected:
+            raise SystemExit(f"{way} did not restore what was saved")
+
+    take_turns(found, rounds, lambda: zero(model), restore_whole, check)
     return found
 
 

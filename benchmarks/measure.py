@@ -24,6 +24,13 @@ def make_model(megabytes: int, seed: int) -> nn.Module:
     )
 
 
+def zero(model: nn.Module) -> None:
+    """Makes all parameters zero, which also touches their memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+
+
 @dataclass
 class Measured:
     """Seconds, and how far the process's resident memory rose above where it began, in bytes."""
