@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -131,6 +132,7 @@ class _Run:
         self._alive_s: dict[ProcessIdentity, float] = {}
         """When each rank's process on this machine was last seen alive."""
         self._deaths: dict[ProcessIdentity, Death] = {}
+        self._ends = _Ends()
 
     def wait(self, grace_s: float) -> None:
         """Returns when the launcher and all that it started here have ended, or must be ended."""
@@ -147,7 +149,7 @@ class _Run:
                 until = until or time.monotonic() + _SETTLE_S
             if until is not None and time.monotonic() > until:
                 return
-            time.sleep(_POLL_S)
+            self._ends.wait(_POLL_S)
 
     def end(self) -> None:
         """Ends what still runs: SIGTERM, where it did not get one, then SIGKILL."""
@@ -161,6 +163,7 @@ class _Run:
             self._signal(signal.SIGKILL, family)
         self._process.wait()
         self._look()
+        self._ends.close()
 
     def report(self) -> Report:
         """How the job ended."""
@@ -238,6 +241,7 @@ class _Run:
                     self._met.add(path)
                     if is_watchable(record.process):
                         self._alive_s[record.process] = record.began_s
+                        self._ends.watch(record.process)
         now = time.time()
         for process, alive_s in self._alive_s.items():
             if process not in self._deaths:
@@ -246,6 +250,7 @@ class _Run:
                     self._alive_s[process] = now
                 else:
                     self._deaths[process] = Death(alive_s, now, how)
+                    self._ends.leave(process)
 
     def _exit_codes(self) -> dict[int, int]:
         """By process id, of the ranks that torchrun says have failed."""
@@ -254,6 +259,39 @@ class _Run:
         except (OSError, ValueError):
             return {}
         return {one["pid"]: one["exit_code"] for one in failures}
+
+
+class _Ends:
+    """Wakes its caller when a rank's process ends: how it ended can be seen until its launcher has asked, no longer.
+
+    Where the system has no descriptors of processes (pidfd_open(2)), it only sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[ProcessIdentity, int] = {}
+
+    def watch(self, process: ProcessIdentity) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self._descriptors[process] = os.pidfd_open(process.pid)
+
+    def leave(self, process: ProcessIdentity) -> None:
+        descriptor = self._descriptors.pop(process, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        for process in list(self._descriptors):
+            self.leave(process)
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a process that is watched has ended, at the latest after `seconds`."""
+        if not self._descriptors:
+            time.sleep(seconds)
+            return
+        poll = select.poll()
+        for descriptor in self._descriptors.values():
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(seconds * 1000)
 
 
 @contextlib.contextmanager
