@@ -50,21 +50,15 @@ def check_tree(tree: Any, *, name: str) -> None:
         if isinstance(root, InertObject):
             if id(root) not in seen_objects:
                 seen_objects.add(id(root))
-                for part in (root.args, root.kwargs, root.state):
-                    if type(part) is dict and part and id(part) not in sizes and _is_flat(part):
-                        total += 1 + len(part)  # as `_measure` counts it: the state of most objects
-                        held += _note_flat(part, sizes)
-                    elif isinstance(part, _ENTERED) and part:
-                        roots.append(part)
-                    else:
-                        total += 1
-                        held += _note_flat(part, sizes) if isinstance(part, _CONTAINERS) else 1
-                for of_its_own in (root.items, root.entries):
-                    if of_its_own:
-                        roots.append(of_its_own)
-                    else:
+                for part in (root.args, root.kwargs, root.state, root.items, root.entries):
+                    if not part or not isinstance(part, _ENTERED):
                         total += 1
                         held += 1
+                    elif type(part) is dict and id(part) not in sizes and _is_flat(part):
+                        total += 1 + len(part)  # as `_measure` counts it: the state of most objects
+                        held += _note_flat(part, sizes)
+                    else:
+                        roots.append(part)
             continue
         values, own = _measure(root, sizes, roots, name)
         total += values

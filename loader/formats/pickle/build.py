@@ -51,9 +51,29 @@ def make(
             pass  # a call in a form that this version does not know, as of a newer torch's function
     if name == "builtins.getattr" and len(args) == 2 and not kwargs:
         return _attribute(budget, builders, *args)
-    if name in TENSOR_BUILDERS or rebuilds_tensors(name):
+    if _rebuilds(name):
         return rebuilt_by(name)
-    return PickledObject(name, args, kwargs, None, NO_ITEMS, NO_ENTRIES, name in KNOWN_OBJECTS, via_new)
+    return record(name in KNOWN_OBJECTS, name, args, kwargs, via_new)
+
+
+def maker_of(
+    budget: Budget, builders: Mapping[str, Callable[..., Any]], name: str
+) -> Callable[[str, tuple[Any, ...], dict[str, Any], bool], Any]:
+    """`make` for calls of the class or function `name`; `record`, where that is all that it would do."""
+    if name in builders or name == "builtins.getattr" or _rebuilds(name):
+        return functools.partial(make, budget, builders)
+    return functools.partial(record, name in KNOWN_OBJECTS)
+
+
+def record(
+    known: bool, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], via_new: bool
+) -> PickledObject:
+    """The call of a name that has no stand-in, as an object that only says what was called."""
+    return PickledObject(name, args, kwargs, None, NO_ITEMS, NO_ENTRIES, known, via_new)
+
+
+def _rebuilds(name: str) -> bool:
+    return name in TENSOR_BUILDERS or rebuilds_tensors(name)
 
 
 def _attribute(
@@ -69,7 +89,7 @@ def _attribute(
         raise UnsafeError(f"a class or function whose name has {len(full)} characters")
     known = full in KNOWN_VALUES
     if isinstance(owner, GlobalName):
-        return PickledGlobal(full, known, functools.partial(make, budget, builders))
+        return PickledGlobal(full, known, maker_of(budget, builders, full))
     return PickledObject(global_name=full, args=() if known else (owner,), known=known)
 
 

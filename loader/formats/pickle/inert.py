@@ -39,13 +39,13 @@ class PickledGlobal(GlobalName):
         object.__setattr__(self, "_make", make)
         object.__setattr__(self, "_build", build)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._build is not None and not kwargs:
+    def __call__(self, *args: Any) -> Any:
+        if self._build is not None:
             try:
                 return self._build(*args)
             except (CorruptError, TypeError):
                 pass  # what that means, `make` knows
-        return self._make(self.name, args, kwargs, False)
+        return self._make(self.name, args, {}, False)
 
     def make_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value that stands for ``cls.__new__(cls, *args, **kwargs)``."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from ...errors import CorruptError, RankloadError, UnsafeError
 from .budget import Budget
-from .build import BUILDERS, make, new_object
-from .inert import PickledGlobal, PickledInertTensor, PickledObject, PickledTensor
+from .build import BUILDERS, maker_of, new_object
+from .inert import PickledGlobal, PickledInertTensor, PickledTensor
 from .known import KNOWN_VALUES, canonical
 from .opcodes import MAX_NAME
 from .scan import PickleScan
@@ -107,7 +107,6 @@ class _InertUnpickler(pickle.Unpickler):
     ) -> None:
         super().__init__(source, fix_imports=False, encoding="utf-8")
         self._budget, self._builders = budget, builders
-        self._make = functools.partial(make, budget, builders)
         self._find_storage = find_storage
         self._load_storage = load_storage
         self._globals: dict[tuple[str, str], PickledGlobal] = {}
@@ -119,10 +118,13 @@ class _InertUnpickler(pickle.Unpickler):
             if len(module) > MAX_NAME or len(name) > MAX_NAME:
                 raise UnsafeError(f"a class or function whose name has {len(module) + len(name)} characters")
             full = canonical(module, name)
-            make_it = self._make_storage if full == _LOAD_STORAGE and self._load_storage else self._make
-            builder = self._builders.get(full) if make_it is self._make else None
-            build = None if builder is None else functools.partial(builder, self._budget)
-            found = PickledGlobal(full, full in KNOWN_VALUES, make_it, build)
+            if full == _LOAD_STORAGE and self._load_storage:
+                found = PickledGlobal(full, full in KNOWN_VALUES, self._make_storage)
+            else:
+                builder = self._builders.get(full)
+                build = None if builder is None else functools.partial(builder, self._budget)
+                make = maker_of(self._budget, self._builders, full)
+                found = PickledGlobal(full, full in KNOWN_VALUES, make, build)
             self._globals[module, name] = found
         return found
 
@@ -137,7 +139,7 @@ class _InertUnpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) < 2:
             raise CorruptError("a persistent id that names no storage")
         first = pid[0]
-        if isinstance(first, (PickledGlobal, PickledObject)):
+        if not isinstance(first, str | bytes):
             return new_object(first, pid[1], pid[2] if len(pid) == 3 else {})
         if isinstance(first, bytes):
             first = first.decode("ascii", "replace")
