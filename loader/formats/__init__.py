@@ -8,7 +8,8 @@
 3. `pickle` turns the file's pickle into a tree, without importing or calling anything that it names.
 4. `storage_ids` parses the id by which a tensor names its storage. Each storage becomes one `StorageRef`, each
    tensor a `SavedTensor` that lies inside it.
-5. `saved.tree.check_tree` refuses a tree that contains itself, or is too large to walk.
+5. Where the pickle uses anything twice, `saved.tree.check_tree` refuses a tree that contains itself, or is too large to
+   walk.
 
 `torch_items` reads the indexes of torch files inside of larger files, of many that are alike by the bytes of one.
 `plain_pickle` reads what ``pickle.dump`` wrote, whose pickle is its whole index. `dcp_metadata` reads the ``.metadata``

@@ -155,7 +155,8 @@ def read_zip_index(archive: ZipRecords, path: str, name: str, size: int, finder:
             path=name,
         )
     tree = read_pickle(data, scan, name=name, memory_limit=memory_limit, find_storage=finder.find)
-    check_tree(tree, name=name)
+    if scan.shares:
+        check_tree(tree, name=name)
     storages = tuple(sorted(finder.found.values(), key=lambda storage: storage.offset))
     return FileIndex(path, name, tree, size, archive.verifiable, storages, "zip", archive)
 

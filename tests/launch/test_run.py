@@ -414,7 +414,9 @@ def test_deepspeed_on_two_nodes_goes_on(tmp_path: Path) -> None:
                 assert [node.wait() != 0 for node in nodes] == [True, True]
                 assert "rank 1 failed first" in nodes[1].report[0]
                 # DeepSpeed's launcher may ask how the rank ended before rankload has looked.
-                assert re.search(r"killed by SIGKILL|ended without an exception: killed\?", nodes[1].report[0])
+                assert re.search(
+                    r"killed by SIGKILL|ended without an exception: killed\?", nodes[1].report[0]
+                )
             else:
                 assert [node.wait() for node in nodes] == [0, 0], [node.said[-4000:] for node in nodes]
             return nodes[0].said

@@ -72,6 +72,7 @@ from rankload.loader.materialize.tensors import TensorReader
 from rankload.loader.receipt import RankReport
 from rankload.loader.rng import decode as decode_rng
 from rankload.loader.saved.tensor import StorageId
+from rankload.loader.saved.tree import check_tree
 from rankload.loader.stores.base import ObjectInfo
 from rankload.loader.stores.local import LocalStore
 from rankload.loader.stores.locate import Located, locate, read_tag
@@ -207,7 +208,13 @@ _STORAGES = {str(n): b"\0" * 512 for n in range(8)}
 
 
 def _pickle_in_zip(data: bytes, folder: Path) -> object:
-    return read_whole(str(zip_with(data, folder / "f.pt", storages=_STORAGES)))
+    path = str(zip_with(data, folder / "f.pt", storages=_STORAGES))
+    tree = read_index(path).tree
+    try:
+        check_tree(tree, name=path)
+    except RankloadError as error:
+        raise FindingError(f"a tree was let pass that cannot be walked: {error}") from error
+    return read_whole(path)
 
 
 def _pickle_in_legacy(data: bytes, folder: Path) -> object:

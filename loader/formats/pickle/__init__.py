@@ -16,5 +16,5 @@ part that holds it may be ignored, or have no place in the job. This room refuse
 long (`read`) or the pickle sets its state (`scan`, and `inert` for what the scan cannot see).
 
 Not guaranteed: the memory that the scan counts is an estimate, and the tree may contain itself or share parts without
-end; `saved.tree.check_tree` refuses that. Imports `saved` and `errors`; never torch or numpy.
+end where `PickleScan.shares`; `saved.tree.check_tree` refuses that. Imports `saved` and `errors`; never torch or numpy.
 """

@@ -25,6 +25,8 @@ CRAFTED: Final = 8
 MAX_NAME: Final = 512
 """Characters in a global's module or name."""
 
+SHORT_TEXT: Final = 64
+"""A text of fewer bytes counts as them, whatever its characters."""
 STACK_PLACE: Final = 18
 """Bytes that an object's place on the stack takes, here and in the unpickler; part of ``COST``."""
 

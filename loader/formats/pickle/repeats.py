@@ -6,18 +6,20 @@ does not look at, and the index at which the memo goes on. So what the scan find
 which entries it takes off the stack and puts there, what it adds to the memo, and how much memory that takes.
 
 `Repeats.follow` is called after each text. Where the bytes that follow, and the top of the stack, are those of a
-`Stretch` that is known, it does at once what the scan would do opcode by opcode. What is new is scanned by itself, by
-the very function of the scan, with the top of the stack alone; a stretch is known from then on if that finds no fault.
-It is not one where an opcode takes more text, or anything that depends on what came before the top of the stack.
+`Stretch` that is known, it does at once what the scan would do opcode by opcode, and goes on with what comes after it.
+What is new is scanned by itself, by the very function of the scan, with the top of the stack alone; a stretch is known
+from then on if that finds no fault. It is not one where an opcode takes more text, or anything that depends on what
+came before the top of the stack.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import RankloadError
-from .opcodes import ARGUMENT_SIZE, STEPS, Step
+from .opcodes import ARGUMENT_SIZE, COST, LENGTH_SIZE, PUSHED, SHORT_TEXT, STEPS, Step
 
 _LONGEST = 512
 """Bytes of a stretch, at most."""
@@ -25,6 +27,8 @@ _LEAST_OPCODES = 6
 """Of fewer, the scan takes no longer than a comparison."""
 _MOST_MEMORY = 320
 """More bytes of memory than any byte of a stretch is counted as."""
+_TEXT_WIDTH = {code: LENGTH_SIZE[code] for code in pickle.BINUNICODE + pickle.SHORT_BINUNICODE}
+"""Bytes of the length of a text, by opcode."""
 _KNOWN = 8
 """How many stretches are known at most; those that were met last."""
 _DEPTHS = (1, 2, 4, 8, 16)
@@ -60,13 +64,15 @@ class Scanned:
     memory: int = 0
     hashed: bool = False
     """Whether keys were met that take work to hash."""
+    shares: bool = False
+    """Whether something was used again that holds others."""
 
 
 Scan = Callable[[Scanned, int, int], None]
 """Scans the bytes from one position up to another, as the part of the pickle that it is in. Raises `RankloadError`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
     """Opcodes that repeat, and what the scan finds of them. Positions on the stack count from where `before` begins."""
 
@@ -90,6 +96,7 @@ class Stretch:
     """What it adds to the memo."""
     new_calls: tuple[int, ...]
     """Offsets in it of the opcodes that ask for ``cls.__new__``."""
+    shares: bool
 
 
 class Repeats:
@@ -108,49 +115,60 @@ class Repeats:
         """To be called where an entry of the memo changes, which stretches may read."""
         self._known.clear()
 
-    def follow(self, pos: int, memory: int) -> Stretch | None:
-        """Follows the stretch at `pos`, given the bytes of `memory` that were counted so far, and returns it.
+    def follow(self, pos: int, memory: int) -> tuple[int, int]:
+        """Follows the stretch at `pos`, and the stretches and short texts that come after it, as far as they are known.
 
-        None where none is known that fits. The memo must have no gaps.
+        `memory` is the bytes that were counted so far. The memo must have no gaps. Returns where the scan goes on, and
+        what is counted up to there: what was given, where no stretch is known that fits.
         """
-        data, known = self._data, self._known
-        stack, memo = self._scanned.stack, self._scanned.memo
-        for at, one in enumerate(known):
-            size = one.size
-            if pos + size > len(data) or memory + _MOST_MEMORY * size > self._limit:
-                continue
+        data, limit, known = self._data, self._limit, self._known
+        stack, memo, marks = self._scanned.stack, self._scanned.memo, self._scanned.marks
+        while True:
             first = len(memo)
-            if first > one.most_places:
-                continue
-            if int.from_bytes(data[pos : pos + size], "little") & one.mask != one.bytes + first * one.places:
-                continue
-            base = len(stack) - len(one.before)
-            if base < 0 or stack[base:] != one.before or not self._has_marks(one.marks_before, base):
-                continue
+            for one in known:
+                size = one.size
+                if (
+                    pos + size > len(data)
+                    or memory + _MOST_MEMORY * size > limit
+                    or first > one.most_places
+                    or int.from_bytes(data[pos : pos + size], "little") & one.mask
+                    != one.bytes + first * one.places
+                ):
+                    continue
+                base = len(stack) - len(one.before)
+                if base >= 0 and stack[base:] == one.before and _has_marks(marks, one.marks_before, base):
+                    break
+            else:
+                if self._tries < _FREE_TRIES + self._hits // _HITS_A_TRY:
+                    self._tries += 1
+                    self._learn(pos)
+                return pos, memory
             stack[base:] = one.after
             memo += one.memo
             if one.marks_before != one.marks_after:
-                marks = self._scanned.marks
                 del marks[len(marks) - len(one.marks_before) :]
-                marks.extend(base + each for each in one.marks_after)
+                marks.extend([base + each for each in one.marks_after])
             if one.new_calls:
-                self._scanned.new_calls.extend(pos + each for each in one.new_calls)
-            if at:
-                known.insert(0, known.pop(at))
+                self._scanned.new_calls.extend([pos + each for each in one.new_calls])
+            if one.shares:
+                self._scanned.shares = True
+            if one is not known[0]:
+                known.remove(one)
+                known.insert(0, one)
             self._hits += 1
-            return one
-        if self._tries < _FREE_TRIES + self._hits // _HITS_A_TRY:
-            self._tries += 1
-            self._learn(pos)
-        return None
-
-    def _has_marks(self, wanted: tuple[int, ...], base: int) -> bool:
-        """Whether the marks at `base` and above are those `wanted`."""
-        marks = self._scanned.marks
-        others = len(marks) - len(wanted)
-        if others < 0 or (others and marks[others - 1] >= base):
-            return False
-        return marks[others:] == [base + each for each in wanted]
+            pos += size
+            memory += one.memory
+            op = data[pos] if pos < len(data) else 0
+            width = _TEXT_WIDTH.get(op)
+            if width is None:
+                continue
+            text = pos + 1 + width
+            size = int.from_bytes(data[pos + 1 : text], "little")
+            counted = memory + COST[op] + size
+            if size >= SHORT_TEXT or text + size > len(data) or counted > limit:
+                return pos, memory  # the scan judges it
+            stack.append(PUSHED[op])
+            pos, memory = text + size, counted
 
     def _learn(self, pos: int) -> None:
         """Looks for a stretch at `pos`, as if nothing were known of it."""
@@ -200,7 +218,18 @@ class Repeats:
             tuple(alone.marks),
             added,
             tuple(each - pos for each in alone.new_calls),
+            alone.shares,
         )
+
+
+def _has_marks(marks: list[int], wanted: tuple[int, ...], base: int) -> bool:
+    """Whether the `marks` at `base` and above are those `wanted`."""
+    if not wanted:
+        return not marks or marks[-1] < base
+    others = len(marks) - len(wanted)
+    if others < 0 or (others and marks[others - 1] >= base):
+        return False
+    return marks[others:] == [base + each for each in wanted]
 
 
 @dataclass(frozen=True, slots=True)

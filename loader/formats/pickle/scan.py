@@ -28,6 +28,7 @@ from .opcodes import (
     DICT,
     GLOBAL,
     KIND_MASK,
+    LEAF,
     LENGTH_SIGNED,
     LENGTH_SIZE,
     LIST,
@@ -35,6 +36,7 @@ from .opcodes import (
     OBJECT,
     PUSHED,
     SET,
+    SHORT_TEXT,
     STACK_PLACE,
     STEPS,
     TUPLE,
@@ -56,6 +58,8 @@ _WEIGHT_SHIFT = 4
 _DEPTH_SHIFT = 48
 _DEPTH_ONE = 1 << _DEPTH_SHIFT
 _WEIGHT_MASK = (1 << (_DEPTH_SHIFT - _WEIGHT_SHIFT)) - 1
+_SMALL_WEIGHT = 16
+"""Of a tuple that may be used again as often as the pickle likes: `saved.tree.check_tree` lets each value be 16."""
 _TOO_DEEP = (MAX_DEPTH + 1) << _DEPTH_SHIFT
 
 
@@ -71,6 +75,9 @@ class PickleScan:
     """Offsets of the opcodes that state how many bytes the next frame has."""
     memory: int
     """About how many bytes the unpickled objects take."""
+    shares: bool
+    """Whether anything but short, flat tuples is used twice. A tree where nothing is can be walked: it has no cycles,
+    and no more values than the pickle has opcodes."""
 
 
 def scan_pickle(
@@ -123,7 +130,7 @@ def _follow(data: bytes, start: int, faults: _Faults, memory_limit: int, made_by
     end, frames = _follow_from(
         data, start, start, None, scanned, repeats, entries, memory_limit, made_by_call
     )
-    return PickleScan(end, tuple(scanned.new_calls), tuple(frames), scanned.memory)
+    return PickleScan(end, tuple(scanned.new_calls), tuple(frames), scanned.memory, scanned.shares)
 
 
 def _follow_from(
@@ -209,7 +216,10 @@ def _follow_from(
                 index, pos = arguments.index(pos)
             if index >= len(memo) or memo[index] < 0:
                 faults.corrupt(at, f"memo entry {index:,} is read before it is set")
-            stack.append(memo[index])
+            entry = memo[index]
+            if entry != LEAF and entry != GLOBAL and not _is_small(entry):
+                scanned.shares = True
+            stack.append(entry)
 
         elif step == Step.MARK:
             marks.append(len(stack))
@@ -227,16 +237,15 @@ def _follow_from(
                 faults.truncated(at, length)
             if op in b"\x8a\x8b" and length > MAX_NUMBER_BYTES:
                 faults.unsafe(at, f"a number of {length:,} bytes; expected at most {MAX_NUMBER_BYTES:,}")
-            memory += length if length < 64 or op in b"BC\x8e\x96" else arguments.text_memory(pos, length)
+            memory += (
+                length if length < SHORT_TEXT or op in b"BC\x8e\x96" else arguments.text_memory(pos, length)
+            )
             # Integers hash to themselves modulo a prime of 61 bits: more than a few collide only where they are longer.
             stack.append(CRAFTED if op in b"\x8a\x8b" and length > 8 else pushed[op])
             pos += length
             if repeats is not None and not gaps:
-                stretch = repeats.follow(pos, memory)
-                if stretch is not None:
-                    pos += stretch.size
-                    memory += stretch.memory
-                    fence = marks[-1] if marks else 0
+                pos, memory = repeats.follow(pos, memory)
+                fence = marks[-1] if marks else 0
 
         elif step == Step.TUPLE:
             if op == 0x74:  # t: everything above the mark
@@ -270,7 +279,7 @@ def _follow_from(
         elif step == Step.PERSISTENT:
             if len(stack) <= fence:
                 faults.underflow(at)
-            stack[-1] = OBJECT | CRAFTED
+            stack[-1] = entries.nested(at, stack[-1], OBJECT | CRAFTED)
 
         elif step == Step.FILL:  # many at once: APPENDS, SETITEMS, ADDITEMS
             if not marks:
@@ -343,6 +352,7 @@ def _follow_from(
         elif step == Step.DUP:
             if len(stack) <= fence:
                 faults.underflow(at)
+            scanned.shares = scanned.shares or not _is_small(stack[-1])
             stack.append(stack[-1])
 
         elif step == Step.FRAME:
@@ -369,6 +379,14 @@ def _follow_from(
             faults.unsafe(at, f"opcode 0x{op:02x} takes something from outside the file")
         else:
             faults.corrupt(at, f"0x{op:02x} is no opcode of a pickle")
+
+
+def _is_small(entry: int) -> bool:
+    """Whether using it again adds few values to the tree: what holds no others, or a flat tuple of a few of those."""
+    kind = entry & KIND_MASK
+    if kind == TUPLE:
+        return entry < 2 * _DEPTH_ONE and (entry >> _WEIGHT_SHIFT) & _WEIGHT_MASK <= _SMALL_WEIGHT
+    return kind in (LEAF, GLOBAL)
 
 
 class _Entries:

@@ -7,12 +7,15 @@ import pickle
 import pickletools
 import random
 import time
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankload.loader.errors import CorruptError, RankloadError, UnsafeError
+from rankload.loader.formats.pickle.read import read_pickle
 from rankload.loader.formats.pickle.scan import scan_beginning, scan_pickle
+from rankload.loader.saved import tree
 
 LIMIT = 64 << 20
 
@@ -151,3 +154,55 @@ def test_it_is_fast_enough() -> None:
     scan(data, 1 << 30)
     # About 18 opcodes an entry; a microsecond each is what is measured here, with room for slow machines.
     assert time.process_time() - begun < 20_000 * 18 * 1e-5
+
+
+@pytest.mark.parametrize(
+    ("data", "shares"),
+    [
+        (pickle.dumps({"a": [1.5, (2, 3)], "b": [{}, set()]}, 2), False),
+        (pickle.dumps([(0.9, 0.999)] * 3, 2), False),
+        (pickle.dumps(["name", 1 << 70] * 3, 2), False),
+        (pickle.dumps([tuple(range(15))] * 3, 2), False),
+        (pickle.dumps([tuple(range(16))] * 3, 2), True),
+        (pickle.dumps([((1, 2), 3)] * 3, 2), True),
+        (pickle.dumps([[]] * 3, 2), True),
+        (pickle.dumps([{1: 2}] * 3, 2), True),
+        (pickle.dumps([frozenset({1})] * 3, 4), True),
+        (pickle.dumps([range(3)] * 3, 2), True),
+        (b"(]2t.", True),
+        (b"(K\x012t.", False),
+        # What a persistent id holds may come out of it again.
+        (b"(X\x06\0\0\0module(]t\x86Q\x85q\x00h\x00t.", True),
+    ],
+)
+def test_it_says_whether_anything_large_is_used_twice(data: bytes, shares: bool) -> None:
+    assert scan(data).shares is shares
+
+
+things = st.recursive(
+    st.sampled_from([b"K\x01", b"]", b"}", b")", b"G" + bytes(8), b"h\x00", b"h\x01", b"h\x02", b"h\x03"]),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from([b"\x85", b"2\x86", b"2K\x01\x87"])).map(b"".join)
+        | st.tuples(st.just(b"]"), inner, st.just(b"a")).map(b"".join)
+        | st.tuples(st.just(b"}K\x01"), inner, st.just(b"s")).map(b"".join)
+        | st.tuples(st.just(b"\x8c\x06module"), inner, st.just(b"\x86Q")).map(b"".join)
+        | st.tuples(st.just(b"ctypes\nSimpleNamespace\n)\x81"), inner, st.just(b"b")).map(b"".join)
+    ),
+    max_leaves=3,
+)
+uses = st.tuples(st.sampled_from([b"h\x00", b"h\x01K\x01", b"h\x02"]), things)
+
+
+@given(st.lists(things, max_size=4), st.lists(uses.map(b"".join), max_size=2))
+@settings(max_examples=500, deadline=None)
+def test_a_tree_in_which_nothing_is_used_twice_can_be_walked(new: list[bytes], filled: list[bytes]) -> None:
+    """`check_tree`, which is not asked for such a pickle, would let it pass, were it ever so strict."""
+    fill = {0: b"a", 1: b"s", 2: b"b"}
+    statements = [*new, *(each + fill[each[1]] for each in filled)]
+    begin = b"\x80\x04(]\x94}\x94ctypes\nSimpleNamespace\n)\x81\x94K\x01K\x02\x86\x94"
+    data = begin + b"".join(statements) + b"t."
+    scanned = scan(data)
+    found = read_pickle(data, scanned, name="f", memory_limit=LIMIT)
+    if not scanned.shares:
+        with mock.patch.object(tree, "MAX_UNSHARED", 0):
+            tree.check_tree(found, name="f")
