@@ -196,8 +196,11 @@ def take_turns(
     before: Callable[[], object] = lambda: None,
 ) -> Runs:
     runs: Runs = {way: [] for way in ways}
+    turns = list(ways.items())
     for at in range(rounds + 1):
-        for way, restore in ways.items():
+        # Another way begins each round: a disk gives more after a pause, or after a slow one.
+        turns.append(turns.pop(0))
+        for way, restore in turns:
             before()
             found = forked(lambda restore=restore, way=way: measure(way, restore, first.get(way), expected))
             if at:
