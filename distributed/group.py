@@ -14,8 +14,18 @@ from typing import Any
 
 from .channel import LINGER_AFTER_FAILURE_S, LINGER_S
 from .errors import PeerError
-from .rendezvous import MeetingPoint, RollCall, await_all, meeting_point, open_meeting_store, own_keys
-from .sockets import connected_since, open_sockets, shut_down
+from .rendezvous import (
+    GRACE_S,
+    MeetingPoint,
+    RollCall,
+    answered,
+    await_all,
+    meeting_point,
+    open_meeting_store,
+    own_keys,
+    reaching,
+)
+from .sockets import Sockets, connected_since, open_sockets, shut_down
 from .topology import Topology, group_topology
 
 _groups = itertools.count()
@@ -74,14 +84,15 @@ def _own_group(
     keys: Any = None
     store: Any = None
     try:
-        keys = own_keys(server, point, topology, timeout_s, call)
-        store = keys.store
-        if topology.rank == 0:
-            farewell = _open_farewell(store, topology, point)
-        roll_call = await_all(keys, topology, timeout_s, call)
-        if topology.rank != 0:
-            farewell = _open_farewell(store, topology, point)
-        _make_group(store, topology, timeout_s, roll_call)
+        with answered(connection, timeout_s):
+            keys = own_keys(server, point, topology, timeout_s, call)
+            store = keys.store
+            if topology.rank == 0:
+                farewell = _open_farewell(store, topology, point)
+            roll_call = await_all(keys, topology, timeout_s, call)
+            if topology.rank != 0:
+                farewell = _open_farewell(store, topology, point)
+        _make_group(store, topology, timeout_s, roll_call, connection)
         yield
         failed = False
     finally:
@@ -110,8 +121,11 @@ def _own_group(
                     _await_end(farewell, longest_s)
 
 
-def _make_group(store: Any, topology: Topology, timeout_s: float, roll_call: RollCall) -> None:
-    """Makes the group in a thread: gloo waits in native code for ranks that have ended, which are noticed here."""
+def _make_group(
+    store: Any, topology: Topology, timeout_s: float, roll_call: RollCall, connection: Sockets
+) -> None:
+    """Makes the group in a thread: gloo waits in native code for ranks that have ended, which are noticed here, and for
+    a store that never answers, whose `connection` ends then."""
     import torch.distributed as dist
 
     outcome: list[BaseException | None] = []
@@ -131,9 +145,12 @@ def _make_group(store: Any, topology: Topology, timeout_s: float, roll_call: Rol
 
     thread = threading.Thread(target=make, name="rankload-group", daemon=True)
     thread.start()
+    begin = time.monotonic()
     while not outcome:
         thread.join(0.05)
         roll_call.look([], tells=False)
+        if time.monotonic() - begin > timeout_s + GRACE_S:
+            shut_down(connection)
     thread.join()
     if isinstance(outcome[0], RuntimeError):
         raise PeerError(
@@ -167,10 +184,11 @@ def _open_farewell(store: Any, topology: Topology, point: MeetingPoint) -> socke
         return None
     if topology.rank == 0:
         listener = socket.create_server(("", 0), backlog=max(128, topology.world_size))
-        store.set("farewell", str(listener.getsockname()[1]))
+        reaching(lambda: store.set("farewell", str(listener.getsockname()[1])))
         return listener
+    port = int(reaching(lambda: store.get("farewell")))
     with suppress(OSError):
-        return socket.create_connection((point.host, int(store.get("farewell"))), timeout=5.0)
+        return socket.create_connection((point.host, port), timeout=5.0)
     return None
 
 

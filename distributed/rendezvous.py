@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from .errors import PeerError, RankloadError, StalledError, TopologyError, from_
 from .liveness import ProcessIdentity, how_ended, this_process
 from .printable import package_logger
 from .siblings import Siblings
-from .sockets import listens
+from .sockets import Sockets, listens, shut_down
 from .topology import Topology
 
 FIRST_PORT, PORTS = 20000, 12000
@@ -46,7 +47,10 @@ WARN_AFTER_S = 10.0
 """After how long those that are missing are named by a warning; and again each time that it has doubled."""
 NAMED_AT_MOST = 16
 """Ranks that a message names; the others are counted."""
+_ANSWER_POLL_S = 0.1
 T = TypeVar("T")
+_asked: dict[int, float] = {}
+"""By thread: since when it waits for an answer of the store."""
 
 _logger = package_logger()
 
@@ -195,15 +199,15 @@ def own_keys(
     key = f"rankload/name/{call}"
     if topology.rank == 0:
         name = uuid.uuid4().hex
-        _reaching(lambda: server.set(key, name))
+        reaching(lambda: server.set(key, name))
         return OwnKeys(
             PrefixStore(f"rankload/{name}", server),
-            lambda: _reaching(lambda: server.compare_set(key, _NAMELESS, name)),
+            lambda: reaching(lambda: server.compare_set(key, _NAMELESS, name)),
         )
-    _reaching(lambda: server.set(key, _NAMELESS))
+    reaching(lambda: server.set(key, _NAMELESS))
     what = f"to join{_same_calls(call)}"
     roll_call, begin = RollCall(topology, what), time.monotonic()
-    while (name := _reaching(lambda: server.get(key)).decode()) == _NAMELESS:
+    while (name := reaching(lambda: server.get(key)).decode()) == _NAMELESS:
         if time.monotonic() - begin > timeout_s:
             raise _stalled(topology, begin, timeout_s, f"rank 0 {what}")
         roll_call.look([0], tells=topology.local_rank == 0)
@@ -223,28 +227,28 @@ def await_all(keys_of: OwnKeys, topology: Topology, timeout_s: float, call: int 
     store = keys_of.store
     keys = [f"joined/{rank}" for rank in range(topology.world_size)]
     failed = "failed"
-    _reaching(lambda: store.set(keys[topology.rank], json.dumps(this_process().as_dict())))
+    reaching(lambda: store.set(keys[topology.rank], json.dumps(this_process().as_dict())))
     roll_call = RollCall(topology, f"to join{_same_calls(call)}")
     begin = since = time.monotonic()
     missing = [rank for rank in range(topology.world_size) if rank != topology.rank]
     looked = asked = begin
-    while not _reaching(lambda: store.check(keys)):
+    while not reaching(lambda: store.check(keys)):
         keys_of.keep()
         now = time.monotonic()
         if now - looked >= LOOK_S or now - since > timeout_s:
             looked, before = now, missing
-            missing = _reaching(lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
+            missing = reaching(lambda: [rank for rank, key in enumerate(keys) if not store.check([key])])
             if len(missing) < len(before):
                 since = now
             # Each node's first rank knows the processes of those that came: few ranks ask for all.
             if topology.local_rank == 0:
                 for rank in set(before) - set(missing):
-                    record = _reaching(lambda rank=rank: store.get(keys[rank]))  # type: ignore[misc]
+                    record = reaching(lambda rank=rank: store.get(keys[rank]))  # type: ignore[misc]
                     roll_call.came(rank, ProcessIdentity(**json.loads(record)))
         if now - asked >= _FAILED_S:
             asked = now
-            if _reaching(lambda: store.check([failed])):
-                raise from_record(_reaching(lambda: store.get(failed)).decode())
+            if reaching(lambda: store.check([failed])):
+                raise from_record(reaching(lambda: store.get(failed)).decode())
         if now - since > timeout_s:
             raise _stalled(topology, begin, timeout_s, roll_call.described(missing))
         first = min(set(range(topology.world_size)) - set(missing), default=topology.rank)
@@ -259,7 +263,7 @@ def await_all(keys_of: OwnKeys, topology: Topology, timeout_s: float, call: int 
 
 def _settled(store: Any, key: str, error: RankloadError) -> RankloadError:
     """The first error that a rank left at `key`, which is `error` where it is this one."""
-    return from_record(_reaching(lambda: store.compare_set(key, "", to_record(error))).decode())
+    return from_record(reaching(lambda: store.compare_set(key, "", to_record(error))).decode())
 
 
 class RollCall:
@@ -337,13 +341,42 @@ def _stalled(topology: Topology, begin: float, timeout_s: float, what: str) -> S
     )
 
 
-def _reaching(work: Callable[[], T]) -> T:
-    """What `work` returns; PeerError where the store can't be reached."""
+@contextmanager
+def answered(connection: Sockets, timeout_s: float) -> Iterator[None]:
+    """A block whose calls of the store (`reaching`) end, where there is no answer for `timeout_s`: one whose machine is
+    cut off, or whose process is stopped, never gives one, and native code waits for it without an end.
+
+    `connection` is this process's to the store; it is shut down then.
+    """
+    caller, done = threading.get_ident(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_ANSWER_POLL_S):
+            since = _asked.get(caller)
+            if since is not None and time.monotonic() - since > timeout_s:
+                shut_down(connection)
+
+    thread = threading.Thread(target=watch, name="rankload-answers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def reaching(work: Callable[[], T]) -> T:
+    """What `work` returns, which calls the store; PeerError where that can't be reached."""
+    caller, begin = threading.get_ident(), time.monotonic()
+    _asked[caller] = begin
     try:
         return work()
     except RankloadError:
         raise
     except RuntimeError as error:
         raise PeerError(
-            f"the store that the ranks join at was lost: {error}; rank 0 may have ended"
+            f"the store that the ranks join at was lost, {time.monotonic() - begin:.0f} s after it was asked: {error}; "
+            "rank 0 may have ended, or its machine cannot be reached"
         ) from error
+    finally:
+        del _asked[caller]

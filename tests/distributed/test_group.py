@@ -157,6 +157,36 @@ def test_a_rank_that_never_comes_is_named() -> None:
     assert "ranks 1, 2 to join" in finished[0].stdout
 
 
+def stopped_host(when: str) -> None:
+    """Rank 0, which hosts the store, is stopped while the others ask that who has joined, or make the group."""
+    if os.environ["RANK"] == "0":
+        own = getattr(group, when)
+
+        def stopped(*args: Any) -> Any:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return own(*args)
+
+        setattr(group, when, stopped)
+    begin = time.monotonic()
+    try:
+        open_session(stall_timeout_s=3).__enter__()
+    except RankloadError as error:
+        print(type(error).__name__, error)
+        assert time.monotonic() - begin < 3 + 10
+        return
+    sys.exit(1)
+
+
+@pytest.mark.parametrize("when", ["await_all", "_make_group"])
+def test_a_store_whose_host_is_stopped_holds_up_nobody(when: str) -> None:
+    finished = run_ranks(
+        f"{THIS}:stopped_host", 2, args=(when,), deadline_s=60, nodes=[1, 1], kill_once_others_end=[0]
+    )
+    assert finished[1].returncode == 0, finished
+    assert "PeerError" in finished[1].stdout or "StalledError" in finished[1].stdout
+
+
 def test_one_rank_needs_no_group() -> None:
     found = discover_topology({}, [])
     with process_group(found) as topology:
