@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from framework_jobs import Publish, run_job
+from places import TESTS
+from processes import run_ranks
+from rankload.distributed.watchdog import EXIT_CODE
 
 JOB = "trainer_resume_job"
 SAVED_AT = 4
 GLOBAL_BATCH = 6
+STALL_S = 5
+"""As the job's ``stall_timeout_s``."""
 Saved = Callable[..., Path]
 run = functools.partial(run_job, deadline_s=150)
 
@@ -134,6 +140,27 @@ def test_a_rank_that_fails_in_trainers_own_load_ends_all(
     folder = saved("ddp")
     told = run(frameworks, f"{JOB}.py:fails_on_one_rank", 2, folder, "ddp")
     assert told is None
+
+
+def test_a_rank_that_stands_still_in_trainers_own_load_ends_the_others(
+    frameworks: str, saved: Saved, tmp_path: Path
+) -> None:
+    """They wait for it in a collective, which no exception reaches."""
+    began = tmp_path / "began"
+    finished = run_ranks(
+        f"{TESTS / 'frameworks' / JOB}.py:stops_on_one_rank",
+        2,
+        args=(saved("ddp"), "ddp", began),
+        deadline_s=150,
+        env={"DS_ACCELERATOR": "cpu"},
+        kill_once_others_end=(1,),
+        python=frameworks,
+    )
+    seconds = time.monotonic() - float(began.read_text())
+    assert finished[0].returncode == EXIT_CODE, finished
+    assert "Trainer's own load" in finished[0].stderr
+    assert "rank 1" in finished[0].stderr
+    assert STALL_S < seconds < STALL_S + 10, finished
 
 
 def test_nothing_to_resume_from_and_an_error_in_the_block(frameworks: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 import warnings
 from typing import Any
@@ -32,6 +33,7 @@ from trainer_job import arguments
 from transformers import Trainer, TrainerCallback
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+STALL_S = 5
 
 
 class Watched(Trainer):  # type: ignore[misc]
@@ -170,6 +172,26 @@ def fails_on_one_rank(folder: str, kind: str) -> None:
         print("ended", flush=True)
         os._exit(0)  # the job's own group waits for nobody
     raise AssertionError("it went on")
+
+
+def stops_on_one_rank(folder: str, kind: str, out: str) -> None:
+    """Rank 1 is stopped in Trainer's own load, where the others run a collective, as FSDP's loads do."""
+    from rankload.integrations.transformers import replaced
+
+    own = Trainer._load_optimizer_and_scheduler
+
+    def load(self: Any, checkpoint: Any) -> Any:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with open(out, "w") as file:
+            file.write(str(time.monotonic()))
+        torch.distributed.all_reduce(torch.zeros(1))
+        return own(self, checkpoint)
+
+    Trainer._load_optimizer_and_scheduler = load
+    trainer, _ = trainer_of(f"{folder}/out", kind, SHARED_BATCH, resumes=True)
+    with replaced(options={"stall_timeout_s": STALL_S}):
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
 
 
 def mistakes(folder: str) -> None:
