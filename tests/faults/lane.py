@@ -257,8 +257,10 @@ class Lane:
         until = time.monotonic() + ENDS_S
         while rank not in self._exits(job) and time.monotonic() < until:
             time.sleep(0.05)
-        frames = re.findall(r'File "[^"]*/(\S+)", line (\d+) in (\S+)', said.read_text(errors="replace"))
-        return "hangs in " + " < ".join(f"{file}:{line} {name}" for file, line, name in frames[-14:])
+        # The main thread's come last, the innermost first.
+        main_thread = said.read_text(errors="replace").rpartition("(most recent call first)")[2]
+        frames = re.findall(r'File "[^"]*/(\S+)", line (\d+) in (\S+)', main_thread)
+        return "hangs in " + " < ".join(f"{file}:{line} {name}" for file, line, name in frames[:20])
 
     def _left_files(self, case: Case) -> list[str]:
         """What the case left on the nodes' own disks. What is kept in a cache on purpose is no such thing."""
